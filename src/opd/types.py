@@ -1,0 +1,149 @@
+"""The nouns of the data flow: Prompt → Rollout → Target → Batch → LossOutput → Record.
+
+Tensors are flat over *response tokens*: `tokens` below is the number of response tokens of one rollout (in a `Target`)
+or of a whole micro-batch (in a `Batch`), in the order of the rollouts. Row t of a target is what the teacher says about
+response token t given the prompt and the response tokens before t: the shift by one has already happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+TargetKind = Literal["sampled", "top_k", "dense", "hidden"]
+RolloutSource = Literal["student", "teacher", "dataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row of the prompt set. Exactly one of `text` and `messages` is set."""
+
+    index: int
+    """Row number in the data set; identifies the prompt in every report."""
+    text: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    answer: str | None = None
+    response: str | None = None
+    """A reference response, for off-policy distillation."""
+    teacher: str | None = None
+    """Name of the teacher this prompt is routed to."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One response, as token ids of the student's tokenizer."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    """The student's rendering of the prompt."""
+    response_ids: tuple[int, ...]
+    """Response tokens; a finished response ends with its EOS (or stop) token, a truncated one does not."""
+    sampler_logp: tuple[float, ...] | None
+    """Log-probability (nats) of each response token under the distribution it was drawn from (after temperature, top-p, top-k); None for data-set responses."""
+    finished: bool
+    """True when the response ended by itself (EOS or stop string) rather than at the length limit."""
+    policy_version: int
+    """Number of optimizer steps the sampling student had taken."""
+    source: RolloutSource = "student"
+    text: str = ""
+    """The response, decoded without special tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A teacher's output layer, by reference: `logits = hidden @ weight.T + bias`."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
+    valid_vocab: int | None = None
+    """Rows at or beyond this index are padding; their logits are −inf."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTarget:
+    """Teacher log-probability (nats) of each sampled token."""
+
+    kind: ClassVar[TargetKind] = "sampled"
+    teacher_logp: Float[Tensor, " tokens"]
+
+    def __len__(self) -> int:
+        return self.teacher_logp.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKTarget:
+    """Teacher log-probabilities (nats, normalised over the whole vocabulary) of its k likeliest tokens, most likely first."""
+
+    kind: ClassVar[TargetKind] = "top_k"
+    ids: Int[Tensor, "tokens k"]
+    teacher_logp: Float[Tensor, "tokens k"]
+    sampled_logp: Float[Tensor, " tokens"] | None = None
+    """Teacher log-probability of the sampled token, which tail='sampled' needs."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTarget:
+    """Teacher logits over the whole vocabulary; padding rows are −inf."""
+
+    kind: ClassVar[TargetKind] = "dense"
+    logits: Float[Tensor, "tokens vocab"]
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenTarget:
+    """Teacher last hidden states and its head, so that teacher logits exist only for the micro-batch being trained on."""
+
+    kind: ClassVar[TargetKind] = "hidden"
+    hidden: Float[Tensor, "tokens hidden"]
+    head: Head
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+
+Target = SampledTarget | TopKTarget | DenseTarget | HiddenTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch, ready for a model. `rows` × `length` token ids; everything else is flat over response tokens."""
+
+    input_ids: Int[Tensor, "rows length"]
+    attention_mask: Int[Tensor, "rows length"] | None
+    """None when the rows are packed: then `position_ids` restart at 0 for every sequence."""
+    position_ids: Int[Tensor, "rows length"]
+    predict_index: Int[Tensor, " tokens"]
+    """Flat index (row · length + column) of the position whose output predicts each response token: the token's own index − 1."""
+    response_ids: Int[Tensor, " tokens"]
+    sequence_index: Int[Tensor, " tokens"]
+    """Which rollout of this micro-batch each response token belongs to."""
+    rollouts: tuple[Rollout, ...]
+    target: Target | None
+    token_weights: Float[Tensor, " tokens"]
+    """mask × 1/global count (× importance weight): the loss is Σ token_weights · per-token loss."""
+    sampler_logp: Float[Tensor, " tokens"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """What one optimizer step did: the scalar loss (nats per token under token_mean) and its metrics."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    per_token: Sequence[Sequence[float]] = ()
+    """Reverse KL (nats) per response token, per rollout, for the report."""
+
+
+Reward = Callable[[Prompt, str], float]
