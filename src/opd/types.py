@@ -117,15 +117,22 @@ Target = SampledTarget | TopKTarget | DenseTarget | HiddenTarget
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch, ready for a model. `rows` × `length` token ids; everything else is flat over response tokens."""
+class Sequences:
+    """Prompts and responses laid out for a model's forward pass."""
 
     input_ids: Int[Tensor, "rows length"]
     attention_mask: Int[Tensor, "rows length"] | None
     """None when the rows are packed: then `position_ids` restart at 0 for every sequence."""
     position_ids: Int[Tensor, "rows length"]
     predict_index: Int[Tensor, " tokens"]
-    """Flat index (row · length + column) of the position whose output predicts each response token: the token's own index − 1."""
+    """Flat index (row · length + column) of the position whose output predicts each response token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch: its sequences, and everything that is flat over response tokens."""
+
+    sequences: Sequences
     response_ids: Int[Tensor, " tokens"]
     sequence_index: Int[Tensor, " tokens"]
     """Which rollout of this micro-batch each response token belongs to."""

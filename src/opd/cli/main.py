@@ -1,0 +1,69 @@
+"""`opd COMMAND …`: parse the command, import only what it needs, turn user errors into one clear line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from opd import __version__
+from opd.errors import OpdError
+
+COMMANDS = {
+    "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
+    "demo": "the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
+    "report": "make report.html of a run folder again: opd report RUN_DIR",
+}
+INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"opd {__version__}: on-policy distillation of language models\n\nusage: opd COMMAND …\n\n{lines}\n\n"
+        "opd COMMAND --help   all options of a command\n"
+        "opd --version        the version\n"
+        "--debug              with any command: show the traceback of an error\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for an error that is explained, 2 for a wrong command line."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        return _wrong_command(command)
+    debug = "--debug" in rest
+    rest = [a for a in rest if a != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its fork warning would break the progress display
+    try:
+        return importlib.import_module(f"opd.cli.{command}").run(rest)
+    except OpdError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _wrong_command(command: str) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    print(f"error: opd has no command '{command}'.{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

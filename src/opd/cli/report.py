@@ -1,0 +1,20 @@
+"""`opd report`: make the report of a run folder again, also while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd.errors import ConfigError
+from opd.reporting.report import write_report
+
+USAGE = "opd report RUN_DIR"
+
+
+def run(args: Sequence[str]) -> int:
+    if "-h" in args or "--help" in args:
+        print(f"usage: {USAGE}")
+        return 0
+    if len(args) != 1 or args[0].startswith("-"):
+        raise ConfigError(f"Give one run folder: {USAGE}")
+    print(write_report(args[0]))
+    return 0

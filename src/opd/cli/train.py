@@ -1,0 +1,43 @@
+"""`opd train`: run a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd.config import Config, load
+from opd.errors import ConfigError
+
+USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
+
+
+def run(args: Sequence[str]) -> int:
+    if "-h" in args or "--help" in args:
+        print_help(USAGE)
+        return 0
+    recipe, resume, overwrite, overrides = split_arguments(args)
+    from opd.cli.show import show_result
+    from opd.trainer.run import train
+
+    config = load(recipe, overrides)
+    summary = train(config, resume=resume, overwrite=overwrite)
+    show_result(config, summary)
+    return 0
+
+
+def split_arguments(args: Sequence[str]) -> tuple[str | None, bool, bool, list[str]]:
+    """(recipe, resume, overwrite, overrides) from the words after the command."""
+    rest = [a for a in args if a not in ("--resume", "--overwrite")]
+    recipe = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    if recipe is None and not rest:
+        raise ConfigError(f"Give a recipe: {USAGE}. A first one is recipes/demo/recipe.yaml; 'opd demo' runs it.")
+    return recipe, "--resume" in args, "--overwrite" in args, rest
+
+
+def print_help(usage: str) -> None:
+    """Every section and field with its default, as tyro renders the dataclasses."""
+    import tyro
+
+    try:
+        tyro.cli(Config, prog=usage, args=["--help"])
+    except SystemExit:
+        return

@@ -1,0 +1,464 @@
+"""The recipe: frozen sections with a help text under every field, read from YAML with `--section.key value` overrides.
+
+One route in: YAML and overrides are merged, unknown keys are refused with the nearest known name, types are checked by pydantic,
+then each section's own rules run. Nothing here starts a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from opd.errors import ConfigError, OpdError
+from opd.losses import Objective
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise ConfigError(what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) through peft; needs `pip install 'opd[peft]'`."""
+
+    rank: int = 32
+    """Rank of every adapter."""
+    alpha: float = 64.0
+    """Scale: the update is alpha / rank · B A."""
+    target_modules: str = "all-linear"
+    """'all-linear', or a comma-separated list of module names."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}")
+        _require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that samples and learns."""
+
+    model: str
+    """Local folder or hub name of a causal language model."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: DType = "float32"
+    """Type of the weights and the optimizer state; float32 with train.autocast is the safe choice."""
+    device: str = "auto"
+    """'auto' (CUDA when there is one), 'cpu', 'cuda', 'cuda:1'."""
+    attn_implementation: str | None = None
+    """'sdpa', 'eager', 'flash_attention_2'; None leaves it to transformers."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights; set lora.rank to switch it on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen model that scores the student's samples, in this process."""
+
+    model: str
+    """Local folder or hub name of a causal language model with the student's vocabulary."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: DType = "auto"
+    """'auto' is bfloat16 on CUDA and float32 on CPU."""
+    device: str = "auto"
+    """'auto' is the student's device."""
+    attn_implementation: str | None = None
+    """As student.attn_implementation."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    tokens_per_batch: int = 16384
+    """Tokens the teacher reads at once (padding included)."""
+    supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
+    """What it hands to the loss; 'auto' is the most exact kind that the objective can use."""
+
+    def __post_init__(self) -> None:
+        _require(self.tokens_per_batch >= 1, f"teacher.tokens_per_batch must be positive, not {self.tokens_per_batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Where the prompts come from."""
+
+    path: str
+    """JSONL or parquet file, a dataset folder, or 'hub:owner/name'."""
+    eval_path: str | None = None
+    """Held-out prompts, in the same form."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    eval_split: str = "test"
+    """Split of a Hugging Face dataset for eval_path."""
+    prompt_column: str = "prompt"
+    """Text, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Reference answer for the reward (optional)."""
+    response_column: str = "response"
+    """Reference response for off-policy distillation (optional)."""
+    teacher_column: str = "teacher"
+    """Name of the teacher of each prompt (optional)."""
+    shuffle: bool = True
+    """A new order every epoch, from the seed."""
+    limit: int | None = None
+    """Use only the first rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student's answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Length limit of a response, EOS included. A response cut here does not supervise EOS."""
+    temperature: float = 1.0
+    """Sampling temperature. 1.0 keeps the samples on-policy for a loss at temperature 1."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    batch_size: int = 256
+    """Rows generated at once; lower it when generation runs out of memory."""
+    lmbda: float = 1.0
+    """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
+    off_policy: Literal["dataset", "teacher"] = "dataset"
+    """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        _require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"rollout.temperature must be a positive number, not {self.temperature}: training needs samples of the "
+            "student's own distribution, and greedy decoding is not one. Use 1.0.",
+        )
+        _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], not {self.top_p}; 1.0 switches it off")
+        _require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
+        _require(self.batch_size >= 1, f"rollout.batch_size must be at least 1, not {self.batch_size}")
+        _require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
+        _require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the hidden matrices with AdamW for embeddings, head, norms and biases."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW, or of Muon's matrices."""
+    adamw_lr: float | None = None
+    """With muon: the learning rate of what AdamW keeps; None is lr / 6, as in the demo's grid."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    warmup_steps: int = 10
+    """Linear warm-up. Without one the first Adam steps can wreck a small model."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up."""
+    min_lr_ratio: float = 0.0
+    """Where linear and cosine end, as a share of lr."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.lr) and self.lr > 0, f"optimizer.lr must be a positive number, not {self.lr}")
+        _require(
+            self.adamw_lr is None or self.adamw_lr > 0, f"optimizer.adamw_lr must be positive, not {self.adamw_lr}"
+        )
+        _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), not {self.momentum}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, not {self.warmup_steps}")
+        _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must lie in [0, 1], not {self.min_lr_ratio}")
+        _require(
+            self.max_grad_norm >= 0, f"optimizer.max_grad_norm must be 0 (off) or positive, not {self.max_grad_norm}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The size and shape of a step. One step is one batch of rollouts and one optimizer update."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    prompts_per_step: int = 64
+    """Prompts drawn per step."""
+    samples_per_prompt: int = 4
+    """Rollouts per prompt."""
+    tokens_per_microbatch: int = 16384
+    """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step."""
+    layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
+    """How sequences share a micro-batch. 'packed' has no padding."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Run the student's matrix products in bfloat16, with float32 weights; the divergence stays float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation: task reward and reverse KL to the teacher, with intervals."""
+
+    every: int = 10
+    """Evaluate every n steps, and before the first and after the last; 0 switches it off."""
+    prompts: int = 256
+    """Held-out prompts used."""
+    samples_per_prompt: int = 1
+    """Samples per held-out prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    extra_temperatures: tuple[float, ...] = ()
+    """More temperatures for the first and the last evaluation: shows whether training did more than sharpen."""
+    reward: str = "exact_match"
+    """'exact_match', 'numeric_answer', 'regex:<pattern>', or 'package.module:function' of (prompt, response)."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"eval.every must be 0 (off) or positive, not {self.every}")
+        _require(self.prompts >= 1, f"eval.prompts must be at least 1, not {self.prompts}")
+        _require(
+            self.samples_per_prompt >= 1, f"eval.samples_per_prompt must be at least 1, not {self.samples_per_prompt}"
+        )
+        for value in (self.temperature, *self.extra_temperatures):
+            _require(
+                math.isfinite(value) and value >= 0, f"eval temperatures must be 0 (greedy) or positive, not {value}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints are written beside, then renamed: a kill at any moment leaves the last good one."""
+
+    every: int = 20
+    """Save every n steps; 0 saves only the final student."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every must be 0 (off) or positive, not {self.every}")
+        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown and kept. JSONL is always written."""
+
+    progress: Literal["auto", "rich", "plain", "off"] = "auto"
+    """Live display on a terminal, lines elsewhere."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra 'tensorboard')."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (extra 'wandb')."""
+    samples_every: int = 10
+    """Keep some rollouts with their per-token reverse KL every n steps."""
+    samples: int = 4
+    """Rollouts kept each time."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_every >= 1, f"log.samples_every must be at least 1, not {self.samples_every}")
+        _require(self.samples >= 0, f"log.samples must not be negative, not {self.samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    student: StudentConfig
+    teacher: TeacherConfig
+    prompts: PromptsConfig
+    objective: Objective = field(default_factory=Objective)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run_dir: str = "runs/opd"
+    """Folder of this run: resolved config, metrics, samples, checkpoints, student, report."""
+    seed: int = 0
+    """Every random draw of the run derives from it."""
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe's YAML as a dict. Raises ConfigError when it is missing or malformed."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"No recipe at '{path}'. Give the path of a YAML file, e.g. recipes/demo/recipe.yaml."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe '{path}' cannot be read: {error}.") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The recipe '{path}' is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}.")
+    return data
+
+
+def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
+    """`--section.key value` pairs as a flat dict of dotted keys. Values are read as YAML; several values make a list."""
+    overrides: dict[str, Any] = {}
+    index = 0
+    while index < len(args):
+        name = args[index]
+        if not name.startswith("--") or len(name) == 2:
+            raise ConfigError(
+                f"Unexpected argument '{name}'. Overrides look like --section.key value, e.g. --train.steps 50."
+            )
+        index += 1
+        if "=" in name:
+            name, _, value = name.partition("=")
+            values = [value]
+        else:
+            start = index
+            while index < len(args) and not args[index].startswith("--"):
+                index += 1
+            values = list(args[start:index])
+        if not values:
+            raise ConfigError(f"{name} needs a value, e.g. {name} VALUE.")
+        parsed = [_scalar(value) for value in values]
+        overrides[name[2:].replace("-", "_")] = parsed[0] if len(parsed) == 1 else parsed
+    return overrides
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with dotted overrides put in; the recipe itself is not changed."""
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
+    for dotted, value in overrides.items():
+        *sections, key = dotted.split(".")
+        node = merged
+        for section in sections:
+            child = node.get(section)
+            node[section] = dict(child) if isinstance(child, Mapping) else {}
+            node = node[section]
+        node[key] = value
+    return merged
+
+
+def build(data: Mapping[str, Any]) -> Config:
+    """A validated Config. Raises ConfigError (or a section's own OpdError) saying what, why and what to do."""
+    _refuse_unknown_keys(Config, data, "")
+    try:
+        return TypeAdapter(Config).validate_python(_lists_to_tuples(Config, data))
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """A recipe file with command-line overrides."""
+    return build(merge(read_recipe(recipe) if recipe else {}, parse_overrides(overrides)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain types only, as written to config.yaml."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _section_of(annotation: Any) -> type | None:
+    """The dataclass in `Section` or `Section | None`."""
+    candidates = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
+    return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
+
+
+def _refuse_unknown_keys(section: type, data: Any, prefix: str) -> None:
+    if not isinstance(data, Mapping):
+        return  # the type check says what is wrong
+    hints = get_type_hints(section)
+    names = [f.name for f in dataclasses.fields(section)]
+    for key, value in data.items():
+        if key not in names:
+            raise ConfigError(_unknown(f"{prefix}{key}", str(key), names, prefix))
+        child = _section_of(hints[key])
+        if child is not None:
+            _refuse_unknown_keys(child, value, f"{prefix}{key}.")
+
+
+def _all_keys(section: type, prefix: str = "") -> list[str]:
+    hints = get_type_hints(section)
+    keys = []
+    for item in dataclasses.fields(section):
+        child = _section_of(hints[item.name])
+        keys += _all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
+    return keys
+
+
+def _unknown(dotted: str, key: str, names: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    suggestion = f"{prefix}{near[0]}" if near else None
+    if suggestion is None:  # right name, wrong section?
+        elsewhere = [k for k in _all_keys(Config) if k.rsplit(".", 1)[-1] == key]
+        near_all = elsewhere or difflib.get_close_matches(dotted, _all_keys(Config), n=1, cutoff=0.6)
+        suggestion = near_all[0] if near_all else None
+    hint = f" Did you mean '{suggestion}'?" if suggestion else ""
+    where = f"section '{prefix[:-1]}'" if prefix else "a recipe"
+    return f"Unknown key '{dotted}'.{hint} Keys of {where}: {', '.join(names)}."
+
+
+def _lists_to_tuples(section: type, data: Any) -> Any:
+    """A single value where the field is a tuple becomes a tuple of one: `--rollout.stop END` is `stop: [END]`."""
+    if not isinstance(data, Mapping):
+        return data
+    hints = get_type_hints(section)
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        child = _section_of(hints[key])
+        if child is not None:
+            out[key] = _lists_to_tuples(child, value)
+        elif get_origin(hints[key]) is tuple and not isinstance(value, (list, tuple)) and value is not None:
+            out[key] = (value,)
+        else:
+            out[key] = value
+    return out
+
+
+def _explain(error: ValidationError) -> OpdError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, OpdError):
+        return cause
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return ConfigError(f"'{dotted}' is not set, and has no default. Add it to the recipe or pass --{dotted} VALUE.")
+    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
+    return ConfigError(f"'{dotted}' cannot be {first['input']!r}: {first['msg'].lower()}{more}.")

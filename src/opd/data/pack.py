@@ -1,0 +1,187 @@
+"""Rollouts and targets → micro-batches. The one shift by one lives here.
+
+A model's output at position i predicts token i + 1. The response starts at position len(prompt), so its tokens are predicted
+by positions len(prompt) − 1 … len(prompt) + len(response) − 2. The last response token predicts nothing and is not fed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from opd.errors import DataError, OpdError
+from opd.losses import token_weights
+from opd.types import Batch, DenseTarget, HiddenTarget, Rollout, SampledTarget, Sequences, Target, TopKTarget
+
+Layout = Literal["right_padded", "left_padded", "packed"]
+
+
+def arrange(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    layout: Layout,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> Sequences:
+    """Token ids laid out for one forward pass. Raises DataError for an empty prompt or response.
+
+    `predict_index` follows the order of the responses. Padding is told apart by position, never by token id, so pad == eos is
+    harmless.
+    """
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if not prompt or not response:
+            which = "prompt" if not prompt else "response"
+            raise DataError(f"Sequence {row} has an empty {which}: there is no position that predicts its first token.")
+    inputs = [[*p, *r[:-1]] for p, r in zip(prompts, responses, strict=True)]
+    lengths = [len(row) for row in inputs]
+    width = sum(lengths) if layout == "packed" else max(lengths)
+    starts = []  # flat index of each sequence's first token
+    for row, length in enumerate(lengths):
+        if layout == "packed":
+            starts.append(sum(lengths[:row]))
+        else:
+            starts.append(row * width + (width - length if layout == "left_padded" else 0))
+    total = width if layout == "packed" else width * len(inputs)
+    ids = torch.full((total,), pad_id, dtype=torch.long)
+    positions = torch.zeros(total, dtype=torch.long)
+    mask = torch.zeros(total, dtype=torch.long)
+    predict = []
+    for start, row, prompt, response in zip(starts, inputs, prompts, responses, strict=True):
+        ids[start : start + len(row)] = torch.tensor(row)
+        positions[start : start + len(row)] = torch.arange(len(row))
+        mask[start : start + len(row)] = 1
+        first = start + len(prompt) - 1
+        predict.append(torch.arange(first, first + len(response)))
+    rows = 1 if layout == "packed" else len(inputs)
+    return Sequences(
+        input_ids=ids.view(rows, -1).to(device),
+        attention_mask=None if layout == "packed" else mask.view(rows, -1).to(device),
+        position_ids=positions.view(rows, -1).to(device),
+        predict_index=torch.cat(predict).to(device),
+    )
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    targets: Sequence[Target] | None,
+    *,
+    layout: Layout,
+    tokens_per_microbatch: int,
+    pad_id: int,
+    reduction: Literal["token_mean", "sequence_mean", "fixed"] = "token_mean",
+    global_count: float | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Batch]:
+    """Micro-batches of at most `tokens_per_microbatch` tokens, padding included (a longer single sequence stands alone).
+
+    The weights divide by the count of the *whole* list, so any way of cutting it gives the same loss. `global_count` overrides
+    that count: response tokens for token_mean, sequences for sequence_mean, the constant for fixed.
+    """
+    lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
+    if global_count is None:
+        global_count = len(rollouts) if reduction == "sequence_mean" else sum(len(r.response_ids) for r in rollouts)
+    batches = []
+    for members in plan(lengths, budget=tokens_per_microbatch, layout=layout):
+        chosen = tuple(rollouts[i] for i in members)
+        target = concatenate([targets[i] for i in members], device) if targets is not None else None
+        batches.append(_batch(chosen, target, layout, pad_id, reduction, global_count, device))
+    return batches
+
+
+def _batch(
+    rollouts: tuple[Rollout, ...],
+    target: Target | None,
+    layout: Layout,
+    pad_id: int,
+    reduction: Literal["token_mean", "sequence_mean", "fixed"],
+    global_count: float,
+    device: torch.device | str,
+) -> Batch:
+    responses = [r.response_ids for r in rollouts]
+    sizes = torch.tensor([len(r) for r in responses])
+    sequence_index = torch.repeat_interleave(torch.arange(len(rollouts)), sizes)
+    weights = token_weights(sequence_index, sizes, reduction=reduction, global_count=global_count)
+    if target is not None and len(target) != int(sizes.sum()):
+        raise OpdError(
+            f"The teacher scored {len(target)} positions for {int(sizes.sum())} response tokens; "
+            "a target has one row per response token, the EOS of a finished response included."
+        )
+    sampler_logp = None
+    if all(r.sampler_logp is not None for r in rollouts):
+        sampler_logp = torch.tensor([x for r in rollouts for x in r.sampler_logp or ()], device=device)
+    return Batch(
+        sequences=arrange([r.prompt_ids for r in rollouts], responses, layout=layout, pad_id=pad_id, device=device),
+        response_ids=torch.tensor([t for r in responses for t in r], device=device),
+        sequence_index=sequence_index.to(device),
+        rollouts=rollouts,
+        target=target,
+        token_weights=weights.to(device),
+        sampler_logp=sampler_logp,
+    )
+
+
+def plan(lengths: Sequence[int], *, budget: int, layout: Layout) -> list[list[int]]:
+    """Which sequences share a micro-batch: longest first, so that padding stays small; ties keep their order."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups:
+            members = groups[-1]
+            if layout == "packed":
+                cost = sum(lengths[i] for i in members) + lengths[index]
+            else:
+                cost = (len(members) + 1) * lengths[members[0]]
+            if cost <= budget:
+                members.append(index)
+                continue
+        groups.append([index])
+    return groups
+
+
+def concatenate(targets: Sequence[Target], device: torch.device | str) -> Target:
+    """Targets of one kind as one, on the student's device."""
+    first = targets[0]
+    if any(type(t) is not type(first) for t in targets):
+        raise OpdError("A micro-batch mixes kinds of target; a teacher hands out one kind per run.")
+    if isinstance(first, SampledTarget):
+        return SampledTarget(teacher_logp=_cat(targets, "teacher_logp", device))
+    if isinstance(first, DenseTarget):
+        return DenseTarget(logits=_cat(targets, "logits", device))
+    if isinstance(first, HiddenTarget):
+        return HiddenTarget(hidden=_cat(targets, "hidden", device), head=first.head)
+    assert isinstance(first, TopKTarget)
+    return TopKTarget(
+        ids=_cat(targets, "ids", device),
+        teacher_logp=_cat(targets, "teacher_logp", device),
+        sampled_logp=None if first.sampled_logp is None else _cat(targets, "sampled_logp", device),
+    )
+
+
+def _cat(targets: Sequence[Target], name: str, device: torch.device | str) -> torch.Tensor:
+    return torch.cat([getattr(t, name) for t in targets]).to(device)
+
+
+def single(batch: Batch, index: int) -> Batch:
+    """Rollout `index` of a micro-batch, alone, with the weights it had."""
+    tokens = batch.sequence_index == index
+    rollout = batch.rollouts[index]
+    device = batch.response_ids.device
+    return Batch(
+        sequences=arrange([rollout.prompt_ids], [rollout.response_ids], layout="right_padded", pad_id=0, device=device),
+        response_ids=batch.response_ids[tokens],
+        sequence_index=torch.zeros_like(batch.sequence_index[tokens]),
+        rollouts=(rollout,),
+        target=None if batch.target is None else _rows(batch.target, tokens),
+        token_weights=batch.token_weights[tokens],
+        sampler_logp=None if batch.sampler_logp is None else batch.sampler_logp[tokens],
+    )
+
+
+def _rows(target: Target, keep: torch.Tensor) -> Target:
+    def cut(value: object) -> object:
+        return value[keep] if isinstance(value, torch.Tensor) else value
+
+    return dataclasses.replace(target, **{f.name: cut(getattr(target, f.name)) for f in dataclasses.fields(target)})

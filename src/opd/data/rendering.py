@@ -1,0 +1,189 @@
+"""Prompts and responses as the token ids of one tokenizer, and token ids as text that a person can read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from opd.errors import ConfigError, DataError, ModelError
+from opd.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+RESERVED_TEMPLATE_KWARGS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+)
+SENTENCEPIECE_SPACE = "▁"
+SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Renderer:
+    """One tokenizer's way of writing prompts. `name` says whose it is in errors: "student 'Qwen/Qwen3-0.6B'"."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        system: str | None = None,
+    ) -> None:
+        """`system` is put before the messages of every prompt that has no system message of its own."""
+        self.tokenizer = tokenizer
+        self.name = name
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.system = system
+        self._check_template_kwargs()
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Text as it is, after BOS if the tokenizer writes one; messages through the chat template, up to the answer."""
+        ids = self._text_ids(prompt) if prompt.messages is None else self._message_ids(prompt)
+        if not ids:
+            raise DataError(f"prompt {prompt.index} has no tokens under the tokenizer of {self.name}; remove the row.")
+        return tuple(ids)
+
+    def response_ids(self, text: str, finished: bool = True) -> tuple[int, ...]:
+        """A reference response; a finished one ends with the tokenizer's EOS."""
+        ids = self._tokenise(text, "a response", special=False)
+        if not finished:
+            return tuple(ids)
+        eos: Any = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ModelError(
+                f"the tokenizer of {self.name} has no EOS token, so a response cannot end; set its eos_token."
+            )
+        return tuple(ids) if ids and ids[-1] == eos else (*ids, eos)
+
+    def check_length(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, context: int) -> None:
+        """Refuse a prompt that leaves no room in the context (tokens) for a whole response."""
+        if len(ids) + max_new_tokens > context:
+            raise DataError(
+                f"prompt {prompt.index} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is "
+                f"{len(ids) + max_new_tokens}, but the context of {self.name} is {context}. "
+                "Shorten or remove the prompt, or lower max_new_tokens."
+            )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token by itself, readable: spaces as spaces, special tokens by name, part of a character as \\x bytes."""
+        return [self._token_string(token_id) for token_id in ids]
+
+    def _text_ids(self, prompt: Prompt) -> list[int]:
+        assert prompt.text is not None, "a prompt has text or messages"
+        if self.system is not None:
+            raise DataError(
+                f"prompt {prompt.index} is plain text, which has no place for the system message of {self.name}; "
+                "write the prompt as messages, or leave the system message out."
+            )
+        plain = self._tokenise(prompt.text, f"prompt {prompt.index}", special=False)
+        whole = self._tokenise(prompt.text, f"prompt {prompt.index}", special=True)
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                before = whole[:start]  # what comes after, an EOS, would end the prompt before it is answered
+                return plain if plain[:start] == before else before + plain
+        raise ModelError(
+            f"the tokenizer of {self.name} changes the text of prompt {prompt.index} when it adds special tokens, so "
+            "the end of the prompt cannot be told; write the prompt as messages."
+        )
+
+    def _message_ids(self, prompt: Prompt) -> list[int]:
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
+                "write the prompt as text, or use an instruction-tuned model's tokenizer."
+            )
+        messages = [dict(message) for message in prompt.messages or ()]
+        if self.system is not None and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template of {self.name} refuses prompt {prompt.index}: {error}. "
+                f"Its roles are {', '.join(str(message.get('role')) for message in messages)}."
+            ) from error
+        return list(encoded["input_ids"])
+
+    def _tokenise(self, text: str, what: str, *, special: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])  # pyright: ignore[reportArgumentType]
+        except Exception as error:  # the Rust tokenizers raise nothing more specific
+            raise DataError(f"{what} cannot be tokenised by the tokenizer of {self.name}: {error}.") from error
+
+    def _check_template_kwargs(self) -> None:
+        for key in self.chat_template_kwargs:
+            if key in RESERVED_TEMPLATE_KWARGS:
+                raise ConfigError(f"chat_template_kwargs cannot set {key!r}, which opd sets itself; leave it out.")
+            template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                raise ConfigError(
+                    f"the chat template of {self.name} does not read {key!r}, so it would change nothing; "
+                    "check the spelling, or leave it out of chat_template_kwargs."
+                )
+
+    def _token_string(self, token_id: int) -> str:
+        added = self._added_tokens.get(token_id)
+        if added is not None:
+            return added
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(piece, str):
+            return f"[{token_id}]"  # a padding row of the embedding
+        if self._is_byte_level:
+            return bytes(_byte_of()[character] for character in piece).decode("utf-8", errors="backslashreplace")
+        byte = SENTENCEPIECE_BYTE.fullmatch(piece)
+        if byte:
+            return bytes([int(byte[1], 16)]).decode("utf-8", errors="backslashreplace")
+        return piece.replace(SENTENCEPIECE_SPACE, " ")
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, str]:
+        return {token_id: token.content for token_id, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.decoder is None:
+            return False
+        decoder = json.loads(backend.decoder.__getstate__())
+        return any(part["type"] == "ByteLevel" for part in [decoder, *decoder.get("decoders", ())])
+
+
+def eos_ids(model_generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a response: those of the generation config, then the tokenizer's EOS."""
+    configured = getattr(model_generation_config, "eos_token_id", None)
+    ids: list[Any] = [configured] if isinstance(configured, int) else list(configured or ())
+    ids.append(tokenizer.eos_token_id)
+    found = tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+    if not found:
+        raise ModelError(
+            "neither the model's generation config nor its tokenizer names an EOS token, so no response would ever end; "
+            "set eos_token_id in generation_config.json."
+        )
+    return found
+
+
+def byte_alphabet() -> list[str]:
+    """The printable stand-in of every byte, in byte order, as byte-level BPE vocabularies write them (GPT-2)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_alphabet())}

@@ -1,0 +1,56 @@
+"""Per-token numbers to watch, without gradient: how far student and teacher are apart, whatever the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd.losses._shapes import Float, Int
+from opd.losses.divergences import entropy, full_divergence
+from opd.losses.partial import gather_logp, partial_divergence, support_of
+
+OVERLAP_K = 16  # arXiv 2604.13016 watches the agreement of the 16 likeliest tokens
+
+
+def student_diagnostics(
+    student_logp: Float[Tensor, "tokens vocab"], response_ids: Int[Tensor, " tokens"]
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """`student_entropy` (nats) and `student_logp` of the response token."""
+    return {"student_entropy": entropy(student_logp), "student_logp": gather_logp(student_logp, response_ids)}
+
+
+def dense_diagnostics(
+    student_logp: Float[Tensor, "tokens vocab"],
+    teacher_logp: Float[Tensor, "tokens vocab"],
+    response_ids: Int[Tensor, " tokens"],
+    top_k: int,
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Both KLs, the teacher's entropy and log-prob of the response token, and the overlap of the likeliest tokens."""
+    k = min(top_k, OVERLAP_K, student_logp.shape[-1])
+    return {
+        "reverse_kl": full_divergence("reverse_kl", student_logp, teacher_logp),
+        "forward_kl": full_divergence("forward_kl", student_logp, teacher_logp),
+        "teacher_entropy": entropy(teacher_logp),
+        "teacher_logp": gather_logp(teacher_logp, response_ids),
+        "overlap": overlap(student_logp.topk(k, dim=-1).indices, teacher_logp.topk(k, dim=-1).indices),
+    }
+
+
+def top_k_diagnostics(
+    student_logp: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens k"], teacher_logp: Float[Tensor, "tokens k"]
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Both KLs in their `bucket` form, a lower bound of the exact ones, and the overlap of the likeliest tokens."""
+    support = support_of(ids)
+    student_on_k, teacher_on_k = support.gather(student_logp), support.mask(teacher_logp)
+    k = min(ids.shape[-1], student_logp.shape[-1])
+    return {
+        "reverse_kl": partial_divergence("reverse_kl", student_on_k, teacher_on_k),
+        "forward_kl": partial_divergence("forward_kl", student_on_k, teacher_on_k),
+        "overlap": overlap(student_logp.topk(k, dim=-1).indices, ids),
+    }
+
+
+def overlap(student_ids: Int[Tensor, "tokens k"], teacher_ids: Int[Tensor, "tokens j"]) -> Float[Tensor, " tokens"]:
+    """The share of the student's k likeliest tokens that are among the teacher's."""
+    shared = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(dim=-1)
+    return shared.to(torch.float32).mean(dim=-1)

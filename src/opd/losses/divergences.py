@@ -1,0 +1,260 @@
+"""Divergences between the student's p and the teacher's q over one vocabulary, one number per token.
+
+Every function takes log-probabilities, student first, and computes in float32 (float64 when given it). An entry of −inf
+contributes exactly 0, forward and backward. Where the true value is +inf the result is +inf; the infinite entry then has
+no gradient, so that masking the token removes it cleanly.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd.errors import ObjectiveError
+from opd.losses._shapes import Float
+
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "generalized_jsd",
+    "skew_reverse_kl",
+    "skew_forward_kl",
+    "alpha_beta_divergence",
+    "total_variation",
+]
+
+EXP_RANGE = 60.0  # e^60 ≈ 1e26 and its inverse are normal float32 numbers
+UNNORMALIZED_BETA = (0.1, 0.9)  # outside it the published JSD keeps under a tenth of the gradient of the KL it tends to
+
+
+def to_logp(logits: Float[Tensor, "*tokens vocab"], temperature: float = 1.0) -> Float[Tensor, "*tokens vocab"]:
+    """log softmax(logits / temperature), in float32 (float64 stays float64). Logits of −inf are tokens that cannot occur."""
+    if not (temperature > 0.0 and math.isfinite(temperature)):
+        raise ObjectiveError(
+            f"temperature must be a finite number > 0, not {temperature}; use 1.0 to leave logits as they are."
+        )
+    logits = _widen(logits)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def forward_kl(
+    student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"]
+) -> Float[Tensor, "*tokens"]:
+    """KL(T‖S) = Σ q (log q − log p), in nats. Covers every mode of the teacher."""
+    return full_divergence("forward_kl", student_logp, teacher_logp)
+
+
+def reverse_kl(
+    student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"]
+) -> Float[Tensor, "*tokens"]:
+    """KL(S‖T) = Σ p (log p − log q), in nats. Settles on modes of the teacher; +inf where p > 0 = q."""
+    return full_divergence("reverse_kl", student_logp, teacher_logp)
+
+
+def generalized_jsd(
+    student_logp: Float[Tensor, "*tokens vocab"],
+    teacher_logp: Float[Tensor, "*tokens vocab"],
+    beta: float = 0.5,
+    normalize: bool = True,
+) -> Float[Tensor, "*tokens"]:
+    """β KL(T‖M) + (1−β) KL(S‖M) with M = βT + (1−β)S, divided by β(1−β) when `normalize`. arXiv 2306.13649.
+
+    Normalised, β is a direction: β → 0 is forward KL, β → 1 is reverse KL, and both ends are reached. The published form
+    (`normalize=False`) fades to nothing at both ends, yet is defined as the KLs at β = 0 and β = 1.
+    """
+    if not normalize:
+        warn_if_faded(beta)
+    return full_divergence("generalized_jsd", student_logp, teacher_logp, beta=beta, normalize=normalize)
+
+
+def skew_reverse_kl(
+    student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"], beta: float = 0.5
+) -> Float[Tensor, "*tokens"]:
+    """KL(S‖M) with M = βT + (1−β)S: reverse KL at β = 1, identically 0 at β = 0. arXiv 2402.03898, whose α is 1 − β."""
+    return full_divergence("skew_reverse_kl", student_logp, teacher_logp, beta=beta)
+
+
+def skew_forward_kl(
+    student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"], beta: float = 0.5
+) -> Float[Tensor, "*tokens"]:
+    """KL(T‖M) with M = βT + (1−β)S: forward KL at β = 0, identically 0 at β = 1. arXiv 2402.03898, whose α is β."""
+    return full_divergence("skew_forward_kl", student_logp, teacher_logp, beta=beta)
+
+
+def alpha_beta_divergence(
+    student_logp: Float[Tensor, "*tokens vocab"],
+    teacher_logp: Float[Tensor, "*tokens vocab"],
+    alpha: float = 0.5,
+    beta: float = 0.5,
+) -> Float[Tensor, "*tokens"]:
+    """−1/(αβ) Σ [q^α p^β − α/(α+β) q^(α+β) − β/(α+β) p^(α+β)], arXiv 2505.04560.
+
+    (1, 0) is forward KL, (0, 1) reverse KL, (½, ½) is 4 (1 − Σ √(pq)), (1, 1) half the squared distance. α and β must be
+    ≥ 0 and not both 0; tiny non-zero values lose digits to the division by αβ.
+    """
+    return full_divergence("alpha_beta_divergence", student_logp, teacher_logp, alpha=alpha, beta=beta)
+
+
+def total_variation(
+    student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"]
+) -> Float[Tensor, "*tokens"]:
+    """½ Σ |p − q|: the probability mass that would have to move; between 0 and 1."""
+    return full_divergence("total_variation", student_logp, teacher_logp)
+
+
+def entropy(logp: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:
+    """−Σ p log p, in nats."""
+    logp = _widen(logp)
+    return _weigh(logp, -logp).sum(dim=-1)
+
+
+def full_divergence(
+    name: Divergence,
+    student_logp: Float[Tensor, "*tokens vocab"],
+    teacher_logp: Float[Tensor, "*tokens vocab"],
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    normalize: bool = True,
+) -> Float[Tensor, "*tokens"]:
+    """The divergence called `name`, over the whole vocabulary."""
+    return entry_terms(name, student_logp, teacher_logp, alpha=alpha, beta=beta, normalize=normalize).sum(dim=-1)
+
+
+def entry_terms(
+    name: Divergence,
+    student_logp: Float[Tensor, "*entries"],
+    teacher_logp: Float[Tensor, "*entries"],
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    normalize: bool = True,
+) -> Float[Tensor, "*entries"]:
+    """What each vocabulary entry adds to the divergence called `name`; every form of it, full or partial, is made of these."""
+    check_shape_parameters(name, alpha=alpha, beta=beta)
+    logp, logq = _widen_both(student_logp, teacher_logp)
+    if name == "total_variation":
+        return 0.5 * (logp.exp() - logq.exp()).abs()
+    log_ratio = _log_ratio(logp, logq)
+    if name == "forward_kl":
+        return _weigh(logq, log_ratio)
+    if name == "reverse_kl":
+        return _weigh(logp, -log_ratio)
+    if name == "skew_reverse_kl":
+        return _weigh(logp, -log_mixture_ratio(log_ratio, beta))
+    if name == "skew_forward_kl":
+        return _weigh(logq, -log_mixture_ratio(-log_ratio, 1.0 - beta))
+    if name == "alpha_beta_divergence":
+        return _alpha_beta_terms(logp, logq, log_ratio, alpha, beta)
+    return _jsd_terms(logp, logq, log_ratio, beta, normalize)
+
+
+def mass_coefficient(name: Divergence, beta: float = 0.5) -> float:
+    """c such that entry term + c (q − p) is ≥ 0, with its minimum 0 at p = q, for every single entry.
+
+    Over a whole vocabulary Σ (q − p) = 0 and c does not matter; over a part of it, c is what keeps mass from leaking out.
+    """
+    if name == "alpha_beta_divergence":
+        raise ObjectiveError(
+            "alpha_beta_divergence is not defined on part of a vocabulary; use support='full' or a KL."
+        )
+    if name == "generalized_jsd":
+        return {0.0: -1.0, 1.0: 1.0}.get(float(beta), 0.0)
+    constants = {"forward_kl": -1.0, "reverse_kl": 1.0, "skew_forward_kl": beta - 1.0, "skew_reverse_kl": beta}
+    return constants.get(name, 0.0)
+
+
+def log_mixture_ratio(log_ratio: Float[Tensor, "*entries"], beta: float) -> Float[Tensor, "*entries"]:
+    """log(1 − β + β e^d): log(M/p) for M = βq + (1−β)p and d = log q − log p. Its slope at d = 0 is exactly β."""
+    if beta == 1.0:
+        return log_ratio
+    near = log_ratio.abs() <= EXP_RANGE
+    # Each branch sees only arguments it can take, because the gradient of a branch that is not chosen is 0 · (its slope).
+    middle = torch.where(near, log_ratio, 0.0)
+    if beta == 0.0:
+        return 0.0 * middle
+    if beta <= 0.5:
+        body = torch.log1p(beta * torch.expm1(middle))
+    else:  # the same number, written so that nothing cancels
+        body = middle + torch.log1p((1.0 - beta) * torch.expm1(-middle))
+    above, below = log_ratio > EXP_RANGE, log_ratio < -EXP_RANGE
+    high = torch.where(above, log_ratio, EXP_RANGE)
+    low = torch.where(below, log_ratio, -EXP_RANGE)
+    upper = high + torch.log(beta + (1.0 - beta) * torch.exp(-high))
+    lower = torch.log((1.0 - beta) + beta * torch.exp(low))
+    return torch.where(near, body, torch.where(above, upper, torch.where(below, lower, log_ratio)))
+
+
+def warn_if_faded(beta: float) -> None:
+    """Warn that the published JSD hardly teaches at this β."""
+    low, high = UNNORMALIZED_BETA
+    if not low <= beta <= high:
+        warnings.warn(
+            f"generalized_jsd with normalize=False and beta={beta}: its gradient goes to 0 as beta nears 0 or 1, and jumps to "
+            "that of a KL at exactly 0 and 1. Use normalize=True, where beta is a direction only.",
+            stacklevel=3,
+        )
+
+
+def check_shape_parameters(name: Divergence, *, alpha: float = 0.5, beta: float = 0.5) -> None:
+    """Raise ObjectiveError where α or β leave the region in which `name` is a divergence."""
+    if name == "alpha_beta_divergence":
+        if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0.0 and beta >= 0.0 and alpha + beta > 0.0):
+            raise ObjectiveError(
+                f"alpha_beta_divergence needs finite alpha ≥ 0 and beta ≥ 0, not both 0, but got alpha={alpha}, beta={beta}: "
+                "a negative power of a probability near 0 is unbounded. Use (1, 0) for forward KL, (0, 1) for reverse KL."
+            )
+    elif name in ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl") and not 0.0 <= beta <= 1.0:
+        raise ObjectiveError(
+            f"{name} needs 0 ≤ beta ≤ 1, because M = beta·T + (1−beta)·S is a mixture, but got beta={beta}."
+        )
+
+
+def _widen(logp: Tensor) -> Tensor:
+    return logp if logp.dtype == torch.float64 else logp.float()
+
+
+def _widen_both(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(student_logp.dtype, teacher_logp.dtype), torch.float32)
+    return student_logp.to(dtype), teacher_logp.to(dtype)
+
+
+def _log_ratio(logp: Tensor, logq: Tensor) -> Tensor:
+    """d = log q − log p, and 0 where neither can occur."""
+    neither = (logp == -torch.inf) & (logq == -torch.inf)
+    return torch.where(neither, 0.0, logq - logp)
+
+
+def _weigh(log_weight: Tensor, value: Tensor) -> Tensor:
+    """e^log_weight · value; 0 where the weight is 0 whatever the value; an infinite value passes as a constant."""
+    occurs = log_weight > -torch.inf
+    usable = value.isfinite()
+    term = log_weight.exp() * torch.where(occurs & usable, value, 0.0)
+    return torch.where(occurs & ~usable, value.detach(), term)
+
+
+def _jsd_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, beta: float, normalize: bool) -> Tensor:
+    if beta == 0.0:
+        return _weigh(logq, log_ratio)
+    if beta == 1.0:
+        return _weigh(logp, -log_ratio)
+    teacher_to_mixture = _weigh(logq, -log_mixture_ratio(-log_ratio, 1.0 - beta))
+    student_to_mixture = _weigh(logp, -log_mixture_ratio(log_ratio, beta))
+    if normalize:
+        return teacher_to_mixture / (1.0 - beta) + student_to_mixture / beta
+    return beta * teacher_to_mixture + (1.0 - beta) * student_to_mixture
+
+
+def _alpha_beta_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, alpha: float, beta: float) -> Tensor:
+    total = alpha + beta
+    p_power, q_power = (total * logp).exp(), (total * logq).exp()
+    if beta == 0.0:
+        return (_weigh(alpha * logq, alpha * log_ratio) - q_power + p_power) / alpha**2
+    if alpha == 0.0:
+        return (_weigh(beta * logp, -beta * log_ratio) - p_power + q_power) / beta**2
+    cross = (alpha * logq + beta * logp).exp()
+    return -(cross - alpha / total * q_power - beta / total * p_power) / (alpha * beta)

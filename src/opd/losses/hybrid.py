@@ -1,0 +1,129 @@
+"""Distillation together with a reward: combined advantages or combined losses.
+
+A term whose weight is 0 is not computed with, so that the result is bit for bit the other term alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd.errors import ObjectiveError
+from opd.losses._shapes import Float, Int
+
+Scale = Literal["none", "match"]
+
+STD_FLOOR = 1e-6  # arXiv 2402.03300 divides by the group's standard deviation; this keeps equal rewards at advantage 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The weight of one term over the course of training."""
+
+    kind: Literal["constant", "linear"] = "constant"
+    """constant stays at `start`; linear goes from `start` to `end` in `steps` steps and stays there."""
+    start: float = 1.0
+    """Weight at step 0."""
+    end: float = 1.0
+    """Weight from step `steps` on; read by linear only."""
+    steps: int = 1
+    """Optimizer steps from `start` to `end`; read by linear only."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("constant", "linear"):
+            raise ObjectiveError(f"schedule kind={self.kind!r} is not one of constant, linear.")
+        if not (math.isfinite(self.start) and math.isfinite(self.end) and self.steps >= 1):
+            raise ObjectiveError(f"a schedule needs finite weights and steps ≥ 1, but got {self}.")
+
+    def at(self, step: int) -> float:
+        """Weight at this optimizer step."""
+        if self.kind == "constant" or step <= 0:
+            return self.start
+        if step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * step / self.steps
+
+
+def group_relative_advantage(
+    rewards: Float[Tensor, " sequences"], group_index: Int[Tensor, " sequences"], normalize_std: bool = True
+) -> Float[Tensor, " sequences"]:
+    """Reward minus the mean of its group, divided by the group's standard deviation when `normalize_std`.
+
+    arXiv 2402.03300; without the division arXiv 2503.20783. The standard deviation is over n − 1; a group of one gets 0.
+    """
+    groups = int(group_index.max()) + 1 if group_index.numel() else 0
+    wide = rewards.double()
+    zeros = torch.zeros(groups, dtype=wide.dtype, device=wide.device)
+    size = zeros.index_add(0, group_index, torch.ones_like(wide))
+    mean = zeros.index_add(0, group_index, wide) / size.clamp(min=1)
+    centred = wide - mean[group_index]
+    if normalize_std:
+        variance = zeros.index_add(0, group_index, centred.square()) / (size - 1).clamp(min=1)
+        centred = centred / (variance.sqrt()[group_index] + STD_FLOOR)
+    return centred.to(rewards.dtype)
+
+
+def match_scale(values: Float[Tensor, " tokens"], std: float | Tensor | None = None) -> Float[Tensor, " tokens"]:
+    """values / sg[std]. Give `std` when the batch is split, so that every part divides by the same number."""
+    if std is None:
+        std = values.detach().std(correction=0) if values.numel() else 1.0
+    std = torch.as_tensor(std, dtype=values.dtype, device=values.device).detach()
+    return values / torch.where(std > 0, std, 1.0)
+
+
+def combine_advantages(
+    rl_advantage: Float[Tensor, " tokens"],
+    distill_advantage: Float[Tensor, " tokens"],
+    *,
+    rl_weight: float,
+    distill_weight: float,
+    scale: Scale = "none",
+    rl_std: float | Tensor | None = None,
+    distill_std: float | Tensor | None = None,
+) -> Float[Tensor, " tokens"]:
+    """λ_rl A_rl + λ_distill A_distill, per token; with scale='match' each A is first divided by its batch std."""
+    return _combine(rl_advantage, distill_advantage, rl_weight, distill_weight, scale, rl_std, distill_std)
+
+
+def combine_losses(
+    rl_loss: Float[Tensor, " tokens"],
+    distill_loss: Float[Tensor, " tokens"],
+    *,
+    rl_weight: float,
+    distill_weight: float,
+    scale: Scale = "none",
+    rl_std: float | Tensor | None = None,
+    distill_std: float | Tensor | None = None,
+) -> Float[Tensor, " tokens"]:
+    """λ_rl L_rl + λ_distill L_distill, per token; with scale='match' each L is first divided by its detached batch std."""
+    return _combine(rl_loss, distill_loss, rl_weight, distill_weight, scale, rl_std, distill_std)
+
+
+def _combine(
+    rl: Tensor,
+    distill: Tensor,
+    rl_weight: float,
+    distill_weight: float,
+    scale: Scale,
+    rl_std: float | Tensor | None,
+    distill_std: float | Tensor | None,
+) -> Tensor:
+    if scale not in ("none", "match"):
+        raise ObjectiveError(f"scale={scale!r} is not one of none, match.")
+    if not (math.isfinite(rl_weight) and math.isfinite(distill_weight)):
+        raise ObjectiveError(f"weights must be finite, but got rl_weight={rl_weight}, distill_weight={distill_weight}.")
+    if rl_weight == 0.0 and distill_weight == 0.0:
+        raise ObjectiveError(
+            "rl_weight and distill_weight are both 0: nothing is left to train on; make one of them positive."
+        )
+    if rl_weight == 0.0:
+        return distill_weight * distill
+    if distill_weight == 0.0:
+        return rl_weight * rl
+    if scale == "match":
+        rl, distill = match_scale(rl, rl_std), match_scale(distill, distill_std)
+    return rl_weight * rl + distill_weight * distill

@@ -1,0 +1,352 @@
+"""`Objective`: which loss to train with. It refuses what is wrong, says what it needs of a teacher, and computes the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd.errors import ObjectiveError
+from opd.losses._refusals import refuse_wrong
+from opd.losses._shapes import Float, Int
+from opd.losses.diagnostics import dense_diagnostics, student_diagnostics, top_k_diagnostics
+from opd.losses.divergences import Divergence, full_divergence, to_logp, warn_if_faded
+from opd.losses.partial import (
+    SampledToken,
+    Support,
+    Tail,
+    gather_logp,
+    partial_divergence,
+    support_of,
+    top_k_support,
+    union_support,
+)
+from opd.losses.reduce import Reduction
+from opd.losses.sampled import discounted_return, distillation_advantage, k2, k3, policy_gradient_loss, value_baseline
+from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TargetKind, TopKTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss:
+    """What the loss says about every response token."""
+
+    loss: Float[Tensor, " tokens"]
+    """Differentiable, in nats unless T² or another divergence says otherwise; neither masked nor averaged."""
+    metrics: Mapping[str, Float[Tensor, " tokens"]]
+    """Without gradient, always at temperature 1. `clamped` is the student's probability of the tokens whose teacher
+    log-prob was raised to `teacher_logp_floor` (0 or 1 where only the response token is looked at)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A distillation loss. Combinations that cannot work are refused when the object is made."""
+
+    divergence: Divergence = "reverse_kl"
+    """What to minimise, student S against teacher T; reverse_kl is KL(S‖T)."""
+    beta: float = 0.5
+    """Weight of the teacher in the mixture of generalized_jsd and skew_*, or the β of alpha_beta_divergence."""
+    alpha: float = 0.5
+    """The α of alpha_beta_divergence."""
+    normalize: bool = True
+    """Divide generalized_jsd by β(1−β), which makes β a direction; False is the published form."""
+    support: Literal["full", "teacher_top_k", "student_top_k", "union", "sampled"] = "full"
+    """Vocabulary entries that are compared at each position."""
+    top_k: int = 64
+    """Tokens kept per position by the top_k supports and by union (of each side)."""
+    tail: Tail = "bucket"
+    """What the probability outside a top_k support does."""
+    always_include: tuple[int, ...] = ()
+    """Token ids added to every top_k support, such as EOS or the start of a tool call."""
+    estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    """exact sums over the support; k1, k2, k3 look at the sampled token only."""
+    delivery: Literal["loss", "advantage"] = "loss"
+    """Differentiate the number, or use it as a per-token advantage of a policy gradient."""
+    baseline: Literal["none", "value"] = "none"
+    """value subtracts the advantage's expectation −KL(S‖T): same mean, less variance."""
+    discount: float = 0.0
+    """How much of the later tokens' advantage a token gets: 0 nothing, 1 all of it."""
+    student_temperature: float = 1.0
+    """Student logits are divided by this before the divergence; not the sampling temperature."""
+    teacher_temperature: float = 1.0
+    """Teacher logits are divided by this before the divergence."""
+    scale_by_t2: bool = False
+    """Multiply the loss by the square of the (common) temperature."""
+    teacher_logp_floor: float | None = None
+    """Raise teacher log-probs (nats) below this to it; the metric `clamped` tells how often."""
+    reduction: Reduction = "token_mean"
+    """How per-token losses become one number."""
+    clip_range: float | None = None
+    """ε of the clipped probability ratio student / sampler; None does not clip."""
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self)
+        if self.divergence == "generalized_jsd" and not self.normalize:
+            warn_if_faded(self.beta)
+
+    @property
+    def needs(self) -> tuple[TargetKind, ...]:
+        """Kinds of target that can feed this objective, best first."""
+        # Log-probs that come without logits are of temperature 1 and of tokens that somebody else chose.
+        from_logits: tuple[TargetKind, ...] = ("hidden", "dense")
+        if self.teacher_temperature != 1.0:
+            return from_logits
+        if self.support == "sampled":
+            return (*from_logits, "top_k") if self.baseline == "value" else (*from_logits, "sampled", "top_k")
+        if self.support == "teacher_top_k" and not self.always_include:
+            return (*from_logits, "top_k")
+        return from_logits
+
+    def check_supplies(
+        self, supplies: Collection[TargetKind], teacher_name: str, teacher_top_k: int | None = None
+    ) -> TargetKind:
+        """The best kind of target that this teacher has and this objective can use, or ObjectiveError."""
+        best: TargetKind | None = next((kind for kind in self.needs if kind in supplies), None)
+        if best is None:
+            advice = [] if self.teacher_temperature == 1.0 else ["set teacher_temperature=1"]
+            if "top_k" in supplies and self.support != "teacher_top_k":
+                advice.append("use support=teacher_top_k with tail=bucket")
+            elif "top_k" in supplies and self.always_include:
+                advice.append("drop always_include")
+            elif "sampled" in supplies:
+                advice.append("use support=sampled with estimator=k1, delivery=advantage and baseline=none")
+            has = (
+                " and ".join(_SUPPLY_WORDS[kind].format(k=teacher_top_k or "k") for kind in sorted(supplies))
+                or "nothing"
+            )
+            raise ObjectiveError(
+                f"{self.divergence} needs {self._need()}, but teacher '{teacher_name}' supplies {has}; "
+                f"{', '.join([*advice, 'or use a local teacher'])}."
+            )
+        if (
+            best == "top_k"
+            and self.support == "teacher_top_k"
+            and teacher_top_k is not None
+            and teacher_top_k < self.top_k
+        ):
+            raise ObjectiveError(
+                f"top_k={self.top_k} tokens are asked for, but teacher '{teacher_name}' supplies top-{teacher_top_k}; "
+                f"set top_k={teacher_top_k}, or let the teacher return more."
+            )
+        return best
+
+    def per_token(
+        self,
+        student_logits: Float[Tensor, "tokens vocab"],
+        target: Target,
+        response_ids: Int[Tensor, " tokens"],
+        *,
+        sampler_logp: Float[Tensor, " tokens"] | None = None,
+        sequence_index: Int[Tensor, " tokens"] | None = None,
+    ) -> TokenLoss:
+        """Loss and diagnostics of every response token.
+
+        Logits are the student's predictions *of* the response tokens. `sampler_logp` corrects tail='sampled' and the policy
+        gradient for tokens that were not drawn from this very student; `sequence_index` is needed when discount > 0.
+        """
+        if isinstance(target, HiddenTarget):
+            target = dense_from_hidden(target)
+        self._check_inputs(student_logits, target, response_ids, sampler_logp, sequence_index)
+        student_logp = to_logp(student_logits, self.student_temperature)
+        if self.support == "full" and isinstance(target, DenseTarget):
+            teacher_logp, clamped = self._floored(student_logp, to_logp(target.logits, self.teacher_temperature))
+            loss = full_divergence(
+                self.divergence, student_logp, teacher_logp, alpha=self.alpha, beta=self.beta, normalize=self.normalize
+            )
+        elif self.support == "sampled":
+            loss, clamped = self._sampled(student_logp, target, response_ids, sampler_logp, sequence_index)
+        else:
+            loss, clamped = self._partial(student_logp, target, response_ids, sampler_logp)
+        if self.scale_by_t2:
+            loss = loss * self.student_temperature**2
+        metrics = _diagnostics(student_logits.detach(), target, response_ids, self.top_k)
+        return TokenLoss(loss=loss, metrics={**metrics, "clamped": clamped})
+
+    def _need(self) -> str:
+        if self.support in ("student_top_k", "union"):
+            return "teacher log-probs of tokens that the student chooses"
+        if self.teacher_temperature != 1.0:
+            return f"teacher logits, to divide them by teacher_temperature={self.teacher_temperature},"
+        if self.baseline == "value":
+            return "more of the teacher's distribution than one token, for baseline=value"
+        if self.support == "teacher_top_k":
+            extra = f" and of tokens {self.always_include}" if self.always_include else ""
+            return f"teacher log-probs of its top-{self.top_k}{extra}"
+        return "every vocabulary entry" if self.support == "full" else "the teacher's log-prob of each sampled token"
+
+    def _check_inputs(
+        self,
+        student_logits: Tensor,
+        target: Target,
+        response_ids: Tensor,
+        sampler_logp: Tensor | None,
+        sequence_index: Tensor | None,
+    ) -> None:
+        if target.kind not in self.needs:
+            raise ObjectiveError(
+                f"{self.divergence} needs {self._need()}, but got a {type(target).__name__}; "
+                f"give it a target of kind {' or '.join(self.needs)}."
+            )
+        tokens, vocab = student_logits.shape
+        if not tokens == len(target) == response_ids.shape[0]:
+            raise ObjectiveError(
+                f"{tokens} rows of student logits, {len(target)} of the target and {response_ids.shape[0]} response tokens; "
+                "all three must be the response tokens of the same rollouts, in the same order."
+            )
+        if isinstance(target, DenseTarget) and target.logits.shape[-1] != vocab:
+            raise ObjectiveError(
+                f"student logits have {vocab} vocabulary entries, teacher logits {target.logits.shape[-1]}; cut both to the "
+                "tokens they share and set padding to −inf, because entries are compared by position."
+            )
+        if isinstance(target, TopKTarget) and target.ids.numel() and int(target.ids.max()) >= vocab:
+            raise ObjectiveError(
+                f"the teacher names token {int(target.ids.max())}, but the student has {vocab} vocabulary entries; both must "
+                "use the same tokenizer."
+            )
+        if self.discount > 0 and sequence_index is None:
+            raise ObjectiveError(
+                f"discount={self.discount} adds up along a response; pass sequence_index, or set discount=0."
+            )
+        if self.clip_range is not None and sampler_logp is None:
+            raise ObjectiveError(
+                f"clip_range={self.clip_range} clips the ratio student / sampler; pass sampler_logp, or set clip_range=None."
+            )
+
+    def _floored(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher log-probs with the floor, and the student's probability of the tokens it raised."""
+        if self.teacher_logp_floor is None:
+            return teacher_logp, torch.zeros(student_logp.shape[0], device=student_logp.device)
+        raised = (teacher_logp < self.teacher_logp_floor) & (student_logp > -torch.inf)
+        clamped = torch.where(raised, student_logp.detach().exp(), 0.0).sum(dim=-1)
+        return torch.where(raised, self.teacher_logp_floor, teacher_logp), clamped
+
+    def _partial(
+        self, student_logp: Tensor, target: Target, response_ids: Tensor, sampler_logp: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(target, TopKTarget):
+            kept = target.teacher_logp.topk(min(self.top_k, target.ids.shape[-1]), dim=-1)
+            support = support_of(target.ids.gather(-1, kept.indices))
+            teacher_on_k, teacher_logp = support.mask(kept.values), None
+        else:
+            assert isinstance(target, DenseTarget)
+            teacher_logp = to_logp(target.logits, self.teacher_temperature)
+            support = self._choose_support(student_logp, teacher_logp)
+            teacher_on_k = support.gather(teacher_logp)
+        student_on_k = support.gather(student_logp)
+        teacher_on_k, clamped = self._floored(student_on_k, teacher_on_k)
+        sampled = None
+        if self.tail == "sampled":
+            y_logp = gather_logp(student_logp, response_ids)
+            y_logq = _teacher_logp_of(response_ids, target, teacher_logp)
+            outside = ~support.contains(response_ids)
+            y_logq, y_clamped = self._floored(y_logp.unsqueeze(-1), y_logq.unsqueeze(-1))
+            clamped = clamped + outside * (y_clamped > 0)
+            sampled = SampledToken(
+                student_logp=y_logp, teacher_logp=y_logq.squeeze(-1), in_support=~outside, sampler_logp=sampler_logp
+            )
+        loss = partial_divergence(
+            self.divergence,
+            student_on_k,
+            teacher_on_k,
+            tail=self.tail,
+            beta=self.beta,
+            normalize=self.normalize,
+            sampled=sampled,
+        )
+        return loss, clamped
+
+    def _choose_support(self, student_logp: Tensor, teacher_logp: Tensor) -> Support:
+        if self.support == "union":
+            return union_support(student_logp, teacher_logp, self.top_k, self.always_include)
+        chooser = student_logp if self.support == "student_top_k" else teacher_logp
+        return top_k_support(chooser, self.top_k, self.always_include)
+
+    def _sampled(
+        self,
+        student_logp: Tensor,
+        target: Target,
+        response_ids: Tensor,
+        sampler_logp: Tensor | None,
+        sequence_index: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        teacher_logp = to_logp(target.logits, self.teacher_temperature) if isinstance(target, DenseTarget) else None
+        y_logp = gather_logp(student_logp, response_ids)
+        y_logq, clamped = self._floored(
+            y_logp.unsqueeze(-1), _teacher_logp_of(response_ids, target, teacher_logp).unsqueeze(-1)
+        )
+        y_logq, clamped = y_logq.squeeze(-1), (clamped > 0).to(y_logp.dtype)
+        if self.estimator == "k2":
+            return k2(y_logp, y_logq), clamped
+        if self.estimator == "k3":
+            return k3(y_logp, y_logq), clamped
+        advantage = distillation_advantage(y_logp, y_logq)
+        if self.discount > 0 and sequence_index is not None:
+            advantage = discounted_return(advantage, sequence_index, self.discount)
+        if self.baseline == "value":
+            advantage = advantage - value_baseline(self._known_reverse_kl(student_logp.detach(), target, teacher_logp))
+        return policy_gradient_loss(y_logp, advantage, sampler_logp, self.clip_range), clamped
+
+    def _known_reverse_kl(self, student_logp: Tensor, target: Target, teacher_logp: Tensor | None) -> Tensor:
+        """KL(S‖T), coarsened to the teacher's top-k when that is all there is."""
+        if teacher_logp is not None:
+            return full_divergence("reverse_kl", student_logp, self._floored(student_logp, teacher_logp)[0])
+        assert isinstance(target, TopKTarget)
+        support = support_of(target.ids)
+        student_on_k = support.gather(student_logp)
+        teacher_on_k = self._floored(student_on_k, support.mask(target.teacher_logp))[0]
+        return partial_divergence("reverse_kl", student_on_k, teacher_on_k)
+
+
+_SUPPLY_WORDS: dict[TargetKind, str] = {
+    "sampled": "the sampled token's log-prob",
+    "top_k": "top-{k}",
+    "dense": "logits",
+    "hidden": "hidden states",
+}
+
+
+def dense_from_hidden(target: HiddenTarget) -> DenseTarget:
+    """Teacher logits hidden @ weight.T + bias, in float32 (float64 stays), with padding rows of the head at −inf."""
+    head = target.head
+    dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+    logits = target.hidden.to(dtype) @ head.weight.to(dtype).T
+    if head.bias is not None:
+        logits = logits + head.bias.to(dtype)
+    if head.valid_vocab is not None:
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= head.valid_vocab
+        logits = logits.masked_fill(padding, -torch.inf)
+    return DenseTarget(logits=logits)
+
+
+def _teacher_logp_of(response_ids: Tensor, target: Target, teacher_logp: Tensor | None) -> Tensor:
+    """The teacher's log-prob of each response token, wherever this target keeps it."""
+    if isinstance(target, SampledTarget):
+        return target.teacher_logp
+    if isinstance(target, TopKTarget):
+        if target.sampled_logp is None:
+            raise ObjectiveError(
+                "this loss needs the teacher's log-prob of the sampled token, but the TopKTarget has none; let the teacher "
+                "fill in sampled_logp, or use tail='bucket'."
+            )
+        return target.sampled_logp
+    assert teacher_logp is not None
+    return gather_logp(teacher_logp, response_ids)
+
+
+@torch.no_grad()
+def _diagnostics(
+    student_logits: Tensor, target: Target, response_ids: Tensor, top_k: int
+) -> dict[str, Float[Tensor, " tokens"]]:
+    student_logp = to_logp(student_logits)
+    metrics = student_diagnostics(student_logp, response_ids)
+    if isinstance(target, DenseTarget):
+        metrics |= dense_diagnostics(student_logp, to_logp(target.logits), response_ids, top_k)
+    elif isinstance(target, TopKTarget):
+        metrics |= top_k_diagnostics(student_logp, target.ids, target.teacher_logp)
+        if target.sampled_logp is not None:
+            metrics["teacher_logp"] = target.sampled_logp
+    elif isinstance(target, SampledTarget):
+        metrics["teacher_logp"] = target.teacher_logp
+    return metrics

@@ -1,0 +1,175 @@
+"""Hugging Face causal language models: loading, and the outputs at response positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.errors import ModelError
+from opd.types import Head, Sequences
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LINEAR_HEAD_TOLERANCE = 1e-3  # relative; rounding of a float16/bfloat16 head stays under it, softcaps and scales do not
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is CUDA when there is one. Raises ModelError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"'{name}' is not a device; use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device is '{name}', but PyTorch sees no CUDA GPU here; use 'cpu' or 'auto'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device is '{name}', but there are only {torch.cuda.device_count()} GPUs (from cuda:0).")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on CUDA, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    role: str = "model",
+) -> PreTrainedModel:
+    """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError."""
+    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(_load_failure(role, name, error)) from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, role: str = "model"
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, from the same folder or hub name. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(_load_failure(role, f"{name} (tokenizer)", error)) from error
+
+
+def _load_failure(role: str, name: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"The {role} '{name}' cannot be loaded: {first_line} "
+        f"Give {role}.model a folder that holds config.json, weights and tokenizer, or a hub name this machine can reach."
+    )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions the model was built for, or None when its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the output layer, padding included."""
+    return _head_module(model).weight.shape[0]
+
+
+def _head_module(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise ModelError(f"{type(model).__name__} has no output embeddings; opd needs a causal language model.")
+    return head  # pyright: ignore[reportReturnType]
+
+
+def response_logits(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "tokens vocab"]:
+    """Logits that predict each response token; the head runs on those rows alone.
+
+    The rows are picked just before the output layer, so whatever the model does after it (soft-caps, scales) is kept, and
+    the [rows, length, vocab] tensor never exists.
+    """
+    index = sequences.predict_index
+    with _before_head(model, lambda hidden: hidden.flatten(0, 1).index_select(0, index).unsqueeze(0)):
+        return _forward(model, sequences)[0]
+
+
+def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "tokens hidden"]:
+    """The hidden states that enter the output layer at each response position. The head itself runs on one row only."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(hidden.flatten(0, 1).index_select(0, sequences.predict_index))
+        return hidden[:1, :1]
+
+    with _before_head(model, keep):
+        _forward(model, sequences)
+    return kept[0]
+
+
+def _forward(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    return model(
+        input_ids=sequences.input_ids,
+        attention_mask=sequences.attention_mask,
+        position_ids=sequences.position_ids,
+        use_cache=False,
+    ).logits
+
+
+@contextmanager
+def _before_head(model: PreTrainedModel, change: Any) -> Iterator[None]:
+    """Change what enters the output layer. The layer itself runs outside autocast: rounding logits to bfloat16 costs more of the
+    gradient the closer student and teacher are (27% at a KL of 0.006)."""
+    head = _head_module(model)
+    outside = torch.autocast(head.weight.device.type, enabled=False)
+
+    def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = change(args[0])
+        outside.__enter__()
+        return (hidden.to(head.weight.dtype), *args[1:])
+
+    def leave(*_: Any) -> None:
+        outside.__exit__(None, None, None)
+
+    handles = [head.register_forward_pre_hook(enter), head.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def linear_head(model: PreTrainedModel) -> Head | None:
+    """The output layer as a weight and a bias, or None when the model's logits are more than `hidden @ weight.T + bias`."""
+    module = _head_module(model)
+    if not isinstance(module, nn.Linear) or module.weight.dim() != 2 or not module.weight.is_floating_point():
+        return None
+    ids = torch.arange(2, device=module.weight.device).unsqueeze(0)
+    probe = Sequences(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids.clone(), predict_index=ids.flatten()
+    )
+    hidden = response_hidden(model, probe)
+    expected = response_logits(model, probe).float()
+    actual = F.linear(hidden, module.weight, module.bias).float()
+    scale = expected.abs().max().clamp_min(1e-6)
+    if (actual - expected).abs().max() > LINEAR_HEAD_TOLERANCE * scale:
+        return None
+    return Head(weight=module.weight.detach(), bias=None if module.bias is None else module.bias.detach())

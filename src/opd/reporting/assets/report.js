@@ -1,0 +1,86 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const systemDark = matchMedia("(prefers-color-scheme: dark)");
+  const isTouch = matchMedia("(pointer: coarse)").matches;
+  const PRINT_WIDTH = 325; // two charts side by side on A4 and on US Letter
+
+  // Figures name colours as "var(--student)"; the page's style sheet knows what that is in the current theme.
+  const resolve = (value, style) => {
+    if (typeof value === "string") {
+      const match = /^var\((--[\w-]+)\)$/.exec(value);
+      return match ? style.getPropertyValue(match[1]).trim() : value;
+    }
+    if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map((item) => resolve(item, style));
+    if (value !== null && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, style)]));
+    }
+    return value;
+  };
+
+  const plots = [...document.querySelectorAll(".plot")].map((element) => ({
+    element,
+    figure: JSON.parse(element.nextElementSibling.textContent),
+  }));
+
+  const draw = ({ element, figure }, width) => {
+    const { data, layout } = resolve(figure, getComputedStyle(root));
+    if (isTouch) layout.dragmode = false; // a finger scrolls the page
+    if (width) Object.assign(layout, { width, autosize: false });
+    Plotly.react(element, data, layout, {
+      responsive: !width,
+      displaylogo: false,
+      displayModeBar: isTouch ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    });
+  };
+  const isShown = ({ element }) => element.offsetParent !== null;
+  const drawShown = () => plots.filter(isShown).forEach((plot) => draw(plot));
+
+  const setTheme = (theme) => {
+    root.dataset.theme = theme;
+    drawShown();
+  };
+  const systemTheme = () => (systemDark.matches ? "dark" : "light");
+
+  drawShown();
+  systemDark.addEventListener("change", () => setTheme(systemTheme()));
+  // A plot in a closed block has no width; it is drawn when the block opens.
+  document.querySelectorAll("details").forEach((block) => block.addEventListener("toggle", drawShown));
+
+  const button = document.getElementById("theme");
+  button.hidden = false;
+  button.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
+
+  let themeOnScreen = null;
+  addEventListener("beforeprint", () => {
+    themeOnScreen = root.dataset.theme;
+    root.dataset.theme = "light";
+    plots.filter(isShown).forEach((plot) => draw(plot, PRINT_WIDTH));
+  });
+  addEventListener("afterprint", () => setTheme(themeOnScreen));
+
+  // Our own hint replaces the browser's, which is slow, and absent on touch screens.
+  const tip = document.getElementById("tip");
+  const show = (token) => {
+    if (token.title) {
+      token.dataset.tip = token.title;
+      token.removeAttribute("title");
+    }
+    tip.textContent = token.dataset.tip;
+    tip.hidden = false;
+    const at = token.getClientRects()[0];
+    const left = Math.min(Math.max(8, at.left), innerWidth - tip.offsetWidth - 8);
+    const above = at.top - tip.offsetHeight - 6;
+    tip.style.left = `${Math.max(8, left)}px`;
+    tip.style.top = `${above > 8 ? above : at.bottom + 6}px`;
+  };
+  const react = (event) => {
+    const token = event.target instanceof Element ? event.target.closest(".response .t") : null;
+    if (token) show(token);
+    else tip.hidden = true;
+  };
+  document.addEventListener("pointerover", react);
+  document.addEventListener("click", react);
+  addEventListener("scroll", () => (tip.hidden = true), { passive: true });
+})();

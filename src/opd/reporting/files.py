@@ -1,0 +1,68 @@
+"""Writing into a run folder: every failure becomes a `RunFolderError` that says what, why, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from opd.errors import RunFolderError
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+@contextmanager
+def explain_os_errors(action: str, path: Path) -> Iterator[None]:
+    """Turn an `OSError` while doing `action` to `path` into a `RunFolderError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"Cannot {action} {path}: {error.strerror or error}. {_advice(error.errno)}") from error
+
+
+def _advice(code: int | None) -> str:
+    if code in DISK_FULL:
+        return "Free some space on that disk, or choose a run folder on another one; then resume the run."
+    if code in NOT_ALLOWED:
+        return "Choose a run folder that you may write to, or change its permissions."
+    if code in (errno.ENOENT, errno.ENOTDIR):
+        return "Check the spelling of the path, and that the folder was not moved or deleted."
+    return "Check that the folder still exists and that its disk is healthy."
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends well; until then `path` is untouched."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`: a reader sees the old file or the new one, never a part of it."""
+    with explain_os_errors("write", path), replacing(path) as stream:
+        stream.write(content)
+
+
+def strict_json(value: Any) -> Any:
+    """`value` with every non-finite float replaced by None, so that the JSON text is valid everywhere."""
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

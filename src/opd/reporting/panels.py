@@ -1,0 +1,161 @@
+"""Which metric is drawn where, and in which words. A metric named nowhere here appears under "Other metrics"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opd.reporting.record import Who
+
+Dash = Literal["solid", "dash", "dot"]
+
+# Colours are CSS variables of the page (assets/report.css), so that light, dark and print each have their own.
+STUDENT = "student"
+TEACHER = "teacher"
+NEUTRAL = "neutral"
+SOURCE_COLORS = {"on_policy/": STUDENT, "off_policy/": TEACHER}
+PHASE_COLORS = ("phase-1", "phase-2", "phase-3", "phase-4", "phase-5")
+
+KL_BY_POSITION_PREFIX = "kl_by_position/"
+STEP_TIME = "time/step"
+TOKENS_PER_SECOND = "time/tokens_per_second"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One metric in a panel."""
+
+    metric: str
+    label: str
+    color: str = STUDENT
+    dash: Dash = "solid"
+    who: Who | None = None
+    """None draws the training metric; otherwise the evaluation of that model, with its intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One chart."""
+
+    title: str
+    note: str
+    curves: tuple[Curve, ...]
+    percent: bool = False
+    log: bool = False
+    """Use a logarithmic axis where the values are positive and span a wide range."""
+    from_zero: bool = False
+    teacher_level: str | None = None
+    """Evaluation metric whose teacher value is drawn as a level across the chart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanelGroup:
+    """A section of the page."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def _one(
+    metric: str,
+    title: str,
+    note: str,
+    *,
+    color: str = STUDENT,
+    held_out: bool = False,
+    percent: bool = False,
+    log: bool = False,
+    from_zero: bool = False,
+) -> Panel:
+    curves = [Curve(metric=metric, label="training", color=color)]
+    if held_out:
+        curves.append(Curve(metric=metric, label="held out", color=color, dash="dot", who="student"))
+    return Panel(title=title, note=note, curves=tuple(curves), percent=percent, log=log, from_zero=from_zero)
+
+
+LEARNING = PanelGroup(
+    title="Learning",
+    panels=(
+        Panel(
+            title="Held-out accuracy",
+            note="Band: 95 % confidence. The straight line is the teacher.",
+            curves=(
+                Curve(metric="accuracy", label="student", who="student"),
+                Curve(metric="accuracy_greedy", label="student, greedy", dash="dash", who="student"),
+            ),
+            percent=True,
+            teacher_level="accuracy",
+        ),
+        Panel(
+            title="Divergence from the teacher",
+            note="Nats per response token, on the student's own samples. Should fall.",
+            curves=(
+                Curve(metric="reverse_kl", label="reverse KL"),
+                Curve(metric="forward_kl", label="forward KL", color=TEACHER),
+                Curve(metric="reverse_kl", label="reverse KL, held out", color=NEUTRAL, dash="dot", who="student"),
+            ),
+            log=True,
+        ),
+        _one("loss", "Loss", "Per token, as the optimizer sees it."),
+        Panel(
+            title="Entropy",
+            note="Nats per token. A student far below its teacher has become too sure.",
+            curves=(
+                Curve(metric="student_entropy", label="student"),
+                Curve(metric="teacher_entropy", label="teacher", color=TEACHER),
+            ),
+            from_zero=True,
+        ),
+        _one(
+            "overlap",
+            "Top-k overlap",
+            "Share of the teacher's likeliest tokens that are the student's too.",
+            percent=True,
+        ),
+        _one(
+            "teacher_perplexity",
+            "Teacher perplexity",
+            "Of the student's responses, under the teacher.",
+            color=TEACHER,
+            log=True,
+        ),
+    ),
+)
+
+RESPONSES = PanelGroup(
+    title="Responses",
+    panels=(
+        _one("response_length", "Response length", "Tokens per response.", held_out=True, from_zero=True),
+        _one(
+            "truncated",
+            "Truncated responses",
+            "Share cut at the length limit.",
+            held_out=True,
+            percent=True,
+            from_zero=True,
+        ),
+        _one("eos_prob", "End of sequence", "Probability of the end token, where the response ends.", percent=True),
+        _one("repetition", "Repetition", "A rise means that the student has begun to loop.", from_zero=True),
+    ),
+)
+
+MACHINE = PanelGroup(
+    title="Optimizer and machine",
+    panels=(
+        _one("grad_norm", "Gradient norm", "Before clipping.", color=NEUTRAL, log=True),
+        _one("lr", "Learning rate", "", color=NEUTRAL, from_zero=True),
+        _one(
+            "clamped_tokens",
+            "Clamped tokens",
+            "Tokens whose contribution hit the clamp. Should be rare.",
+            color=NEUTRAL,
+        ),
+        _one("tokens", "Tokens per step", "Response tokens trained on.", color=NEUTRAL, from_zero=True),
+        _one(TOKENS_PER_SECOND, "Throughput", "Response tokens per second.", color=NEUTRAL, from_zero=True),
+    ),
+)
+
+GROUPS = (LEARNING, RESPONSES, MACHINE)
+PERCENT_METRICS = frozenset(
+    curve.metric for group in GROUPS for panel in group.panels if panel.percent for curve in panel.curves
+)

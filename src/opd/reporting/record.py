@@ -1,0 +1,286 @@
+"""The two logs of a run folder, `metrics.jsonl` and `samples.jsonl`; every report is made from them.
+
+One JSON object per line, written whole, so that a killed process loses at most the line it was writing. JSON has no NaN
+or infinity: they are stored as null and read back as NaN.
+
+Metrics whose name starts with `time/` are wall clock. They alone may differ between two runs of the same recipe and
+seed; every other number in both files must not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from opd.errors import RunFolderError
+from opd.reporting.files import explain_os_errors, replacing, strict_json
+from opd.types import RolloutSource
+
+SCHEMA_VERSION = 1
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+WALL_CLOCK_PREFIX = "time/"
+
+Who = Literal["student", "teacher"]
+Phase = Literal["train", "eval"]
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsRecord:
+    """One line of `metrics.jsonl`."""
+
+    kind: Literal["step", "eval"]
+    step: int
+    """kind="step": number of the update, from 0. kind="eval": number of updates completed before the evaluation."""
+    metrics: Mapping[str, float]
+    who: Who | None = None
+    """Whose evaluation; None for training steps."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Confidence intervals of evaluation metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """One line of `samples.jsonl`: a response, token by token."""
+
+    step: int
+    """Counts as in `MetricsRecord`: the update it trained, or the updates completed before the evaluation."""
+    phase: Phase
+    who: Who
+    prompt: str
+    response: str
+    tokens: Sequence[str]
+    """The text of each response token."""
+    reverse_kl: Sequence[float] | None
+    """Reverse KL (nats) at each response token; None where no teacher scored the response."""
+    finished: bool
+    source: RolloutSource = "student"
+    answer: str | None = None
+    reward: float | None = None
+
+
+class MetricSink(Protocol):
+    """A second place for the metrics, next to `metrics.jsonl`."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunRecorder:
+    """Appends metrics and samples to a run folder; to be closed, or used as a context manager.
+
+    `resume_step` is None for a new run, and otherwise the number of updates completed in the checkpoint that the run
+    goes on from. Resuming removes what that checkpoint has not seen: training lines of update `resume_step` and later,
+    evaluations after `resume_step` updates, and a last line cut short. An evaluation at exactly `resume_step` stays,
+    because a checkpoint is saved after the evaluation of its step.
+
+    Raises `RunFolderError` when a new run finds another run's lines, and when the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None, sinks: Sequence[MetricSink] = ()) -> None:
+        self.run_dir = Path(run_dir)
+        self._sinks = tuple(sinks)
+        with explain_os_errors("create the run folder", self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        paths = [self.run_dir / METRICS_FILE, self.run_dir / SAMPLES_FILE]
+        for path in paths:
+            if resume_step is None:
+                _refuse_taken(path)
+            else:
+                _drop_lines_after(path, resume_step)
+        self._metrics, self._samples = (_LineWriter(path) for path in paths)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record update number `step`, from 0, after it completed."""
+        values = _floats(metrics)
+        self._metrics.append({"kind": "step", "step": step, "metrics": values})
+        for sink in self._sinks:
+            sink.step(step, values)
+
+    def evaluation(
+        self,
+        step: int,
+        who: Who,
+        metrics: Mapping[str, float],
+        intervals: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Record an evaluation made when `step` updates were completed."""
+        values = _floats(metrics)
+        bounds = {name: [float(low), float(high)] for name, (low, high) in (intervals or {}).items()}
+        self._metrics.append({"kind": "eval", "step": step, "who": who, "metrics": values, "intervals": bounds})
+        for sink in self._sinks:
+            sink.evaluation(step, who, values)
+
+    def sample(self, record: SampleRecord) -> None:
+        """Record one response."""
+        assert record.reverse_kl is None or len(record.reverse_kl) == len(record.tokens), "one KL per response token"
+        kl = None if record.reverse_kl is None else [float(value) for value in record.reverse_kl]
+        reward = None if record.reward is None else float(record.reward)
+        self._samples.append({**asdict(record), "reverse_kl": kl, "reward": reward})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> RunRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[MetricsRecord]:
+    """Every line of `metrics.jsonl`, in the order written; no file, no records. Raises `RunFolderError`."""
+    return _read(Path(run_dir) / METRICS_FILE, _metrics_record)
+
+
+def read_samples(run_dir: str | Path) -> list[SampleRecord]:
+    """Every line of `samples.jsonl`, in the order written; no file, no records. Raises `RunFolderError`."""
+    return _read(Path(run_dir) / SAMPLES_FILE, _sample_record)
+
+
+class _LineWriter:
+    """Appends JSON lines without a buffer: when `append` returns, the operating system has the whole line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with explain_os_errors("open", path):
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = strict_json({"schema_version": SCHEMA_VERSION, **record})
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        # A lone surrogate has no UTF-8 form; backslashreplace writes \udXXX, which is its JSON escape.
+        unwritten = memoryview((text + "\n").encode("utf-8", "backslashreplace"))
+        with explain_os_errors("write", self._path):
+            start = os.fstat(self._file).st_size
+            try:
+                while unwritten:
+                    unwritten = unwritten[os.write(self._file, unwritten) :]
+            except OSError:
+                # Half a line left behind would swallow the next one.
+                with suppress(OSError):
+                    os.ftruncate(self._file, start)
+                raise
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _refuse_taken(path: Path) -> None:
+    with explain_os_errors("read", path):
+        taken = path.exists() and path.stat().st_size > 0
+    if taken:
+        raise RunFolderError(
+            f"{path} already holds the records of a run, and a new run would mix with it. "
+            "Resume that run, or choose another run folder, or delete this one."
+        )
+
+
+def _drop_lines_after(path: Path, resume_step: int) -> None:
+    if not path.exists():
+        return
+    with explain_os_errors("rewrite", path), replacing(path) as stream:
+        for raw, record in _complete_lines(path):
+            if _seen_by_checkpoint(record, resume_step):
+                stream.write(raw.rstrip(b"\r\n") + b"\n")
+
+
+def _seen_by_checkpoint(record: Mapping[str, Any], resume_step: int) -> bool:
+    is_evaluation = "eval" in (record.get("kind"), record.get("phase"))
+    return record["step"] <= resume_step if is_evaluation else record["step"] < resume_step
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line with its content. A last line that is no JSON object was cut short by a kill and is left out."""
+    broken: int | None = None
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
+            if broken is not None:
+                raise RunFolderError(
+                    f"Line {broken} of {path} is not a JSON object, and it is not the last line, so it is not the mark "
+                    "of a killed run: the file was damaged or edited. Delete that line, or restore the file."
+                )
+            record = _parsed(raw)
+            if record is None:
+                broken = number
+                continue
+            _check_schema(record, path, number)
+            yield raw, record
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(raw)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _check_schema(record: Mapping[str, Any], path: Path, number: int) -> None:
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise RunFolderError(
+            f"Line {number} of {path} has schema_version {version!r}; this version of opd reads {SCHEMA_VERSION}. "
+            "Read it with the version of opd that wrote it."
+        )
+    if not isinstance(record.get("step"), int):
+        raise RunFolderError(f"Line {number} of {path} has no step number: the file was edited. Delete that line.")
+
+
+def _read(path: Path, convert: Callable[[Mapping[str, Any]], Record]) -> list[Record]:
+    records: list[Record] = []
+    with explain_os_errors("read", path):
+        if not path.exists():
+            return records
+        for raw, line in _complete_lines(path):
+            try:
+                records.append(convert(line))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RunFolderError(
+                    f"A line of {path} is not a record of opd ({type(error).__name__}: {error}): {raw[:120]!r}… "
+                    "The file was edited or written by another program; delete that line."
+                ) from error
+    return records
+
+
+def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
+    if line["kind"] not in ("step", "eval"):
+        raise ValueError(f"kind is {line['kind']!r}")
+    return MetricsRecord(
+        kind=line["kind"],
+        step=line["step"],
+        metrics={name: _number(value) for name, value in line["metrics"].items()},
+        who=line.get("who"),
+        intervals={name: (_number(low), _number(high)) for name, (low, high) in line.get("intervals", {}).items()},
+    )
+
+
+def _sample_record(line: Mapping[str, Any]) -> SampleRecord:
+    fields = {name: line[name] for name in SampleRecord.__dataclass_fields__}
+    kl = fields["reverse_kl"]
+    fields["tokens"] = tuple(fields["tokens"])
+    fields["reverse_kl"] = None if kl is None else tuple(_number(value) for value in kl)
+    return SampleRecord(**fields)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,139 @@
+"""TensorBoard and Weights & Biases, next to `metrics.jsonl`; each is imported only when it is asked for.
+
+Training metrics keep the name they have in `metrics.jsonl`. Evaluation metrics, which share names with them, become
+`eval/student/<name>` and `eval/teacher/<name>`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError, MissingDependencyError
+from opd.reporting.files import explain_os_errors, write_atomically
+from opd.reporting.record import MetricSink, Who
+
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID_FILE = "wandb_run_id"
+
+
+def open_sinks(
+    names: Sequence[str],
+    run_dir: str | Path,
+    *,
+    resume_step: int | None,
+    project: str = "opd",
+    config: Mapping[str, Any] | None = None,
+) -> list[MetricSink]:
+    """The sinks called `names` ("tensorboard", "wandb"), ready to be given to a `RunRecorder`.
+
+    Raises `ConfigError` for another name and `MissingDependencyError` for a sink that is not installed.
+    """
+    sinks: list[MetricSink] = []
+    for name in names:
+        if name == "tensorboard":
+            sinks.append(TensorBoardSink(run_dir, resume_step=resume_step))
+        elif name == "wandb":
+            sinks.append(WandbSink(run_dir, resume_step=resume_step, project=project, config=config))
+        else:
+            raise ConfigError(f"There is no metric sink {name!r}. Choose from 'tensorboard' and 'wandb'.")
+    return sinks
+
+
+class TensorBoardSink:
+    """Writes `<run_dir>/tensorboard`; look at it with `tensorboard --logdir <run_dir>`."""
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        # The generated protobuf classes are invisible to a type checker.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        folder = Path(run_dir) / TENSORBOARD_FOLDER
+        with explain_os_errors("write", folder):
+            self._writer = EventFileWriter(str(folder))
+        if resume_step is not None:
+            # TensorBoard then hides what the interrupted run wrote at this step and later.
+            log = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._write(resume_step, session_log=log)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._scalars(step, metrics)
+
+    def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None:
+        self._scalars(step, _evaluation_names(who, metrics))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(step, summary=self._summaries.Summary(value=values))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.add_event(self._events.Event(step=step, wall_time=time.time(), **content))
+        self._writer.flush()
+
+
+class WandbSink:
+    """Logs to a Weights & Biases run, and to the same one again when the run is resumed."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        resume_step: int | None,
+        project: str = "opd",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise _missing("wandb") from error
+        folder = Path(run_dir)
+        id_file = folder / WANDB_ID_FILE
+        with explain_os_errors("read", id_file):
+            folder.mkdir(parents=True, exist_ok=True)
+            known = id_file.read_text("utf-8").strip() if resume_step is not None and id_file.exists() else None
+        self._run: Any = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=dict(config or {}),
+            id=known,
+            resume="allow" if known else None,
+        )
+        write_atomically(id_file, self._run.id.encode())
+        # Our own step: wandb's refuses to go back, as it must after resuming from an earlier checkpoint.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({**_finite(metrics), "step": step})
+
+    def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None:
+        self._run.log({**_finite(_evaluation_names(who, metrics)), "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _evaluation_names(who: Who, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"eval/{who}/{name}": value for name, value in metrics.items()}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _missing(extra: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"The recipe asks for the metric sink '{extra}', but {extra} is not installed. "
+        f"Install it with pip install 'opd[{extra}]', or leave the sink out of the recipe."
+    )

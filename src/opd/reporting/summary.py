@@ -1,0 +1,145 @@
+"""Student before, student after, teacher: the three rows that say what a run achieved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.errors import RunFolderError
+from opd.reporting.files import explain_os_errors, strict_json, write_atomically
+
+SUMMARY_FILE = "summary.json"
+ROW_TITLES = {"student_before": "student before", "student_after": "student after", "teacher": "teacher"}
+NO_VALUE = "—"
+PLAIN_WIDTH = 200  # wide enough that no column wraps in a log file
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRow:
+    """One evaluated model. Accuracies are shares in [0, 1]; reverse KL is in nats per token."""
+
+    title: str
+    accuracy: float | None = None
+    accuracy_interval: Interval | None = None
+    reverse_kl: float | None = None
+    reverse_kl_interval: Interval | None = None
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """More columns; names that start with "accuracy" are shown as percentages."""
+    extra_intervals: Mapping[str, Interval] = field(default_factory=dict)
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[SummaryRow]:
+    """The rows of a `summary.json`: those of "student_before", "student_after" and "teacher" that it has."""
+    return [_row(title, summary[key]) for key, title in ROW_TITLES.items() if isinstance(summary.get(key), Mapping)]
+
+
+def summary_cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
+    """Column titles and cells, as text; a column that no row fills is left out."""
+    extras = list(dict.fromkeys(name for row in rows for name in row.extra))
+    columns: list[tuple[str, list[str]]] = [
+        ("accuracy", [_share(row.accuracy, row.accuracy_interval) for row in rows]),
+        ("reverse KL (nats)", [_nats(row.reverse_kl, row.reverse_kl_interval) for row in rows]),
+    ]
+    for name in extras:
+        show = _share if name.startswith("accuracy") else _nats
+        cells = [show(row.extra.get(name), row.extra_intervals.get(name)) for row in rows]
+        columns.append((column_title(name), cells))
+    filled = [(title, cells) for title, cells in columns if any(cell != NO_VALUE for cell in cells)]
+    titles = ["", *(title for title, _ in filled)]
+    return titles, [[row.title, *(cells[i] for _, cells in filled)] for i, row in enumerate(rows)]
+
+
+def summary_table(rows: Sequence[SummaryRow]) -> Table:
+    """The rows as a rich table."""
+    titles, cells = summary_cells(rows)
+    table = Table(title="Result, with 95 % confidence intervals", title_justify="left")
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in cells:
+        table.add_row(*row, style="bold" if row[0] == ROW_TITLES["student_after"] else None)
+    return table
+
+
+def summary_text(rows: Sequence[SummaryRow]) -> str:
+    """The rows as plain text, for logs and pipes."""
+    console = Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(summary_table(rows))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary` as JSON, all or nothing; NaN and infinity become null. Raises `RunFolderError`."""
+    text = json.dumps(strict_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(Path(path), (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
+    """The content of `summary.json`, or None for a run that has not ended. Raises `RunFolderError`."""
+    path = Path(run_dir) / SUMMARY_FILE
+    with explain_os_errors("read", path):
+        if not path.exists():
+            return None
+        raw = path.read_bytes()
+    try:
+        summary = json.loads(raw)
+    except ValueError as error:
+        raise RunFolderError(f"{path} is not valid JSON ({error}). Delete it, or restore it.") from error
+    if not isinstance(summary, dict):
+        raise RunFolderError(f"{path} holds no JSON object. Delete it, or restore it.")
+    return summary
+
+
+def column_title(name: str) -> str:
+    """The words for a column: accuracy_greedy → "accuracy, greedy"."""
+    kind, _, rest = name.partition("_")
+    return f"accuracy, {rest.replace('_', ' ')}" if kind == "accuracy" and rest else name.replace("_", " ")
+
+
+def _row(title: str, values: Mapping[str, Any]) -> SummaryRow:
+    known = {"accuracy", "reverse_kl"}
+    numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
+    intervals = {
+        key.removesuffix("_interval"): cast(Interval, (float(value[0]), float(value[1])))
+        for key, value in values.items()
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+    }
+    return SummaryRow(
+        title=title,
+        accuracy=numbers.get("accuracy"),
+        accuracy_interval=intervals.get("interval", intervals.get("accuracy")),
+        reverse_kl=numbers.get("reverse_kl"),
+        reverse_kl_interval=intervals.get("reverse_kl"),
+        extra={key: value for key, value in numbers.items() if key not in known},
+        extra_intervals={key: value for key, value in intervals.items() if key not in known},
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _share(value: float | None, interval: Interval | None) -> str:
+    return _with_interval(value, interval, lambda share: f"{100 * share:.1f}", " %")
+
+
+def _nats(value: float | None, interval: Interval | None) -> str:
+    return _with_interval(value, interval, lambda number: f"{number:.4g}", "")
+
+
+def _with_interval(value: float | None, interval: Interval | None, show: Any, unit: str) -> str:
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    text = show(value) + unit
+    if interval is None or not all(map(math.isfinite, interval)):
+        return text
+    return f"{text} [{show(interval[0])}, {show(interval[1])}]"

@@ -1,0 +1,106 @@
+"""How a reward is named, and how it is called: whatever it does wrong is told with the row it happened on."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from opd.errors import ConfigError, DataError, OpdError
+from opd.rewards.exact import exact_match
+from opd.rewards.numeric import numeric_answer
+from opd.rewards.regex import regex_answer
+from opd.types import Prompt, Reward
+
+REGEX_PREFIX = "regex:"
+BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "numeric_answer": numeric_answer}
+
+
+def load_reward(spec: str) -> Reward:
+    """The reward of that name: `exact_match`, `numeric_answer`, `regex:<pattern>` or `package.module:function`."""
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]
+    if spec.startswith(REGEX_PREFIX):
+        return regex_answer(spec.removeprefix(REGEX_PREFIX))
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not module_name or not function_name:
+        near = get_close_matches(spec, [*BUILT_IN, REGEX_PREFIX], n=1)
+        raise ConfigError(
+            f"there is no reward {spec!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
+            f"Use one of {', '.join(BUILT_IN)}, regex:<pattern>, or package.module:function for your own."
+        )
+    reward = _import(spec, module_name, function_name)
+    _check_signature(spec, reward)
+    return reward
+
+
+def score_reward(reward: Reward, prompt: Prompt, response: str) -> float:
+    """The reward as a finite float, or a DataError that names the prompt it went wrong on."""
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        value: Any = reward(prompt, response)
+    except OpdError:
+        raise
+    except Exception as error:  # somebody else's function
+        raise DataError(
+            f"reward {name!r} failed on prompt {prompt.index}: {type(error).__name__}: {error}. "
+            f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."
+        ) from error
+    number = _float(value)
+    if not math.isfinite(number):
+        raise DataError(
+            f"reward {name!r} returned {value!r} for prompt {prompt.index}, which is not a finite number. "
+            f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."
+        )
+    return number
+
+
+def _import(spec: str, module_name: str, function_name: str) -> Any:
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # importing runs somebody else's module
+        raise ConfigError(
+            f"reward {spec!r}: importing {module_name!r} failed ({type(error).__name__}: {error}). Check the name; a "
+            "module beside the recipe is found with PYTHONPATH=. in front of the command."
+        ) from error
+    if not hasattr(module, function_name):
+        near = get_close_matches(function_name, dir(module), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "check the name."
+        raise ConfigError(f"reward {spec!r}: module {module_name!r} has no {function_name!r}; {hint}")
+    return getattr(module, function_name)
+
+
+def _check_signature(spec: str, reward: Any) -> None:
+    if not callable(reward):
+        raise ConfigError(
+            f"reward {spec!r} has the type {type(reward).__name__} and is not a function of (prompt, response)."
+        )
+    if inspect.iscoroutinefunction(reward):
+        raise ConfigError(f"reward {spec!r} is async; rewards are called as plain functions, so drop the async.")
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:  # some built-in functions do not tell
+        return
+    try:
+        signature.bind("prompt", "response")
+    except TypeError as error:
+        raise ConfigError(
+            f"reward {spec!r} takes {signature}, but a reward is called as reward(prompt, response): {error}. "
+            "Give every further parameter a default."
+        ) from error
+
+
+def _float(value: Any) -> float:
+    """NaN for what is no number; text is none, although float() reads it."""
+    if isinstance(value, (str, bytes)):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a torch tensor of several values
+        return math.nan
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= 80 else text[:80] + "…"

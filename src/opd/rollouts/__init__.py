@@ -1,0 +1,1 @@
+"""Prompt → Rollout: the student's own samples, and the off-policy ones mixed in on request."""

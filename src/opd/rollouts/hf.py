@@ -1,0 +1,202 @@
+"""Sampling with transformers `generate`: batched, seeded, with the log-probs of the distribution really sampled from."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from opd.data.rendering import Renderer
+from opd.models import context_length
+from opd.rollouts.base import Sampling
+from opd.seeding import derive_seed
+from opd.teachers.vocabulary import VocabularyMatch
+from opd.types import Prompt, Rollout, RolloutSource
+
+
+class HfSampler:
+    """Draws responses from a model in this process. No gradient flows through sampling."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        renderer: Renderer,
+        sampling: Sampling,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        vocabulary: VocabularyMatch,
+        batch_size: int = 256,
+        source: RolloutSource = "student",
+        student_renderer: Renderer | None = None,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher."""
+        self.model = model
+        self.renderer = renderer
+        self.student_renderer = student_renderer
+        self.sampling = sampling
+        self.eos_ids = tuple(eos_ids)
+        self.pad_id = pad_id
+        self.vocabulary = vocabulary
+        self.batch_size = batch_size
+        self.source: RolloutSource = source
+        self.autocast = autocast
+        self.policy_version = 0
+
+    def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
+        """One rollout per prompt, in order. The same weights, prompts and seed give the same rollouts; the global random state is
+        left as it was. Raises DataError for a prompt longer than the context."""
+        limit = context_length(self.model)
+        prompt_ids = []
+        for prompt in prompts:
+            ids = self.renderer.prompt_ids(prompt)
+            if limit is not None:
+                self.renderer.check_length(prompt, ids, self.sampling.max_new_tokens, limit)
+            prompt_ids.append(ids)
+        # Neighbours in length share a batch, so that short prompts do not pay for long ones.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
+        rollouts: dict[int, Rollout] = {}
+        for start in range(0, len(order), self.batch_size):
+            members = order[start : start + self.batch_size]
+            with _seeded(derive_seed(seed, start, "generate"), self.model.device):
+                drawn = self._generate([prompt_ids[i] for i in members])
+            for i, (response, logp) in zip(members, drawn, strict=True):
+                rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp)
+        return [rollouts[i] for i in range(len(prompts))]
+
+    def _rollout(self, prompt: Prompt, prompt_ids: tuple[int, ...], response: list[int], logp: list[float]) -> Rollout:
+        length, finished = self._end(response)
+        kept = tuple(response[:length])
+        greedy = self.sampling.temperature == 0
+        if self.student_renderer is not None:
+            prompt_ids = self.student_renderer.prompt_ids(prompt)
+        return Rollout(
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            response_ids=kept,
+            sampler_logp=None if greedy else tuple(logp[:length]),
+            finished=finished,
+            policy_version=self.policy_version,
+            source=self.source,
+            text=self.renderer.decode(kept),
+        )
+
+    def _end(self, response: Sequence[int]) -> tuple[int, bool]:
+        """Length of the response, its EOS included, and whether it ended by itself. What `generate` put behind the first EOS is
+        padding whatever its id, so pad == eos cannot hide an EOS."""
+        length = next((t + 1 for t, token in enumerate(response) if token in self.eos_ids), None)
+        finished = length is not None
+        length = len(response) if length is None else length
+        if self._stopped(response[:length]):
+            ends = range(1, length + 1)
+            return bisect.bisect_left(ends, True, key=lambda end: self._stopped(response[:end])) + 1, True
+        return length, finished
+
+    def _stopped(self, response: Sequence[int]) -> bool:
+        return bool(self.sampling.stop) and any(s in self.renderer.decode(response) for s in self.sampling.stop)
+
+    @torch.no_grad()
+    def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float]]]:
+        device = self.model.device
+        width = max(map(len, prompt_ids))
+        rows = [[self.pad_id] * (width - len(p)) + list(p) for p in prompt_ids]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
+        recorder = _Recorder(width)
+        with _plain_generation_config(self.model), self.autocast():
+            output = self.model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=self._generation_config(),
+                logits_processor=self._processors(recorder),
+                tokenizer=self.renderer.tokenizer if self.sampling.stop else None,
+            )
+        assert isinstance(output, torch.Tensor)
+        responses = output[:, width:]
+        logp = recorder.finish(output)
+        return list(zip(responses.tolist(), logp.tolist(), strict=True))
+
+    def _generation_config(self) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=self.sampling.max_new_tokens,
+            do_sample=self.sampling.temperature > 0,
+            temperature=1.0,  # the warpers in _processors do all of it, so that the recorder sees the result
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=list(self.eos_ids),
+            pad_token_id=self.pad_id,
+            stop_strings=list(self.sampling.stop) or None,
+        )
+
+    def _processors(self, recorder: _Recorder) -> LogitsProcessorList:
+        processors = LogitsProcessorList([_VocabularyMask(self.vocabulary)])
+        if self.sampling.temperature not in (0, 1):
+            processors.append(TemperatureLogitsWarper(float(self.sampling.temperature)))
+        if self.sampling.top_k:
+            processors.append(TopKLogitsWarper(self.sampling.top_k))
+        if self.sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(self.sampling.top_p))
+        processors.append(recorder)
+        return processors
+
+
+class _VocabularyMask(LogitsProcessor):
+    """Padding rows of the head and ids without a token cannot be sampled."""
+
+    def __init__(self, vocabulary: VocabularyMatch) -> None:
+        self.size = vocabulary.size
+        self.invalid = torch.tensor(vocabulary.invalid_ids, dtype=torch.long)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.shape[-1] == self.size and not len(self.invalid):
+            return scores
+        scores = scores.clone()
+        scores[:, self.size :] = -torch.inf
+        return scores.index_fill_(-1, self.invalid.to(scores.device), -torch.inf)
+
+
+class _Recorder(LogitsProcessor):
+    """Log-prob of every sampled token, without keeping a [steps, rows, vocab] stack: step t's distribution is looked up when step
+    t + 1 shows which token was drawn."""
+
+    def __init__(self, prompt_width: int) -> None:
+        self.width = prompt_width
+        self.last: torch.Tensor | None = None
+        self.columns: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._take(input_ids)
+        self.last = scores.float().log_softmax(-1)
+        return scores
+
+    def _take(self, ids: torch.Tensor) -> None:
+        if self.last is not None:
+            drawn = ids[:, self.width + len(self.columns)].unsqueeze(-1)
+            self.columns.append(self.last.gather(-1, drawn).squeeze(-1))
+
+    def finish(self, ids: torch.Tensor) -> torch.Tensor:
+        self._take(ids)
+        return torch.stack(self.columns, dim=1)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a generation config leaves open from the model's own one (a released model may carry a repetition
+    penalty or top_k = 20). Rollouts must come from the model's plain distribution, so its own config is set aside."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept

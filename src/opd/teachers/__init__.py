@@ -1,0 +1,1 @@
+"""Rollout → Target: what the teacher would have said at every response position."""

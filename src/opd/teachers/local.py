@@ -1,0 +1,133 @@
+"""A teacher in this process: any Hugging Face causal LM, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from opd.data.pack import arrange, plan
+from opd.data.rendering import Renderer
+from opd.errors import DataError, ObjectiveError
+from opd.losses import Objective, dense_from_hidden, to_logp
+from opd.models import context_length, linear_head, response_hidden, response_logits
+from opd.teachers.vocabulary import VocabularyMatch
+from opd.types import (
+    DenseTarget,
+    Head,
+    HiddenTarget,
+    Rollout,
+    SampledTarget,
+    Sequences,
+    Target,
+    TargetKind,
+    TopKTarget,
+)
+
+
+class LocalTeacher:
+    """Reads its own rendering of the prompt, then the student's response tokens as they are.
+
+    Logits are cut to the common vocabulary, and ids that no token owns are −inf, exactly as on the student's side.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        renderer: Renderer,
+        *,
+        vocabulary: VocabularyMatch,
+        pad_id: int,
+        name: str = "teacher",
+        tokens_per_batch: int = 16384,
+        supply: TargetKind | None = None,
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.renderer = renderer
+        self.name = name
+        self.vocabulary = vocabulary
+        self.pad_id = pad_id
+        self.tokens_per_batch = tokens_per_batch
+        head = linear_head(model)
+        size = vocabulary.size
+        self.head = head and Head(weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])
+        possible: set[TargetKind] = {"dense", "top_k", "sampled"} | ({"hidden"} if self.head is not None else set())
+        if supply is not None and supply not in possible:
+            raise ObjectiveError(
+                f"teacher.supply is '{supply}', but {type(model).__name__} does more than a matrix product after its last hidden "
+                f"state (a soft-cap or a scale), so hidden states alone do not give its logits. Use supply=auto or dense."
+            )
+        self.supplies: frozenset[TargetKind] = frozenset(possible if supply is None else {supply})
+        self.kind: TargetKind = supply or ("hidden" if "hidden" in self.supplies else "dense")
+        self.top_k = 0
+
+    def serve(self, objective: Objective) -> TargetKind:
+        """Settle what `score` hands out for this objective. Raises ObjectiveError when nothing it supplies will do."""
+        self.kind = objective.check_supplies(self.supplies, self.name)
+        self.top_k = min(objective.top_k, self.vocabulary.size)
+        return self.kind
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout]) -> list[Target]:
+        """One target per rollout, in order; row t is the teacher's view of response token t. Raises DataError when a prompt and
+        its response do not fit the teacher's context."""
+        prompts = [self.renderer.prompt_ids(r.prompt) for r in rollouts]
+        self._check_context(prompts, rollouts)
+        lengths = [len(p) + len(r.response_ids) - 1 for p, r in zip(prompts, rollouts, strict=True)]
+        targets: dict[int, Target] = {}
+        for members in plan(lengths, budget=self.tokens_per_batch, layout="right_padded"):
+            sequences = arrange(
+                [prompts[i] for i in members],
+                [rollouts[i].response_ids for i in members],
+                layout="right_padded",
+                pad_id=self.pad_id,
+                device=self.model.device,
+            )
+            ids = torch.tensor([t for i in members for t in rollouts[i].response_ids], device=self.model.device)
+            sizes = [len(rollouts[i].response_ids) for i in members]
+            targets |= zip(members, self._targets(sequences, ids, sizes), strict=True)
+        return [targets[i] for i in range(len(rollouts))]
+
+    def _targets(self, sequences: Sequences, ids: torch.Tensor, sizes: list[int]) -> list[Target]:
+        if self.kind == "hidden":
+            assert self.head is not None
+            hidden = response_hidden(self.model, sequences)
+            return [HiddenTarget(hidden=h, head=self.head) for h in hidden.split(sizes)]
+        logits = self.mask(response_logits(self.model, sequences))
+        if self.kind == "dense":
+            return [DenseTarget(logits=rows) for rows in logits.split(sizes)]
+        logp = to_logp(logits)
+        sampled = logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        if self.kind == "sampled":
+            return [SampledTarget(teacher_logp=rows) for rows in sampled.split(sizes)]
+        top = logp.topk(self.top_k, dim=-1)
+        parts = zip(top.indices.split(sizes), top.values.split(sizes), sampled.split(sizes), strict=True)
+        return [TopKTarget(ids=i, teacher_logp=v, sampled_logp=s) for i, v, s in parts]
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits over the common vocabulary; ids without a token are −inf."""
+        return mask_vocabulary(logits, self.vocabulary)
+
+    def logits(self, target: HiddenTarget) -> torch.Tensor:
+        """Teacher logits of a hidden target, in float32 and masked like the dense ones."""
+        return self.mask(dense_from_hidden(target).logits)
+
+    def _check_context(self, prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout]) -> None:
+        limit = context_length(self.model)
+        for prompt, rollout in zip(prompts, rollouts, strict=True):
+            length = len(prompt) + len(rollout.response_ids) - 1
+            if limit is not None and length > limit:
+                raise DataError(
+                    f"Prompt {rollout.prompt.index} and its response take {length} tokens, and {self.name} reads {limit}. "
+                    "Lower rollout.max_new_tokens, or drop the long prompts."
+                )
+
+
+def mask_vocabulary(logits: torch.Tensor, vocabulary: VocabularyMatch) -> torch.Tensor:
+    """Padding rows cut off, ids that no token owns at −inf. Both sides of the loss go through here."""
+    logits = logits[..., : vocabulary.size]
+    if vocabulary.invalid_ids:
+        invalid = torch.tensor(vocabulary.invalid_ids, device=logits.device)
+        logits = logits.index_fill(-1, invalid, float("-inf"))
+    return logits

@@ -1,0 +1,157 @@
+"""Do student and teacher read the same token ids? Asked once, before any model runs.
+
+A teacher scores the student's ids as they are, so id i has to be the same token on both sides. The sizes of the two
+embeddings may differ: released models pad them (151 936 rows and 152 064 rows over the same 151 665 tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opd.errors import VocabularyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SHOWN = 5
+"""Tokens spelt out in one message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyMatch:
+    """The token ids that mean the same thing to student and teacher."""
+
+    size: int
+    """Ids at or beyond this are padding, or unknown to the student; their logits are −inf on both sides."""
+    invalid_ids: tuple[int, ...] = ()
+    """Ids below `size` that are not a token of both; their logits are −inf on both sides too."""
+    warnings: tuple[str, ...] = ()
+
+
+def check_vocabularies(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_rows: int,
+    teacher_rows: int,
+    *,
+    student_name: str,
+    teacher_name: str,
+    student_eos: Collection[int] = (),
+    teacher_eos: Collection[int] = (),
+) -> VocabularyMatch:
+    """The common vocabulary, or a VocabularyError that shows where the two part.
+
+    Rows are those of each model's output layer. Token strings are compared id by id, added tokens included. A token that
+    only the student has is refused, because the teacher cannot score it; a token that only the teacher has is masked
+    and named in a warning. EOS ids are those that each model's generation config stops at; leave both out to skip them.
+    """
+    student_label, teacher_label = f"student {student_name!r}", f"teacher {teacher_name!r}"
+    warnings: list[str] = []
+    student = _tokens_with_a_row(student_tokenizer, student_rows, student_label, warnings)
+    teacher = _tokens_with_a_row(teacher_tokenizer, teacher_rows, teacher_label, warnings)
+    if student != teacher:
+        _refuse_differing_strings(student, teacher, student_label, teacher_label)
+        _refuse_student_only_tokens(student, teacher, student_label, teacher_label)
+        extra = sorted(teacher.keys() - student.keys())
+        if extra:
+            warnings.append(
+                f"{teacher_label} has {_count(extra)} that {student_label} lacks: {_shown(extra, teacher)}. "
+                "They are masked on both sides, so nothing is learnt about them."
+            )
+    warnings.extend(_compare_ends(student, teacher, student_label, teacher_label, student_eos, teacher_eos))
+    size = max(student) + 1
+    invalid = () if size == len(student) else tuple(token_id for token_id in range(size) if token_id not in student)
+    return VocabularyMatch(size=size, invalid_ids=invalid, warnings=tuple(warnings))
+
+
+def _tokens_with_a_row(
+    tokenizer: PreTrainedTokenizerBase, rows: int, label: str, warnings: list[str]
+) -> dict[int, str]:
+    """Token string of every id that the model can produce."""
+    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    if not tokens:
+        raise VocabularyError(f"the tokenizer of {label} has no tokens; it was probably saved incompletely.")
+    rowless = sorted(token_id for token_id in tokens if token_id >= rows) if max(tokens) >= rows else []
+    if not rowless:
+        return tokens
+    needed = {getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    if not set(rowless) <= tokenizer.added_tokens_decoder.keys() - needed:
+        raise VocabularyError(
+            f"{label} has {rows} vocabulary rows, but its tokenizer has {_count(rowless)} beyond them: "
+            f"{_shown(rowless, tokens)}. The tokenizer belongs to another model, or tokens were added without "
+            f"resizing; use the model's own tokenizer, or model.resize_token_embeddings({max(tokens) + 1})."
+        )
+    warnings.append(
+        f"{label} has {rows} vocabulary rows, and no row for {_count(rowless)} added to its tokenizer: "
+        f"{_shown(rowless, tokens)}. The model cannot read a prompt that contains one."
+    )
+    return {token_id: token for token_id, token in tokens.items() if token_id < rows}
+
+
+def _refuse_differing_strings(
+    student: Mapping[int, str], teacher: Mapping[int, str], student_label: str, teacher_label: str
+) -> None:
+    shared = student.keys() & teacher.keys()
+    differing = sorted(token_id for token_id in shared if student[token_id] != teacher[token_id])
+    if not differing:
+        return
+    examples = "; ".join(
+        f"{token_id} is {student[token_id]!r} to the student and {teacher[token_id]!r} to the teacher"
+        for token_id in differing[:MAX_SHOWN]
+    )
+    raise VocabularyError(
+        f"{student_label} and {teacher_label} do not read the same token ids: {len(differing)} of {len(shared)} "
+        f"shared ids differ. The first: {examples}. The teacher would score other tokens than the student sampled; "
+        "use a student and a teacher of one model family, with one tokenizer."
+    )
+
+
+def _refuse_student_only_tokens(
+    student: Mapping[int, str], teacher: Mapping[int, str], student_label: str, teacher_label: str
+) -> None:
+    unknown = sorted(student.keys() - teacher.keys())
+    if unknown:
+        raise VocabularyError(
+            f"{student_label} has {_count(unknown)} that {teacher_label} lacks: {_shown(unknown, student)}. "
+            "The teacher cannot score a response that contains one; take them out of the student's tokenizer (padding "
+            "can reuse the EOS token), or use a teacher that was trained with them."
+        )
+
+
+def _compare_ends(
+    student: Mapping[int, str],
+    teacher: Mapping[int, str],
+    student_label: str,
+    teacher_label: str,
+    student_eos: Collection[int],
+    teacher_eos: Collection[int],
+) -> list[str]:
+    student_ends, teacher_ends = sorted(set(student_eos)), sorted(set(teacher_eos))
+    if not student_ends or not teacher_ends or student_ends == teacher_ends:
+        return []
+    where = (
+        f"{student_label} stops at {_shown(student_ends, student)}, {teacher_label} at {_shown(teacher_ends, teacher)}."
+    )
+    if not set(teacher_ends) & student.keys():
+        raise VocabularyError(
+            f"{where} None of the teacher's stop tokens is in the student's vocabulary, so the teacher cannot say when "
+            "to stop; use a student whose tokenizer has them."
+        )
+    if not set(teacher_ends) - set(student_ends):
+        return [f"{where} The teacher may never end a response at a token that only the student stops at."]
+    return [
+        f"{where} A student that learns to end as the teacher does would run on to the length limit; add the teacher's "
+        "ids to eos_token_id in the student's generation_config.json."
+    ]
+
+
+def _count(ids: Collection[int]) -> str:
+    return "1 token" if len(ids) == 1 else f"{len(ids)} tokens"
+
+
+def _shown(ids: Iterable[int], tokens: Mapping[int, str]) -> str:
+    ids = list(ids)
+    shown = ", ".join(f"{token_id} {tokens.get(token_id, '(no token)')!r}" for token_id in ids[:MAX_SHOWN])
+    return shown + (", …" if len(ids) > MAX_SHOWN else "")

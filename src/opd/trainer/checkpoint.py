@@ -1,0 +1,116 @@
+"""Checkpoints that a kill at any moment cannot spoil.
+
+A checkpoint is written into a hidden sibling folder, synced, and renamed into place: it is there whole, or not at all. The last good
+one is deleted only after a newer one stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from opd.errors import RunFolderError
+from opd.trainer.student import Student
+from opd.types import Prompt
+
+FORMAT = 1
+
+
+def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, keep: int) -> Path:
+    """Weights, optimizer and `state` of the update that `student.version` counts. Raises RunFolderError on a full disk, leaving
+    earlier checkpoints as they are."""
+    final = folder / f"step-{student.version:08d}"
+    temporary = folder / f".writing-{final.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {n: p.detach().cpu().contiguous() for n, p in student.model.named_parameters() if p.requires_grad}
+        save_file(weights, temporary / "weights.safetensors")
+        torch.save([o.state_dict() for o in student.optimizers], temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "version": student.version, **state}))
+        _sync(temporary)
+        publish(temporary, final)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFolderError(
+            f"Checkpoint {final.name} cannot be written to '{folder}': {error}. Earlier checkpoints are untouched. Free some "
+            "space (or lower checkpoint.keep), then continue with --resume."
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place; an older one of that name steps aside first and is deleted last."""
+    aside = final.with_name(f".old-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
+
+
+def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
+    """Put weights and optimizer back, and return the saved state. Raises RunFolderError when the checkpoint is of another model."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        weights = load_file(path / "weights.safetensors", device=str(student.device))
+        optimizers = torch.load(path / "optimizer.pt", map_location=student.device, weights_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunFolderError(
+            f"Checkpoint '{path}' cannot be read: {error}. Delete that folder to resume from the one before it."
+        ) from error
+    if state.get("format") != FORMAT:
+        raise RunFolderError(
+            f"Checkpoint '{path}' has format {state.get('format')}, this version of opd reads {FORMAT}."
+        )
+    parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
+    if parameters.keys() != weights.keys() or any(parameters[n].shape != w.shape for n, w in weights.items()):
+        raise RunFolderError(
+            f"Checkpoint '{path}' is of another model: parameter names or shapes differ. Resume with the recipe it was made with."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    for optimizer, saved in zip(student.optimizers, optimizers, strict=True):
+        optimizer.load_state_dict(saved)
+    student.version = state["version"]
+    return state
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of the prompts in order, so that a resumed run cannot silently go on with other data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(repr((prompt.text, prompt.messages, prompt.answer, prompt.response, prompt.teacher)).encode())
+    return digest.hexdigest()

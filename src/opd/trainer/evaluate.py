@@ -1,0 +1,117 @@
+"""Held-out evaluation: task reward and reverse KL to the teacher, with intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from opd.data.pack import pack
+from opd.losses import Objective
+from opd.reporting.intervals import mean_interval, wilson_interval
+from opd.rewards import Reward, score_reward
+from opd.rollouts.hf import HfSampler
+from opd.seeding import derive_seed
+from opd.teachers.local import LocalTeacher
+from opd.trainer.metrics import TokenMetrics
+from opd.trainer.student import Policy
+from opd.types import Prompt, Rollout
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`accuracy` is the mean reward per sample; `reverse_kl` the mean over samples of a sample's mean per-token reverse KL (nats)."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    rollouts: list[tuple[Rollout, list[float], float]]
+    """Each with its per-token reverse KL and its reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Runs one model over the held-out prompts. The same prompts and seeds serve every step, so that steps are comparable."""
+
+    prompts: Sequence[Prompt]
+    samples_per_prompt: int
+    reward: Reward
+    teacher: LocalTeacher
+    teacher_logp_floor: float | None
+    temperature: float
+    extra_temperatures: tuple[float, ...]
+    layout: Literal["right_padded", "left_padded", "packed"]
+    tokens_per_microbatch: int
+    pad_id: int
+    seed: int
+
+    def run(self, sampler: HfSampler, model: Policy, *, extra: bool) -> Evaluation:
+        """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's. `extra` adds accuracies at
+        the extra temperatures."""
+        began = time.perf_counter()
+        rollouts, rewards = self._sample(sampler, self.temperature)
+        kl = self._reverse_kl(rollouts, model)
+        metrics, intervals = {}, {}
+        metrics["accuracy"], intervals["accuracy"] = _reward_interval(rewards)
+        per_sample = [sum(row) / len(row) for row in kl]
+        metrics["reverse_kl"] = sum(per_sample) / len(per_sample)
+        intervals["reverse_kl"] = mean_interval(per_sample)
+        metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
+        metrics["truncated"] = sum(not r.finished for r in rollouts) / len(rollouts)
+        for temperature in self.extra_temperatures if extra else ():
+            name = accuracy_name(temperature)
+            metrics[name], intervals[name] = _reward_interval(self._sample(sampler, temperature)[1])
+        metrics["time/eval"] = time.perf_counter() - began
+        return Evaluation(metrics=metrics, intervals=intervals, rollouts=list(zip(rollouts, kl, rewards, strict=True)))
+
+    def _sample(self, sampler: HfSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
+        kept = sampler.sampling
+        sampler.sampling = replace(kept, temperature=temperature, top_p=1.0, top_k=0)
+        try:
+            repeated = [p for p in self.prompts for _ in range(self.samples_per_prompt)]
+            rollouts = sampler.sample(repeated, seed=derive_seed(self.seed, 0, f"eval at {temperature}"))
+        finally:
+            sampler.sampling = kept
+        return rollouts, [score_reward(self.reward, r.prompt, r.text) for r in rollouts]
+
+    @torch.no_grad()
+    def _reverse_kl(self, rollouts: list[Rollout], model: Policy) -> list[list[float]]:
+        """Per rollout, per response token."""
+        targets = self.teacher.score(rollouts)
+        batches = pack(
+            rollouts,
+            targets,
+            layout=self.layout,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            pad_id=self.pad_id,
+            device=model.device,
+        )
+        metrics, objective = TokenMetrics(), measuring(self.teacher, self.teacher_logp_floor)
+        for batch in batches:
+            model.loss(batch, objective, metrics)
+        by_rollout = {id(rollout): values for rollout, values in metrics.per_rollout("reverse_kl")}
+        return [by_rollout[id(rollout)] for rollout in rollouts]
+
+
+def measuring(teacher: LocalTeacher, floor: float | None) -> Objective:
+    """The reverse KL that this teacher's targets allow: exact, or the bucket's lower bound on its top-k, or sampled."""
+    if teacher.kind == "top_k":
+        return Objective(support="teacher_top_k", top_k=teacher.top_k, teacher_logp_floor=floor)
+    if teacher.kind == "sampled":
+        return Objective(support="sampled", estimator="k2", teacher_logp_floor=floor)
+    return Objective(teacher_logp_floor=floor)
+
+
+def accuracy_name(temperature: float) -> str:
+    return "accuracy_greedy" if temperature == 0 else f"accuracy_t{temperature:g}"
+
+
+def _reward_interval(rewards: list[float]) -> tuple[float, Interval]:
+    mean = sum(rewards) / len(rewards)
+    if set(rewards) <= {0.0, 1.0}:
+        return mean, wilson_interval(int(sum(rewards)), len(rewards))
+    return mean, mean_interval(rewards)

@@ -1,0 +1,80 @@
+"""What stops a run before it harms the weights: losses and gradients that are not finite, and memory that ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from opd.data.pack import single
+from opd.errors import NonFiniteError, OutOfMemoryError
+from opd.losses import Objective
+from opd.types import Batch, Rollout
+
+OUT_OF_MEMORY_ADVICE = {
+    "rollout": "rollout.batch_size or rollout.max_new_tokens",
+    "teacher": "teacher.tokens_per_batch",
+    "update": "train.tokens_per_microbatch (gradients accumulate, so the result is the same), or set "
+    "student.gradient_checkpointing=true or student.lora.rank=32",
+    "eval": "rollout.batch_size, teacher.tokens_per_batch or eval.max_new_tokens",
+}
+
+
+def check_loss(per_token: torch.Tensor, batch: Batch, objective: Objective) -> None:
+    """Raises NonFiniteError naming the first response token whose loss is NaN or infinite."""
+    bad = (~per_token.detach().isfinite()) & (batch.token_weights != 0)
+    if not bad.any():
+        return
+    index = int(bad.nonzero()[0])
+    sequence = int(batch.sequence_index[index])
+    position = index - int((batch.sequence_index < sequence).sum())
+    value = float(per_token[index])
+    if value == float("inf"):
+        cause = (
+            f"{objective.divergence} is infinite in truth where one model gives zero probability to what the other can emit. "
+            "Set objective.teacher_logp_floor=-30 to bound it (metric: clamped_tokens), or use generalized_jsd."
+        )
+    else:
+        cause = "Look for NaN in the student's or the teacher's weights, or lower optimizer.lr and resume from the last checkpoint."
+    raise NonFiniteError(
+        f"The loss is {value} at response token {position} of {_describe(batch.rollouts[sequence])}. "
+        f"The weights were not changed. {cause}"
+    )
+
+
+def check_gradient(batches: Sequence[Batch], is_finite: Callable[[Batch], bool]) -> None:
+    """The gradient is known to be bad: raises NonFiniteError naming the first sample whose own gradient is."""
+    for batch in batches:
+        for index, rollout in enumerate(batch.rollouts):
+            if not is_finite(single(batch, index)):
+                raise NonFiniteError(
+                    f"The loss is finite but its gradient is not, first in {_describe(rollout)}. The weights were not changed. "
+                    "Lower optimizer.lr, use train.autocast=none, or drop the sample; then resume from the last checkpoint."
+                )
+    raise NonFiniteError(
+        "The gradient of the batch is not finite though that of every sample is: the sum overflowed. The weights were not "
+        "changed. Use float32 weights (student.dtype=float32) or smaller steps."
+    )
+
+
+def _describe(rollout: Rollout) -> str:
+    text = rollout.text if len(rollout.text) <= 80 else rollout.text[:77] + "…"
+    return f"the {rollout.source} sample for prompt {rollout.prompt.index} ({text!r})"
+
+
+@contextmanager
+def memory_advice(phase: str) -> Iterator[None]:
+    """An out-of-memory error becomes one that says what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"Out of memory during {phase}. Lower {OUT_OF_MEMORY_ADVICE[phase]}. ({str(error).splitlines()[0][:160]})"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,104 @@
+"""Per-token diagnostics of a step, averaged over response tokens, for all samples and for each kind of sample."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from opd.losses import TokenLoss
+from opd.types import Batch, Rollout
+
+MEANS = (
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "overlap",
+    "eos_prob",
+    "teacher_logp",
+    "student_logp",
+    "sampler_student_gap",
+)
+REPETITION_NGRAM = 4  # shorter ones repeat in ordinary text
+
+
+class TokenMetrics:
+    """Sums over micro-batches; nothing here is differentiated."""
+
+    def __init__(self) -> None:
+        self._rollouts: list[Rollout] = []
+        self._values: dict[str, list[list[float]]] = defaultdict(list)  # name → per rollout → per token
+        self._clamped = 0.0
+
+    def add(self, batch: Batch, out: TokenLoss, student_logits: torch.Tensor, eos_ids: Sequence[int]) -> None:
+        """Take one micro-batch's per-token numbers; `student_logits` are detached, [tokens, vocab]."""
+        values = {name: value.detach() for name, value in out.metrics.items()}
+        logits = student_logits.float()
+        eos = torch.tensor([i for i in eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
+        values["eos_prob"] = (logits[:, eos].logsumexp(-1) - logits.logsumexp(-1)).exp()
+        if batch.sampler_logp is not None and "student_logp" in values:
+            values["sampler_student_gap"] = (values["student_logp"] - batch.sampler_logp).abs()
+        if "clamped" in values:
+            self._clamped += float(values["clamped"].sum())
+        sizes = [len(r.response_ids) for r in batch.rollouts]
+        self._rollouts.extend(batch.rollouts)
+        for name in MEANS:
+            rows = values[name].split(sizes) if name in values else [torch.empty(0)] * len(sizes)
+            self._values[name].extend(row.tolist() for row in rows)
+
+    def per_rollout(self, name: str) -> list[tuple[Rollout, list[float]]]:
+        """The per-token values of one metric beside their rollouts; empty lists where the target could not tell."""
+        return list(zip(self._rollouts, self._values[name], strict=True))
+
+    def summary(self) -> dict[str, float]:
+        """Means over response tokens. With both kinds of sample present, also `on_policy/…` and `off_policy/…`."""
+        everything = range(len(self._rollouts))
+        on = [i for i in everything if self._rollouts[i].source == "student"]
+        off = [i for i in everything if self._rollouts[i].source != "student"]
+        metrics = self._means(everything)
+        if on:
+            metrics |= _perplexity(self._means(on))
+        metrics |= self._by_position()
+        if on and off:
+            metrics |= {f"on_policy/{name}": value for name, value in self._means(on).items()}
+            metrics |= {f"off_policy/{name}": value for name, value in self._means(off).items()}
+        metrics["clamped_tokens"] = self._clamped
+        metrics["off_policy_share"] = len(off) / max(1, len(self._rollouts))
+        return metrics
+
+    def _means(self, members: Sequence[int]) -> dict[str, float]:
+        means = {}
+        for name in MEANS:
+            values = [x for i in members for x in self._values[name][i]]
+            if values:
+                means[name] = math.fsum(values) / len(values)
+        rollouts = [self._rollouts[i] for i in members]
+        count = max(1, len(rollouts))
+        means["tokens"] = float(sum(len(r.response_ids) for r in rollouts))
+        means["response_length"] = means["tokens"] / count
+        means["truncated"] = sum(not r.finished for r in rollouts) / count
+        means["repetition"] = sum(repetition(r.response_ids) for r in rollouts) / count
+        return means
+
+    def _by_position(self) -> dict[str, float]:
+        """Reverse KL by position in the response, in buckets that double: 0, 1, 2–3, 4–7, …"""
+        buckets: dict[int, list[float]] = defaultdict(list)
+        for row in self._values["reverse_kl"]:
+            for position, value in enumerate(row):
+                buckets[0 if position == 0 else 1 << (position.bit_length() - 1)].append(value)
+        return {f"kl_by_position/{start}": math.fsum(v) / len(v) for start, v in sorted(buckets.items())}
+
+
+def _perplexity(on_policy: dict[str, float]) -> dict[str, float]:
+    if "teacher_logp" not in on_policy:
+        return {}
+    return {"teacher_perplexity": math.exp(min(-on_policy["teacher_logp"], 700.0))}  # exp(700) is float64's ceiling
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of a response's 4-grams that already occurred in it: 0 when all differ."""
+    grams = [tuple(ids[i : i + REPETITION_NGRAM]) for i in range(len(ids) - REPETITION_NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

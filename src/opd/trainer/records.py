@@ -1,0 +1,89 @@
+"""What a step and an evaluation leave in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from opd.config import LogConfig
+from opd.data.rendering import Renderer
+from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, read_metrics
+from opd.trainer.evaluate import Evaluation
+from opd.types import LossOutput, Rollout
+
+
+def record_samples(run: RunRecorder, step: int, out: LossOutput, renderer: Renderer, config: LogConfig) -> None:
+    """Some training rollouts with their per-token reverse KL, on the steps that the recipe keeps."""
+    if step % config.samples_every:
+        return
+    for rollout, kl in list(out.per_token)[: config.samples]:
+        run.sample(_sample(step, "train", "student", rollout, kl, None, renderer))
+
+
+def record_evaluation(
+    run: RunRecorder,
+    step: int,
+    who: Literal["student", "teacher"],
+    evaluation: Evaluation,
+    renderer: Renderer,
+    config: LogConfig,
+) -> None:
+    """Metrics, intervals, and the first samples of an evaluation."""
+    run.evaluation(step, who, evaluation.metrics, evaluation.intervals)
+    for rollout, kl, reward in evaluation.rollouts[: config.samples]:
+        run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer))
+
+
+def _sample(
+    step: int,
+    phase: Literal["train", "eval"],
+    who: Literal["student", "teacher"],
+    rollout: Rollout,
+    kl: list[float],
+    reward: float | None,
+    renderer: Renderer,
+) -> SampleRecord:
+    return SampleRecord(
+        step=step,
+        phase=phase,
+        who=who,
+        prompt=renderer.decode(rollout.prompt_ids),
+        answer=rollout.prompt.answer,
+        response=rollout.text,
+        tokens=renderer.token_strings(rollout.response_ids),
+        reverse_kl=kl or None,
+        reward=reward,
+        finished=rollout.finished,
+        source=rollout.source,
+    )
+
+
+def summarize(run_dir: Path) -> dict[str, Any] | None:
+    """Student before, student after and teacher, from the records; None when nothing was evaluated."""
+    records = read_metrics(run_dir)
+    student = [r for r in records if r.kind == "eval" and r.who == "student"]
+    teacher = [r for r in records if r.kind == "eval" and r.who == "teacher"]
+    if not student or not teacher:
+        return None
+    seconds = sum(r.metrics.get("time/step", 0.0) + r.metrics.get("time/eval", 0.0) for r in records)
+    return {
+        "teacher": _row(teacher[0]),
+        "student_before": _row(student[0]),
+        "student_after": _row(student[-1]),
+        "steps": student[-1].step,
+        "seconds": seconds,
+    }
+
+
+def _row(record: MetricsRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "accuracy": record.metrics["accuracy"],
+        "interval": list(record.intervals["accuracy"]),
+        "reverse_kl": record.metrics["reverse_kl"],
+        "reverse_kl_interval": list(record.intervals["reverse_kl"]),
+    }
+    for name, value in record.metrics.items():
+        if name.startswith("accuracy_"):
+            row[name] = value
+            row[f"{name}_interval"] = list(record.intervals[name])
+    return row

@@ -1,0 +1,232 @@
+"""Config → the parts of a run, checked against each other before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config import Config, StudentConfig, TeacherConfig
+from opd.data.prompts import PromptOrder, load_prompts
+from opd.data.rendering import Renderer, eos_ids
+from opd.errors import DataError
+from opd.models import (
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    vocabulary_rows,
+)
+from opd.rewards import load_reward
+from opd.rollouts.base import Sampling
+from opd.rollouts.hf import HfSampler
+from opd.rollouts.mix import DatasetResponses, MixedSampler
+from opd.seeding import derive_seed
+from opd.teachers.local import LocalTeacher
+from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+from opd.trainer.checkpoint import fingerprint
+from opd.trainer.evaluate import Evaluator
+from opd.trainer.student import Policy, Student, add_lora
+from opd.types import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a run needs, built once."""
+
+    student: Student
+    student_sampler: HfSampler
+    sampler: MixedSampler
+    teacher: LocalTeacher
+    teacher_sampler: HfSampler
+    teacher_policy: Policy
+    """The teacher's weights, to be evaluated as the student is."""
+    order: PromptOrder
+    evaluator: Evaluator | None
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    pad_id: int
+    data_fingerprint: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    eos: tuple[int, ...]
+
+
+def build_parts(config: Config) -> Parts:
+    """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
+    prompts, held_out = _prompts(config)
+    student_side = _load_side(config.student, "student", config.student.device)
+    teacher_device = config.student.device if config.teacher.device == "auto" else config.teacher.device
+    teacher_side = _load_side(config.teacher, "teacher", teacher_device)
+    vocabulary = check_vocabularies(
+        student_side.tokenizer,
+        teacher_side.tokenizer,
+        vocabulary_rows(student_side.model),
+        vocabulary_rows(teacher_side.model),
+        student_name=config.student.model,
+        teacher_name=config.teacher.model,
+        student_eos=student_side.eos,
+        teacher_eos=teacher_side.eos,
+    )
+    pad_id = student_side.tokenizer.pad_token_id
+    pad_id = student_side.eos[0] if pad_id is None else int(pad_id)
+    teacher = LocalTeacher(
+        teacher_side.model,
+        teacher_side.renderer,
+        vocabulary=vocabulary,
+        pad_id=pad_id,
+        name=f"teacher '{config.teacher.model}'",
+        tokens_per_batch=config.teacher.tokens_per_batch,
+        supply=None if config.teacher.supply == "auto" else config.teacher.supply,
+    )
+    teacher.serve(config.objective)
+    _check_lengths(config, prompts, held_out, student_side, teacher_side)
+    return _connect(config, prompts, held_out, student_side, teacher_side, teacher, vocabulary, pad_id)
+
+
+def _connect(
+    config: Config,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    student_side: _Side,
+    teacher_side: _Side,
+    teacher: LocalTeacher,
+    vocabulary: VocabularyMatch,
+    pad_id: int,
+) -> Parts:
+    model = add_lora(student_side.model, config.student.lora) if config.student.lora else student_side.model
+    student = Student(
+        model,
+        config.optimizer,
+        vocabulary=vocabulary,
+        eos_ids=student_side.eos,
+        total_steps=config.train.steps,
+        autocast=config.train.autocast == "bfloat16",
+        gradient_checkpointing=config.student.gradient_checkpointing,
+        teacher_logits=teacher.logits,
+    )
+    student_sampler = _sampler(config, student_side, vocabulary, pad_id, model=model)
+    student_sampler.autocast = student.autocast
+    teacher_sampler = _sampler(config, teacher_side, vocabulary, pad_id, student=student_side)
+    off_policy = (
+        teacher_sampler
+        if config.rollout.off_policy == "teacher"
+        else DatasetResponses(student_side.renderer, config.rollout.max_new_tokens)
+    )
+    return Parts(
+        student=student,
+        student_sampler=student_sampler,
+        sampler=MixedSampler(student_sampler, off_policy if config.rollout.lmbda < 1 else None, config.rollout.lmbda),
+        teacher=teacher,
+        teacher_sampler=teacher_sampler,
+        teacher_policy=Policy(
+            teacher_side.model, vocabulary=vocabulary, eos_ids=teacher_side.eos, teacher_logits=teacher.logits
+        ),
+        order=PromptOrder(prompts, seed=derive_seed(config.seed, 0, "prompts"), shuffle=config.prompts.shuffle),
+        evaluator=_evaluator(config, held_out, teacher, pad_id) if held_out else None,
+        tokenizer=student_side.tokenizer,
+        renderer=student_side.renderer,
+        pad_id=pad_id,
+        data_fingerprint=fingerprint(prompts),
+        warnings=vocabulary.warnings,
+    )
+
+
+def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: str) -> _Side:
+    device = resolve_device(device_name)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
+    tokenizer = load_tokenizer(config.model, **options)
+    model = load_causal_lm(
+        config.model,
+        dtype=resolve_dtype(config.dtype, device),
+        device=device,
+        attn_implementation=config.attn_implementation,
+        **options,
+    )
+    renderer = Renderer(tokenizer, name=f"{role} '{config.model}'")
+    return _Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
+
+
+def _sampler(
+    config: Config,
+    side: _Side,
+    vocabulary: VocabularyMatch,
+    pad_id: int,
+    *,
+    model: PreTrainedModel | None = None,
+    student: _Side | None = None,
+) -> HfSampler:
+    rollout = config.rollout
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
+    )
+    return HfSampler(
+        model or side.model,
+        side.renderer,
+        sampling,
+        eos_ids=side.eos,
+        pad_id=pad_id,
+        vocabulary=vocabulary,
+        batch_size=rollout.batch_size,
+        source="teacher" if student else "student",
+        student_renderer=student.renderer if student else None,
+    )
+
+
+def _prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+    section = config.prompts
+    columns = {
+        "prompt_column": section.prompt_column,
+        "answer_column": section.answer_column,
+        "response_column": section.response_column,
+        "teacher_column": section.teacher_column,
+    }
+    prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
+    if config.eval.every == 0 or section.eval_path is None:
+        return prompts, []
+    held_out = load_prompts(section.eval_path, split=section.eval_split, limit=config.eval.prompts, **columns)
+    return prompts, held_out
+
+
+def _evaluator(config: Config, held_out: list[Prompt], teacher: LocalTeacher, pad_id: int) -> Evaluator:
+    if config.eval.reward in ("exact_match", "numeric_answer"):
+        missing = next((p for p in held_out if p.answer is None), None)
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{config.prompts.eval_path}' has no answer, and eval.reward={config.eval.reward} compares "
+                f"with one. Add an '{config.prompts.answer_column}' column, or set eval.reward to a function of your own."
+            )
+    return Evaluator(
+        prompts=held_out,
+        samples_per_prompt=config.eval.samples_per_prompt,
+        reward=load_reward(config.eval.reward),
+        teacher=teacher,
+        teacher_logp_floor=config.objective.teacher_logp_floor,
+        temperature=config.eval.temperature,
+        extra_temperatures=config.eval.extra_temperatures,
+        layout=config.train.layout,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        pad_id=pad_id,
+        seed=config.seed,
+    )
+
+
+def _check_lengths(
+    config: Config, prompts: list[Prompt], held_out: list[Prompt], student: _Side, teacher: _Side
+) -> None:
+    """Every prompt is rendered once now, so that the one that is too long is known before step 0 and not at step 900."""
+    for side in (student, teacher):
+        limit = context_length(side.model)
+        for prompt in [*prompts, *held_out] if limit is not None else ():
+            side.renderer.check_length(prompt, side.renderer.prompt_ids(prompt), config.rollout.max_new_tokens, limit)

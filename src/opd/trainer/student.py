@@ -1,0 +1,202 @@
+"""The model that learns: its forward pass, its optimizer, and one update from a list of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from opd.config import OptimizerConfig
+from opd.errors import MissingDependencyError
+from opd.losses import Objective, weighted_sum
+from opd.models import response_logits
+from opd.teachers.local import mask_vocabulary
+from opd.teachers.vocabulary import VocabularyMatch
+from opd.trainer.guardrails import check_gradient, check_loss
+from opd.trainer.metrics import TokenMetrics
+from opd.trainer.optim import build_optimizer, learning_rate_factor
+from opd.types import Batch, DenseTarget, HiddenTarget, LossOutput
+
+if TYPE_CHECKING:
+    from opd.config import LoraConfig
+
+
+class Policy:
+    """A model whose log-probs on response tokens are compared with the teacher's."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        vocabulary: VocabularyMatch,
+        eos_ids: Sequence[int],
+        teacher_logits: Callable[[HiddenTarget], torch.Tensor],
+        autocast: bool = False,
+    ) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.eos_ids = tuple(eos_ids)
+        self.teacher_logits = teacher_logits
+        self.autocast_dtype = torch.bfloat16 if autocast else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bfloat16 matrix products when the recipe asks for them."""
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            yield
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits [tokens, common vocabulary] that predict each response token."""
+        with self.autocast():
+            return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
+
+    def loss(self, batch: Batch, objective: Objective, metrics: TokenMetrics) -> torch.Tensor:
+        """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""
+        target = batch.target
+        assert target is not None
+        if isinstance(target, HiddenTarget):
+            target = DenseTarget(logits=self.teacher_logits(target))
+        logits = self.logits(batch)
+        out = objective.per_token(
+            logits,
+            target,
+            batch.response_ids,
+            sampler_logp=batch.sampler_logp,
+            sequence_index=batch.sequence_index,
+        )
+        check_loss(out.loss, batch, objective)
+        metrics.add(batch, out, logits.detach(), self.eos_ids)
+        return weighted_sum(out.loss, batch.token_weights)
+
+
+class Student(Policy):
+    """Weights, optimizer and schedule. `version` counts the updates they have had."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: OptimizerConfig,
+        *,
+        vocabulary: VocabularyMatch,
+        eos_ids: Sequence[int],
+        teacher_logits: Callable[[HiddenTarget], torch.Tensor],
+        total_steps: int,
+        autocast: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            disable_dropout(model),
+            vocabulary=vocabulary,
+            eos_ids=eos_ids,
+            teacher_logits=teacher_logits,
+            autocast=autocast,
+        )
+        self.config = config
+        self.total_steps = total_steps
+        self.version = 0
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizers = build_optimizer(model, config)
+
+    def update(self, batches: Sequence[Batch], objective: Objective) -> LossOutput:
+        """One optimizer step. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before."""
+        metrics = TokenMetrics()
+        self.zero_grad()
+        total = 0.0
+        with self._training():
+            for batch in batches:
+                loss = self.loss(batch, objective, metrics)
+                loss.backward()
+                total += loss.item()
+        norm = self.gradient_norm()
+        if not norm.isfinite():
+            self._explain_gradient(batches, objective)
+        if self.config.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.config.max_grad_norm, norm)
+        lr = self._step()
+        return LossOutput(
+            loss=total,
+            metrics={"loss": total, **metrics.summary(), "grad_norm": norm.item(), "lr": lr},
+            per_token=metrics.per_rollout("reverse_kl"),
+        )
+
+    def _step(self) -> float:
+        factor = learning_rate_factor(self.version, self.total_steps, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+        self.zero_grad()
+        self.version += 1
+        return self.config.lr * factor
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Global 2-norm of the gradient."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    def _explain_gradient(self, batches: Sequence[Batch], objective: Objective) -> None:
+        """The gradient of the whole batch is not finite: find the first sample whose own gradient is not, and raise."""
+
+        def gradient_is_finite(batch: Batch) -> bool:
+            self.zero_grad()
+            with self._training():
+                self.loss(batch, objective, TokenMetrics()).backward()
+            return bool(self.gradient_norm().isfinite())
+
+        try:
+            check_gradient(batches, gradient_is_finite)
+        finally:
+            self.zero_grad()
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Gradient checkpointing works in training mode only; dropout is off in either."""
+        self.model.train(self.gradient_checkpointing)
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+
+def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Dropout would make the trained policy differ from the sampling one: every rate becomes 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
+    """The model with trainable low-rank adapters and everything else frozen. Raises MissingDependencyError without peft."""
+    try:
+        from peft import LoraConfig as PeftLora
+        from peft import get_peft_model
+    except ImportError:
+        raise MissingDependencyError(
+            "student.lora needs peft, which is not installed: pip install 'opd[peft]'."
+        ) from None
+    targets = config.target_modules
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    lora = PeftLora(
+        r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)  # pyright: ignore[reportReturnType]
