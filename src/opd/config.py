@@ -34,7 +34,7 @@ class LoraConfig:
 
     rank: int = 32
     """Rank of every adapter."""
-    alpha: float = 64.0
+    alpha: int = 64
     """Scale: the update is alpha / rank · B A."""
     target_modules: str = "all-linear"
     """'all-linear', or a comma-separated list of module names."""
@@ -62,6 +62,8 @@ class StudentConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, e.g. enable_thinking: false."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights; set lora.rank to switch it on."""
 
@@ -82,6 +84,8 @@ class TeacherConfig:
     """As student.attn_implementation."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the teacher's chat template; it renders the prompt in its own way."""
     tokens_per_batch: int = 16384
     """Tokens the teacher reads at once (padding included)."""
     supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
@@ -111,6 +115,8 @@ class PromptsConfig:
     """Reference response for off-policy distillation (optional)."""
     teacher_column: str = "teacher"
     """Name of the teacher of each prompt (optional)."""
+    system: str | None = None
+    """System message put before chat prompts that have none."""
     shuffle: bool = True
     """A new order every epoch, from the seed."""
     limit: int | None = None

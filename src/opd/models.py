@@ -62,7 +62,8 @@ def load_causal_lm(
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(_load_failure(role, name, error)) from error
-    return model.to(device).eval()
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
+    return model.eval()
 
 
 def load_tokenizer(

@@ -149,8 +149,8 @@ class LossOutput:
 
     loss: float
     metrics: Mapping[str, float]
-    per_token: Sequence[Sequence[float]] = ()
-    """Reverse KL (nats) per response token, per rollout, for the report."""
+    per_token: Sequence[tuple[Rollout, Sequence[float]]] = ()
+    """Each rollout with the reverse KL (nats) at its response tokens, for the report; empty where the target could not tell."""
 
 
 Reward = Callable[[Prompt, str], float]

@@ -264,6 +264,12 @@ def test_broken_parquet_is_refused(tmp_path):
     assert "cannot be read as parquet" in refusal(str(tmp_path / "a.parquet"))
 
 
+def test_bad_parquet_row_is_refused_with_its_number(tmp_path):
+    table = pyarrow.table({"prompt": ["a", "b", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert refusal(str(tmp_path / "a.parquet")).startswith(f"row 2 of {tmp_path / 'a.parquet'}: 'prompt' is null")
+
+
 def test_empty_parquet_is_refused(tmp_path):
     table = pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

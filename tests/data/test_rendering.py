@@ -106,7 +106,7 @@ def test_messages_without_a_chat_template_are_refused():
 
 def test_what_the_template_refuses_is_told_with_row_and_roles():
     render = renderer(byte_tokenizer(chat_template=STRICT_TEMPLATE))
-    with pytest.raises(DataError, match="refuses prompt 7: no system messages.*roles are system, user"):
+    with pytest.raises(DataError, match=r"refuses prompt 7: no system messages.*roles are system, user"):
         render.prompt_ids(chat(("system", "a"), ("user", "b")))
 
 
@@ -170,6 +170,7 @@ def test_prompt_that_just_fits_the_context_is_accepted_and_one_token_more_is_ref
 def test_decode_leaves_special_tokens_out_and_spaces_alone():
     render = renderer(byte_tokenizer(bos=True))
     assert render.decode((258, *b"it 's  , ok", 257, 256)) == "it 's  , ok"
+    assert renderer(digit_tokenizer(extra=" ,")).decode((1, 11, 12, 2, 12 + 2)) == "1 ,2"
 
 
 def test_byte_alphabet_is_the_one_that_byte_level_bpe_uses():

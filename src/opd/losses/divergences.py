@@ -94,7 +94,7 @@ def alpha_beta_divergence(
     """−1/(αβ) Σ [q^α p^β − α/(α+β) q^(α+β) − β/(α+β) p^(α+β)], arXiv 2505.04560.
 
     (1, 0) is forward KL, (0, 1) reverse KL, (½, ½) is 4 (1 − Σ √(pq)), (1, 1) half the squared distance. α and β must be
-    ≥ 0 and not both 0; tiny non-zero values lose digits to the division by αβ.
+    ≥ 0 and not both 0.
     """
     return full_divergence("alpha_beta_divergence", student_logp, teacher_logp, alpha=alpha, beta=beta)
 
@@ -250,11 +250,19 @@ def _jsd_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, beta: float, norma
 
 
 def _alpha_beta_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, alpha: float, beta: float) -> Tensor:
+    if beta > alpha:  # the two are symmetric; the smaller exponent is the one that can be 0
+        return _alpha_beta_terms(logq, logp, -log_ratio, beta, alpha)
     total = alpha + beta
     p_power, q_power = (total * logp).exp(), (total * logq).exp()
+    # The definition subtracts nearly equal powers and divides by αβ; in terms of d nothing cancels, but e^d may overflow.
+    near = log_ratio.abs() * max(total, 1.0) <= EXP_RANGE
+    d = torch.where(near, log_ratio, 0.0)
     if beta == 0.0:
-        return (_weigh(alpha * logq, alpha * log_ratio) - q_power + p_power) / alpha**2
-    if alpha == 0.0:
-        return (_weigh(beta * logp, -beta * log_ratio) - p_power + q_power) / beta**2
-    cross = (alpha * logq + beta * logp).exp()
-    return -(cross - alpha / total * q_power - beta / total * p_power) / (alpha * beta)
+        small_power = -d
+        far = (_weigh(alpha * logq, alpha * log_ratio) - q_power + p_power) / alpha**2
+    else:
+        small_power = torch.expm1(-beta * d) / beta
+        cross = (alpha * logq + beta * logp).exp()
+        far = -(cross - alpha / total * q_power - beta / total * p_power) / (alpha * beta)
+    close = q_power * (torch.expm1(-total * d) / total - small_power) / alpha
+    return torch.where(near, close, far)

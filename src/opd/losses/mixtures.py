@@ -71,7 +71,8 @@ def _checked_weights(per_teacher: Sequence[Tensor], weights: Tensor) -> tuple[Te
             f"{len(per_teacher)} teachers, but weights for {weights.shape[-1]}; give one weight per teacher."
         )
     weights = weights.to(per_teacher[0].dtype)
-    if bool((weights < 0).any()) or bool(((weights.sum(dim=-1) - 1.0).abs() > WEIGHT_SUM_TOLERANCE).any()):
+    sums_to_1 = (weights.sum(dim=-1) - 1.0).abs() <= WEIGHT_SUM_TOLERANCE
+    if not (bool((weights >= 0).all()) and bool(sums_to_1.all())):
         raise ObjectiveError("teacher weights must be ≥ 0 and sum to 1 at every token; divide them by their sum.")
     return weights.expand(per_teacher[0].shape[0], len(per_teacher)).unbind(dim=-1)
 

@@ -112,13 +112,11 @@ class Objective:
                 advice.append("drop always_include")
             elif "sampled" in supplies:
                 advice.append("use support=sampled with estimator=k1, delivery=advantage and baseline=none")
-            has = (
-                " and ".join(_SUPPLY_WORDS[kind].format(k=teacher_top_k or "k") for kind in sorted(supplies))
-                or "nothing"
-            )
+            advice.append("use a local teacher")
+            has = " and ".join(_SUPPLY_WORDS[kind].format(k=teacher_top_k or "k") for kind in sorted(supplies))
             raise ObjectiveError(
-                f"{self.divergence} needs {self._need()}, but teacher '{teacher_name}' supplies {has}; "
-                f"{', '.join([*advice, 'or use a local teacher'])}."
+                f"{self.divergence} needs {self._need()}, but teacher '{teacher_name}' supplies {has or 'nothing'}; "
+                f"{', or '.join(advice)}."
             )
         if (
             best == "top_k"

@@ -22,7 +22,7 @@ def token_weights(
     lengths: Int[Tensor, " sequences"],
     *,
     reduction: Reduction = "token_mean",
-    global_count: float,
+    global_count: float | int,
     mask: Bool[Tensor, " tokens"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " tokens"]:

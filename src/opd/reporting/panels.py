@@ -78,7 +78,7 @@ LEARNING = PanelGroup(
     panels=(
         Panel(
             title="Held-out accuracy",
-            note="Band: 95 % confidence. The straight line is the teacher.",
+            note="Band: 95% confidence. The straight line is the teacher.",
             curves=(
                 Curve(metric="accuracy", label="student", who="student"),
                 Curve(metric="accuracy_greedy", label="student, greedy", dash="dash", who="student"),

@@ -32,7 +32,11 @@ Json = dict[str, Any]
 SMOOTH_FROM = 60  # points; below, the eye smooths well enough
 MARKERS_UP_TO = 40
 BARS_UP_TO = 60
+FEW_STEPS = 8
+LABELLED_DECADES = 2.5  # below, a logarithmic axis also names 2 and 5
 POSITION_WINDOW = 10  # the first and the last tenth of the run are compared by response position
+PERCENT_AXIS: Json = {"tickformat": ".0%", "autorangeoptions": {"clipmin": 0, "clipmax": 1.02}}
+NUMBER_AXIS: Json = {"exponentformat": "e", "minexponent": 5, "separatethousands": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,8 @@ def summary_figure(rows: Sequence[SummaryRow]) -> Json | None:
             }
         )
     layout = _layout(percent=False, legend=False)
-    layout["xaxis"] |= {"title": None, "tickformat": ".0%", "range": None}
-    layout["yaxis"] |= {"showgrid": False, "automargin": True, "tickformat": None, "fixedrange": True}
+    layout["xaxis"] |= {"title": None, "tickformat": ".0%"}
+    layout["yaxis"] |= {"showgrid": False, "fixedrange": True}
     layout |= {"hovermode": "closest", "height": 190, "margin": {"l": 10, "r": 20, "t": 10, "b": 30}}
     return {"data": traces, "layout": layout}
 
@@ -115,8 +119,9 @@ def _panel_chart(panel: Panel, curves: Curves, teacher: SummaryRow | None = None
     values = [value for _, series in drawn for value in series.values]
     is_log = panel.log and spans_decades(values)
     layout = _layout(percent=panel.percent, legend=sum(trace["showlegend"] for trace in traces) > 1)
+    layout["xaxis"] |= _whole_steps(curves)
     if is_log:
-        layout["yaxis"] |= {"type": "log", "dtick": "D1" if decades(values) < 1.5 else 1, "tickformat": "~g"}
+        layout["yaxis"] |= {"type": "log", "dtick": "D2" if decades(values) < LABELLED_DECADES else 1}
     elif panel.from_zero and all(value >= 0 for value in values if math.isfinite(value)):
         layout["yaxis"]["rangemode"] = "tozero"
     note = f"{panel.note} Logarithmic axis.".strip() if is_log else panel.note
@@ -222,6 +227,7 @@ def _time_per_phase(curves: Curves) -> list[Chart]:
             trace["line"] = {"width": 0.5, "color": color}
         traces.append(trace | {"hovertemplate": "%{y:.3~g} s", "showlegend": True})
     layout = _layout(percent=False, legend=True) | {"barmode": "stack", "bargap": 0.15}
+    layout["xaxis"] |= _whole_steps(curves)
     return [Chart(title="Time per step", note="Seconds, by phase.", figure={"data": traces, "layout": layout})]
 
 
@@ -263,7 +269,7 @@ def _kl_by_position(curves: Curves) -> list[Chart]:
         curve = Curve(metric="", label=label if longest > 1 else "reverse KL", color=color, dash=dash, who="student")
         traces += _curve_traces(curve, points, percent=False)
     layout = _layout(percent=False, legend=len(traces) > 1)
-    layout["xaxis"]["title"] = {"text": "position in the response", "standoff": 4}
+    layout["xaxis"]["title"] = {"text": "position in the response", "standoff": 4, "font": {"size": 11}}
     layout["yaxis"]["rangemode"] = "tozero"
     note = "Nats per token. A rise to the right means that long responses drift away from the teacher."
     return [Chart(title="Reverse KL by position", note=note, figure={"data": traces, "layout": layout})]
@@ -315,6 +321,7 @@ def _layout(*, percent: bool, legend: bool) -> Json:
         "zerolinecolor": _var("grid"),
         "tickfont": {"size": 11},
         "automargin": True,
+        "nticks": 6,
     }
     return {
         "height": 250,
@@ -324,11 +331,24 @@ def _layout(*, percent: bool, legend: bool) -> Json:
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": _var("muted")},
         "hovermode": "x unified",
         "hoverlabel": {"bgcolor": _var("card"), "bordercolor": _var("grid"), "font": {"color": _var("ink")}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": _var("muted"), "activecolor": _var("ink")},
         "showlegend": legend,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
-        "xaxis": {**axis, "title": {"text": "step", "standoff": 4}, "showgrid": False, "showline": True},
-        "yaxis": {**axis, "tickformat": ".0%" if percent else "~g", "showline": False},
+        "xaxis": {
+            **axis,
+            "title": {"text": "step", "standoff": 4, "font": {"size": 11}},
+            "showgrid": False,
+            "showline": True,
+        },
+        "yaxis": {**axis, **(PERCENT_AXIS if percent else NUMBER_AXIS), "showline": False},
     }
+
+
+def _whole_steps(curves: Curves) -> Json:
+    """Ticks of a short run: plotly would put some between the steps."""
+    if curves.last - curves.first > FEW_STEPS:
+        return {}
+    return {"tickvals": list(range(curves.first, curves.last + 1))}
 
 
 def _var(name: str) -> str:

@@ -88,6 +88,8 @@ class Progress:
     def phase(self, name: TrainingPhase) -> None:
         """Say what the step is doing now."""
         self._phase = name
+        if self._live is not None:
+            self._live.refresh()
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live display."""

@@ -33,8 +33,9 @@ class Curves:
             for name, value in record.metrics.items():
                 points.setdefault((record.who, name), {})[record.step] = (value, record.intervals.get(name))
         self._series = {key: _series(by_step) for key, by_step in points.items()}
-        steps = [step for series in self._series.values() for step in series.steps]
-        self.first, self.last = (min(steps), max(steps)) if steps else (0, 0)
+        steps = [step for by_step in points.values() for step in by_step]
+        self.first: int = min(steps, default=0)
+        self.last: int = max(steps, default=0)
 
     def get(self, who: Who | None, metric: str) -> Series | None:
         return self._series.get((who, metric))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -47,10 +47,10 @@ def summary_cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]
     extras = list(dict.fromkeys(name for row in rows for name in row.extra))
     columns: list[tuple[str, list[str]]] = [
         ("accuracy", [_share(row.accuracy, row.accuracy_interval) for row in rows]),
-        ("reverse KL (nats)", [_nats(row.reverse_kl, row.reverse_kl_interval) for row in rows]),
+        ("reverse KL (nats)", [_number(row.reverse_kl, row.reverse_kl_interval) for row in rows]),
     ]
     for name in extras:
-        show = _share if name.startswith("accuracy") else _nats
+        show = _share if name.startswith("accuracy") else _number
         cells = [show(row.extra.get(name), row.extra_intervals.get(name)) for row in rows]
         columns.append((column_title(name), cells))
     filled = [(title, cells) for title, cells in columns if any(cell != NO_VALUE for cell in cells)]
@@ -61,7 +61,7 @@ def summary_cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
     """The rows as a rich table."""
     titles, cells = summary_cells(rows)
-    table = Table(title="Result, with 95 % confidence intervals", title_justify="left")
+    table = Table(title="Result, with 95% confidence intervals", title_justify="left")
     for index, title in enumerate(titles):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     for row in cells:
@@ -129,14 +129,14 @@ def _is_number(value: object) -> bool:
 
 
 def _share(value: float | None, interval: Interval | None) -> str:
-    return _with_interval(value, interval, lambda share: f"{100 * share:.1f}", " %")
+    return _with_interval(value, interval, lambda share: f"{100 * share:.1f}", "%")
 
 
-def _nats(value: float | None, interval: Interval | None) -> str:
-    return _with_interval(value, interval, lambda number: f"{number:.4g}", "")
+def _number(value: float | None, interval: Interval | None) -> str:
+    return _with_interval(value, interval, lambda number: f"{number:,.0f}" if abs(number) >= 1000 else f"{number:#.3g}")
 
 
-def _with_interval(value: float | None, interval: Interval | None, show: Any, unit: str) -> str:
+def _with_interval(value: float | None, interval: Interval | None, show: Callable[[float], str], unit: str = "") -> str:
     if value is None or not math.isfinite(value):
         return NO_VALUE
     text = show(value) + unit

@@ -34,5 +34,4 @@ def regex_answer(pattern: str) -> Reward:
         found = matches[-1].group(compiled.groups) or ""
         return float(found.strip() == answer.strip())
 
-    reward.__name__ = f"regex:{pattern}"
     return reward

@@ -108,7 +108,7 @@ class HfSampler:
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
         recorder = _Recorder(width)
         with _plain_generation_config(self.model), self.autocast():
-            output = self.model.generate(
+            output = self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=self._generation_config(),

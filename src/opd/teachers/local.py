@@ -52,7 +52,9 @@ class LocalTeacher:
         head = linear_head(model)
         size = vocabulary.size
         self.head = head and Head(weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])
-        possible: set[TargetKind] = {"dense", "top_k", "sampled"} | ({"hidden"} if self.head is not None else set())
+        possible: set[TargetKind] = {"dense", "top_k", "sampled"}
+        if self.head is not None:
+            possible.add("hidden")
         if supply is not None and supply not in possible:
             raise ObjectiveError(
                 f"teacher.supply is '{supply}', but {type(model).__name__} does more than a matrix product after its last hidden "

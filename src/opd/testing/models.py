@@ -58,8 +58,6 @@ def tiny_causal_lm(
             kv_heads=kv_heads,
             max_positions=max_positions,
         )
-    for name, token_id in special.items():
-        setattr(model.generation_config, name, token_id)
     return model.float().eval()
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from opd.config import Config
 from opd.data.pack import pack
-from opd.reporting.progress import Progress
+from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import save_checkpoint
@@ -95,7 +95,7 @@ class Clock:
         self.progress = progress
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: TrainingPhase) -> Iterator[None]:
         began = time.perf_counter()
         self.progress.phase(name)
         with memory_advice(name):

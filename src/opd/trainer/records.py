@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ def _sample(
     phase: Literal["train", "eval"],
     who: Literal["student", "teacher"],
     rollout: Rollout,
-    kl: list[float],
+    kl: Sequence[float],
     reward: float | None,
     renderer: Renderer,
 ) -> SampleRecord:

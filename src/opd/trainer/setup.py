@@ -62,9 +62,9 @@ class _Side:
 def build_parts(config: Config) -> Parts:
     """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
     prompts, held_out = _prompts(config)
-    student_side = _load_side(config.student, "student", config.student.device)
+    student_side = _load_side(config.student, "student", config.student.device, config.prompts.system)
     teacher_device = config.student.device if config.teacher.device == "auto" else config.teacher.device
-    teacher_side = _load_side(config.teacher, "teacher", teacher_device)
+    teacher_side = _load_side(config.teacher, "teacher", teacher_device, config.prompts.system)
     vocabulary = check_vocabularies(
         student_side.tokenizer,
         teacher_side.tokenizer,
@@ -75,8 +75,7 @@ def build_parts(config: Config) -> Parts:
         student_eos=student_side.eos,
         teacher_eos=teacher_side.eos,
     )
-    pad_id = student_side.tokenizer.pad_token_id
-    pad_id = student_side.eos[0] if pad_id is None else int(pad_id)
+    pad_id = _pad_id(student_side)
     teacher = LocalTeacher(
         teacher_side.model,
         teacher_side.renderer,
@@ -139,7 +138,7 @@ def _connect(
     )
 
 
-def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: str) -> _Side:
+def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: str, system: str | None) -> _Side:
     device = resolve_device(device_name)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
     tokenizer = load_tokenizer(config.model, **options)
@@ -150,8 +149,16 @@ def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: st
         attn_implementation=config.attn_implementation,
         **options,
     )
-    renderer = Renderer(tokenizer, name=f"{role} '{config.model}'")
+    renderer = Renderer(
+        tokenizer, name=f"{role} '{config.model}'", chat_template_kwargs=config.chat_template_kwargs, system=system
+    )
     return _Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
+
+
+def _pad_id(side: _Side) -> int:
+    """Any id will do, because padding is masked by position; a tokenizer without one lends its EOS."""
+    pad_id = side.tokenizer.pad_token_id
+    return pad_id if isinstance(pad_id, int) else side.eos[0]
 
 
 def _sampler(
@@ -228,5 +235,7 @@ def _check_lengths(
     """Every prompt is rendered once now, so that the one that is too long is known before step 0 and not at step 900."""
     for side in (student, teacher):
         limit = context_length(side.model)
-        for prompt in [*prompts, *held_out] if limit is not None else ():
-            side.renderer.check_length(prompt, side.renderer.prompt_ids(prompt), config.rollout.max_new_tokens, limit)
+        for prompt in [*prompts, *held_out]:
+            ids = side.renderer.prompt_ids(prompt)
+            if limit is not None:
+                side.renderer.check_length(prompt, ids, config.rollout.max_new_tokens, limit)

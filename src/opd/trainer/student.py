@@ -195,7 +195,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
             "student.lora needs peft, which is not installed: pip install 'opd[peft]'."
         ) from None
     targets = config.target_modules
-    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     lora = PeftLora(
         r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
     )

@@ -31,7 +31,8 @@
       responsive: !width,
       displaylogo: false,
       displayModeBar: isTouch ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+      // Named one by one: others offer to upload the figure.
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
     });
   };
   const isShown = ({ element }) => element.offsetParent !== null;

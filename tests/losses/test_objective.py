@@ -1,0 +1,523 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from loss_oracles import (
+    FULL_NAMES,
+    PARTIAL_NAMES,
+    expected,
+    gradient,
+    random_logits,
+    relative_error,
+    sampled_gradients,
+    tail_problem,
+    total_variance,
+)
+
+from opd.errors import ObjectiveError
+from opd.losses import (
+    Objective,
+    dense_from_hidden,
+    discounted_return,
+    entropy,
+    forward_kl,
+    full_divergence,
+    gather_logp,
+    generalized_jsd,
+    partial_divergence,
+    reverse_kl,
+    to_logp,
+    top_k_support,
+)
+from opd.types import DenseTarget, Head, HiddenTarget, SampledTarget, TopKTarget
+
+TOKENS, V = 6, 40
+STUDENT, TEACHER_LOGITS = random_logits(TOKENS, V, seed=51), random_logits(TOKENS, V, seed=52)
+TEACHER = to_logp(TEACHER_LOGITS)
+DENSE = DenseTarget(logits=TEACHER_LOGITS)
+IDS = torch.tensor([3, 0, 39, 7, 7, 20])
+SEQUENCES = torch.tensor([0, 0, 0, 1, 2, 2])
+
+
+def top_k_target(k, sampled=True):
+    best = TEACHER.topk(k, dim=-1)
+    return TopKTarget(
+        ids=best.indices, teacher_logp=best.values, sampled_logp=gather_logp(TEACHER, IDS) if sampled else None
+    )
+
+
+def sampled_target():
+    return SampledTarget(teacher_logp=gather_logp(TEACHER, IDS))
+
+
+def policy(**changes):
+    return Objective(support="sampled", estimator="k1", delivery="advantage", **changes)
+
+
+def same(actual, wanted):
+    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-13)
+
+
+# --- the loss it computes ---------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_exact_reverse_kl_over_the_whole_vocabulary():
+    assert torch.equal(Objective().per_token(STUDENT, DENSE, IDS).loss, reverse_kl(to_logp(STUDENT), TEACHER))
+
+
+@pytest.mark.parametrize("name", FULL_NAMES)
+def test_full_support_computes_the_divergence_it_names(name):
+    shape = {"generalized_jsd": {"beta": 0.3}, "alpha_beta_divergence": {"alpha": 0.3, "beta": 0.9}}.get(name, {})
+    loss = Objective(divergence=name, **shape).per_token(STUDENT, DENSE, IDS).loss
+    assert torch.equal(loss, full_divergence(name, to_logp(STUDENT), TEACHER, **shape))
+
+
+def test_published_jsd_is_passed_on():
+    loss = Objective(divergence="generalized_jsd", beta=0.3, normalize=False).per_token(STUDENT, DENSE, IDS).loss
+    assert torch.equal(loss, generalized_jsd(to_logp(STUDENT), TEACHER, 0.3, normalize=False))
+    partial = Objective(divergence="generalized_jsd", beta=0.3, normalize=False, support="union", top_k=40)
+    same(partial.per_token(STUDENT, DENSE, IDS).loss, loss)
+
+
+@pytest.mark.parametrize("name", PARTIAL_NAMES)
+@pytest.mark.parametrize("tail", ["bucket", "generalized", "renormalize"])
+def test_partial_supports_are_chosen_by_whom_they_name(name, tail):
+    student = to_logp(STUDENT)
+    for support, chooser in (("teacher_top_k", TEACHER), ("student_top_k", student)):
+        chosen = top_k_support(chooser, 5, (1, 2))
+        wanted = partial_divergence(name, chosen.gather(student), chosen.gather(TEACHER), tail=tail)
+        objective = Objective(divergence=name, support=support, top_k=5, tail=tail, always_include=(1, 2))
+        same(objective.per_token(STUDENT, DENSE, IDS).loss, wanted)
+
+
+def test_union_sees_what_either_side_thinks_likely():
+    student, teacher = torch.tensor([[5.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 5.0, 0.0, 0.0]])
+    objective = Objective(support="union", top_k=1)
+    loss = objective.per_token(student, DenseTarget(logits=teacher), torch.tensor([0])).loss
+    wanted = reverse_kl(
+        to_logp(student), to_logp(teacher)
+    )  # the other two entries are alike, so the bucket loses nothing
+    torch.testing.assert_close(loss, wanted)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "generalized", "renormalize", "sampled"])
+def test_a_teacher_that_shows_its_top_k_gives_the_same_loss_as_its_logits(tail):
+    objective = Objective(support="teacher_top_k", top_k=5, tail=tail)
+    wanted = objective.per_token(STUDENT, DENSE, IDS).loss
+    for shown in (5, 9):  # more than asked for is cut
+        same(objective.per_token(STUDENT, top_k_target(shown), IDS).loss, wanted)
+
+
+def test_hidden_states_give_the_same_loss_as_the_logits_they_stand_for():
+    hidden, weight, bias = random_logits(TOKENS, 8, seed=53), random_logits(V, 8, seed=54), random_logits(V, seed=55)
+    target = HiddenTarget(hidden=hidden, head=Head(weight=weight, bias=bias))
+    wanted = Objective().per_token(STUDENT, DenseTarget(logits=hidden @ weight.T + bias), IDS).loss
+    same(Objective().per_token(STUDENT, target, IDS).loss, wanted)
+
+
+def test_padding_rows_of_a_head_cannot_be_emitted_and_low_precision_is_widened():
+    head = Head(weight=random_logits(10, 4, seed=1, dtype=torch.bfloat16), valid_vocab=7)
+    hidden = random_logits(3, 4, seed=2, dtype=torch.bfloat16)
+    logits = dense_from_hidden(HiddenTarget(hidden=hidden, head=head)).logits
+    assert logits.dtype == torch.float32
+    assert (logits[:, 7:] == -math.inf).all()
+    torch.testing.assert_close(logits[:, :7], hidden.float() @ head.weight[:7].float().T, rtol=1e-6, atol=1e-6)
+
+
+def test_each_side_has_its_own_temperature():
+    loss = Objective(student_temperature=2.0, teacher_temperature=0.5).per_token(STUDENT, DENSE, IDS).loss
+    same(loss, reverse_kl(to_logp(STUDENT, 2.0), to_logp(TEACHER_LOGITS, 0.5)))
+
+
+def test_t2_multiplies_by_the_square_of_the_temperature_only_when_asked():
+    plain = Objective(student_temperature=3.0, teacher_temperature=3.0).per_token(STUDENT, DENSE, IDS).loss
+    scaled = Objective(student_temperature=3.0, teacher_temperature=3.0, scale_by_t2=True)
+    same(scaled.per_token(STUDENT, DENSE, IDS).loss, 9 * plain)
+
+
+def test_the_sampled_tail_divides_by_the_sampler_when_it_is_given():
+    objective = Objective(support="teacher_top_k", top_k=4, tail="sampled")
+    own = objective.per_token(STUDENT, DENSE, IDS).loss
+    student_logp = gather_logp(to_logp(STUDENT), IDS)
+    same(objective.per_token(STUDENT, DENSE, IDS, sampler_logp=student_logp).loss, own)
+    head = Objective(support="teacher_top_k", top_k=4, tail="generalized").per_token(STUDENT, DENSE, IDS).loss
+    doubled = objective.per_token(STUDENT, DENSE, IDS, sampler_logp=student_logp + math.log(2)).loss
+    same(doubled - head, (own - head) / 2)
+    assert (own - head).abs().max() > 0.1
+
+
+# --- sampled tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [sampled_target(), top_k_target(3), DENSE])
+def test_sampled_losses_need_only_the_sampled_token_from_any_target(target):
+    delta = gather_logp(to_logp(STUDENT), IDS) - gather_logp(TEACHER, IDS)
+    k2_loss = Objective(support="sampled", estimator="k2").per_token(STUDENT, target, IDS).loss
+    k3_loss = Objective(support="sampled", estimator="k3", divergence="forward_kl").per_token(STUDENT, target, IDS).loss
+    same(k2_loss, delta**2 / 2)
+    same(k3_loss, (-delta).exp() - 1 + delta)
+    same(policy().per_token(STUDENT, target, IDS).loss, delta)
+
+
+LOGITS_1, TEACHER_1 = tail_problem()
+
+
+def objective_gradients(objective, teacher=TEACHER_1):
+    """Every token of one position drawn once, through `per_token`."""
+
+    def loss(logp, drawn):
+        rows = logp.shape[0]
+        return objective.per_token(logp, DenseTarget(logits=teacher.expand(rows, -1)), drawn).loss
+
+    return sampled_gradients(loss, LOGITS_1[0])
+
+
+@pytest.mark.parametrize(
+    ("objective", "exact"),
+    [
+        (policy(), reverse_kl),
+        (policy(baseline="value"), reverse_kl),
+        (Objective(support="sampled", estimator="k2"), reverse_kl),
+        (Objective(support="sampled", estimator="k3", divergence="forward_kl"), forward_kl),
+        (Objective(support="teacher_top_k", top_k=8, tail="sampled"), reverse_kl),
+        (Objective(support="union", top_k=3, tail="sampled", divergence="forward_kl"), forward_kl),
+        (Objective(support="student_top_k", top_k=3, tail="sampled", divergence="generalized_jsd"), generalized_jsd),
+    ],
+)
+def test_every_sampled_objective_has_the_expected_gradient_of_what_it_names(objective, exact):
+    wanted = gradient(lambda s: exact(to_logp(s), TEACHER_1), LOGITS_1)[0]
+    assert relative_error(expected(*objective_gradients(objective)), wanted) < 1e-12
+
+
+def test_the_value_baseline_lowers_the_variance():
+    assert total_variance(*objective_gradients(policy(baseline="value"))) < total_variance(
+        *objective_gradients(policy())
+    )
+
+
+def test_the_value_baseline_is_subtracted_after_the_return():
+    delta = gather_logp(to_logp(STUDENT), IDS) - gather_logp(TEACHER, IDS)
+    returns = discounted_return(-delta, SEQUENCES, 0.5)
+    loss = policy(baseline="value", discount=0.5).per_token(STUDENT, DENSE, IDS, sequence_index=SEQUENCES).loss
+    same(loss, -(returns + reverse_kl(to_logp(STUDENT), TEACHER)))
+
+
+def test_the_value_baseline_is_coarse_when_only_the_top_k_is_known():
+    delta = gather_logp(to_logp(STUDENT), IDS) - gather_logp(TEACHER, IDS)
+    support = top_k_support(TEACHER, 5)
+    coarse = partial_divergence("reverse_kl", support.gather(to_logp(STUDENT)), support.gather(TEACHER))
+    same(policy(baseline="value").per_token(STUDENT, top_k_target(5), IDS).loss, delta - coarse)
+
+
+def test_the_policy_gradient_uses_and_clips_the_ratio_to_the_sampler():
+    student_logp = gather_logp(to_logp(STUDENT), IDS)
+    plain = policy().per_token(STUDENT, DENSE, IDS).loss
+    sampler = student_logp - math.log(1.5)
+    same(policy().per_token(STUDENT, DENSE, IDS, sampler_logp=sampler).loss, 1.5 * plain)
+    clipped = policy(clip_range=0.2).per_token(STUDENT, DENSE, IDS, sampler_logp=sampler).loss
+    same(clipped, torch.where(plain < 0, 1.2 * plain, 1.5 * plain))
+
+
+# --- the teacher's floor ----------------------------------------------------------------------------------------------
+
+FLOOR_STUDENT = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).double().log()
+FLOOR_TEACHER = torch.tensor([[0.75, 0.25, 0.0, 0.0]]).double().log()
+
+
+def test_without_a_floor_an_impossible_token_is_infinitely_bad_and_said_so():
+    out = Objective().per_token(FLOOR_STUDENT, DenseTarget(logits=FLOOR_TEACHER), torch.tensor([0]))
+    assert out.loss.item() == math.inf
+    assert out.metrics["reverse_kl"].item() == math.inf
+    assert out.metrics["clamped"].item() == 0
+
+
+def test_the_floor_bounds_the_loss_and_reports_the_probability_it_touched():
+    out = Objective(teacher_logp_floor=-10.0).per_token(
+        FLOOR_STUDENT, DenseTarget(logits=FLOOR_TEACHER), torch.tensor([0])
+    )
+    assert out.loss.item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.25 * (math.log(0.25) + 10))
+    assert out.metrics["clamped"].item() == pytest.approx(0.25)
+
+
+def test_the_floor_acts_on_sampled_tokens_and_counts_them():
+    target = SampledTarget(teacher_logp=torch.tensor([-math.inf, -3.0]).double())
+    out = policy(teacher_logp_floor=-10.0).per_token(FLOOR_STUDENT.expand(2, -1), target, torch.tensor([2, 1]))
+    assert out.loss.tolist() == pytest.approx([math.log(0.25) + 10, math.log(0.25) + 3])
+    assert out.metrics["clamped"].tolist() == [1.0, 0.0]
+
+
+def test_the_floor_acts_inside_a_top_k_and_on_the_sampled_tail():
+    target = DenseTarget(logits=FLOOR_TEACHER)
+    head = Objective(support="student_top_k", top_k=3, tail="generalized", teacher_logp_floor=-10.0)
+    out = head.per_token(FLOOR_STUDENT, target, torch.tensor([0]))
+    assert out.metrics["clamped"].item() == pytest.approx(0.25)
+    assert out.loss.isfinite().all()
+    tail = Objective(support="teacher_top_k", top_k=2, tail="sampled", teacher_logp_floor=-10.0)
+    out = tail.per_token(FLOOR_STUDENT, target, torch.tensor([2]))
+    assert out.metrics["clamped"].item() == 1.0
+    outside = (0.25 * (math.log(0.25) + 10) - 0.25 + math.exp(-10)) / 0.25
+    inside = 0.5 * math.log(0.5 / 0.75) - 0.75 + 1
+    assert out.loss.item() == pytest.approx(outside + inside)
+
+
+def test_the_floor_acts_on_the_baseline():
+    objective = policy(baseline="value", teacher_logp_floor=-10.0)
+    out = objective.per_token(FLOOR_STUDENT, DenseTarget(logits=FLOOR_TEACHER), torch.tensor([0]))
+    kl = 0.5 * math.log(0.5 / 0.75) + 0.25 * (math.log(0.25) + 10)
+    assert out.loss.item() == pytest.approx(math.log(0.5 / 0.75) - kl)
+
+
+# --- diagnostics ------------------------------------------------------------------------------------------------------
+
+
+def test_logits_allow_every_diagnostic():
+    metrics = Objective(top_k=4).per_token(STUDENT.clone().requires_grad_(), DENSE, IDS).metrics
+    student = to_logp(STUDENT)
+    same(metrics["reverse_kl"], reverse_kl(student, TEACHER))
+    same(metrics["forward_kl"], forward_kl(student, TEACHER))
+    same(metrics["student_entropy"], entropy(student))
+    same(metrics["teacher_entropy"], entropy(TEACHER))
+    same(metrics["student_logp"], gather_logp(student, IDS))
+    same(metrics["teacher_logp"], gather_logp(TEACHER, IDS))
+    mine, theirs = student.topk(4).indices.tolist(), TEACHER.topk(4).indices.tolist()
+    assert metrics["overlap"].tolist() == [len(set(a) & set(b)) / 4 for a, b in zip(mine, theirs, strict=True)]
+    assert not any(value.requires_grad for value in metrics.values())
+    assert all(value.shape == (TOKENS,) for value in metrics.values())
+
+
+def test_overlap_looks_at_no_more_than_16_tokens():
+    metrics = Objective(top_k=64).per_token(STUDENT, DENSE, IDS).metrics
+    mine, theirs = to_logp(STUDENT).topk(16).indices.tolist(), TEACHER.topk(16).indices.tolist()
+    wanted = [len(set(a) & set(b)) / 16 for a, b in zip(mine, theirs, strict=True)]
+    assert metrics["overlap"].tolist() == pytest.approx(wanted)
+
+
+def test_a_top_k_allows_the_coarse_kls_and_the_overlap():
+    metrics = (
+        Objective(support="teacher_top_k", top_k=5, tail="generalized").per_token(STUDENT, top_k_target(5), IDS).metrics
+    )
+    support = top_k_support(TEACHER, 5)
+    on_k = support.gather(to_logp(STUDENT)), support.gather(TEACHER)
+    same(metrics["reverse_kl"], partial_divergence("reverse_kl", *on_k))
+    same(metrics["forward_kl"], partial_divergence("forward_kl", *on_k))
+    mine, theirs = to_logp(STUDENT).topk(5).indices.tolist(), support.ids.tolist()
+    wanted = [len(set(a) & set(b)) / 5 for a, b in zip(mine, theirs, strict=True)]
+    assert metrics["overlap"].tolist() == pytest.approx(wanted)
+    assert "teacher_entropy" not in metrics
+
+
+def test_a_sampled_token_allows_its_two_log_probs():
+    metrics = policy().per_token(STUDENT, sampled_target(), IDS).metrics
+    assert set(metrics) == {"student_entropy", "student_logp", "teacher_logp", "clamped"}
+    same(metrics["teacher_logp"], gather_logp(TEACHER, IDS))
+
+
+def test_diagnostics_are_at_temperature_1_whatever_the_loss():
+    metrics = Objective(student_temperature=3.0, teacher_temperature=0.5).per_token(STUDENT, DENSE, IDS).metrics
+    same(metrics["reverse_kl"], reverse_kl(to_logp(STUDENT), TEACHER))
+
+
+ALL_OBJECTIVES = [
+    *[Objective(divergence=name) for name in FULL_NAMES],
+    *[
+        Objective(divergence=name, support=support, tail=tail, top_k=3)
+        for name in PARTIAL_NAMES
+        for support in ("teacher_top_k", "student_top_k", "union")
+        for tail in ("bucket", "generalized", "renormalize", "sampled")
+    ],
+    Objective(support="sampled", estimator="k2"),
+    Objective(support="sampled", estimator="k3", divergence="forward_kl"),
+    policy(),
+    policy(baseline="value"),
+    policy(discount=1.0),
+]
+
+
+@pytest.mark.parametrize("objective", ALL_OBJECTIVES, ids=str)
+def test_teacher_equal_to_student_costs_exactly_nothing(objective):
+    out = objective.per_token(STUDENT.float(), DenseTarget(logits=STUDENT.float()), IDS, sequence_index=SEQUENCES)
+    assert (out.loss == 0).all()
+    assert (out.metrics["reverse_kl"] == 0).all()
+    assert (out.metrics["overlap"] == 1).all()
+
+
+@pytest.mark.parametrize("objective", ALL_OBJECTIVES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_dtype_trains_with_finite_gradients_and_no_tokens_is_no_loss(objective, dtype):
+    leaf = STUDENT.to(dtype).requires_grad_()
+    out = objective.per_token(leaf, DenseTarget(logits=TEACHER_LOGITS.to(dtype)), IDS, sequence_index=SEQUENCES)
+    slope = torch.autograd.grad(out.loss.sum(), leaf)[0]
+    assert out.loss.dtype == torch.float32
+    assert slope.dtype == dtype
+    assert slope.isfinite().all()
+    assert slope.norm() > 0
+    nothing = objective.per_token(
+        leaf[:0], DenseTarget(logits=TEACHER_LOGITS[:0]), IDS[:0], sequence_index=SEQUENCES[:0]
+    )
+    assert nothing.loss.tolist() == []
+
+
+# --- what it needs of a teacher ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "needs"),
+    [
+        (Objective(), ("hidden", "dense")),
+        (Objective(support="teacher_top_k"), ("hidden", "dense", "top_k")),
+        (Objective(support="teacher_top_k", always_include=(1,)), ("hidden", "dense")),
+        (Objective(support="teacher_top_k", teacher_temperature=2.0), ("hidden", "dense")),
+        (Objective(support="student_top_k"), ("hidden", "dense")),
+        (Objective(support="union"), ("hidden", "dense")),
+        (policy(), ("hidden", "dense", "sampled", "top_k")),
+        (policy(baseline="value"), ("hidden", "dense", "top_k")),
+        (policy(teacher_temperature=2.0), ("hidden", "dense")),
+    ],
+)
+def test_each_objective_names_the_targets_that_can_feed_it(objective, needs):
+    assert objective.needs == needs
+
+
+def test_the_best_target_that_the_teacher_has_is_taken():
+    assert Objective().check_supplies(["sampled", "top_k", "dense"], "local") == "dense"
+    assert Objective(support="teacher_top_k", top_k=8).check_supplies({"top_k"}, "server", 8) == "top_k"
+    assert policy().check_supplies({"sampled", "top_k"}, "server", 20) == "sampled"
+
+
+@pytest.mark.parametrize(
+    ("objective", "supplies", "k", "message"),
+    [
+        (
+            Objective(),
+            {"top_k"},
+            20,
+            "reverse_kl needs every vocabulary entry, but teacher 'server' supplies top-20; use support=teacher_top_k with "
+            "tail=bucket, or use a local teacher.",
+        ),
+        (Objective(), {"sampled"}, None, "use support=sampled with estimator=k1, delivery=advantage"),
+        (Objective(support="union"), {"top_k"}, 20, "tokens that the student chooses"),
+        (Objective(support="teacher_top_k", always_include=(7,)), {"top_k"}, 99, r"tokens \(7,\).*drop always_include"),
+        (policy(baseline="value"), {"sampled"}, None, "baseline=value.*baseline=none"),
+        (Objective(teacher_temperature=2.0), {"top_k"}, 20, "set teacher_temperature=1"),
+        (Objective(support="teacher_top_k", top_k=64), {"top_k"}, 20, "supplies top-20; set top_k=20"),
+        (Objective(), set(), None, "supplies nothing; use a local teacher"),
+    ],
+)
+def test_a_teacher_that_cannot_feed_it_is_refused_with_a_way_out(objective, supplies, k, message):
+    with pytest.raises(ObjectiveError, match=message):
+        objective.check_supplies(supplies, "server", k)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ({"support": "sampled", "estimator": "k1"}, "expected gradient is 0"),
+    ({"support": "sampled", "estimator": "k3"}, "gradient of forward KL"),
+    ({"support": "sampled", "estimator": "k2", "divergence": "forward_kl"}, "gradient of reverse KL"),
+    (
+        {"support": "sampled", "estimator": "k1", "delivery": "advantage", "divergence": "forward_kl"},
+        "estimates reverse KL",
+    ),
+    ({"support": "sampled", "estimator": "k3", "delivery": "advantage"}, "wrong direction"),
+    (
+        {"support": "sampled", "estimator": "k3", "delivery": "advantage", "divergence": "forward_kl"},
+        "wrong direction",
+    ),
+    ({"support": "sampled", "estimator": "k2", "delivery": "advantage"}, "wrong direction"),
+    ({"delivery": "advantage"}, "same number for every token"),
+    ({"support": "teacher_top_k", "delivery": "advantage"}, "same number for every token"),
+    ({"support": "sampled"}, "one token's log-prob"),
+    ({"estimator": "k2"}, "support='sampled'"),
+    ({"support": "union", "estimator": "k1", "delivery": "advantage"}, "support='sampled'"),
+    ({"support": "teacher_top_k", "tail": "ignore"}, "push probability out"),
+    ({"support": "teacher_top_k", "tail": "renormalize", "top_k": 1}, "identically 0"),
+    ({"support": "union", "divergence": "alpha_beta_divergence"}, "support='full'"),
+    ({"tail": "generalized"}, "has none"),
+    ({"support": "sampled", "estimator": "k2", "tail": "sampled"}, "has none"),
+    ({"always_include": (2,)}, "has none"),
+    ({"divergence": "skew_reverse_kl", "beta": 0.0}, "identically 0"),
+    ({"divergence": "skew_forward_kl", "beta": 1.0}, "identically 0"),
+    ({"divergence": "generalized_jsd", "beta": 1.1}, "0 ≤ beta ≤ 1"),
+    ({"divergence": "alpha_beta_divergence", "alpha": -1.0}, "alpha ≥ 0"),
+    ({"divergence": "kl"}, "reverse_kl"),
+    ({"beta": 0.9}, "not read by reverse_kl"),
+    ({"alpha": 0.9, "divergence": "generalized_jsd"}, "not read by generalized_jsd"),
+    ({"normalize": False}, "generalized_jsd only"),
+    ({"beta": math.nan, "divergence": "generalized_jsd"}, "finite"),
+    ({"teacher_logp_floor": math.nan}, "finite"),
+    ({"teacher_logp_floor": 0.0}, "negative"),
+    ({"student_temperature": 0.0}, "> 0"),
+    ({"teacher_temperature": -1.0}, "> 0"),
+    ({"student_temperature": math.inf}, "finite"),
+    ({"scale_by_t2": True}, "multiplies by 1"),
+    ({"scale_by_t2": True, "student_temperature": 2.0}, "set both alike"),
+    (
+        {
+            "scale_by_t2": True,
+            "student_temperature": 2.0,
+            "teacher_temperature": 2.0,
+            "support": "sampled",
+            "estimator": "k1",
+            "delivery": "advantage",
+        },
+        "an advantage has no gradient",
+    ),
+    ({"baseline": "value"}, "delivery='loss' has none"),
+    ({"discount": 0.5}, "delivery='loss' has none"),
+    ({"clip_range": 0.2}, "delivery='loss' has none"),
+    ({"discount": -0.5}, "between 0"),
+    ({"discount": 1.5}, "between 0"),
+    ({"clip_range": 0.0}, "> 0"),
+    ({"top_k": 0, "support": "union"}, "whole number"),
+    ({"top_k": 2.5, "support": "union"}, "whole number"),
+    ({"always_include": (-1,), "support": "union"}, "token ids"),
+    ({"reduction": "mean"}, "token_mean"),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), REFUSED, ids=lambda value: str(value))
+def test_what_cannot_work_is_refused_with_the_reason(settings, why):
+    with pytest.raises(ObjectiveError, match=why):
+        Objective(**settings)
+
+
+def test_the_published_jsd_warns_near_its_ends_when_the_objective_is_made():
+    with pytest.warns(UserWarning, match="normalize=True"):
+        Objective(divergence="generalized_jsd", beta=0.95, normalize=False)
+
+
+def test_an_objective_cannot_be_changed_only_replaced():
+    objective = Objective()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        objective.beta = 0.3
+    with pytest.raises(ObjectiveError):
+        dataclasses.replace(objective, delivery="advantage")
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: Objective().per_token(STUDENT, sampled_target(), IDS), "kind hidden or dense"),
+        (lambda: Objective().per_token(STUDENT, top_k_target(5), IDS), "kind hidden or dense"),
+        (lambda: Objective().per_token(STUDENT[:, :-1], DENSE, IDS), "39 vocabulary entries, teacher logits 40"),
+        (lambda: Objective().per_token(STUDENT, DENSE, IDS[:-1]), "6 rows of student logits, 6 of the target and 5"),
+        (lambda: Objective().per_token(STUDENT[:-1], DENSE, IDS[:-1]), "same order"),
+        (lambda: policy(discount=0.5).per_token(STUDENT, DENSE, IDS), "sequence_index"),
+        (lambda: policy(clip_range=0.2).per_token(STUDENT, DENSE, IDS), "sampler_logp"),
+        (lambda: policy().per_token(STUDENT, top_k_target(5, sampled=False), IDS), "sampled_logp"),
+        (
+            lambda: Objective(support="teacher_top_k", tail="sampled").per_token(
+                STUDENT, top_k_target(5, sampled=False), IDS
+            ),
+            "sampled_logp",
+        ),
+        (
+            lambda: Objective(support="teacher_top_k").per_token(STUDENT[:, :3], top_k_target(5), IDS.clamp(max=2)),
+            "same tokenizer",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_before_they_are_computed_with(call, why):
+    with pytest.raises(ObjectiveError, match=why):
+        call()

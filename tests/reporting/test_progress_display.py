@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from opd.reporting.progress import Progress, duration
+
+METRICS = {"loss": 0.25, "reverse_kl": 0.125, "student_entropy": 1.5, "time/tokens_per_second": 12345.6, "lr": 1.0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_terminal(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def run(progress: Progress, clock: Clock, steps: range, seconds: float = 2.0) -> None:
+    with progress:
+        for step in steps:
+            progress.phase("rollout")
+            clock.now += seconds
+            progress.update(step, METRICS)
+
+
+def test_a_plain_line_says_step_metrics_and_time_left():
+    out, clock = io.StringIO(), Clock()
+    run(Progress(20, enabled="plain", stream=out, clock=clock), clock, range(10))
+    assert out.getvalue() == (
+        "step 10/20  loss 0.25  reverse KL 0.125  entropy 1.5  tokens/s 12,346  ETA 0:20\n"
+    )  # fmt: skip
+
+
+def test_plain_lines_come_every_n_steps_and_at_the_last():
+    out, clock = io.StringIO(), Clock()
+    run(Progress(25, enabled="plain", plain_every=10, stream=out, clock=clock), clock, range(25))
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["10/25", "20/25", "25/25"]
+
+
+def test_a_slow_run_speaks_at_least_once_a_minute():
+    out, clock = io.StringIO(), Clock()
+    run(Progress(100, enabled="plain", stream=out, clock=clock), clock, range(5), seconds=35.0)
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["2/100", "4/100"]
+
+
+def test_a_resumed_run_predicts_only_what_is_left():
+    clock = Clock()
+    progress = Progress(100, 90, enabled="off", clock=clock)
+    run(progress, clock, range(90, 95), seconds=3.0)
+    assert progress.seconds_left == 15.0
+
+
+def test_the_prediction_follows_the_recent_steps():
+    clock = Clock()
+    progress = Progress(200, enabled="off", clock=clock)
+    with progress:
+        for step in range(100):
+            clock.now += 50.0 if step < 50 else 1.0
+            progress.update(step, {})
+    assert progress.seconds_left == 100.0
+
+
+def test_off_prints_nothing():
+    out, clock = Terminal(), Clock()
+    progress = Progress(10, enabled="off", stream=out, clock=clock)
+    run(progress, clock, range(10))
+    progress.message("hello")
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "mode"),
+    [
+        (Terminal(), {}, "rich"),
+        (io.StringIO(), {}, "plain"),
+        (Terminal(), {"CI": "true"}, "plain"),
+        (Terminal(), {"CI": "false"}, "rich"),
+        (Terminal(), {"TERM": "dumb"}, "plain"),
+    ],
+)
+def test_auto_is_live_only_in_a_real_terminal(monkeypatch, stream, environment, mode):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Progress(1, stream=stream).mode == mode
+
+
+def test_the_live_display_shows_phase_count_metrics_and_time_left():
+    out, clock = Terminal(), Clock()
+    with Progress(20, enabled="rich", stream=out, clock=clock) as progress:
+        clock.now = 4.0
+        progress.update(0, METRICS)
+        progress.phase("teacher")
+        progress.message("[bold] is not markup")
+    shown = out.getvalue()
+    for piece in ("1/20", "ETA 1:16", "loss 0.25", "reverse KL 0.125", "12,346", "[bold] is not markup"):
+        assert piece in shown
+    assert "teacher" in shown
+
+
+def test_a_metric_that_is_missing_is_not_shown():
+    out, clock = io.StringIO(), Clock()
+    with Progress(1, enabled="plain", stream=out, clock=clock) as progress:
+        progress.update(0, {"loss": float("nan")})
+    assert out.getvalue() == "step 1/1  loss nan\n"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (7.4, "0:07"), (187, "3:07"), (3765, "1:02:45")])
+def test_durations_read_like_a_clock(seconds, shown):
+    assert duration(seconds) == shown
