@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from opd.errors import ConfigError, OpdError
+from opd.errors import ConfigError, ObjectiveError, OpdError
 from opd.losses import Objective
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -40,8 +41,8 @@ class LoraConfig:
     """'all-linear', or a comma-separated list of module names."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}")
-        _require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
+        _require(self.rank >= 1, f"student.lora.rank must be at least 1, not {self.rank}")
+        _require(self.alpha > 0, f"student.lora.alpha must be positive, not {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +187,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lr) and self.lr > 0, f"optimizer.lr must be a positive number, not {self.lr}")
         _require(
-            self.adamw_lr is None or self.adamw_lr > 0, f"optimizer.adamw_lr must be positive, not {self.adamw_lr}"
+            self.adamw_lr is None or (math.isfinite(self.adamw_lr) and self.adamw_lr > 0),
+            f"optimizer.adamw_lr must be a positive number, not {self.adamw_lr}",
         )
         _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
         _require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), not {self.momentum}")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            f"optimizer.weight_decay must be 0 or a positive number, not {self.weight_decay}",
+        )
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, not {self.warmup_steps}")
         _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must lie in [0, 1], not {self.min_lr_ratio}")
         _require(
@@ -302,6 +307,14 @@ class Config:
     seed: int = 0
     """Every random draw of the run derives from it."""
 
+    def __post_init__(self) -> None:
+        _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
+        _require(
+            self.objective.clip_range is None or self.rollout.lmbda == 1 or self.rollout.off_policy == "teacher",
+            f"objective.clip_range={self.objective.clip_range} clips the ratio student / sampler, and data-set responses "
+            "(rollout.lmbda < 1) had no sampler; drop clip_range, or set rollout.off_policy=teacher or rollout.lmbda=1.",
+        )
+
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe's YAML as a dict. Raises ConfigError when it is missing or malformed."""
@@ -312,16 +325,20 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"No recipe at '{path}'. Give the path of a YAML file, e.g. recipes/demo/recipe.yaml."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe '{path}' cannot be read: {error}.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"The recipe '{path}' is a folder; give the YAML file in it.") from None
+    except OSError as error:
+        raise ConfigError(f"The recipe '{path}' cannot be read: {error.strerror}. Check its permissions.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"The recipe '{path}' is not text; a recipe is a YAML file in UTF-8.") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"The recipe '{path}' is not valid YAML: {error}") from None
+        raise ConfigError(f"The recipe '{path}' is not valid YAML; mend the place it names. {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}.")
+        raise ConfigError(f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}; write e.g. 'train: {{steps: 50}}'.")
     return data
 
 
@@ -345,10 +362,19 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
                 index += 1
             values = list(args[start:index])
         if not values:
-            raise ConfigError(f"{name} needs a value, e.g. {name} VALUE.")
+            near = difflib.get_close_matches(name, FLAGS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} needs a value, e.g. {name} VALUE.{hint}")
+        for value in values[1:]:
+            if value.lstrip("-").partition("=")[0] in _all_keys(Config):
+                raise ConfigError(f"'{value}' after {name} looks like a key of its own; write --{value.lstrip('-')}.")
         parsed = [_scalar(value) for value in values]
         overrides[name[2:].replace("-", "_")] = parsed[0] if len(parsed) == 1 else parsed
     return overrides
+
+
+FLAGS = ("--resume", "--overwrite", "--debug")
+"""Words on the command line that take no value."""
 
 
 def _scalar(text: str) -> Any:
@@ -417,7 +443,14 @@ def _refuse_unknown_keys(section: type, data: Any, prefix: str) -> None:
             raise ConfigError(_unknown(f"{prefix}{key}", str(key), names, prefix))
         child = _section_of(hints[key])
         if child is not None:
+            optional = child is not hints[key]
+            if not isinstance(value, (Mapping, child)) and not (optional and value is None):
+                what = "is empty" if value is None else f"cannot be {value!r}"
+                example = f"{prefix}{key}.{dataclasses.fields(child)[0].name}"
+                raise ConfigError(f"'{prefix}{key}' is a section and {what}; set its keys, e.g. --{example} VALUE.")
             _refuse_unknown_keys(child, value, f"{prefix}{key}.")
+        elif isinstance(value, bool) and {int, float} & {hints[key], *get_args(hints[key])}:
+            raise ConfigError(f"'{prefix}{key}' cannot be {str(value).lower()}: it is a number; write one.")
 
 
 def _all_keys(section: type, prefix: str = "") -> list[str]:
@@ -461,10 +494,24 @@ def _lists_to_tuples(section: type, data: Any) -> Any:
 def _explain(error: ValidationError) -> OpdError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ObjectiveError):
+        return ObjectiveError(f"objective: {cause}")
     if isinstance(cause, OpdError):
         return cause
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return ConfigError(f"'{dotted}' is not set, and has no default. Add it to the recipe or pass --{dotted} VALUE.")
+        if isinstance(first["loc"][-1], int):  # a tuple of fixed length
+            whole = ".".join(map(str, first["loc"][:-1]))
+            return ConfigError(f"'{whole}' has too few values, {first['input']!r}; the default shows how many it takes.")
+        section = _section_of(get_type_hints(Config).get(dotted))
+        key = f"{dotted}.{dataclasses.fields(section)[0].name}" if section else dotted
+        return ConfigError(f"'{dotted}' is not set, and has no default. Add it to the recipe or pass --{key} VALUE.")
     more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
-    return ConfigError(f"'{dotted}' cannot be {first['input']!r}: {first['msg'].lower()}{more}.")
+    hint = ""
+    if first["type"] == "literal_error":
+        near = difflib.get_close_matches(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+    elif first["type"] == "string_type":
+        hint = " Put it in quotes if it is meant as text."
+    problem = first["msg"][0].lower() + first["msg"][1:]
+    return ConfigError(f"'{dotted}' cannot be {first['input']!r}: {problem}{more}.{hint}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LINEAR_HEAD_TOLERANCE = 1e-3  # relative; rounding of a float16/bfloat16 head stays under it, softcaps and scales do not
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for a folder that is incomplete, damaged or of another kind."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,8 +34,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"'{name}' is not a device; use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
+        if device.type != "cuda":
+            torch.empty(1, device=device).item()
+    except (RuntimeError, NotImplementedError):
+        raise ModelError(f"'{name}' is not a device of this machine; use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device is '{name}', but PyTorch sees no CUDA GPU here; use 'cpu' or 'auto'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -54,14 +62,28 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     role: str = "model",
 ) -> PreTrainedModel:
-    """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError."""
+    """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError, also for weights that are
+    missing (they would be random) or not finite."""
+    _check_folder(role, name, ("config.json",))
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **extra
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True, **extra
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(_load_failure(role, name, error)) from error
+    except UNREADABLE as error:
+        raise ModelError(_load_failure(role, "model", name, error)) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The {role} '{name}' lacks {len(missing)} of its weights ({missing[0]}, …), which would be random numbers. The "
+            "download is incomplete, or config.json belongs to another model; get the whole folder again."
+        )
+    bad = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
+    if bad is not None:
+        raise ModelError(
+            f"The {role} '{name}' has NaN or infinite numbers in {bad}, so every loss would be NaN. It was saved after a run that "
+            "diverged, or with overflow in float16; use another checkpoint."
+        )
     model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
     return model.eval()
 
@@ -70,16 +92,31 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, role: str = "model"
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, from the same folder or hub name. Raises ModelError."""
+    _check_folder(role, name, TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(_load_failure(role, f"{name} (tokenizer)", error)) from error
+    except UNREADABLE as error:
+        raise ModelError(_load_failure(role, "tokenizer", name, error)) from error
 
 
-def _load_failure(role: str, name: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
+    """Say it of a local folder before transformers asks the hub for it, or makes up what is missing."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+            raise ModelError(f"There is no folder '{name}'. Give {role}.model a model's folder, or a hub name 'owner/name'.")
+    elif not any(True for pattern in one_of for _ in folder.glob(pattern)):
+        raise ModelError(
+            f"The {role} '{name}' has no {' or '.join(one_of)}. Give {role}.model a folder that holds config.json, weights and "
+            "tokenizer, as save_pretrained of the model and of its tokenizer write them."
+        )
+
+
+def _load_failure(role: str, what: str, name: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    reason = " ".join(lines)[:300] if isinstance(error, OSError) else f"{type(error).__name__}: {' '.join(lines)[:300]}"
     return (
-        f"The {role} '{name}' cannot be loaded: {first_line} "
+        f"The {role}'s {what} '{name}' cannot be loaded: {reason.rstrip('.')}. "
         f"Give {role}.model a folder that holds config.json, weights and tokenizer, or a hub name this machine can reach."
     )
 

@@ -136,6 +136,13 @@ def test_gradients_are_never_nan_however_far_apart_the_two_are(name, beta, dtype
         assert slope.isfinite().all()
 
 
+def test_an_infinite_entry_has_no_gradient_and_leaves_that_of_the_others_alone():
+    leaf = logs(P).requires_grad_()
+    loss = reverse_kl(leaf, logs([1.0, 0.0]))
+    assert loss.item() == math.inf
+    assert torch.autograd.grad(loss.sum(), leaf)[0].tolist() == [[pytest.approx(0.5 * (LN(0.5) + 1)), 0.0]]
+
+
 def test_a_nan_logit_is_not_hidden():
     broken = torch.tensor([[0.0, math.nan, 1.0]])
     for name in FULL_NAMES:

@@ -137,8 +137,6 @@ def test_the_choice_of_support_has_no_gradient():
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_bucket_is_a_lower_bound_that_grows_with_k_to_the_exact_value(name, beta, normalize):
-    if (name, beta) in (("skew_reverse_kl", 0.0), ("skew_forward_kl", 1.0)):
-        pytest.skip("identically 0")
     student, teacher = to_logp(random_logits(5, V, seed=21)), to_logp(random_logits(5, V, seed=22))
     exact = full_divergence(name, student, teacher, beta=beta, normalize=normalize)
     previous = torch.zeros(5, dtype=torch.float64)

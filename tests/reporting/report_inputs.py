@@ -10,7 +10,13 @@ from opd.reporting import RunRecorder, SampleRecord, write_summary
 
 SUMMARY = {
     "student_before": {"accuracy": 0.125, "interval": [0.08, 0.19], "reverse_kl": 0.75},
-    "student_after": {"accuracy": 0.625, "interval": [0.55, 0.69], "reverse_kl": 0.0625, "accuracy_greedy": 0.6875},
+    "student_after": {
+        "accuracy": 0.625,
+        "interval": [0.55, 0.69],
+        "reverse_kl": 0.0625,
+        "reverse_kl_interval": [0.05, 0.075],
+        "accuracy_greedy": 0.6875,
+    },
     "teacher": {"accuracy": 0.875, "interval": [0.81, 0.92]},
     "seconds": 3765.0,
 }

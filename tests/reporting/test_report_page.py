@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import cast
 
 import plotly.graph_objects as go
 import pytest
@@ -11,7 +12,7 @@ from report_inputs import SUMMARY, a_sample, write_run
 
 from opd.errors import RunFolderError
 from opd.reporting import RunRecorder, write_report, write_summary
-from opd.reporting.record import MetricsRecord
+from opd.reporting.record import MetricsRecord, Who
 from opd.reporting.report import render_report
 
 VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
@@ -49,6 +50,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         inside = self._open[-1] if self._open else ""
         if inside == "script" and self._is_data:
+            assert "<" not in data, "could close the script element"
             self.data.append(json.loads(data))
         elif inside == "script":
             self.scripts[-1] += data
@@ -163,17 +165,27 @@ def test_an_unknown_metric_appears_under_other_metrics(tmp_path):
     assert "my/own metric" in html[html.index("<h2>Other metrics</h2>") :]
 
 
+def test_the_teacher_level_of_a_panel_is_its_own_metric():
+    records = [step(0, response_length=50.0), step(1, response_length=60.0)]
+    without = traces(Page(render_report(title="t", metrics=records, summary=SUMMARY)))
+    assert "teacher" not in [trace.get("name") for trace in without]
+    teacher = MetricsRecord(kind="eval", step=0, who="teacher", metrics={"response_length": 90.0})
+    page = Page(render_report(title="t", metrics=[*records, teacher], summary=SUMMARY))
+    assert [trace["y"] for trace in traces(page) if trace.get("name") == "teacher"] == [[90, 90]]
+
+
 def test_no_metric_is_lost():
-    names = "loss forward_kl overlap eos_prob grad_norm lr tokens clamped_tokens unheard_of time/step time/rollout"
+    names = "loss forward_kl overlap eos_prob grad_norm lr tokens clamped_tokens unheard_of time/rollout"
     names += " time/tokens_per_second on_policy/loss off_policy/loss kl_by_position/0 kl_by_position/last"
     values = {name: 1000.0 + i for i, name in enumerate(names.split())}
     records = [MetricsRecord(kind="step", step=0, metrics=values)]
-    records += [MetricsRecord(kind="eval", step=0, who=who, metrics={"accuracy": v, "odd": v + 1, "reverse_kl": v + 2})
-                for who, v in (("student", 2000.0), ("teacher", 3000.0))]  # fmt: skip
+    evaluation = {"accuracy": 1.0, "odd": 2.0, "reverse_kl": 3.0, "truncated": 4.0}
+    for who, offset in (("student", 2000.0), ("teacher", 3000.0)):
+        metrics = {name: offset + value for name, value in evaluation.items()}
+        records.append(MetricsRecord(kind="eval", step=0, who=cast(Who, who), metrics=metrics))
     drawn = {y for trace in traces(Page(render_report(title="t", metrics=records))) for y in trace["y"]}
-    # The time of the step is drawn as its phases and the rest: 1009 = 1010 − 0 is hidden when the phases exceed it.
-    expected = {v for name, v in values.items() if name != "time/step"} | {2000, 2001, 2002, 3000, 3001, 3002}
-    assert expected <= drawn
+    recorded = {value for record in records for value in record.metrics.values()}
+    assert recorded - drawn == set()
 
 
 def test_a_source_metric_is_drawn_once_per_source():
@@ -199,11 +211,11 @@ def test_a_long_run_is_averaged_into_few_points():
 def test_hostile_text_stays_text_wherever_it_comes_from(tmp_path):
     with RunRecorder(tmp_path, resume_step=None) as recorder:
         for number in range(2):
-            recorder.step(number, {"loss": 1.0, HOSTILE: 2.0})
+            recorder.step(number, {"loss": 1.0, HOSTILE: 2.0, f"time/{HOSTILE}": 1.0})
         for phase, who in (("eval", "student"), ("eval", "teacher"), ("train", "student")):
             for at in (0, 2):
                 values = {"response": HOSTILE, "answer": HOSTILE, "phase": phase, "who": who}
-                recorder.sample(a_sample(at, HOSTILE, tokens=(HOSTILE, '" onmouseover="alert(3)', "<b>"), **values))
+                recorder.sample(a_sample(at, HOSTILE, tokens=(HOSTILE, '"onmouseover="alert(3)', "<b>"), **values))
                 recorder.sample(a_sample(at, f"{HOSTILE} {at}", tokens=(), **values))
     write_summary(tmp_path / "summary.json", {**SUMMARY, "teacher": {HOSTILE: 1.0, "accuracy": 0.5}})
     (tmp_path / "config.yaml").write_text(f"name: {HOSTILE}\n", "utf-8")

@@ -98,6 +98,7 @@ def test_a_lone_surrogate_in_a_token_survives(tmp_path):
     with RunRecorder(tmp_path, resume_step=None) as recorder:
         recorder.sample(sample(0, tokens=("\ud800", "é"), response="\ud800é"))
     assert read_samples(tmp_path)[0].tokens == ("\ud800", "é")
+    assert "é" in (tmp_path / "samples.jsonl").read_text("utf-8"), "readable without a JSON parser"
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_recorded(tmp_path):

@@ -13,7 +13,12 @@ from opd.reporting import SummaryRow, read_summary, summary_rows, summary_table,
 def test_the_text_holds_each_row_with_its_intervals():
     before, after, teacher = [line for line in summary_text(summary_rows(SUMMARY)).splitlines() if "%" in line][-3:]
     assert "student before" in before and "12.5% [8.0, 19.0]" in before and "0.750" in before
-    assert "student after" in after and "62.5% [55.0, 69.0]" in after and "0.0625" in after and "68.8%" in after
+    assert (
+        "student after" in after
+        and "62.5% [55.0, 69.0]" in after
+        and "0.0625 [0.0500, 0.0750]" in after
+        and "68.8%" in after
+    )
     assert "teacher" in teacher and "87.5% [81.0, 92.0]" in teacher and "—" in teacher
 
 

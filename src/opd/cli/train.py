@@ -28,6 +28,9 @@ def split_arguments(args: Sequence[str]) -> tuple[str | None, bool, bool, list[s
     """(recipe, resume, overwrite, overrides) from the words after the command."""
     rest = [a for a in args if a not in ("--resume", "--overwrite")]
     recipe = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    late = next((a for a in rest if a.endswith((".yaml", ".yml"))), None) if recipe is None else None
+    if late is not None:
+        raise ConfigError(f"The recipe comes first: opd train {late} {rest[0]} …")
     if recipe is None and not rest:
         raise ConfigError(f"Give a recipe: {USAGE}. A first one is recipes/demo/recipe.yaml; 'opd demo' runs it.")
     return recipe, "--resume" in args, "--overwrite" in args, rest

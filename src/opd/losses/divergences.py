@@ -139,7 +139,7 @@ def entry_terms(
     logp, logq = _widen_both(student_logp, teacher_logp)
     if name == "total_variation":
         return 0.5 * (logp.exp() - logq.exp()).abs()
-    log_ratio = _log_ratio(logp, logq)
+    log_ratio = logq - logp  # NaN where neither can occur, and such entries weigh nothing
     if name == "forward_kl":
         return _weigh(logq, log_ratio)
     if name == "reverse_kl":
@@ -221,12 +221,6 @@ def _widen(logp: Tensor) -> Tensor:
 def _widen_both(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(student_logp.dtype, teacher_logp.dtype), torch.float32)
     return student_logp.to(dtype), teacher_logp.to(dtype)
-
-
-def _log_ratio(logp: Tensor, logq: Tensor) -> Tensor:
-    """d = log q − log p, and 0 where neither can occur."""
-    neither = (logp == -torch.inf) & (logq == -torch.inf)
-    return torch.where(neither, 0.0, logq - logp)
 
 
 def _weigh(log_weight: Tensor, value: Tensor) -> Tensor:

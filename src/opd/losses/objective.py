@@ -309,9 +309,8 @@ def dense_from_hidden(target: HiddenTarget) -> DenseTarget:
     """Teacher logits hidden @ weight.T + bias, in float32 (float64 stays), with padding rows of the head at −inf."""
     head = target.head
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-    logits = target.hidden.to(dtype) @ head.weight.to(dtype).T
-    if head.bias is not None:
-        logits = logits + head.bias.to(dtype)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    logits = torch.nn.functional.linear(target.hidden.to(dtype), head.weight.to(dtype), bias)
     if head.valid_vocab is not None:
         padding = torch.arange(logits.shape[-1], device=logits.device) >= head.valid_vocab
         logits = logits.masked_fill(padding, -torch.inf)

@@ -70,7 +70,15 @@ def _one(
     curves = [Curve(metric=metric, label="training", color=color)]
     if held_out:
         curves.append(Curve(metric=metric, label="held out", color=color, dash="dot", who="student"))
-    return Panel(title=title, note=note, curves=tuple(curves), percent=percent, log=log, from_zero=from_zero)
+    return Panel(
+        title=title,
+        note=note,
+        curves=tuple(curves),
+        percent=percent,
+        log=log,
+        from_zero=from_zero,
+        teacher_level=metric if held_out else None,
+    )
 
 
 LEARNING = PanelGroup(

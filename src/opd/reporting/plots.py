@@ -134,7 +134,7 @@ def _curve_traces(curve: Curve, series: Series, *, percent: bool) -> list[Json]:
     line: Json = {"color": _var(curve.color), "width": 2, "dash": curve.dash}
     trace: Json = {
         "type": "scatter",
-        "name": html.escape(curve.label),
+        "name": curve.label,
         "x": points.steps,
         "y": rounded(points.values),
         "mode": "lines+markers" if curve.who or len(points.steps) <= MARKERS_UP_TO else "lines",
@@ -184,7 +184,7 @@ def _teacher_level(panel: Panel, curves: Curves, teacher: SummaryRow | None) -> 
     series = curves.get("teacher", panel.teacher_level or "")
     if series is not None:
         level, interval = series.values[-1], series.intervals[-1]
-    elif teacher is not None and teacher.accuracy is not None:
+    elif panel.teacher_level == "accuracy" and teacher is not None and teacher.accuracy is not None:
         level, interval = teacher.accuracy, teacher.accuracy_interval
     else:
         return []
@@ -283,7 +283,7 @@ def _by_source(curves: Curves) -> Iterable[Chart]:
             Curve(metric=prefix + metric, label=prefix.rstrip("/").replace("_", "-"), color=color)
             for prefix, color in SOURCE_COLORS.items()
         )
-        panel = Panel(title=_title(metric), note="", curves=lines, percent=metric in PERCENT_METRICS)
+        panel = Panel(title=metric, note="", curves=lines, percent=metric in PERCENT_METRICS)
         if chart := _panel_chart(panel, curves):
             yield chart
 
@@ -296,7 +296,7 @@ def _others(curves: Curves) -> Iterable[Chart]:
             if (who, name) in drawn or (who == "teacher" and name in levels) or (who is None and _is_grouped(name)):
                 continue
             color = TEACHER if who == "teacher" else STUDENT
-            title = _title(name) if who is None else f"{_title(name)}, held out, {who}"
+            title = name if who is None else f"{name}, held out, {who}"
             curve = Curve(metric=name, label="training" if who is None else who, color=color, who=who)
             if chart := _panel_chart(Panel(title=title, note="", curves=(curve,)), curves):
                 yield chart
@@ -308,10 +308,6 @@ def _is_grouped(name: str) -> bool:
         suffix = name.removeprefix(KL_BY_POSITION_PREFIX)
         return suffix.replace(".", "", 1).isdigit()
     return name.startswith((WALL_CLOCK_PREFIX, *SOURCE_COLORS))
-
-
-def _title(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def _layout(*, percent: bool, legend: bool) -> Json:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from opd.data.pack import arrange, plan
+from opd.data.pack import Layout, arrange, plan
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ObjectiveError
 from opd.losses import Objective, dense_from_hidden, to_logp
@@ -15,7 +15,6 @@ from opd.models import context_length, linear_head, response_hidden, response_lo
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import (
     DenseTarget,
-    Head,
     HiddenTarget,
     Rollout,
     SampledTarget,
@@ -29,7 +28,8 @@ from opd.types import (
 class LocalTeacher:
     """Reads its own rendering of the prompt, then the student's response tokens as they are.
 
-    Logits are cut to the common vocabulary, and ids that no token owns are −inf, exactly as on the student's side.
+    With the student's layout and batch size its forward pass is the student's own, operation by operation, so a teacher that
+    *is* the student differs from it by exactly nothing. Logits are cut to the common vocabulary, and ids that no token owns are −inf, exactly as on the student's side.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class LocalTeacher:
         pad_id: int,
         name: str = "teacher",
         tokens_per_batch: int = 16384,
+        layout: Layout = "right_padded",
         supply: TargetKind | None = None,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
@@ -49,9 +50,8 @@ class LocalTeacher:
         self.vocabulary = vocabulary
         self.pad_id = pad_id
         self.tokens_per_batch = tokens_per_batch
-        head = linear_head(model)
-        size = vocabulary.size
-        self.head = head and Head(weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])
+        self.layout: Layout = layout
+        self.head = linear_head(model)
         possible: set[TargetKind] = {"dense", "top_k", "sampled"}
         if self.head is not None:
             possible.add("hidden")
@@ -78,11 +78,11 @@ class LocalTeacher:
         self._check_context(prompts, rollouts)
         lengths = [len(p) + len(r.response_ids) - 1 for p, r in zip(prompts, rollouts, strict=True)]
         targets: dict[int, Target] = {}
-        for members in plan(lengths, budget=self.tokens_per_batch, layout="right_padded"):
+        for members in plan(lengths, budget=self.tokens_per_batch, layout=self.layout):
             sequences = arrange(
                 [prompts[i] for i in members],
                 [rollouts[i].response_ids for i in members],
-                layout="right_padded",
+                layout=self.layout,
                 pad_id=self.pad_id,
                 device=self.model.device,
             )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from opd.errors import RunFolderError
@@ -22,6 +24,8 @@ from opd.trainer.student import Student
 from opd.types import Prompt
 
 FORMAT = 1
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)
+"""What reading a file that was cut short or edited raises."""
 
 
 def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, keep: int) -> Path:
@@ -38,7 +42,7 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "version": student.version, **state}))
         _sync(temporary)
         publish(temporary, final)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as open, torch.save and save_file report it
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
             f"Checkpoint {final.name} cannot be written to '{folder}': {error}. Earlier checkpoints are untouched. Free some "
@@ -86,13 +90,15 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text())
         weights = load_file(path / "weights.safetensors", device=str(student.device))
         optimizers = torch.load(path / "optimizer.pt", map_location=student.device, weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        written_by, version = state["format"], int(state["version"])
+    except DAMAGED as error:
         raise RunFolderError(
-            f"Checkpoint '{path}' cannot be read: {error}. Delete that folder to resume from the one before it."
+            f"Checkpoint '{path}' cannot be read: {type(error).__name__}: {str(error)[:300]}. The file was cut short or edited. "
+            "Delete that folder to resume from the one before it."
         ) from error
-    if state.get("format") != FORMAT:
+    if written_by != FORMAT:
         raise RunFolderError(
-            f"Checkpoint '{path}' has format {state.get('format')}, this version of opd reads {FORMAT}."
+            f"Checkpoint '{path}' has format {written_by}, and this version of opd reads {FORMAT}. Resume with the version that wrote it."
         )
     parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
     if parameters.keys() != weights.keys() or any(parameters[n].shape != w.shape for n, w in weights.items()):
@@ -104,7 +110,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
             parameter.copy_(weights[name])
     for optimizer, saved in zip(student.optimizers, optimizers, strict=True):
         optimizer.load_state_dict(saved)
-    student.version = state["version"]
+    student.version = version
     return state
 
 

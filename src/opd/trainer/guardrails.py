@@ -17,6 +17,7 @@ OUT_OF_MEMORY_ADVICE = {
     "teacher": "teacher.tokens_per_batch",
     "update": "train.tokens_per_microbatch (gradients accumulate, so the result is the same), or set "
     "student.gradient_checkpointing=true or student.lora.rank=32",
+    "load": "the models' size: teacher.dtype=bfloat16, another teacher.device, or smaller models",
     "eval": "rollout.batch_size, teacher.tokens_per_batch or eval.max_new_tokens",
 }
 
@@ -69,10 +70,15 @@ def memory_advice(phase: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "probability tensor contains" in str(error):  # torch.multinomial
+            raise NonFiniteError(
+                f"A model's next-token probabilities are NaN or infinite during {phase}, so nothing can be sampled from it. The weights "
+                "on disk were not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
+            ) from error
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
-            f"Out of memory during {phase}. Lower {OUT_OF_MEMORY_ADVICE[phase]}. ({str(error).splitlines()[0][:160]})"
+            f"Out of memory during {phase}. Lower {OUT_OF_MEMORY_ADVICE[phase]}. ({(str(error) or 'no details').splitlines()[0][:160]})"
         ) from error
 
 

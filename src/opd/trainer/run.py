@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from safetensors import SafetensorError
+
 from opd.config import Config, to_dict
 from opd.errors import RunFolderError
 from opd.reporting.files import explain_os_errors
@@ -51,6 +53,11 @@ def _restore(folder: RunFolder, parts: Parts) -> int | None:
     """Load the newest checkpoint; the number of updates it holds, or None when there is none yet."""
     found = checkpoints(folder.checkpoints)
     if not found:
+        if folder.student.exists():
+            raise RunFolderError(
+                f"'{folder.path}' holds a finished student and no checkpoint, so there is nothing to resume. Use --overwrite to run it "
+                "again, or another --run_dir."
+            )
         return None
     state = load_checkpoint(found[-1], parts.student)
     if state["prompts"] != parts.data_fingerprint:
@@ -71,7 +78,12 @@ def save_student(parts: Parts, folder: RunFolder) -> None:
         if hasattr(model, "merge_and_unload"):
             model.save_pretrained(folder.path / "adapter")
             model = model.merge_and_unload()
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise RunFolderError(
+                f"Cannot save the student to {folder.student}: {error}. Free some space, then continue with --resume."
+            ) from error
         parts.tokenizer.save_pretrained(temporary)
         publish(temporary, folder.student)
 

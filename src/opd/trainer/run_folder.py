@@ -22,7 +22,9 @@ OWN_NAMES = (
     "report.html",
     "checkpoints",
     "student",
+    "adapter",
     "tensorboard",
+    "wandb_run_id",
 )
 MAY_CHANGE_ON_RESUME = ("log.", "checkpoint.", "run_dir")
 
@@ -59,6 +61,9 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
     folder = RunFolder(config.run_dir)
     if resume and overwrite:
         raise RunFolderError("--resume continues a run and --overwrite deletes it; give one of the two.")
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunFolderError(f"'{folder.path}' is a file, and a run needs a folder; choose another one with --run_dir PATH.")
+    _refuse_inputs_inside(folder, config)
     with explain_os_errors("write to the run folder", folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = open(folder.path / ".lock", "w")  # noqa: SIM115 - held for the whole run
@@ -72,6 +77,11 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
         taken = folder.taken_by()
         if resume and folder.config.exists():
             _check_same_recipe(folder, config)
+        elif resume and taken:
+            raise RunFolderError(
+                f"'{folder.path}' holds {', '.join(taken)} but no config.yaml, so what to resume cannot be told. Restore that file, "
+                "or choose another folder with --run_dir PATH."
+            )
         elif taken and not overwrite:
             raise RunFolderError(
                 f"'{folder.path}' already holds a run ({', '.join(taken)}). Continue it with --resume, replace it with "
@@ -80,12 +90,30 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
         yield folder
 
 
+def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
+    """A run writes these names and --overwrite deletes them; a model or prompts there would be lost."""
+    inputs = {
+        "student.model": config.student.model,
+        "teacher.model": config.teacher.model,
+        "prompts.path": config.prompts.path,
+        "prompts.eval_path": config.prompts.eval_path,
+    }
+    for key, value in inputs.items():
+        for name in OWN_NAMES if value else ():
+            own = (folder.path / name).resolve()
+            if own.exists() and Path(str(value)).resolve().is_relative_to(own):
+                raise RunFolderError(
+                    f"{key}='{value}' lies in '{folder.path}', where this run would write its own {name} over it. Choose another folder "
+                    "with --run_dir PATH."
+                )
+
+
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     try:
-        saved = yaml.safe_load(folder.config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
-            f"'{folder.config}' cannot be read: {error}. Without it the run cannot be resumed."
+            f"'{folder.config}' cannot be read: {error}. Restore the recipe the run was started with, or start a new --run_dir."
         ) from error
     old, new = _flat(saved), _flat(to_dict(config))
     changed = [

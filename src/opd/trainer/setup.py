@@ -83,6 +83,7 @@ def build_parts(config: Config) -> Parts:
         pad_id=pad_id,
         name=f"teacher '{config.teacher.model}'",
         tokens_per_batch=config.teacher.tokens_per_batch,
+        layout=config.train.layout,
         supply=None if config.teacher.supply == "auto" else config.teacher.supply,
     )
     teacher.serve(config.objective)

@@ -1,0 +1,56 @@
+"""`opd demo`: make a teacher and a badly taught student, then run the demo's recipe exactly as `opd train` would."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd.cli.train import print_help
+from opd.config import build, merge, parse_overrides, read_recipe
+from opd.errors import ConfigError
+
+USAGE = "opd demo [--resume | --overwrite] [--debug] [--section.key value …]"
+
+
+def run(args: Sequence[str]) -> int:
+    if "-h" in args or "--help" in args:
+        print_help(USAGE)
+        return 0
+    began = time.perf_counter()
+    from opd.cli.show import show_result
+    from opd.demo.prepare import prepare, recipe_path
+    from opd.reporting.report import write_report
+    from opd.reporting.summary import write_summary
+    from opd.trainer.run import train
+    from opd.trainer.run_folder import open_run
+
+    rest = [a for a in args if a not in ("--resume", "--overwrite")]
+    if rest and not rest[0].startswith("--"):
+        raise ConfigError(f"The demo has its own recipe; '{rest[0]}' is not needed. Usage: {USAGE}")
+    resume, overwrite = "--resume" in args, "--overwrite" in args
+    overrides = parse_overrides(rest)
+    recipe = read_recipe(recipe_path())
+    folder = Path(str(overrides.get("run_dir", recipe["run_dir"])))
+    places = {
+        "student.model": folder / "base",
+        "teacher.model": folder / "teacher",
+        "prompts.path": folder / "train.jsonl",
+        "prompts.eval_path": folder / "eval.jsonl",
+    }
+    config = build(merge(merge(recipe, {key: str(path) for key, path in places.items()}), overrides))
+    with open_run(config, resume=resume, overwrite=overwrite):
+        prepare(folder, seed=config.seed, say=_say)
+    prepared = time.perf_counter() - began
+    summary = train(config, resume=resume, overwrite=overwrite)
+    if summary is not None:
+        summary |= {"preparation_seconds": prepared, "seconds": time.perf_counter() - began}
+        write_summary(folder / "summary.json", summary)
+        write_report(folder)
+    show_result(config, summary)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stdout, flush=True)
