@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
+
 from worlds import make_world
 
 transformers_logging.disable_progress_bar()

@@ -338,7 +338,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}; write e.g. 'train: {{steps: 50}}'.")
+        raise ConfigError(
+            f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}; write e.g. 'train: {{steps: 50}}'."
+        )
     return data
 
 
@@ -502,7 +504,9 @@ def _explain(error: ValidationError) -> OpdError:
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         if isinstance(first["loc"][-1], int):  # a tuple of fixed length
             whole = ".".join(map(str, first["loc"][:-1]))
-            return ConfigError(f"'{whole}' has too few values, {first['input']!r}; the default shows how many it takes.")
+            return ConfigError(
+                f"'{whole}' has too few values, {first['input']!r}; the default shows how many it takes."
+            )
         section = _section_of(get_type_hints(Config).get(dotted))
         key = f"{dotted}.{dataclasses.fields(section)[0].name}" if section else dotted
         return ConfigError(f"'{dotted}' is not set, and has no default. Add it to the recipe or pass --{key} VALUE.")

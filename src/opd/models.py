@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LINEAR_HEAD_TOLERANCE = 1e-3  # relative; rounding of a float16/bfloat16 head stays under it, softcaps and scales do not
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises for a folder that is incomplete, damaged or of another kind."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -64,13 +65,15 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError, also for weights that are
     missing (they would be random) or not finite."""
-    _check_folder(role, name, ("config.json",))
+    _check_folder(role, name, ("config.json", "adapter_config.json"))
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with loading info
             name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True, **extra
         )
     except UNREADABLE as error:
+        if isinstance(error, RuntimeError) and "allocate" in str(error):
+            raise  # memory, not the folder
         raise ModelError(_load_failure(role, "model", name, error)) from error
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -78,13 +81,13 @@ def load_causal_lm(
             f"The {role} '{name}' lacks {len(missing)} of its weights ({missing[0]}, …), which would be random numbers. The "
             "download is incomplete, or config.json belongs to another model; get the whole folder again."
         )
-    bad = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
+    bad = next((n for n, p in model.named_parameters() if p.dtype in FLOATS and not p.isfinite().all()), None)
     if bad is not None:
         raise ModelError(
             f"The {role} '{name}' has NaN or infinite numbers in {bad}, so every loss would be NaN. It was saved after a run that "
-            "diverged, or with overflow in float16; use another checkpoint."
+            "diverged, or overflowed in float16; use another checkpoint, or another dtype."
         )
-    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
     return model.eval()
 
 
@@ -104,7 +107,9 @@ def _check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-            raise ModelError(f"There is no folder '{name}'. Give {role}.model a model's folder, or a hub name 'owner/name'.")
+            raise ModelError(
+                f"There is no folder '{name}'. Give {role}.model a model's folder, or a hub name 'owner/name'."
+            )
     elif not any(True for pattern in one_of for _ in folder.glob(pattern)):
         raise ModelError(
             f"The {role} '{name}' has no {' or '.join(one_of)}. Give {role}.model a folder that holds config.json, weights and "

@@ -8,27 +8,18 @@ from pathlib import Path
 import pytest
 from opd_user import Desk, User
 
+from opd.config import load
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
+from opd.trainer.run import train
 
-
-@pytest.fixture(scope="session")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    """Nothing in it is changed by a test."""
-    folder = tmp_path_factory.mktemp("desk")
-    tokenizer = digit_tokenizer()
-    for seed, name in enumerate(("student", "teacher")):
-        model = tiny_causal_lm(tokenizer, layers=1, hidden=16, heads=2, kv_heads=1, max_positions=64, seed=seed)
-        save_model(model, tokenizer, folder / name)
-    rows = [{"prompt": f"{i}{9 - i}>", "answer": f"{i}{9 - i}"} for i in range(6)]
-    write_jsonl(folder / "prompts.jsonl", rows)
-    recipe = f"""\
+RECIPE = """\
 student:
-  model: {folder / "student"}
+  model: {folder}/student
   device: cpu
 teacher:
-  model: {folder / "teacher"}
+  model: {folder}/teacher
 prompts:
-  path: {folder / "prompts.jsonl"}
+  path: {folder}/prompts.jsonl
 rollout:
   max_new_tokens: 4
 train:
@@ -42,7 +33,20 @@ checkpoint:
 log:
   progress: plain
 """
-    (folder / "recipe.yaml").write_text(recipe)
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """No test changes anything in it."""
+    folder = tmp_path_factory.mktemp("desk")
+    tokenizer = digit_tokenizer()
+    for seed, name in enumerate(("student", "teacher")):
+        model = tiny_causal_lm(tokenizer, layers=1, hidden=16, heads=2, kv_heads=1, max_positions=64, seed=seed)
+        save_model(model, tokenizer, folder / name)
+    rows = [{"prompt": f"{i}{9 - i}>", "answer": f"{i}{9 - i}"} for i in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    train(load(folder / "recipe.yaml", ["--run_dir", str(folder / "finished")]))
     return Desk(folder)
 
 
@@ -50,7 +54,3 @@ log:
 def user(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> User:
     """Somebody at the command line, with an empty folder of their own."""
     return User(desk, tmp_path, capsys)
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -37,9 +37,7 @@ def world():
 def rollouts_of(world) -> list[Rollout]:
     """Sampled responses, one cut to a single token, one that is EOS alone, one ended by EOS, one truncated."""
     _, model, renderer, eos, vocabulary = world
-    sampler = HfSampler(
-        model, renderer, Sampling(max_new_tokens=11), eos_ids=eos, pad_id=eos[0], vocabulary=vocabulary
-    )
+    sampler = HfSampler(model, renderer, Sampling(max_new_tokens=11), eos_ids=eos, pad_id=eos[0], vocabulary=vocabulary)
     drawn = sampler.sample([Prompt(index=i, text=t) for i, t in enumerate(TEXTS)], seed=3)
     ends = [(drawn[0].response_ids[:1], False), ((eos[0],), True)]
     ends += [((*drawn[2].response_ids[:5], eos[0]), True), (drawn[3].response_ids[:11], False)]
@@ -77,7 +75,9 @@ def test_every_kl_is_exactly_zero(world, layout, budget, kind):
     assert total == 0.0
     name = "reverse_kl" if kind != "sampled" else "teacher_logp"
     rows = metrics.per_rollout(name)
-    assert sorted(len(values) for _, values in rows) == [1, 1, 6, 11], "every response token is supervised, EOS included"
+    assert sorted(len(values) for _, values in rows) == [1, 1, 6, 11], (
+        "every response token is supervised, EOS included"
+    )
     if kind != "sampled":
         assert all(value == 0.0 for _, values in rows for value in values)
         assert all(value == 0.0 for _, values in metrics.per_rollout("forward_kl") for value in values)

@@ -278,6 +278,9 @@ def test_a_student_with_no_mass_on_the_support_is_not_nan():
     nowhere, somewhere = torch.full((1, 2), -torch.inf), torch.tensor([[0.5, 0.25]]).log()
     assert partial_divergence("forward_kl", nowhere, somewhere, tail="renormalize").item() == math.inf
     assert partial_divergence("reverse_kl", nowhere, somewhere, tail="renormalize").item() == 0
+    for name in PARTIAL_NAMES:
+        slope = gradient(lambda p, n=name: partial_divergence(n, p, somewhere, tail="renormalize"), nowhere)
+        assert slope.isfinite().all()
 
 
 # --- the sampled tail -------------------------------------------------------------------------------------------------
@@ -352,6 +355,17 @@ def test_a_very_unlikely_sampled_token_does_not_overflow():
     )
     value = partial_divergence("reverse_kl", on_k, on_k, tail="sampled", sampled=token)
     assert value.item() == pytest.approx(1 - 1 + math.exp(-1), rel=1e-5)
+
+
+def test_a_sampled_token_that_the_student_cannot_emit_is_not_nan():
+    on_k = torch.tensor([[0.5]]).log()
+    token = SampledToken(
+        student_logp=torch.tensor([-math.inf]),
+        teacher_logp=torch.tensor([0.25]).log(),
+        in_support=torch.tensor([False]),
+    )
+    value = partial_divergence("reverse_kl", on_k, on_k, tail="sampled", sampled=token)
+    assert value.item() == pytest.approx(0.25)  # 0 log 0 − 0 + q
 
 
 # --- training with each form ------------------------------------------------------------------------------------------

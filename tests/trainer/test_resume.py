@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from worlds import settings
 from safetensors.torch import load_file
 
 from opd.config import build, merge
 from opd.trainer.run import train
+from worlds import settings
 
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 
@@ -101,7 +101,9 @@ def _arm(point: str) -> None:
 
     if point == "checkpoint written, not yet renamed":
         publish = checkpoint.publish
-        checkpoint.publish = lambda temporary, final: die() if final.name == "step-00000004" else publish(temporary, final)
+        checkpoint.publish = lambda temporary, final: (
+            die() if final.name == "step-00000004" else publish(temporary, final)
+        )
     elif point == "half of the checkpoint written":
         checkpoint.torch.save = on_second_checkpoint_after(torch.save)
     elif point == "student saved, not yet renamed":
@@ -110,7 +112,9 @@ def _arm(point: str) -> None:
         from opd.reporting.record import RunRecorder
 
         original, seen = RunRecorder.step, []
-        RunRecorder.step = lambda self, step, metrics: die() if step == 5 else seen.append(original(self, step, metrics))
+        RunRecorder.step = lambda self, step, metrics: (
+            die() if step == 5 else seen.append(original(self, step, metrics))
+        )
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ SMOOTH_FROM = 60  # points; below, the eye smooths well enough
 MARKERS_UP_TO = 40
 BARS_UP_TO = 60
 FEW_STEPS = 8
+EXPONENT_BELOW = 1e-3  # smaller values read better as 2e−6
 LABELLED_DECADES = 2.5  # below, a logarithmic axis also names 2 and 5
 POSITION_WINDOW = 10  # the first and the last tenth of the run are compared by response position
 PERCENT_AXIS: Json = {"tickformat": ".0%", "autorangeoptions": {"clipmin": 0, "clipmax": 1.02}}
@@ -121,9 +122,12 @@ def _panel_chart(panel: Panel, curves: Curves, teacher: SummaryRow | None = None
     layout = _layout(percent=panel.percent, legend=sum(trace["showlegend"] for trace in traces) > 1)
     layout["xaxis"] |= _whole_steps(curves)
     if is_log:
-        layout["yaxis"] |= {"type": "log", "dtick": "D2" if decades(values) < LABELLED_DECADES else 1}
+        dtick = "D2" if decades(values) < LABELLED_DECADES else 1
+        layout["yaxis"] |= {"type": "log", "dtick": dtick, "tickformat": "~g"}
     elif panel.from_zero and all(value >= 0 for value in values if math.isfinite(value)):
         layout["yaxis"]["rangemode"] = "tozero"
+    if 0 < max((abs(value) for value in values if math.isfinite(value)), default=0) < EXPONENT_BELOW:
+        layout["yaxis"]["tickformat"] = "~e"
     note = f"{panel.note} Logarithmic axis.".strip() if is_log else panel.note
     return Chart(title=panel.title, note=note, figure={"data": traces, "layout": layout})
 

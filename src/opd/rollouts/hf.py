@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from opd.data.rendering import Renderer
@@ -113,7 +120,9 @@ class HfSampler:
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=self._generation_config(),
                 logits_processor=self._processors(recorder),
-                tokenizer=self.renderer.tokenizer if self.sampling.stop else None,
+                stopping_criteria=StoppingCriteriaList(
+                    [_StopStrings(self.renderer, self.sampling.stop, width)] if self.sampling.stop else []
+                ),
             )
         assert isinstance(output, torch.Tensor)
         responses = output[:, width:]
@@ -129,7 +138,6 @@ class HfSampler:
             top_p=1.0,
             eos_token_id=list(self.eos_ids),
             pad_token_id=self.pad_id,
-            stop_strings=list(self.sampling.stop) or None,
         )
 
     def _processors(self, recorder: _Recorder) -> LogitsProcessorList:
@@ -142,6 +150,22 @@ class HfSampler:
             processors.append(TopPLogitsWarper(self.sampling.top_p))
         processors.append(recorder)
         return processors
+
+
+class _StopStrings(StoppingCriteria):
+    """A row is done when a stop string appears in its response. A token may hold one byte, so that many tokens are looked back at."""
+
+    def __init__(self, renderer: Renderer, stop: Sequence[str], prompt_width: int) -> None:
+        self.renderer = renderer
+        self.stop = tuple(stop)
+        self.width = prompt_width
+        self.window = max(len(s.encode()) for s in stop) + 4  # 4: the longest UTF-8 character, cut at the window's edge
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        start = max(self.width, input_ids.shape[1] - self.window)
+        texts = [self.renderer.decode(row) for row in input_ids[:, start:].tolist()]
+        done = [any(s in text for s in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class _VocabularyMask(LogitsProcessor):

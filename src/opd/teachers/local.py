@@ -61,7 +61,9 @@ class LocalTeacher:
                 f"state (a soft-cap or a scale), so hidden states alone do not give its logits. Use supply=auto or dense."
             )
         self.supplies: frozenset[TargetKind] = frozenset(possible if supply is None else {supply})
-        self.kind: TargetKind = supply or ("hidden" if "hidden" in self.supplies else "dense")
+        self.exact_kind: TargetKind = "hidden" if self.head is not None else "dense"
+        """The whole distribution, for evaluation, whatever the objective trains on."""
+        self.kind: TargetKind = supply or self.exact_kind
         self.top_k = 0
 
     def serve(self, objective: Objective) -> TargetKind:
@@ -71,9 +73,10 @@ class LocalTeacher:
         return self.kind
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout]) -> list[Target]:
-        """One target per rollout, in order; row t is the teacher's view of response token t. Raises DataError when a prompt and
-        its response do not fit the teacher's context."""
+    def score(self, rollouts: Sequence[Rollout], kind: TargetKind | None = None) -> list[Target]:
+        """One target per rollout, in order; row t is the teacher's view of response token t. `kind` is what `serve` settled unless
+        another is asked for. Raises DataError when a prompt and its response do not fit the teacher's context."""
+        kind = kind or self.kind
         prompts = [self.renderer.prompt_ids(r.prompt) for r in rollouts]
         self._check_context(prompts, rollouts)
         lengths = [len(p) + len(r.response_ids) - 1 for p, r in zip(prompts, rollouts, strict=True)]
@@ -88,20 +91,20 @@ class LocalTeacher:
             )
             ids = torch.tensor([t for i in members for t in rollouts[i].response_ids], device=self.model.device)
             sizes = [len(rollouts[i].response_ids) for i in members]
-            targets |= zip(members, self._targets(sequences, ids, sizes), strict=True)
+            targets |= zip(members, self._targets(kind, sequences, ids, sizes), strict=True)
         return [targets[i] for i in range(len(rollouts))]
 
-    def _targets(self, sequences: Sequences, ids: torch.Tensor, sizes: list[int]) -> list[Target]:
-        if self.kind == "hidden":
+    def _targets(self, kind: TargetKind, sequences: Sequences, ids: torch.Tensor, sizes: list[int]) -> list[Target]:
+        if kind == "hidden":
             assert self.head is not None
             hidden = response_hidden(self.model, sequences)
             return [HiddenTarget(hidden=h, head=self.head) for h in hidden.split(sizes)]
         logits = self.mask(response_logits(self.model, sequences))
-        if self.kind == "dense":
+        if kind == "dense":
             return [DenseTarget(logits=rows) for rows in logits.split(sizes)]
         logp = to_logp(logits)
         sampled = logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        if self.kind == "sampled":
+        if kind == "sampled":
             return [SampledTarget(teacher_logp=rows) for rows in sampled.split(sizes)]
         top = logp.topk(self.top_k, dim=-1)
         parts = zip(top.indices.split(sizes), top.values.split(sizes), sampled.split(sizes), strict=True)

@@ -24,6 +24,8 @@ from opd.trainer.student import Student
 from opd.types import Prompt
 
 FORMAT = 1
+FULL_DISK = (OSError, RuntimeError, SafetensorError)
+"""How open, torch.save and save_file report one."""
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)
 """What reading a file that was cut short or edited raises."""
 
@@ -42,7 +44,7 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "version": student.version, **state}))
         _sync(temporary)
         publish(temporary, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as open, torch.save and save_file report it
+    except FULL_DISK as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
             f"Checkpoint {final.name} cannot be written to '{folder}': {error}. Earlier checkpoints are untouched. Free some "

@@ -81,7 +81,7 @@ class Evaluator:
     @torch.no_grad()
     def _reverse_kl(self, rollouts: list[Rollout], model: Policy) -> list[list[float]]:
         """Per rollout, per response token."""
-        targets = self.teacher.score(rollouts)
+        targets = self.teacher.score(rollouts, self.teacher.exact_kind)
         batches = pack(
             rollouts,
             targets,
@@ -90,20 +90,11 @@ class Evaluator:
             pad_id=self.pad_id,
             device=model.device,
         )
-        metrics, objective = TokenMetrics(), measuring(self.teacher, self.teacher_logp_floor)
+        metrics, objective = TokenMetrics(), Objective(teacher_logp_floor=self.teacher_logp_floor)
         for batch in batches:
             model.loss(batch, objective, metrics)
         by_rollout = {id(rollout): values for rollout, values in metrics.per_rollout("reverse_kl")}
         return [by_rollout[id(rollout)] for rollout in rollouts]
-
-
-def measuring(teacher: LocalTeacher, floor: float | None) -> Objective:
-    """The reverse KL that this teacher's targets allow: exact, or the bucket's lower bound on its top-k, or sampled."""
-    if teacher.kind == "top_k":
-        return Objective(support="teacher_top_k", top_k=teacher.top_k, teacher_logp_floor=floor)
-    if teacher.kind == "sampled":
-        return Objective(support="sampled", estimator="k2", teacher_logp_floor=floor)
-    return Objective(teacher_logp_floor=floor)
 
 
 def accuracy_name(temperature: float) -> str:

@@ -66,7 +66,7 @@ def _describe(rollout: Rollout) -> str:
 
 @contextmanager
 def memory_advice(phase: str) -> Iterator[None]:
-    """An out-of-memory error becomes one that says what to lower."""
+    """An out-of-memory error becomes one that says what to lower; sampling from NaN becomes a NonFiniteError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from typing import Any
 
 from safetensors import SafetensorError
 
 from opd.config import Config, to_dict
-from opd.errors import RunFolderError
+from opd.errors import MissingDependencyError, RunFolderError
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, RunRecorder
@@ -29,6 +30,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     summary.json, report.html. Raises OpdError; the run folder then holds everything up to the last completed step.
     """
     with open_run(config, resume=resume, overwrite=overwrite) as folder:
+        _check_sinks(config)
         parts = build_parts(config)
         start = _restore(folder, parts) if resume else None
         folder.begin(config, fresh=start is None)
@@ -86,6 +88,15 @@ def save_student(parts: Parts, folder: RunFolder) -> None:
             ) from error
         parts.tokenizer.save_pretrained(temporary)
         publish(temporary, folder.student)
+
+
+def _check_sinks(config: Config) -> None:
+    """Before `begin` removes an old run."""
+    for name, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb_project)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(
+                f"The recipe logs to {name}, which is not installed: pip install 'opd[{name}]', or leave it out of the log section."
+            )
 
 
 def _sinks(config: Config, folder: RunFolder, start: int | None) -> list[MetricSink]:

@@ -62,7 +62,9 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
     if resume and overwrite:
         raise RunFolderError("--resume continues a run and --overwrite deletes it; give one of the two.")
     if folder.path.exists() and not folder.path.is_dir():
-        raise RunFolderError(f"'{folder.path}' is a file, and a run needs a folder; choose another one with --run_dir PATH.")
+        raise RunFolderError(
+            f"'{folder.path}' is a file, and a run needs a folder; choose another one with --run_dir PATH."
+        )
     _refuse_inputs_inside(folder, config)
     with explain_os_errors("write to the run folder", folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)

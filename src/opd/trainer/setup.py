@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config, StudentConfig, TeacherConfig
 from opd.data.prompts import PromptOrder, load_prompts
 from opd.data.rendering import Renderer, eos_ids
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError, ObjectiveError
 from opd.models import (
     context_length,
     load_causal_lm,
@@ -27,6 +27,7 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
 from opd.trainer.checkpoint import fingerprint
 from opd.trainer.evaluate import Evaluator
+from opd.trainer.guardrails import memory_advice
 from opd.trainer.student import Policy, Student, add_lora
 from opd.types import Prompt
 
@@ -62,6 +63,7 @@ class _Side:
 def build_parts(config: Config) -> Parts:
     """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
     prompts, held_out = _prompts(config)
+    _check_answers_and_responses(config, prompts, held_out)
     student_side = _load_side(config.student, "student", config.student.device, config.prompts.system)
     teacher_device = config.student.device if config.teacher.device == "auto" else config.teacher.device
     teacher_side = _load_side(config.teacher, "teacher", teacher_device, config.prompts.system)
@@ -81,12 +83,13 @@ def build_parts(config: Config) -> Parts:
         teacher_side.renderer,
         vocabulary=vocabulary,
         pad_id=pad_id,
-        name=f"teacher '{config.teacher.model}'",
+        name=config.teacher.model,
         tokens_per_batch=config.teacher.tokens_per_batch,
         layout=config.train.layout,
         supply=None if config.teacher.supply == "auto" else config.teacher.supply,
     )
-    teacher.serve(config.objective)
+    _match_teacher(config, teacher)
+    _check_tokens(config, student_side, vocabulary)
     _check_lengths(config, prompts, held_out, student_side, teacher_side)
     return _connect(config, prompts, held_out, student_side, teacher_side, teacher, vocabulary, pad_id)
 
@@ -101,7 +104,7 @@ def _connect(
     vocabulary: VocabularyMatch,
     pad_id: int,
 ) -> Parts:
-    model = add_lora(student_side.model, config.student.lora) if config.student.lora else student_side.model
+    model = _trainable(config, student_side)
     student = Student(
         model,
         config.optimizer,
@@ -134,7 +137,7 @@ def _connect(
         tokenizer=student_side.tokenizer,
         renderer=student_side.renderer,
         pad_id=pad_id,
-        data_fingerprint=fingerprint(prompts),
+        data_fingerprint=fingerprint([*prompts, *held_out]),
         warnings=vocabulary.warnings,
     )
 
@@ -143,13 +146,14 @@ def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: st
     device = resolve_device(device_name)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
     tokenizer = load_tokenizer(config.model, **options)
-    model = load_causal_lm(
-        config.model,
-        dtype=resolve_dtype(config.dtype, device),
-        device=device,
-        attn_implementation=config.attn_implementation,
-        **options,
-    )
+    with memory_advice("load"):
+        model = load_causal_lm(
+            config.model,
+            dtype=resolve_dtype(config.dtype, device),
+            device=device,
+            attn_implementation=config.attn_implementation,
+            **options,
+        )
     renderer = Renderer(
         tokenizer, name=f"{role} '{config.model}'", chat_template_kwargs=config.chat_template_kwargs, system=system
     )
@@ -208,13 +212,6 @@ def _prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _evaluator(config: Config, held_out: list[Prompt], teacher: LocalTeacher, pad_id: int) -> Evaluator:
-    if config.eval.reward in ("exact_match", "numeric_answer"):
-        missing = next((p for p in held_out if p.answer is None), None)
-        if missing is not None:
-            raise DataError(
-                f"Row {missing.index} of '{config.prompts.eval_path}' has no answer, and eval.reward={config.eval.reward} compares "
-                f"with one. Add an '{config.prompts.answer_column}' column, or set eval.reward to a function of your own."
-            )
     return Evaluator(
         prompts=held_out,
         samples_per_prompt=config.eval.samples_per_prompt,
@@ -228,6 +225,65 @@ def _evaluator(config: Config, held_out: list[Prompt], teacher: LocalTeacher, pa
         pad_id=pad_id,
         seed=config.seed,
     )
+
+
+def _trainable(config: Config, side: _Side) -> PreTrainedModel:
+    if config.student.lora is None:
+        return side.model
+    try:
+        return add_lora(side.model, config.student.lora)
+    except ValueError as error:  # peft's, for a module name that the model lacks
+        raise ConfigError(
+            f"student.lora.target_modules='{config.student.lora.target_modules}' does not fit {type(side.model).__name__}: {error} "
+            "Use all-linear, or names such as q_proj,v_proj."
+        ) from error
+
+
+def _match_teacher(config: Config, teacher: LocalTeacher) -> None:
+    try:
+        teacher.serve(config.objective)
+    except ObjectiveError as error:
+        if config.teacher.supply == "auto":
+            raise
+        raise ObjectiveError(
+            f"{error} (teacher.supply={config.teacher.supply} is what limits it; teacher.supply=auto lifts that.)"
+        ) from None
+
+
+def _check_answers_and_responses(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """What a later step would look for in a row is looked for in every row now."""
+    reward = config.eval.reward
+    if reward in ("exact_match", "numeric_answer") or reward.startswith("regex:"):
+        missing = next((p for p in held_out if p.answer is None), None)
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{config.prompts.eval_path}' has no answer, and eval.reward={reward} compares "
+                f"with one. Add an '{config.prompts.answer_column}' column, or set eval.reward to a function of your own."
+            )
+    if config.rollout.lmbda < 1 and config.rollout.off_policy == "dataset":
+        missing = next((p for p in prompts if p.response is None), None)
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{config.prompts.path}' has no response, and rollout.lmbda={config.rollout.lmbda} takes "
+                f"some from the data set. Add a '{config.prompts.response_column}' column, or set rollout.off_policy=teacher or "
+                "rollout.lmbda=1."
+            )
+
+
+def _check_tokens(config: Config, student: _Side, vocabulary: VocabularyMatch) -> None:
+    outside = [i for i in config.objective.always_include if i >= vocabulary.size]
+    if outside:
+        raise ConfigError(
+            f"objective.always_include holds {outside[0]}, and the vocabulary ends at {vocabulary.size - 1}; give token ids of the "
+            "student's tokenizer."
+        )
+    for stop in config.rollout.stop:
+        try:
+            student.renderer.response_ids(stop, finished=False)
+        except DataError as error:
+            raise ConfigError(
+                f"rollout.stop={stop!r} can never occur in a response: {error} Use another string."
+            ) from error
 
 
 def _check_lengths(

@@ -1,0 +1,240 @@
+"""`train`: whatever the recipe asks for, the student moves toward the teacher and ends as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.config import build, merge
+from opd.models import linear_head, response_logits
+from opd.reporting.record import read_metrics
+from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
+from opd.trainer.run import train
+from opd.trainer.setup import build_parts
+from worlds import settings
+
+REQUIRED = ["loss", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "overlap", "eos_prob", "response_length", "truncated", "repetition", "grad_norm", "lr", "teacher_perplexity", "tokens", "clamped_tokens", "time/rollout", "time/teacher", "time/update", "time/step", "time/tokens_per_second"]
+
+
+def run(values: dict[str, object]) -> dict | None:
+    return train(build(merge({}, values)))
+
+
+def steps(folder: Path) -> list[dict[str, float]]:
+    return [dict(r.metrics) for r in read_metrics(folder) if r.kind == "step"]
+
+
+LEARNS = {
+    "adamw": {},
+    "muon": {"optimizer__name": "muon", "optimizer__lr": 0.02},
+    "packed": {"train__layout": "packed"},
+    "left padded": {"train__layout": "left_padded"},
+    "bfloat16 autocast": {"train__autocast": "bfloat16"},
+    "gradient checkpointing": {"student__gradient_checkpointing": True},
+    "lora": {"student__lora__rank": 8, "optimizer__lr": 0.03},
+    "forward KL": {"objective__divergence": "forward_kl"},
+    "normalised JSD": {"objective__divergence": "generalized_jsd"},
+    "teacher top-k": {"objective__support": "teacher_top_k", "objective__top_k": 4, "teacher__supply": "top_k"},
+    "student top-k with sampled tail": {"objective__support": "student_top_k", "objective__top_k": 4, "objective__tail": "sampled"},
+    "policy gradient": {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"},
+    "k2": {"objective__support": "sampled", "objective__estimator": "k2", "teacher__supply": "sampled"},
+    "off-policy teacher": {"rollout__lmbda": 0.5, "rollout__off_policy": "teacher"},
+    "sequence mean, cosine": {"objective__reduction": "sequence_mean", "optimizer__schedule": "cosine"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNS)
+def test_the_student_moves_toward_the_teacher(world, tmp_path, name):
+    more = {"train__steps": 25, "train__prompts_per_step": 16, "eval__every": 25, "optimizer__lr": 0.01} | LEARNS[name]
+    summary = run(settings(world, tmp_path / "run", checkpoint__every=0, **more))
+    assert summary["student_after"]["reverse_kl"] < 0.75 * summary["student_before"]["reverse_kl"]
+    assert summary["teacher"]["reverse_kl"] == pytest.approx(0, abs=1e-7)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    start = AutoModelForCausalLM.from_pretrained(world / "student")
+    assert final.state_dict().keys() == start.state_dict().keys()
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "student").get_vocab()["<eos>"] == 12
+
+
+def test_every_metric_is_logged_every_step_and_is_finite(world, tmp_path):
+    run(settings(world, tmp_path / "run"))
+    rows = steps(tmp_path / "run")
+    assert len(rows) == 8
+    for row in rows:
+        assert not set(REQUIRED) - row.keys()
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["loss"] == pytest.approx(row["reverse_kl"], rel=1e-5), "token mean of reverse KL is the loss"
+        assert 0 <= row["eos_prob"] <= 1 and 0 <= row["truncated"] <= 1 and 0 <= row["overlap"] <= 1
+        assert row["sampler_student_gap"] < 1e-5, "the rollouts are the trained policy's own"
+
+
+def test_metrics_equal_a_recomputation_from_the_two_models(world, tmp_path):
+    """Step 0 from scratch: plain forward passes over the recorded tokens of the untouched models."""
+    run(settings(world, tmp_path / "run", log__samples=100, train__steps=1))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = [s for s in lines if s["phase"] == "train"]
+    models = {n: AutoModelForCausalLM.from_pretrained(world / n) for n in ("student", "teacher")}
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    sums, count = {"reverse_kl": 0.0, "forward_kl": 0.0, "student_entropy": 0.0, "eos_prob": 0.0, "nll": 0.0}, 0
+    for sample in samples:
+        prompt = tokenizer(sample["prompt"])["input_ids"]
+        response = tokenizer.convert_tokens_to_ids(sample["tokens"])
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            s, t = (
+                models[n](input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for n in ("student", "teacher")
+            )
+        per_token = (s.exp() * (s - t)).sum(-1)
+        torch.testing.assert_close(torch.tensor(sample["reverse_kl"]), per_token, atol=1e-5, rtol=1e-4)
+        sums["reverse_kl"] += float(per_token.sum())
+        sums["forward_kl"] += float((t.exp() * (t - s)).sum())
+        sums["student_entropy"] += float(-(s.exp() * s).sum())
+        sums["eos_prob"] += float(s[:, 12].exp().sum())
+        sums["nll"] -= float(t.gather(-1, torch.tensor(response)[:, None]).sum())
+        count += len(response)
+    (row,) = steps(tmp_path / "run")
+    assert len(samples) == 12 and row["tokens"] == count
+    for name in ("reverse_kl", "forward_kl", "student_entropy", "eos_prob"):
+        assert row[name] == pytest.approx(sums[name] / count, rel=1e-4)
+    assert row["teacher_perplexity"] == pytest.approx(math.exp(sums["nll"] / count), rel=1e-4)
+
+
+def test_both_kinds_of_sample_have_metrics_of_their_own(world, tmp_path):
+    run(settings(world, tmp_path / "run", rollout__lmbda=0.5, train__prompts_per_step=20))
+    for row in steps(tmp_path / "run"):
+        assert row["off_policy_share"] == pytest.approx(0.5, abs=0.3)
+        total = row["on_policy/tokens"] + row["off_policy/tokens"]
+        assert total == row["tokens"]
+        mixed = (
+            row["on_policy/reverse_kl"] * row["on_policy/tokens"]
+            + row["off_policy/reverse_kl"] * row["off_policy/tokens"]
+        )
+        assert row["reverse_kl"] == pytest.approx(mixed / total, rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_weights(world, tmp_path):
+    for name, on in (("plain", False), ("recompute", True)):
+        run(settings(world, tmp_path / name, student__gradient_checkpointing=on, eval__every=0))
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "student").state_dict() for n in ("plain", "recompute"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_lora_trains_adapters_alone_and_saves_the_merged_model_and_the_adapter(world, tmp_path):
+    run(settings(world, tmp_path / "run", student__lora__rank=4, optimizer__lr=0.03, eval__every=0))
+    start = AutoModelForCausalLM.from_pretrained(world / "student").state_dict()
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").state_dict()
+    assert torch.equal(start["model.embed_tokens.weight"], final["model.embed_tokens.weight"]), "embeddings are frozen"
+    assert not torch.equal(start["model.layers.0.mlp.up_proj.weight"], final["model.layers.0.mlp.up_proj.weight"])
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_learning_rate_warms_up_and_decays(world, tmp_path):
+    more = {
+        "optimizer__schedule": "linear",
+        "optimizer__warmup_steps": 3,
+        "optimizer__lr": 1e-3,
+        "optimizer__min_lr_ratio": 0.1,
+    }
+    run(settings(world, tmp_path / "run", eval__every=0, **more))
+    rates = [row["lr"] for row in steps(tmp_path / "run")]
+    expected = [0.25, 0.5, 0.75, 1.0, 0.82, 0.64, 0.46, 0.28]
+    assert rates == pytest.approx([1e-3 * f for f in expected])
+
+
+def test_the_student_s_generation_config_survives(world, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(world / "student")
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
+    save_model(model, AutoTokenizer.from_pretrained(world / "student"), tmp_path / "released")
+    run(settings(world, tmp_path / "run", student__model=str(tmp_path / "released"), eval__every=0))
+    saved = json.loads((tmp_path / "run" / "student" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["top_k"] == 20 and saved["eos_token_id"] == 12
+
+
+def test_a_padded_teacher_and_an_unpadded_student_agree_on_the_real_tokens(world, tmp_path):
+    """The same weights with 13 and with 64 vocabulary rows: KL must be 0, and the padding rows never matter."""
+    student = AutoModelForCausalLM.from_pretrained(world / "student")
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    padded = AutoModelForCausalLM.from_pretrained(world / "student")
+    padded.resize_token_embeddings(64, mean_resizing=False)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[13:] = 5.0
+        padded.get_output_embeddings().weight[:13] = student.get_output_embeddings().weight
+    save_model(padded, tokenizer, tmp_path / "padded")
+    values = settings(world, tmp_path / "run", teacher__model=str(tmp_path / "padded"), train__steps=1)
+    summary = run(values)
+    assert summary["student_before"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
+    swapped = settings(world, tmp_path / "swapped", student__model=str(tmp_path / "padded"), train__steps=1)
+    swapped["teacher.model"] = str(world / "student")
+    assert run(swapped)["student_before"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_each_model_renders_chat_prompts_in_its_own_way(tmp_path):
+    """The teacher reads its own template and then the student's tokens: equal weights, another template, another distribution."""
+    template = "{%% for m in messages %%}%s{{ m['content'] }}{%% endfor %%}:"
+    tokenizers = {
+        n: byte_tokenizer(chat_template=template % tag) for n, tag in (("student", "U"), ("teacher", "USER "))
+    }
+    model = tiny_causal_lm(tokenizers["student"], hidden=32, layers=1, max_positions=64, initializer_range=0.4)
+    for name, tokenizer in tokenizers.items():
+        save_model(model, tokenizer, tmp_path / name)
+    rows = [{"prompt": [{"role": "user", "content": f"q{i}"}], "answer": "a"} for i in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parts = build_parts(build(merge({}, settings(tmp_path, tmp_path / "run"))))
+    rollouts = parts.sampler.sample(parts.order.take(0, 4), seed=0)
+    for rollout, target in zip(rollouts, parts.teacher.score(rollouts, "dense"), strict=True):
+        question = rollout.prompt.messages[0]["content"]
+        assert bytes(rollout.prompt_ids).decode() == f"U{question}:"
+        seen = [*f"USER {question}:".encode(), *rollout.response_ids]
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([seen])).logits[0, -len(rollout.response_ids) - 1 : -1, :258]
+        torch.testing.assert_close(target.logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tensorboard_gets_the_same_numbers(world, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(settings(world, tmp_path / "run", log__tensorboard=True, eval__every=0, train__steps=2))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_a_soft_capped_head_is_never_offered_as_hidden_states():
+    """A model whose logits are more than a matrix product (Gemma 2) is scored through its own forward pass."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=20, num_key_value_heads=1, final_logit_softcapping=0.1, **shape)
+    ).eval()
+    plain = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=20, num_key_value_heads=1, final_logit_softcapping=None, **shape)
+    ).eval()
+    assert linear_head(capped) is None
+    assert linear_head(plain) is not None
+    from opd.data.pack import arrange
+
+    sequences = arrange([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0)
+    with torch.no_grad():
+        logits = response_logits(capped, sequences)
+        expected = capped(input_ids=torch.tensor([[1, 2, 3, 4]])).logits[0, 2:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_leaves_the_head_in_float32(world):
+    model = AutoModelForCausalLM.from_pretrained(world / "student").eval()
+    from opd.data.pack import arrange
+
+    sequences = arrange([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = response_logits(model, sequences)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float()), "the logits were rounded to bfloat16"
