@@ -21,7 +21,7 @@ class Case:
     student: str
     teacher: str
     data: str
-    """JSONL with `messages` (both sides) for one side and `prompt` (the question alone) for the other."""
+    """JSONL with `prompt`, a list of messages, and `response`."""
     rollouts_per_step: int
     max_new_tokens: int
     steps: int
@@ -57,9 +57,10 @@ class StepClock:
     def __init__(self) -> None:
         self.steps: list[StepTimes] = []
         self._open: list[str] = []
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget what has been timed since the last step."""
         self._began = self._mark = _now()
         self._phases: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
@@ -98,7 +99,7 @@ class StepClock:
         self.steps.append(
             StepTimes(wall=wall, cpu=cpu, phases=phases, rollouts=rollouts, tokens=tokens, loss=loss, facts=facts)
         )
-        self._restart()
+        self.restart()
 
     def write(self, path: str, *, prompts: Sequence[Sequence[int]], versions: dict[str, str], **facts: Any) -> None:
         """What the parent process reads. `prompts` are all prompt ids, in the order they were used."""

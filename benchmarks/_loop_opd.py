@@ -58,7 +58,7 @@ def main(case_path: str, result_path: str) -> None:
         # The teacher's head runs when the loss needs it; its time belongs to the teacher all the same.
         parts.student.teacher_logits = clock.wrap(parts.student.teacher_logits, "teacher")
         with TimedRecorder(run_dir, clock) as run, Progress(config.train.steps, enabled="off") as progress:
-            clock._restart()
+            clock.restart()
             run_steps(config, cast(Any, parts), RunFolder(run_dir), run, progress)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     clock.write(result_path, prompts=prompts, versions=versions)

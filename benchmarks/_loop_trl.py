@@ -35,13 +35,19 @@ def main(case_path: str, result_path: str) -> None:
             teacher_model=load(case.teacher, dtype=torch.float32),
             args=arguments(case, run_dir),
             processing_class=AutoTokenizer.from_pretrained(case.student),
-            train_dataset=datasets.Dataset.from_json(case.data).select_columns(["messages"]),
+            train_dataset=datasets.Dataset.from_list(conversations(case)),
         )
         watch = Watch(trainer, clock)
         trainer.add_callback(watch)
         trainer.train()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
     clock.write(result_path, prompts=watch.prompts, versions=versions, same_batch=watch.same_batch)
+
+
+def conversations(case: Case) -> list[dict[str, Any]]:
+    """GKD wants an answer in every row, and with lmbda=1 does not train on it."""
+    rows = map(json.loads, Path(case.data).read_text().splitlines())
+    return [{"messages": [*row["prompt"], {"role": "assistant", "content": row["response"]}]} for row in rows]
 
 
 def arguments(case: Case, run_dir: str) -> Any:
@@ -113,7 +119,7 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.clock.steps:
-            self.clock._restart()  # loading and set-up are not part of the first step
+            self.clock.restart()  # loading and set-up are not part of the first step
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.clock.step(rollouts=self._rollouts, tokens=self._tokens, loss=self._loss, loss_divisor=self._divisor)

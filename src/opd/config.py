@@ -248,10 +248,10 @@ class EvalConfig:
         _require(
             self.samples_per_prompt >= 1, f"eval.samples_per_prompt must be at least 1, not {self.samples_per_prompt}"
         )
-        for value in (self.temperature, *self.extra_temperatures):
-            _require(
-                math.isfinite(value) and value >= 0, f"eval temperatures must be 0 (greedy) or positive, not {value}"
-            )
+        for name, values in (("temperature", (self.temperature,)), ("extra_temperatures", self.extra_temperatures)):
+            for value in values:
+                ok = math.isfinite(value) and value >= 0
+                _require(ok, f"eval.{name} must be 0 (greedy) or positive, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,13 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        return self.err.rpartition("error: ")[2].strip()
+        return self.err[self.err.index("error: ") :].removeprefix("error: ").strip()
 
     def refuses(self, *fragments: str, code: int = EXPLAINED) -> None:
         """One error, without a traceback, that holds every fragment: what is wrong, why, and what to do."""
         assert self.code == code, f"exit code {self.code}\n{self.out}{self.err}"
         assert "Traceback" not in self.err
-        assert self.err.count("error: ") == 1, self.err
+        assert sum(line.startswith("error: ") for line in self.err.splitlines()) == 1, self.err
         missing = [fragment for fragment in fragments if fragment not in self.message]
         assert not missing, f"{missing} not in: {self.message}"
 

@@ -112,7 +112,7 @@ def test_lora_on_modules_that_are_not_there_is_refused(user: User):
 
 
 def test_an_attention_that_cannot_run_is_named(user: User):
-    user.train(student__attn_implementation="nope").refuses("attn_implementation", "sdpa")
+    user.train(student__attn_implementation="nope").refuses('attn_implementation="nope"', "not supported", "eager")
 
 
 def _with(folder: Path, value: float) -> Path:

@@ -67,7 +67,7 @@ def test_chat_messages_without_a_chat_template_are_refused(user: User):
 
 
 def test_a_system_message_has_no_place_in_plain_text(user: User):
-    user.train(prompts__system="123").refuses("plain text", "no place for the system message", "leave the system")
+    user.train(prompts__system="be brief").refuses("plain text", "no place for the system message", "leave the system")
 
 
 def test_a_template_argument_that_nothing_reads_is_refused(user: User):

@@ -66,6 +66,8 @@ def test_match_scale_keeps_a_constant_and_an_empty_batch():
 def test_the_spread_itself_has_no_gradient():
     values = torch.tensor([0.0, 4.0], requires_grad=True)  # standard deviation 2
     assert torch.autograd.grad(match_scale(values).sum(), values)[0].tolist() == [0.5, 0.5]
+    given = values.std(correction=0)
+    assert torch.autograd.grad(match_scale(values, given).sum(), values)[0].tolist() == [0.5, 0.5]
 
 
 def test_schedules_by_hand():

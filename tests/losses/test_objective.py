@@ -238,6 +238,13 @@ def test_the_floor_bounds_the_loss_and_reports_the_probability_it_touched():
     assert out.metrics["clamped"].item() == pytest.approx(0.25)
 
 
+def test_the_floor_does_not_raise_padding():
+    objective = Objective(divergence="forward_kl", teacher_logp_floor=-10.0)
+    out = objective.per_token(FLOOR_STUDENT, DenseTarget(logits=FLOOR_TEACHER), torch.tensor([0]))
+    raised = math.exp(-10) * (-10 - math.log(0.25))
+    assert out.loss.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + raised)
+
+
 def test_the_floor_acts_on_sampled_tokens_and_counts_them():
     target = SampledTarget(teacher_logp=torch.tensor([-math.inf, -3.0]).double())
     out = policy(teacher_logp_floor=-10.0).per_token(FLOOR_STUDENT.expand(2, -1), target, torch.tensor([2, 1]))

@@ -30,7 +30,7 @@ def check_loss(per_token: torch.Tensor, batch: Batch, objective: Objective) -> N
     index = int(bad.nonzero()[0])
     sequence = int(batch.sequence_index[index])
     position = index - int((batch.sequence_index < sequence).sum())
-    value = float(per_token[index])
+    value = float(per_token.detach()[index])
     if value == float("inf"):
         cause = (
             f"{objective.divergence} is infinite in truth where one model gives zero probability to what the other can emit. "

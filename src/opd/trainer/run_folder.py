@@ -113,6 +113,8 @@ def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     try:
         saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError("it is not a recipe")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
             f"'{folder.config}' cannot be read: {error}. Restore the recipe the run was started with, or start a new --run_dir."
