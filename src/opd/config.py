@@ -308,6 +308,34 @@ class Config:
     """Every random draw of the run derives from it."""
 
     def __post_init__(self) -> None:
+        _check_on_policy(self.objective, self.rollout)
+
+
+def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
+    """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
+    sampled = f"estimator={objective.estimator}" if objective.support == "sampled" else "tail=sampled"
+    if objective.support != "sampled" and objective.tail != "sampled":
+        return
+    reweighted = objective.estimator in ("k1", "exact")
+    if rollout.lmbda < 1 and (rollout.off_policy == "dataset" or not reweighted):
+        raise ConfigError(
+            f"objective {sampled} has the right gradient only for tokens that the student sampled, and rollout.lmbda="
+            f"{rollout.lmbda} mixes in {rollout.off_policy} responses. Set rollout.lmbda=1, or use objective.support=full."
+        )
+    filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.temperature != objective.student_temperature
+    if filtered and not reweighted:
+        raise ConfigError(
+            f"objective {sampled} needs tokens drawn from the very distribution it trains, and rollout.temperature, top_p or top_k "
+            "draw from another one. Set rollout.temperature=1, top_p=1, top_k=0, or use estimator=k1 (delivery=advantage), which "
+            "reweights."
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        raise ConfigError(
+            f"objective {sampled} cannot make up for tokens that rollout.top_p={rollout.top_p} or top_k={rollout.top_k} never draw. "
+            "Set top_p=1 and top_k=0, or use objective.support=full."
+        )
+
+    def __post_init__(self) -> None:
         _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
         _require(
             self.objective.clip_range is None or self.rollout.lmbda == 1 or self.rollout.off_policy == "teacher",

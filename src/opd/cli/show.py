@@ -9,13 +9,16 @@ from typing import Any
 from rich.console import Console
 
 from opd.config import Config
-from opd.reporting.summary import summary_rows, summary_table
+from opd.reporting.summary import summary_rows, summary_table, summary_text
 
 
 def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
     """The before-and-after table when there was an evaluation, then the paths."""
     console = Console()
     if summary is not None:
-        console.print(summary_table(summary_rows(summary)))
+        rows = summary_rows(summary)
+        console.print(
+            summary_table(rows) if console.is_terminal else summary_text(rows), soft_wrap=not console.is_terminal
+        )
     folder = Path(config.run_dir)
     console.print(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}", highlight=False, soft_wrap=True)

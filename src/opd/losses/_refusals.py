@@ -68,6 +68,8 @@ def _numbers(o: Objective) -> Iterator[str]:
         yield f"clip_range={o.clip_range} must be > 0; use None for no clipping."
     if o.teacher_logp_floor is not None and o.teacher_logp_floor >= 0:
         yield f"teacher_logp_floor={o.teacher_logp_floor} must be negative: it is a log-probability, for example −20."
+    if o.reduction == "fixed" and (o.fixed_count is None or o.fixed_count <= 0):
+        yield f"reduction='fixed' divides by fixed_count={o.fixed_count}, which must be > 0; use the tokens of a usual batch."
 
 
 def _divergence(o: Objective) -> Iterator[str]:
@@ -152,6 +154,8 @@ def _unread(o: Objective) -> Iterator[str]:
     """Settings that would silently do nothing."""
     if not o.normalize and o.divergence != "generalized_jsd":
         yield f"normalize=False is read by generalized_jsd only, not by {o.divergence}; drop it."
+    if o.fixed_count is not None and o.reduction != "fixed":
+        yield f"fixed_count={o.fixed_count} is read by reduction='fixed' only, not by {o.reduction}; drop it."
     if o.beta != 0.5 and o.divergence not in BETA_READERS:
         yield f"beta={o.beta} is not read by {o.divergence}; drop it, or use divergence='generalized_jsd'."
     if o.alpha != 0.5 and o.divergence != "alpha_beta_divergence":

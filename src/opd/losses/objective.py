@@ -77,7 +77,9 @@ class Objective:
     teacher_logp_floor: float | None = None
     """Raise teacher log-probs (nats) below this to it; the metric `clamped` tells how often."""
     reduction: Reduction = "token_mean"
-    """How per-token losses become one number."""
+    """How per-token losses become one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count."""
+    fixed_count: float | None = None
+    """What reduction=fixed divides by."""
     clip_range: float | None = None
     """ε of the clipped probability ratio student / sampler; None does not clip."""
 

@@ -63,7 +63,7 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
     titles, cells = summary_cells(rows)
     table = Table(title="Result, with 95% confidence intervals", title_justify="left")
     for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in cells:
         table.add_row(*row, style="bold" if row[0] == ROW_TITLES["student_after"] else None)
     return table

@@ -130,12 +130,12 @@ class HfSampler:
         return list(zip(responses.tolist(), logp.tolist(), strict=True))
 
     def _generation_config(self) -> GenerationConfig:
+        # The warpers in _processors do all of it, so that the recorder sees the result.
+        greedy = self.sampling.temperature == 0
+        switched_off = {} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
+            **switched_off,
             max_new_tokens=self.sampling.max_new_tokens,
-            do_sample=self.sampling.temperature > 0,
-            temperature=1.0,  # the warpers in _processors do all of it, so that the recorder sees the result
-            top_k=0,
-            top_p=1.0,
             eos_token_id=list(self.eos_ids),
             pad_token_id=self.pad_id,
         )

@@ -16,7 +16,7 @@ from opd.trainer.guardrails import memory_advice
 from opd.trainer.records import record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
 from opd.trainer.setup import Parts
-from opd.types import LossOutput, Rollout, Target
+from opd.types import Batch, LossOutput, Rollout, Target
 
 
 def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder, progress: Progress) -> None:
@@ -49,7 +49,7 @@ def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder,
             )
 
 
-def micro_batches(config: Config, parts: Parts, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> list:
+def micro_batches(config: Config, parts: Parts, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> list[Batch]:
     """The step's micro-batches, weighted by the step's own count of tokens (or sequences)."""
     return pack(
         rollouts,
@@ -58,6 +58,7 @@ def micro_batches(config: Config, parts: Parts, rollouts: Sequence[Rollout], tar
         tokens_per_microbatch=config.train.tokens_per_microbatch,
         pad_id=parts.pad_id,
         reduction=config.objective.reduction,
+        global_count=config.objective.fixed_count,
         device=parts.student.device,
     )
 
