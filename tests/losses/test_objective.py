@@ -291,10 +291,13 @@ def test_logits_allow_every_diagnostic():
     assert all(value.shape == (TOKENS,) for value in metrics.values())
 
 
-def test_overlap_looks_at_no_more_than_16_tokens():
-    metrics = Objective(top_k=64).per_token(STUDENT, DENSE, IDS).metrics
-    mine, theirs = to_logp(STUDENT).topk(16).indices.tolist(), TEACHER.topk(16).indices.tolist()
-    wanted = [len(set(a) & set(b)) / 16 for a, b in zip(mine, theirs, strict=True)]
+@pytest.mark.parametrize(("vocab", "k"), [(200, 16), (20, 5), (3, 1)])
+def test_overlap_looks_at_no_more_than_16_tokens_nor_a_quarter_of_the_vocabulary(vocab, k):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(TOKENS, vocab, generator=generator) for _ in range(2))
+    metrics = Objective(top_k=64).per_token(student, DenseTarget(logits=teacher), IDS.clamp(max=vocab - 1)).metrics
+    mine, theirs = student.topk(k).indices.tolist(), teacher.topk(k).indices.tolist()
+    wanted = [len(set(a) & set(b)) / k for a, b in zip(mine, theirs, strict=True)]
     assert metrics["overlap"].tolist() == pytest.approx(wanted)
 
 
