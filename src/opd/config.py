@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -344,6 +345,18 @@ def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
         )
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's idea of a boolean, so that `progress: off` is a word and not False."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the name and the type are PyYAML's
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe's YAML as a dict. Raises ConfigError when it is missing or malformed."""
     path = Path(path)
@@ -360,7 +373,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"The recipe '{path}' is not text; a recipe is a YAML file in UTF-8.") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
         raise ConfigError(f"The recipe '{path}' is not valid YAML; mend the place it names. {error}") from None
     if data is None:
@@ -409,7 +422,7 @@ FLAGS = ("--resume", "--overwrite", "--debug")
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Yaml)
     except yaml.YAMLError:
         return text
 

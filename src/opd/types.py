@@ -149,7 +149,7 @@ class LossOutput:
 
     loss: float
     metrics: Mapping[str, float]
-    per_token: Sequence[tuple[Rollout, Sequence[float]]] = ()
+    per_token: Sequence[tuple[Rollout, Float[Tensor, " response"]]] = ()
     """Each rollout with the reverse KL (nats) at its response tokens, for the report; empty where the target could not tell."""
 
 

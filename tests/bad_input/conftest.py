@@ -51,6 +51,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 
 
 @pytest.fixture
-def user(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> User:
-    """Somebody at the command line, with an empty folder of their own."""
+def user(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> User:
+    """Somebody at the command line, in an empty folder of their own: a relative path that slips through ends there."""
+    monkeypatch.chdir(tmp_path)
     return User(desk, tmp_path, capsys)

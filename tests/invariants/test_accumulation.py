@@ -107,7 +107,7 @@ def test_token_mean_is_the_mean_over_all_response_tokens(model, scored):
     student, metrics = student_of(model), TokenMetrics()
     batches = pack(rollouts, targets, layout="packed", tokens_per_microbatch=30, pad_id=0)
     total = sum(student.loss(batch, Objective(), metrics).item() for batch in batches)
-    values = [v for _, row in metrics.per_rollout("reverse_kl") for v in row]
+    values = [v for _, row in metrics.per_rollout("reverse_kl") for v in row.tolist()]
     assert len(values) == sum(LENGTHS)
     assert total == pytest.approx(sum(values) / len(values), rel=1e-5)
 

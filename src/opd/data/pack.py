@@ -151,7 +151,7 @@ def concatenate(targets: Sequence[Target], device: torch.device | str) -> Target
     if isinstance(first, DenseTarget):
         return DenseTarget(logits=_cat(targets, "logits", device))
     if isinstance(first, HiddenTarget):
-        return HiddenTarget(hidden=_cat(targets, "hidden", device), head=first.head)
+        return HiddenTarget(hidden=_cat(targets, "hidden", first.head.weight.device), head=first.head)  # multiplied there
     assert isinstance(first, TopKTarget)
     return TopKTarget(
         ids=_cat(targets, "ids", device),
@@ -182,6 +182,6 @@ def single(batch: Batch, index: int) -> Batch:
 
 def _rows(target: Target, keep: torch.Tensor) -> Target:
     def cut(value: object) -> object:
-        return value[keep] if isinstance(value, torch.Tensor) else value
+        return value[keep.to(value.device)] if isinstance(value, torch.Tensor) else value
 
     return dataclasses.replace(target, **{f.name: cut(getattr(target, f.name)) for f in dataclasses.fields(target)})

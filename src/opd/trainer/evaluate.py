@@ -93,7 +93,7 @@ class Evaluator:
         metrics, objective = TokenMetrics(), Objective(teacher_logp_floor=self.teacher_logp_floor)
         for batch in batches:
             model.loss(batch, objective, metrics)
-        by_rollout = {id(rollout): values for rollout, values in metrics.per_rollout("reverse_kl")}
+        by_rollout = {id(rollout): values.tolist() for rollout, values in metrics.per_rollout("reverse_kl")}
         return [by_rollout[id(rollout)] for rollout in rollouts]
 
 

@@ -30,7 +30,7 @@ class TokenMetrics:
 
     def __init__(self) -> None:
         self._rollouts: list[Rollout] = []
-        self._values: dict[str, list[list[float]]] = defaultdict(list)  # name → per rollout → per token
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)  # name → per rollout → float64 on the CPU, per token
         self._clamped = 0.0
 
     def add(self, batch: Batch, out: TokenLoss, student_logits: torch.Tensor, eos_ids: Sequence[int]) -> None:
@@ -46,11 +46,11 @@ class TokenMetrics:
         sizes = [len(r.response_ids) for r in batch.rollouts]
         self._rollouts.extend(batch.rollouts)
         for name in MEANS:
-            rows = values[name].split(sizes) if name in values else [torch.empty(0)] * len(sizes)
-            self._values[name].extend(row.tolist() for row in rows)
+            known = name in values
+            self._values[name].extend(values[name].double().cpu().split(sizes) if known else [torch.empty(0)] * len(sizes))
 
-    def per_rollout(self, name: str) -> list[tuple[Rollout, list[float]]]:
-        """The per-token values of one metric beside their rollouts; empty lists where the target could not tell."""
+    def per_rollout(self, name: str) -> list[tuple[Rollout, torch.Tensor]]:
+        """The per-token values of one metric beside their rollouts; empty where the target could not tell."""
         return list(zip(self._rollouts, self._values[name], strict=True))
 
     def summary(self) -> dict[str, float]:
@@ -72,9 +72,9 @@ class TokenMetrics:
     def _means(self, members: Sequence[int]) -> dict[str, float]:
         means = {}
         for name in MEANS:
-            values = [x for i in members for x in self._values[name][i]]
-            if values:
-                means[name] = math.fsum(values) / len(values)
+            values = torch.cat([self._values[name][i] for i in members]) if members else torch.empty(0)
+            if len(values):
+                means[name] = float(values.mean())
         rollouts = [self._rollouts[i] for i in members]
         count = max(1, len(rollouts))
         means["tokens"] = float(sum(len(r.response_ids) for r in rollouts))
@@ -85,11 +85,12 @@ class TokenMetrics:
 
     def _by_position(self) -> dict[str, float]:
         """Reverse KL by position in the response, in buckets that double: 0, 1, 2–3, 4–7, …"""
-        buckets: dict[int, list[float]] = defaultdict(list)
-        for row in self._values["reverse_kl"]:
-            for position, value in enumerate(row):
-                buckets[0 if position == 0 else 1 << (position.bit_length() - 1)].append(value)
-        return {f"kl_by_position/{start}": math.fsum(v) / len(v) for start, v in sorted(buckets.items())}
+        rows = self._values["reverse_kl"]
+        means, start, end = {}, 0, 1
+        while any(len(row) > start for row in rows):
+            means[f"kl_by_position/{start}"] = float(torch.cat([row[start:end] for row in rows]).mean())
+            start, end = end, 2 * end
+        return means
 
 
 def _perplexity(on_policy: dict[str, float]) -> dict[str, float]:

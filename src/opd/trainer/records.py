@@ -18,7 +18,7 @@ def record_samples(run: RunRecorder, step: int, out: LossOutput, renderer: Rende
     if step % config.samples_every:
         return
     for rollout, kl in list(out.per_token)[: config.samples]:
-        run.sample(_sample(step, "train", "student", rollout, kl, None, renderer))
+        run.sample(_sample(step, "train", "student", rollout, kl.tolist(), None, renderer))
 
 
 def record_evaluation(

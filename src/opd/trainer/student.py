@@ -63,7 +63,7 @@ class Policy:
         target = batch.target
         assert target is not None
         if isinstance(target, HiddenTarget):
-            target = DenseTarget(logits=self.teacher_logits(target))
+            target = DenseTarget(logits=self.teacher_logits(target).to(self.device))
         logits = self.logits(batch)
         out = objective.per_token(
             logits,

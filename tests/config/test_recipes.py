@@ -1,0 +1,131 @@
+"""A recipe is YAML plus overrides; the default is what the documents say; nothing unknown gets in."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd.config import Config, build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
+from opd.errors import ConfigError, OpdError
+
+ROOT = Path(__file__).parents[2]
+NEEDED = {"student.model": "s", "teacher.model": "t", "prompts.path": "p"}
+
+
+def config(**overrides: object) -> Config:
+    return build(merge({}, NEEDED | {key.replace("__", "."): value for key, value in overrides.items()}))
+
+
+def test_every_recipe_in_the_repository_is_valid():
+    recipes = sorted((ROOT / "recipes").glob("*/recipe.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load(recipe)
+        assert (recipe.parent / "README.md").exists(), f"{recipe.parent.name} has no README"
+
+
+def test_an_override_wins_over_the_recipe_and_leaves_the_rest_alone(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(merge({}, NEEDED | {"train.steps": 7, "train.prompts_per_step": 3})))
+    loaded = load(recipe, ["--train.steps", "9", "--objective.divergence=forward_kl"])
+    assert (loaded.train.steps, loaded.train.prompts_per_step, loaded.objective.divergence) == (9, 3, "forward_kl")
+
+
+def test_scientific_notation_is_a_number_in_yaml_and_on_the_command_line():
+    """PyYAML reads 1e-3 as a string; a learning rate must not be one."""
+    assert config(optimizer__lr="1e-3").optimizer.lr == 1e-3
+    assert build(merge({}, NEEDED | parse_overrides(["--optimizer.lr", "1e-3"]))).optimizer.lr == 1e-3
+
+
+def test_off_and_none_are_words_and_null_is_none(tmp_path):
+    (tmp_path / "r.yaml").write_text("log: {progress: off}\ntrain: {autocast: none}\nprompts: {limit: null, shuffle: false}")
+    made = build(merge(read_recipe(tmp_path / "r.yaml"), NEEDED))
+    assert (made.log.progress, made.train.autocast, made.prompts.limit, made.prompts.shuffle) == ("off", "none", None, False)
+    assert parse_overrides(["--log.progress", "off"]) == {"log.progress": "off"}
+
+
+def test_one_value_or_several_make_a_tuple():
+    assert config(rollout__stop="END").rollout.stop == ("END",)
+    assert build(merge({}, NEEDED | parse_overrides(["--rollout.stop", "A", "B"]))).rollout.stop == ("A", "B")
+
+
+def test_negative_numbers_and_dashes_in_names_are_read():
+    parsed = parse_overrides(["--objective.teacher-logp-floor", "-20", "--objective.scale_by_t2", "false"])
+    assert parsed == {"objective.teacher_logp_floor": -20, "objective.scale_by_t2": False}
+
+
+def test_the_resolved_config_builds_the_same_config_again():
+    made = config(rollout__stop=["A"], student__lora__rank=4, objective__divergence="generalized_jsd", objective__beta=0.3)
+    assert build(yaml.safe_load(to_yaml(made))) == made
+
+
+def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
+    objective = config().objective
+    assert (objective.divergence, objective.support, objective.reduction) == ("reverse_kl", "full", "token_mean")
+    assert objective.student_temperature == objective.teacher_temperature == config().rollout.temperature == 1.0
+
+
+def test_every_field_of_every_section_has_a_help_text():
+    """tyro and readers of the source both live from the string under each field."""
+    source = (ROOT / "src/opd/config.py").read_text() + (ROOT / "src/opd/losses/objective.py").read_text()
+    lines = [line.strip() for line in source.splitlines()]
+    for name in to_dict(config(student__lora__rank=1)):
+        section = getattr(config(student__lora__rank=1), name)
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            at = [i for i, line in enumerate(lines) if line.startswith(f"{field.name}: ")]
+            assert any(lines[i + 1].startswith('"""') for i in at), f"{name}.{field.name} has no help text"
+
+
+def test_a_recipe_is_not_changed_by_merging():
+    recipe = {"train": {"steps": 1}}
+    merge(recipe, {"train.steps": 2, "rollout.top_p": 0.5})
+    assert recipe == {"train": {"steps": 1}}
+
+
+ON_POLICY_ONLY = {
+    "k2 on data-set responses": {"objective__support": "sampled", "objective__estimator": "k2", "rollout__lmbda": 0.5},
+    "k2 at another sampling temperature": {
+        "objective__support": "sampled",
+        "objective__estimator": "k2",
+        "rollout__temperature": 0.6,
+    },
+    "k1 on a nucleus": {
+        "objective__support": "sampled",
+        "objective__estimator": "k1",
+        "objective__delivery": "advantage",
+        "rollout__top_p": 0.9,
+    },
+    "a sampled tail on data-set responses": {
+        "objective__support": "teacher_top_k",
+        "objective__tail": "sampled",
+        "rollout__lmbda": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ON_POLICY_ONLY)
+def test_losses_of_the_sampled_token_refuse_samples_they_are_wrong_for(name):
+    with pytest.raises(ConfigError, match=r"Set rollout\.|Set top_p=1"):
+        config(**ON_POLICY_ONLY[name])
+
+
+def test_the_same_losses_are_accepted_where_they_are_right():
+    k1 = {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"}
+    config(**k1, rollout__temperature=0.8)  # reweighted by the sampler's log-probs
+    config(**k1, rollout__lmbda=0.5, rollout__off_policy="teacher")
+    config(objective__support="sampled", objective__estimator="k2", rollout__temperature=0.6, objective__student_temperature=0.6)
+    config(rollout__lmbda=0.5, rollout__top_p=0.9)  # the full vocabulary does not care which token was drawn
+
+
+@pytest.mark.parametrize("arguments", [["train.steps", "3"], ["--"], ["--train.steps"]])
+def test_an_override_that_cannot_be_read_says_how_they_look(arguments):
+    with pytest.raises(ConfigError, match=r"--section\.key|needs a value"):
+        parse_overrides(arguments)
+
+
+def test_a_recipe_that_is_missing_is_an_opd_error():
+    with pytest.raises(OpdError, match=r"No recipe at"):
+        read_recipe("nowhere.yaml")

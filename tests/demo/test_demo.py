@@ -1,0 +1,69 @@
+"""`opd demo`: what a newcomer sees first, run as they run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from opd.demo.prepare import recipe_path
+from opd.demo.task import DIGITS, WRONG, draw, spoil
+
+
+def demo(folder, *arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "opd.cli.main", "demo", *arguments]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=timeout, env={**os.environ, "CI": "1"}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_ends_with_the_student_within_five_points_of_its_teacher(tmp_path):
+    result = demo(tmp_path, timeout=800)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
+    before, after, teacher = (summary[who] for who in ("student_before", "student_after", "teacher"))
+    assert teacher["accuracy"] > 0.95
+    assert before["accuracy"] < 0.05
+    assert after["accuracy"] > teacher["accuracy"] - 0.05
+    assert before["accuracy_t0.5"] < 0.5 and before["accuracy_greedy"] < 0.6, "sharpening the base must not be enough"
+    for row in (before, after, teacher):
+        low, high = row["interval"]
+        assert low <= row["accuracy"] <= high and high - low < 0.1
+    assert after["reverse_kl"] < 0.05 * before["reverse_kl"]
+    assert summary["seconds"] > 0
+    page = (tmp_path / "runs/demo/report.html").read_text()
+    assert f"{100 * after['accuracy']:.1f}%" in page
+    for row in ("student before", "student after", "teacher"):
+        assert row in result.stdout
+    again = demo(tmp_path)
+    assert again.returncode == 1 and "already holds a run" in again.stderr and "--overwrite" in again.stderr
+
+
+def test_the_demo_trains_with_the_recipe_in_the_repository(tmp_path):
+    """A two-step demo leaves the config of recipes/demo with the places filled in, and keeps its models for the next time."""
+    arguments = ["--train.steps", "2", "--eval.every", "0", "--run_dir", "here", "--log.progress", "off"]
+    first = demo(tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "divergence: reverse_kl" in (tmp_path / "here/config.yaml").read_text()
+    assert "divergence: reverse_kl" in recipe_path().read_text()
+    second = demo(tmp_path, *arguments, "--overwrite")
+    assert second.returncode == 0 and "kept from an earlier run" in second.stdout
+
+
+def test_spoiling_hits_each_digit_with_its_own_probability():
+    generator = random.Random(0)
+    for digit, wrong in enumerate(WRONG):
+        spoilt = spoil(str(digit) * 4000, generator)
+        share = sum(c != str(digit) for c in spoilt) / 4000
+        assert share == pytest.approx(wrong, abs=0.03)
+
+
+def test_answers_are_the_sorted_digits():
+    prompt, answer = draw(random.Random(1))
+    assert len(prompt) == DIGITS + 1 and sorted(prompt[:-1]) == list(answer)
