@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import math
 import re
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,6 +308,7 @@ class Config:
     """Every random draw of the run derives from it."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
         _check_on_policy(self.objective, self.rollout)
 
 
@@ -336,14 +336,6 @@ def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
             "Set top_p=1 and top_k=0, or use objective.support=full."
         )
 
-    def __post_init__(self) -> None:
-        _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
-        _require(
-            self.objective.clip_range is None or self.rollout.lmbda == 1 or self.rollout.off_policy == "teacher",
-            f"objective.clip_range={self.objective.clip_range} clips the ratio student / sampler, and data-set responses "
-            "(rollout.lmbda < 1) had no sampler; drop clip_range, or set rollout.off_policy=teacher or rollout.lmbda=1.",
-        )
-
 
 class _Yaml(yaml.SafeLoader):
     """YAML 1.2's idea of a boolean, so that `progress: off` is a word and not False."""
@@ -354,7 +346,9 @@ class _Yaml(yaml.SafeLoader):
     }
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

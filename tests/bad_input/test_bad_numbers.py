@@ -98,9 +98,12 @@ def test_a_nan_loss_names_sample_and_token_and_changes_nothing(student: Student)
     )
 
 
-def test_the_first_of_two_bad_samples_is_named(student: Student):
-    bad = batches({(1, 2, 0): math.nan, (3, 0, 0): math.nan})
-    assert_refused_without_a_trace(student, bad, Objective(), "response token 2", "prompt 1")
+@pytest.mark.parametrize("tokens_per_microbatch", [6, 12, 100])
+def test_the_first_of_several_bad_tokens_is_named(student: Student, tokens_per_microbatch: int):
+    bad = batches(
+        {(1, 1, 0): math.nan, (1, 2, 0): math.nan, (3, 0, 0): math.nan}, tokens_per_microbatch=tokens_per_microbatch
+    )
+    assert_refused_without_a_trace(student, bad, Objective(), "response token 1", "prompt 1")
 
 
 def test_an_infinite_loss_advises_a_floor_and_the_floor_helps(student: Student):

@@ -70,7 +70,15 @@ def test_a_token_outside_the_vocabulary_is_refused_before_the_run(user: User):
     assert user.files() == before
 
 
-def test_clipping_needs_a_sampler(user: User):
+@pytest.mark.parametrize(
+    ("rollout", "why"),
+    [
+        ("--rollout.lmbda 0.5", "only for tokens that the student sampled"),
+        ("--rollout.top_p 0.9", "top_p=0.9"),
+        ("--rollout.top_k 5", "top_k=5"),
+    ],
+)
+def test_a_loss_on_sampled_tokens_refuses_samples_it_is_not_right_for(user: User, rollout: str, why: str):
     words = "--objective.support sampled --objective.estimator k1 --objective.delivery advantage"
-    outcome = user.train(*words.split(), objective__clip_range=0.2, rollout__lmbda=0.5)
-    outcome.refuses("objective.clip_range=0.2", "had no sampler", "rollout.off_policy=teacher")
+    outcome = user.train(*words.split(), *rollout.split())
+    outcome.refuses("objective estimator=k1", why, "Set ", "objective.support=full")

@@ -90,8 +90,11 @@ def test_a_prompt_that_fits_the_student_but_not_the_teacher_is_named(user: User)
 
 
 def test_a_held_out_prompt_longer_than_the_context_is_found_before_the_first_step(user: User):
+    before = user.has_finished_run()
     path = user.writes_prompts({"prompt": "1" * 61, "answer": "1"})
-    user.train(prompts__eval_path=path, eval__every=1).refuses("prompt 0 has 61 tokens", "context of student")
+    outcome = user.train("--overwrite", prompts__eval_path=path, eval__every=1)
+    outcome.refuses("prompt 0 has 61 tokens", "context of student")
+    assert user.files() == before
 
 
 def test_off_policy_samples_need_responses_in_every_row(user: User):

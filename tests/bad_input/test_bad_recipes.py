@@ -84,7 +84,7 @@ def test_a_key_like_no_other_lists_what_there_is(user: User):
         ("train.steps", "true", "it is a number"),
         ("train.steps", "null", "valid integer"),
         ("optimizer.lr", "fast", "valid number"),
-        ("optimizer.lr", "yes", "it is a number"),
+        ("optimizer.lr", "true", "it is a number"),
         ("prompts.limit", "false", "it is a number"),
         ("prompts.shuffle", "perhaps", "valid boolean"),
         ("train.layout", "rigth_padded", "Did you mean 'right_padded'?"),

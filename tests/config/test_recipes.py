@@ -41,9 +41,16 @@ def test_scientific_notation_is_a_number_in_yaml_and_on_the_command_line():
 
 
 def test_off_and_none_are_words_and_null_is_none(tmp_path):
-    (tmp_path / "r.yaml").write_text("log: {progress: off}\ntrain: {autocast: none}\nprompts: {limit: null, shuffle: false}")
+    (tmp_path / "r.yaml").write_text(
+        "log: {progress: off}\ntrain: {autocast: none}\nprompts: {limit: null, shuffle: false}"
+    )
     made = build(merge(read_recipe(tmp_path / "r.yaml"), NEEDED))
-    assert (made.log.progress, made.train.autocast, made.prompts.limit, made.prompts.shuffle) == ("off", "none", None, False)
+    assert (made.log.progress, made.train.autocast, made.prompts.limit, made.prompts.shuffle) == (
+        "off",
+        "none",
+        None,
+        False,
+    )
     assert parse_overrides(["--log.progress", "off"]) == {"log.progress": "off"}
 
 
@@ -58,7 +65,9 @@ def test_negative_numbers_and_dashes_in_names_are_read():
 
 
 def test_the_resolved_config_builds_the_same_config_again():
-    made = config(rollout__stop=["A"], student__lora__rank=4, objective__divergence="generalized_jsd", objective__beta=0.3)
+    made = config(
+        rollout__stop=["A"], student__lora__rank=4, objective__divergence="generalized_jsd", objective__beta=0.3
+    )
     assert build(yaml.safe_load(to_yaml(made))) == made
 
 
@@ -116,7 +125,12 @@ def test_the_same_losses_are_accepted_where_they_are_right():
     k1 = {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"}
     config(**k1, rollout__temperature=0.8)  # reweighted by the sampler's log-probs
     config(**k1, rollout__lmbda=0.5, rollout__off_policy="teacher")
-    config(objective__support="sampled", objective__estimator="k2", rollout__temperature=0.6, objective__student_temperature=0.6)
+    config(
+        objective__support="sampled",
+        objective__estimator="k2",
+        rollout__temperature=0.6,
+        objective__student_temperature=0.6,
+    )
     config(rollout__lmbda=0.5, rollout__top_p=0.9)  # the full vocabulary does not care which token was drawn
 
 

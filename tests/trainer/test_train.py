@@ -18,7 +18,28 @@ from opd.trainer.run import train
 from opd.trainer.setup import build_parts
 from worlds import settings
 
-REQUIRED = ["loss", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "overlap", "eos_prob", "response_length", "truncated", "repetition", "grad_norm", "lr", "teacher_perplexity", "tokens", "clamped_tokens", "time/rollout", "time/teacher", "time/update", "time/step", "time/tokens_per_second"]
+REQUIRED = [
+    "loss",
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "overlap",
+    "eos_prob",
+    "response_length",
+    "truncated",
+    "repetition",
+    "grad_norm",
+    "lr",
+    "teacher_perplexity",
+    "tokens",
+    "clamped_tokens",
+    "time/rollout",
+    "time/teacher",
+    "time/update",
+    "time/step",
+    "time/tokens_per_second",
+]
 
 
 def run(values: dict[str, object]) -> dict | None:

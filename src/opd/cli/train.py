@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd.config import Config, load
+from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig, load
 from opd.errors import ConfigError
 
 USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
@@ -40,7 +40,13 @@ def print_help(usage: str) -> None:
     """Every section and field with its default, as tyro renders the dataclasses."""
     import tyro
 
+    shown = Config(
+        student=StudentConfig(model=tyro.MISSING, lora=LoraConfig()),
+        teacher=TeacherConfig(model=tyro.MISSING),
+        prompts=PromptsConfig(path=tyro.MISSING),
+    )
+    as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
-        tyro.cli(Config, prog=usage, args=["--help"])
+        tyro.cli(Config, prog=usage, default=shown, args=["--help"], config=as_values)
     except SystemExit:
         return

@@ -151,7 +151,9 @@ def concatenate(targets: Sequence[Target], device: torch.device | str) -> Target
     if isinstance(first, DenseTarget):
         return DenseTarget(logits=_cat(targets, "logits", device))
     if isinstance(first, HiddenTarget):
-        return HiddenTarget(hidden=_cat(targets, "hidden", first.head.weight.device), head=first.head)  # multiplied there
+        return HiddenTarget(
+            hidden=_cat(targets, "hidden", first.head.weight.device), head=first.head
+        )  # multiplied there
     assert isinstance(first, TopKTarget)
     return TopKTarget(
         ids=_cat(targets, "ids", device),

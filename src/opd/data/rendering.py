@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -41,13 +42,21 @@ class Renderer:
         self.name = name
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.system = system
+        self._rendered: dict[int, tuple[Prompt, array[int]]] = {}
         self._check_template_kwargs()
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Text as it is, after BOS if the tokenizer writes one; messages through the chat template, up to the answer."""
+        """Text as it is, after BOS if the tokenizer writes one; messages through the chat template, up to the answer.
+
+        A prompt is rendered once: it comes back every epoch, and for every sample of it.
+        """
+        kept = self._rendered.get(prompt.index)
+        if kept is not None and kept[0] is prompt:
+            return tuple(kept[1])
         ids = self._text_ids(prompt) if prompt.messages is None else self._message_ids(prompt)
         if not ids:
             raise DataError(f"prompt {prompt.index} has no tokens under the tokenizer of {self.name}; remove the row.")
+        self._rendered[prompt.index] = (prompt, array("i", ids))
         return tuple(ids)
 
     def response_ids(self, text: str, finished: bool = True) -> tuple[int, ...]:

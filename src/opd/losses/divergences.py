@@ -109,7 +109,7 @@ def total_variation(
 def entropy(logp: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:
     """−Σ p log p, in nats."""
     logp = _widen(logp)
-    return _weigh(logp, -logp).sum(dim=-1)
+    return -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(dim=-1)  # clamped, so that 0 · −inf is 0
 
 
 def full_divergence(
@@ -139,11 +139,11 @@ def entry_terms(
     logp, logq = _widen_both(student_logp, teacher_logp)
     if name == "total_variation":
         return 0.5 * (logp.exp() - logq.exp()).abs()
+    if name == "reverse_kl":
+        return _weigh(logp, logp - logq)
     log_ratio = logq - logp  # NaN where neither can occur, and such entries weigh nothing
     if name == "forward_kl":
         return _weigh(logq, log_ratio)
-    if name == "reverse_kl":
-        return _weigh(logp, -log_ratio)
     if name == "skew_reverse_kl":
         return _weigh(logp, -log_mixture_ratio(log_ratio, beta))
     if name == "skew_forward_kl":
@@ -225,10 +225,17 @@ def _widen_both(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Ten
 
 def _weigh(log_weight: Tensor, value: Tensor) -> Tensor:
     """e^log_weight · value; 0 where the weight is 0 whatever the value; an infinite value passes as a constant."""
+    if _is_finite(value):
+        return log_weight.exp() * value
     occurs = log_weight > -torch.inf
     usable = value.isfinite()
     term = log_weight.exp() * torch.where(occurs & usable, value, 0.0)
     return torch.where(occurs & ~usable, value.detach(), term)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether every entry is. A sum is one cheap pass over memory; element-wise tests and masks are several dear ones."""
+    return bool(value.detach().sum().isfinite())
 
 
 def _jsd_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, beta: float, normalize: bool) -> Tensor:

@@ -161,7 +161,8 @@ class Objective:
             loss, clamped = self._partial(student_logp, target, response_ids, sampler_logp)
         if self.scale_by_t2:
             loss = loss * self.student_temperature**2
-        metrics = _diagnostics(student_logits.detach(), target, response_ids, self.top_k)
+        at_one = student_logp.detach() if self.student_temperature == 1.0 else to_logp(student_logits.detach())
+        metrics = _diagnostics(at_one, target, response_ids, self.top_k)
         return TokenLoss(loss=loss, metrics={**metrics, "clamped": clamped})
 
     def _need(self) -> str:
@@ -299,6 +300,8 @@ class Objective:
         return partial_divergence("reverse_kl", student_on_k, teacher_on_k)
 
 
+CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
+GPU_PIECE = 1 << 26  # 256 MiB of float32
 _SUPPLY_WORDS: dict[TargetKind, str] = {
     "sampled": "the sampled token's log-prob",
     "top_k": "top-{k}",
@@ -336,12 +339,11 @@ def _teacher_logp_of(response_ids: Tensor, target: Target, teacher_logp: Tensor 
 
 @torch.no_grad()
 def _diagnostics(
-    student_logits: Tensor, target: Target, response_ids: Tensor, top_k: int
+    student_logp: Tensor, target: Target, response_ids: Tensor, top_k: int
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    student_logp = to_logp(student_logits)
-    metrics = student_diagnostics(student_logp, response_ids)
+    metrics = student_diagnostics(student_logp, response_ids) if not isinstance(target, DenseTarget) else {}
     if isinstance(target, DenseTarget):
-        metrics |= dense_diagnostics(student_logp, to_logp(target.logits), response_ids, top_k)
+        metrics |= _in_pieces(student_logp, target.logits, response_ids, top_k)
     elif isinstance(target, TopKTarget):
         metrics |= top_k_diagnostics(student_logp, target.ids, target.teacher_logp)
         if target.sampled_logp is not None:
@@ -349,3 +351,18 @@ def _diagnostics(
     elif isinstance(target, SampledTarget):
         metrics["teacher_logp"] = target.teacher_logp
     return metrics
+
+
+def _in_pieces(
+    student_logp: Tensor, teacher_logits: Tensor, response_ids: Tensor, top_k: int
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Diagnostics of a few rows at a time: on a CPU a piece stays in cache, on a GPU it bounds the temporaries."""
+    entries = CPU_PIECE if student_logp.device.type == "cpu" else GPU_PIECE
+    rows = max(1, entries // student_logp.shape[-1])
+    pieces = [
+        student_diagnostics(logp, ids) | dense_diagnostics(logp, to_logp(logits), ids, top_k)
+        for logp, logits, ids in zip(
+            student_logp.split(rows), teacher_logits.split(rows), response_ids.split(rows), strict=True
+        )
+    ]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -142,7 +142,9 @@ RESPONSES = PanelGroup(
             percent=True,
             from_zero=True,
         ),
-        _one("eos_prob", "End of sequence", "Probability of ending, mean over the positions of a response.", percent=True),
+        _one(
+            "eos_prob", "End of sequence", "Probability of ending, mean over the positions of a response.", percent=True
+        ),
         _one("repetition", "Repetition", "A rise means that the student has begun to loop.", from_zero=True),
     ),
 )

@@ -30,7 +30,9 @@ class TokenMetrics:
 
     def __init__(self) -> None:
         self._rollouts: list[Rollout] = []
-        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)  # name → per rollout → float64 on the CPU, per token
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(
+            list
+        )  # name → per rollout → float64 on the CPU, per token
         self._clamped = 0.0
 
     def add(self, batch: Batch, out: TokenLoss, student_logits: torch.Tensor, eos_ids: Sequence[int]) -> None:
@@ -38,7 +40,7 @@ class TokenMetrics:
         values = {name: value.detach() for name, value in out.metrics.items()}
         logits = student_logits.float()
         eos = torch.tensor([i for i in eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
-        values["eos_prob"] = (logits[:, eos].logsumexp(-1) - logits.logsumexp(-1)).exp()
+        values["eos_prob"] = (logits[:, eos].logsumexp(-1) - _logsumexp(logits, batch, values["student_logp"])).exp()
         if batch.sampler_logp is not None and "student_logp" in values:
             values["sampler_student_gap"] = (values["student_logp"] - batch.sampler_logp).abs()
         if "clamped" in values:
@@ -47,7 +49,9 @@ class TokenMetrics:
         self._rollouts.extend(batch.rollouts)
         for name in MEANS:
             known = name in values
-            self._values[name].extend(values[name].double().cpu().split(sizes) if known else [torch.empty(0)] * len(sizes))
+            self._values[name].extend(
+                values[name].double().cpu().split(sizes) if known else [torch.empty(0)] * len(sizes)
+            )
 
     def per_rollout(self, name: str) -> list[tuple[Rollout, torch.Tensor]]:
         """The per-token values of one metric beside their rollouts; empty where the target could not tell."""
@@ -91,6 +95,15 @@ class TokenMetrics:
             means[f"kl_by_position/{start}"] = float(torch.cat([row[start:end] for row in rows]).mean())
             start, end = end, 2 * end
         return means
+
+
+def _logsumexp(logits: torch.Tensor, batch: Batch, student_logp: torch.Tensor) -> torch.Tensor:
+    """log Σ exp of each row. The log-prob of the response token gives it without another pass over the vocabulary, except where
+    that token is masked."""
+    chosen = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    if chosen.isfinite().all():
+        return chosen - student_logp
+    return logits.logsumexp(-1)
 
 
 def _perplexity(on_policy: dict[str, float]) -> dict[str, float]:

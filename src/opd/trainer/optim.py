@@ -47,7 +47,7 @@ def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, lr: float) -
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "peak_lr": lr},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak_lr": lr},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=config.betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=config.betas, fused=True)
 
 
 def _embedding_parameters(model: PreTrainedModel) -> set[int]:
