@@ -81,6 +81,7 @@ def load_causal_lm(
             f"The {role} '{name}' lacks {len(missing)} of its weights ({missing[0]}, …), which would be random numbers. The "
             "download is incomplete, or config.json belongs to another model; get the whole folder again."
         )
+    _make_saveable(model, role)
     model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
     bad = next((n for n, p in model.named_parameters() if p.dtype in FLOATS and not p.isfinite().all()), None)
     if bad is not None:
@@ -89,6 +90,24 @@ def load_causal_lm(
             "diverged, or overflowed in float16; use another checkpoint, or another dtype."
         )
     return model.eval()
+
+
+def _make_saveable(model: PreTrainedModel, role: str) -> None:
+    """transformers loads a contradictory generation config (sampling settings without do_sample, as some released models have) but
+    refuses to save it; a trained student must not be lost to that. Raises ModelError when switching do_sample on does not mend it."""
+    config = model.generation_config
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise ModelError(
+                f"The {role}'s generation_config.json could not be saved again, so mend it first: {error}"
+            ) from error
 
 
 def load_tokenizer(

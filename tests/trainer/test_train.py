@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,13 +167,34 @@ def test_the_learning_rate_warms_up_and_decays(world, tmp_path):
     assert rates == pytest.approx([1e-3 * f for f in expected])
 
 
-def test_the_student_s_generation_config_survives(world, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(world / "student")
-    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
-    save_model(model, AutoTokenizer.from_pretrained(world / "student"), tmp_path / "released")
-    run(settings(world, tmp_path / "run", student__model=str(tmp_path / "released"), eval__every=0))
+RELEASED = {
+    "sampling": {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    "contradictory, as some released models are": {"do_sample": False, "temperature": 0.6, "top_k": 20},
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_student_s_generation_config_survives(world, tmp_path, name, lora):
+    shutil.copytree(world / "student", tmp_path / "released")
+    path = tmp_path / "released" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | RELEASED[name]))
+    more = {"student__lora__rank": 2} if lora else {}
+    values = settings(world, tmp_path / "run", student__model=str(tmp_path / "released"), eval__every=0, **more)
+    run(values | {"train.steps": 2})
     saved = json.loads((tmp_path / "run" / "student" / "generation_config.json").read_text())
     assert saved["temperature"] == 0.6 and saved["top_k"] == 20 and saved["eos_token_id"] == 12
+
+
+def test_lora_with_gradient_checkpointing_learns(world, tmp_path):
+    more = {
+        "student__lora__rank": 8,
+        "student__gradient_checkpointing": True,
+        "optimizer__lr": 0.03,
+        "train__steps": 20,
+    }
+    summary = run(settings(world, tmp_path / "run", eval__every=20, train__prompts_per_step=16, **more))
+    assert summary["student_after"]["reverse_kl"] < 0.8 * summary["student_before"]["reverse_kl"]
 
 
 def test_a_padded_teacher_and_an_unpadded_student_agree_on_the_real_tokens(world, tmp_path):

@@ -217,10 +217,16 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """`generate` fills what a generation config leaves open from the model's own one (a released model may carry a repetition
-    penalty or top_k = 20). Rollouts must come from the model's plain distribution, so its own config is set aside."""
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()
+    penalty or top_k = 20). Rollouts must come from the model's plain distribution, so its own config is set aside, also inside
+    a peft model, which copies the outer one inwards."""
+    kept = {m: m.__dict__["generation_config"] for m in model.modules() if "generation_config" in m.__dict__}
+    for module in kept:
+        setattr(module, "generation_config", GenerationConfig())  # noqa: B010 - a Module's attributes are typed as tensors
     try:
         yield
     finally:
-        model.generation_config = kept
+        for module in model.modules():
+            if module in kept:
+                module.generation_config = kept[module]
+            else:
+                module.__dict__.pop("generation_config", None)
