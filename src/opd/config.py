@@ -46,47 +46,41 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """The model that samples and learns."""
+class ModelConfig:
+    """A causal language model and how to load it."""
 
     model: str
     """Local folder or hub name of a causal language model."""
     revision: str | None = None
     """Hub revision."""
-    dtype: DType = "float32"
-    """Type of the weights and the optimizer state; float32 with train.autocast is the safe choice."""
     device: str = "auto"
-    """'auto' (CUDA when there is one), 'cpu', 'cuda', 'cuda:1'."""
+    """'auto' (CUDA when there is one; for the teacher, where the student is), 'cpu', 'cuda', 'cuda:1'."""
     attn_implementation: str | None = None
     """'sdpa', 'eager', 'flash_attention_2'; None leaves it to transformers."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template, e.g. enable_thinking: false."""
+    """Arguments of the model's own chat template, e.g. enable_thinking: false."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(ModelConfig):
+    """The model that samples and learns."""
+
+    dtype: DType = "float32"
+    """Type of the weights and the optimizer state; float32 with train.autocast is the safe choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights; set lora.rank to switch it on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The frozen model that scores the student's samples, in this process."""
+class TeacherConfig(ModelConfig):
+    """The frozen model that scores the student's samples, in this process. It has the student's vocabulary."""
 
-    model: str
-    """Local folder or hub name of a causal language model with the student's vocabulary."""
-    revision: str | None = None
-    """Hub revision."""
     dtype: DType = "auto"
     """'auto' is bfloat16 on CUDA and float32 on CPU."""
-    device: str = "auto"
-    """'auto' is the student's device."""
-    attn_implementation: str | None = None
-    """As student.attn_implementation."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the teacher's chat template; it renders the prompt in its own way."""
     tokens_per_batch: int = 16384
     """Tokens the teacher reads at once (padding included)."""
     supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
