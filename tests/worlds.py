@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
+from opd.types import Prompt
 
 
 def make_world(folder: Path) -> Path:
@@ -41,3 +42,8 @@ def settings(world: Path, run_dir: Path, **more: object) -> dict[str, object]:
         "run_dir": str(run_dir),
     }
     return base | {key.replace("__", "."): value for key, value in more.items()}
+
+
+def first_digit(prompt: Prompt, response: str) -> float:
+    """A reward that random models get, and that differs from prompt to prompt."""
+    return float(response[0]) / 10 if response[:1].isdigit() else 0.0

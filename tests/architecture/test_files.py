@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FORBIDDEN_NAMES = {"utils.py", "util.py", "helpers.py", "misc.py", "common.py"}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
-LONGER = {"config.py": 560}  # every section of the recipe, and how it is read
+LONGER: dict[str, int] = {}
 MAY_BE_LONG = ("kernels/",)  # splitting a kernel hurts
 
 

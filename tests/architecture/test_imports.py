@@ -18,7 +18,7 @@ SOURCE = Path(opd.__file__).parent
 
 GROUND = {"errors", "types", "seeding"}
 ROOMS = {"teachers", "rollouts", "rewards", "data", "reporting"}
-BELOW_TRAINER = {"config", "models", "losses", "kernels", *GROUND, *ROOMS}
+BELOW_TRAINER = {"config", "recipe", "models", "losses", "kernels", *GROUND, *ROOMS}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -28,17 +28,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"types", "errors", "losses"},
     "models": {"types", "errors"},
     "config": {"types", "errors"},
+    "recipe": {"config", "types", "errors"},
     **{room: {"types", "errors"} for room in ROOMS},
     "trainer": BELOW_TRAINER,
     "doctor": BELOW_TRAINER,
     "demo": BELOW_TRAINER,
     "testing": {"types", "errors", "losses"},
-    "integrations": {"types", "errors", "config", "losses", "kernels", "teachers", "reporting"},
+    "integrations": {"types", "errors", "config", "recipe", "losses", "kernels", "teachers", "reporting"},
     "cli": {"", "trainer", "demo", "doctor", "integrations", *BELOW_TRAINER},
 }
 
 CROSS_EDGES = {
     ("config", "losses"): "the objective is a section of the recipe",
+    ("recipe", "losses"): "an objective explains its own refusals",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",
     ("teachers", "losses"): "a teacher settles with the objective what it hands out",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",

@@ -24,7 +24,7 @@ from opd.testing import digit_tokenizer
         ("--objective.support sampled", ("estimator='exact'", "use estimator='k1'")),
         ("--objective.support sampled --objective.estimator k1", ("expected gradient is 0", "delivery='advantage'")),
         ("--objective.top_k 0", ("top_k=0", "≥ 1")),
-        ("--objective.tail ignore", ("objective.tail", "'ignore'", "'bucket'")),
+        ("--objective.tail ignore", ("tail='ignore'", "'bucket'")),
     ],
 )
 def test_an_objective_that_cannot_work_is_refused_before_anything_is_loaded(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd.config import Config, build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
+from opd.config import Config
 from opd.errors import ConfigError, OpdError
+from opd.recipe import build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"student.model": "s", "teacher.model": "t", "prompts.path": "p"}
@@ -132,6 +133,17 @@ def test_the_same_losses_are_accepted_where_they_are_right():
         objective__student_temperature=0.6,
     )
     config(rollout__lmbda=0.5, rollout__top_p=0.9)  # the full vocabulary does not care which token was drawn
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("train:\n  steps: 5\n  steps: 500\n")
+    with pytest.raises(ConfigError, match=r"(?s)'steps' is there twice.*line 3"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_the_objective_itself_explains_a_tail_that_it_refuses():
+    with pytest.raises(OpdError, match=r"objective: tail='ignore' is wrong.*use tail='bucket'"):
+        config(objective__support="teacher_top_k", objective__tail="ignore")
 
 
 @pytest.mark.parametrize("arguments", [["train.steps", "3"], ["--"], ["--train.steps"]])

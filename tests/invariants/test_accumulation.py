@@ -10,6 +10,7 @@ import torch
 
 from opd.config import OptimizerConfig
 from opd.data.pack import pack, plan
+from opd.errors import NonFiniteError
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import random_logits, random_rollout, tiny_causal_lm
@@ -71,7 +72,7 @@ def count_of(reduction: str, rollouts) -> float:
 @pytest.mark.parametrize("layout", ["right_padded", "left_padded", "packed"])
 @pytest.mark.parametrize("budget", [1, 30, 10_000], ids=["eight of one", "some", "one of eight"])
 def test_any_cut_gives_the_same_loss_and_gradient(model, scored, reduction, layout, budget):
-    rollouts, targets = scored
+    rollouts, _ = scored
     objective = Objective(reduction=reduction)
     count = count_of(reduction, rollouts)
     loss, gradient = loss_and_gradient(model, *scored, objective, "right_padded", 10_000, count)
@@ -134,6 +135,19 @@ def test_update_equals_one_plain_adamw_step_on_the_whole_batch(model, scored):
     optimizer.step()
     for (name, ours), (_, theirs) in zip(student.model.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0, msg=name)
+
+
+def test_a_failed_update_leaves_nothing_behind_for_the_next_one(model, scored):
+    """The first micro-batch had its backward pass before the second turned out bad: that gradient must not be added later."""
+    rollouts, targets = scored
+    good = pack(rollouts, targets, layout="packed", tokens_per_microbatch=25, pad_id=0)
+    spoilt = dataclasses.replace(good[-1].target, logits=torch.full_like(good[-1].target.logits, torch.nan))
+    tried, fresh = student_of(model), student_of(model)
+    with pytest.raises(NonFiniteError, match="not changed"):
+        tried.update([*good[:-1], dataclasses.replace(good[-1], target=spoilt)], Objective())
+    for student in (tried, fresh):
+        student.update(good, Objective())
+    assert all(torch.equal(a, b) for a, b in zip(tried.parameters(), fresh.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("layout", ["right_padded", "packed"])

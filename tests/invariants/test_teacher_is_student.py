@@ -7,7 +7,9 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from opd.config import OptimizerConfig
 from opd.data.pack import pack
 from opd.data.rendering import Renderer, eos_ids
 from opd.losses import Objective
@@ -17,7 +19,7 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, tiny_causal_lm
 from opd.trainer.metrics import TokenMetrics
-from opd.trainer.student import Policy
+from opd.trainer.student import Policy, Student
 from opd.types import Prompt, Rollout
 
 LAYOUTS = ("right_padded", "left_padded", "packed")
@@ -92,6 +94,30 @@ def test_a_target_shifted_by_one_is_not_zero(world):
     targets = [dataclasses.replace(t, logits=t.logits.roll(1, dims=0)) for t in teacher.score(rollouts)]
     (batch,) = pack(rollouts, targets, layout="packed", tokens_per_microbatch=10_000, pad_id=eos[0])
     assert float(policy.loss(batch, Objective(), TokenMetrics())) > 0.1
+
+
+def test_dropout_is_off_even_where_training_mode_is_needed(world):
+    """Gradient checkpointing works in training mode only; a student with dropout would then differ from itself."""
+    _, _, renderer, eos, _ = world
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=258, n_layer=2, n_embd=32, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    vocabulary = VocabularyMatch(size=258)
+    teacher = LocalTeacher(copy.deepcopy(model), renderer, vocabulary=vocabulary, pad_id=eos[0])
+    student = Student(
+        model,
+        OptimizerConfig(),
+        vocabulary=vocabulary,
+        eos_ids=eos,
+        teacher_logits=teacher.logits,
+        total_steps=1,
+        gradient_checkpointing=True,
+    )
+    rollouts = rollouts_of(world)
+    batches = pack(rollouts, teacher.score(rollouts), layout="right_padded", tokens_per_microbatch=9999, pad_id=eos[0])
+    out = student.update(batches, Objective())
+    assert out.loss == pytest.approx(0, abs=1e-7)
+    assert out.metrics["grad_norm"] < 1e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd.config import build, merge
+from opd.recipe import build, merge
 from opd.trainer.run import train
 from worlds import settings
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd.config import build, merge
 from opd.models import linear_head, response_logits
+from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.run import train
@@ -122,7 +122,40 @@ def test_metrics_equal_a_recomputation_from_the_two_models(world, tmp_path):
     assert len(samples) == 12 and row["tokens"] == count
     for name in ("reverse_kl", "forward_kl", "student_entropy", "eos_prob"):
         assert row[name] == pytest.approx(sums[name] / count, rel=1e-4)
+    assert row["truncated"] == sum(s["tokens"][-1] != "<eos>" for s in samples) / 12
+    assert 0 < row["truncated"] < 1, "the check above needs both kinds"
     assert row["teacher_perplexity"] == pytest.approx(math.exp(sums["nll"] / count), rel=1e-4)
+
+
+def test_every_prompt_is_used_once_before_any_is_used_again(world, tmp_path):
+    more = {"train__prompts_per_step": 8, "train__steps": 10, "train__samples_per_prompt": 1, "eval__every": 0}
+    run(settings(world, tmp_path / "run", log__samples=100, log__samples_every=1, **more))
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
+    for epoch in (range(5), range(5, 10)):
+        assert sorted(s["prompt"] for s in samples if s["step"] in epoch) == sorted(prompts)
+    assert [s["prompt"] for s in samples if s["step"] < 5] != [s["prompt"] for s in samples if s["step"] >= 5]
+
+
+def test_evaluation_samples_at_the_temperature_it_names(world, tmp_path):
+    more = {
+        "eval__extra_temperatures": [0],
+        "eval__reward": "worlds:first_digit",
+        "eval__prompts": 40,
+        "train__steps": 1,
+    }
+    summary = run(settings(world, tmp_path / "run", **more))
+    model = AutoModelForCausalLM.from_pretrained(world / "student")
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    rewards = []
+    for line in (world / "prompts.jsonl").read_text().splitlines():
+        ids = torch.tensor([tokenizer(json.loads(line)["prompt"])["input_ids"]])
+        with torch.no_grad():
+            token = int(model(input_ids=ids).logits[0, -1].argmax())
+        rewards.append(token / 10 if token < 10 else 0.0)
+    before = summary["student_before"]
+    assert before["accuracy_greedy"] == pytest.approx(sum(rewards) / len(rewards))
+    assert before["accuracy"] != pytest.approx(before["accuracy_greedy"], abs=1e-3)
 
 
 def test_both_kinds_of_sample_have_metrics_of_their_own(world, tmp_path):

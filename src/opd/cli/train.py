@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig, load
+from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig
 from opd.errors import ConfigError
+from opd.recipe import load
 
 USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
 
@@ -15,9 +16,12 @@ def run(args: Sequence[str]) -> int:
         print_help(USAGE)
         return 0
     recipe, resume, overwrite, overrides = split_arguments(args)
+    from transformers.utils.logging import disable_progress_bar
+
     from opd.cli.show import show_result
     from opd.trainer.run import train
 
+    disable_progress_bar()  # loading and saving take a moment; downloads keep theirs
     config = load(recipe, overrides)
     summary = train(config, resume=resume, overwrite=overwrite)
     show_result(config, summary)

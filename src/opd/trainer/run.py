@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opd.config import Config, to_dict
+from opd.config import Config
 from opd.errors import MissingDependencyError, RunFolderError
+from opd.recipe import to_dict
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, RunRecorder

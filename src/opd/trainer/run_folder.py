@@ -10,8 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from opd.config import Config, to_dict, to_yaml
+from opd.config import Config
 from opd.errors import RunFolderError
+from opd.recipe import to_dict, to_yaml
 from opd.reporting.files import explain_os_errors, write_atomically
 
 OWN_NAMES = (

@@ -138,7 +138,7 @@ def _connect(
         renderer=student_side.renderer,
         pad_id=pad_id,
         data_fingerprint=fingerprint([*prompts, *held_out]),
-        warnings=vocabulary.warnings,
+        warnings=(*vocabulary.warnings, *_notices(config)),
     )
 
 
@@ -158,6 +158,12 @@ def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: st
         tokenizer, name=f"{role} '{config.model}'", chat_template_kwargs=config.chat_template_kwargs, system=system
     )
     return _Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
+
+
+def _notices(config: Config) -> list[str]:
+    if config.eval.every and config.prompts.eval_path is None:
+        return ["prompts.eval_path is not set, so nothing is evaluated; eval.every=0 says so on purpose."]
+    return []
 
 
 def _pad_id(side: _Side) -> int:
