@@ -67,7 +67,7 @@ WORKLOADS = {
         max_new_tokens=64,
         warmup_steps=1,
         timed_steps=4,
-        repeats=3,
+        repeats=7,
     ),
 }
 

@@ -170,7 +170,7 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> Float[Tenso
     """
     index = sequences.predict_index
     with _before_head(model, lambda hidden: hidden.flatten(0, 1).index_select(0, index).unsqueeze(0)):
-        return _forward(model, sequences)[0]
+        return _forward(model, sequences).squeeze(0)
 
 
 def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "tokens hidden"]:

@@ -25,14 +25,36 @@ def dense_diagnostics(
     response_ids: Int[Tensor, " tokens"],
     top_k: int,
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """Both KLs, the teacher's entropy and log-prob of the response token, and the overlap of the likeliest tokens."""
+    """Both KLs, both entropies and log-probs of the response token, and the overlap of the likeliest tokens."""
     k = max(1, min(top_k, OVERLAP_K, student_logp.shape[-1] // 4))  # of a whole small vocabulary all would agree
     return {
-        "reverse_kl": full_divergence("reverse_kl", student_logp, teacher_logp),
-        "forward_kl": full_divergence("forward_kl", student_logp, teacher_logp),
-        "teacher_entropy": entropy(teacher_logp),
+        **_kls_and_entropies(student_logp, teacher_logp),
+        "student_logp": gather_logp(student_logp, response_ids),
         "teacher_logp": gather_logp(teacher_logp, response_ids),
         "overlap": overlap(student_logp.topk(k, dim=-1).indices, teacher_logp.topk(k, dim=-1).indices),
+    }
+
+
+def _kls_and_entropies(
+    student_logp: Float[Tensor, "tokens vocab"], teacher_logp: Float[Tensor, "tokens vocab"]
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Where nothing is −inf, the four numbers share one difference and two exponentials; elsewhere the losses' own rules hold."""
+    difference = student_logp - teacher_logp
+    if not difference.sum().isfinite():
+        return {
+            "reverse_kl": full_divergence("reverse_kl", student_logp, teacher_logp),
+            "forward_kl": full_divergence("forward_kl", student_logp, teacher_logp),
+            "student_entropy": entropy(student_logp),
+            "teacher_entropy": entropy(teacher_logp),
+        }
+    student_logp, teacher_logp = student_logp.to(difference.dtype), teacher_logp.to(difference.dtype)
+    p, q = student_logp.exp(), teacher_logp.exp()
+    dot = torch.linalg.vecdot
+    return {
+        "reverse_kl": dot(p, difference),
+        "forward_kl": -dot(q, difference),
+        "student_entropy": -dot(p, student_logp),
+        "teacher_entropy": -dot(q, teacher_logp),
     }
 
 

@@ -360,7 +360,7 @@ def _in_pieces(
     entries = CPU_PIECE if student_logp.device.type == "cpu" else GPU_PIECE
     rows = max(1, entries // student_logp.shape[-1])
     pieces = [
-        student_diagnostics(logp, ids) | dense_diagnostics(logp, to_logp(logits), ids, top_k)
+        dense_diagnostics(logp, to_logp(logits), ids, top_k)
         for logp, logits, ids in zip(
             student_logp.split(rows), teacher_logits.split(rows), response_ids.split(rows), strict=True
         )

@@ -194,13 +194,14 @@ class _Recorder(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._take(input_ids)
-        self.last = scores.float().log_softmax(-1)
+        self.last = scores
         return scores
 
     def _take(self, ids: torch.Tensor) -> None:
         if self.last is not None:
             drawn = ids[:, self.width + len(self.columns)].unsqueeze(-1)
-            self.columns.append(self.last.gather(-1, drawn).squeeze(-1))
+            scores = self.last.float()
+            self.columns.append(scores.gather(-1, drawn).squeeze(-1) - scores.logsumexp(-1))
 
     def finish(self, ids: torch.Tensor) -> torch.Tensor:
         self._take(ids)
