@@ -150,7 +150,7 @@ class OptimizerConfig:
     lr: float = 1e-5
     """Peak learning rate of AdamW, or of Muon's matrices."""
     adamw_lr: float | None = None
-    """With muon: the learning rate of what AdamW keeps; None is lr / 6, as in the demo's grid."""
+    """With muon: the learning rate of what AdamW keeps; None is lr / 6."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment decays."""
     weight_decay: float = 0.0

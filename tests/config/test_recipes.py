@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from opd.config import Config
 from opd.errors import ConfigError, OpdError
+from opd.losses import Objective
 from opd.recipe import build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,24 @@ def test_every_recipe_in_the_repository_is_valid():
     for recipe in recipes:
         load(recipe)
         assert (recipe.parent / "README.md").exists(), f"{recipe.parent.name} has no README"
+
+
+def test_the_recipe_in_the_readme_is_valid():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    made = build(yaml.safe_load(block))
+    assert made.train.autocast == "bfloat16" and made.objective == Objective()
+
+
+def test_the_numbers_of_the_loop_benchmark_in_the_readme_are_those_of_its_results():
+    rows = [
+        line
+        for line in (ROOT / "benchmarks/results/loop.md").read_text().splitlines()
+        if re.match(r"\| (small|wide)", line)
+    ]
+    readme = (ROOT / "README.md").read_text()
+    for row in rows[:4]:
+        cells = [re.sub(r" \[.*?\]", "", cell).strip() for cell in row.strip("|").split("|")][2:]
+        assert " | ".join(cells) in readme, f"README lacks {cells}"
 
 
 def test_an_override_wins_over_the_recipe_and_leaves_the_rest_alone(tmp_path):
