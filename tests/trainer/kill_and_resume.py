@@ -21,6 +21,7 @@ import opd.trainer.run  # noqa: F401 - imported before the forks
 from opd.cli.main import main
 
 torch.set_num_threads(1)
+PHASES = 3  # different newest checkpoints that the kills must have hit; a few more kills are made until they have
 
 
 def start(recipe: str, run_dir: Path) -> int:
@@ -52,7 +53,7 @@ def run(recipe: str, reference: Path, work: Path, kills: int, seed: int) -> dict
     duration = time.perf_counter() - began
     draw = random.Random(seed)
     chains, done, reached = [work / "chain-0"], 0, []
-    while done < kills:
+    while done < kills or (len(set(reached)) < PHASES and done < 4 * kills):
         pid = start(recipe, chains[-1])
         if kill_at(pid, draw.uniform(0, 0.5 * duration)):
             done += 1

@@ -62,8 +62,8 @@ def test_twenty_kills_at_random_moments_change_nothing(world, tmp_path, optimize
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     result = json.loads(outcome.stdout.splitlines()[-1])
-    assert result["kills"] == kills
-    assert len(set(result["checkpoint_at_kill"])) > 2, "the kills must fall in different phases of the run"
+    assert result["kills"] >= kills
+    assert len(set(result["checkpoint_at_kill"])) >= 3, "the kills must fall in different phases of the run"
     for chain in result["chains"]:
         assert_same_run(Path(chain), tmp_path / "reference")
 
