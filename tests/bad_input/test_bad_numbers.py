@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from opd.config import OptimizerConfig
 from opd.data.pack import pack
 from opd.errors import NonFiniteError
 from opd.losses import Objective
+from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import digit_tokenizer, random_logits, random_rollout, tiny_causal_lm
 from opd.trainer.student import Student
@@ -170,29 +172,31 @@ def _overflowing(user: User, name: str, scale: float = 3e38) -> str:
     return user.saves(name, model, tokenizer)
 
 
-def test_a_teacher_that_overflows_stops_the_run_and_the_checkpoint_stands(user: User):
+def test_a_teacher_that_overflows_stops_the_run_before_the_weights_change(user: User):
     teacher = user.copies(user.desk.teacher, "teacher")
-    user.train(teacher__model=teacher).succeeds()
-    finished = user.files()["student/model.safetensors"]
-    user_checkpoints = user.run_dir / "checkpoints"
-    for path in sorted((user_checkpoints / "step-00000002").iterdir()):
-        path.unlink()
-    (user_checkpoints / "step-00000002").rmdir()
-    before = user.files()
-    good = (teacher / "model.safetensors").read_bytes()
     weights = load_file(teacher / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
-
-    outcome = user.train("--resume", teacher__model=teacher)
+    outcome = user.train(teacher__model=teacher)
     outcome.refuses("The loss is", "at response token", "sample for prompt", "The weights were not changed", "NaN")
-    after = user.files()
-    assert {n: c for n, c in after.items() if n.startswith(("checkpoints", "student"))} == {
-        n: c for n, c in before.items() if n.startswith(("checkpoints", "student"))
-    }
+    assert not any(name.startswith(("checkpoints", "student")) for name in user.files())
 
-    (teacher / "model.safetensors").write_bytes(good)
-    user.train("--resume", teacher__model=teacher).succeeds()
+
+def test_a_loss_that_turns_bad_in_mid_run_leaves_the_last_checkpoint_to_resume_from(user: User, monkeypatch):
+    user.train().succeeds()
+    finished = user.files()["student/model.safetensors"]
+    last = user.run_dir / "checkpoints" / "step-00000002"
+    shutil.rmtree(last)
+    before = user.files()
+    logits = LocalTeacher.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTeacher, "logits", lambda self, target: logits(self, target) * torch.nan)
+        user.train("--resume").refuses("The loss is nan", "sample for prompt", "The weights were not changed")
+    kept = ("checkpoints", "student")
+    assert {n: c for n, c in user.files().items() if n.startswith(kept)} == {
+        n: c for n, c in before.items() if n.startswith(kept)
+    }
+    user.train("--resume").succeeds()
     assert user.files()["student/model.safetensors"] == finished
 
 

@@ -124,7 +124,7 @@ def test_resume_with_other_prompts_in_the_same_file_is_refused(user: User, which
     before = user.files()
     user.writes_prompts(*rows[:-1], {"prompt": "9>", "answer": "9"})
     outcome = user.train("--resume", *words)
-    outcome.refuses("prompts differ", "would not continue the same run", "Restore the prompt file", "--run_dir")
+    outcome.refuses("prompts differ", "would not continue the same run", "Restore them", "--run_dir")
     assert user.files() == before
 
 

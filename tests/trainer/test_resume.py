@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from opd.errors import RunFolderError
 from opd.recipe import build, merge
 from opd.trainer.run import train
 from worlds import settings
@@ -151,6 +154,19 @@ def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
     train(build(merge({}, values)), resume=True)
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "student").iterdir()} == before
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_resuming_with_another_model_at_the_same_path_is_refused(world, tmp_path, who):
+    shutil.copytree(world / who, tmp_path / who)
+    values = settings(world, tmp_path / "run") | {f"{who}.model": str(tmp_path / who)}
+    train(build(merge({}, values)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / who)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.001)
+    model.save_pretrained(tmp_path / who)
+    with pytest.raises(RunFolderError, match=rf"The {who}'s .*weights differ"):
+        train(build(merge({}, values)), resume=True)
 
 
 def test_only_the_newest_checkpoints_are_kept(world, tmp_path):

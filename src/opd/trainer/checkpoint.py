@@ -6,12 +6,10 @@ one is deleted only after a newer one stands.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from opd.errors import RunFolderError
 from opd.trainer.student import Student
-from opd.types import Prompt
 
 FORMAT = 1
 FULL_DISK = (OSError, RuntimeError, SafetensorError)
@@ -114,11 +111,3 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         optimizer.load_state_dict(saved)
     student.version = version
     return state
-
-
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of the prompts in order, so that a resumed run cannot silently go on with other data."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        digest.update(repr((prompt.text, prompt.messages, prompt.answer, prompt.response, prompt.teacher)).encode())
-    return digest.hexdigest()

@@ -44,9 +44,7 @@ def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder,
         if due(step + 1, config.eval.every) or (config.eval.every and step + 1 == train.steps):
             evaluate(config, parts, run, progress, first=False)
         if due(step + 1, config.checkpoint.every):
-            save_checkpoint(
-                folder.checkpoints, student, {"prompts": parts.data_fingerprint}, keep=config.checkpoint.keep
-            )
+            save_checkpoint(folder.checkpoints, student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
 
 
 def micro_batches(config: Config, parts: Parts, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> list[Batch]:

@@ -18,6 +18,7 @@ from opd.reporting.report import write_report
 from opd.reporting.sinks import open_sinks
 from opd.reporting.summary import write_summary
 from opd.trainer.checkpoint import checkpoints, load_checkpoint, publish
+from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.loop import run_steps
 from opd.trainer.records import summarize
 from opd.trainer.run_folder import RunFolder, open_run
@@ -63,11 +64,7 @@ def _restore(folder: RunFolder, parts: Parts) -> int | None:
             )
         return None
     state = load_checkpoint(found[-1], parts.student)
-    if state["prompts"] != parts.data_fingerprint:
-        raise RunFolderError(
-            f"The prompts differ from those that '{folder.path}' was started with, so --resume would not continue the same run. "
-            "Restore the prompt file, or start a new --run_dir."
-        )
+    check_same_inputs(state["inputs"], parts.fingerprints, str(folder.path))
     parts.student_sampler.policy_version = parts.student.version
     return parts.student.version
 

@@ -25,8 +25,8 @@ from opd.rollouts.mix import DatasetResponses, MixedSampler
 from opd.seeding import derive_seed
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
-from opd.trainer.checkpoint import fingerprint
 from opd.trainer.evaluate import Evaluator
+from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.student import Policy, Student, add_lora
 from opd.types import Prompt
@@ -48,7 +48,8 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     pad_id: int
-    data_fingerprint: str
+    fingerprints: dict[str, str]
+    """Of the prompts, the student's first weights and the teacher's."""
     warnings: tuple[str, ...]
 
 
@@ -104,6 +105,11 @@ def _connect(
     vocabulary: VocabularyMatch,
     pad_id: int,
 ) -> Parts:
+    fingerprints = {
+        "prompts": prompts_fingerprint([*prompts, *held_out]),
+        "student's first weights": weights_fingerprint(student_side.model),
+        "teacher's weights": weights_fingerprint(teacher_side.model),
+    }
     model = _trainable(config, student_side)
     student = Student(
         model,
@@ -137,7 +143,7 @@ def _connect(
         tokenizer=student_side.tokenizer,
         renderer=student_side.renderer,
         pad_id=pad_id,
-        data_fingerprint=fingerprint([*prompts, *held_out]),
+        fingerprints=fingerprints,
         warnings=(*vocabulary.warnings, *_notices(config)),
     )
 
