@@ -62,6 +62,13 @@ class StudentConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights; set lora.rank to switch it on."""
 
+    def __post_init__(self) -> None:
+        _require(
+            self.dtype != "float16" or self.lora is not None,
+            "student.dtype=float16 cannot be trained: Adam's second moments underflow in it. Use float32 with "
+            "train.autocast=bfloat16, or adapters (student.lora.rank=32).",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(ModelConfig):
@@ -195,8 +202,9 @@ class TrainConfig:
     """Prompts drawn per step."""
     samples_per_prompt: int = 4
     """Rollouts per prompt."""
-    tokens_per_microbatch: int = 16384
-    """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step."""
+    tokens_per_microbatch: int = 4096
+    """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step. The loss
+    holds about nine float32 copies of [response tokens, vocabulary], generalized_jsd about thirty."""
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
     """How sequences share a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"
@@ -300,6 +308,11 @@ def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
     if objective.support != "sampled" and objective.tail != "sampled":
         return
     reweighted = objective.estimator in ("k1", "exact")
+    if objective.discount > 0 and (rollout.lmbda < 1 or rollout.temperature != objective.student_temperature):
+        raise ConfigError(
+            f"objective.discount={objective.discount} adds what later tokens earn, and a token's own ratio cannot reweight those to the "
+            "student's distribution. Set rollout.lmbda=1 and rollout.temperature to objective.student_temperature, or discount=0."
+        )
     if rollout.lmbda < 1 and (rollout.off_policy == "dataset" or not reweighted):
         raise ConfigError(
             f"objective {sampled} has the right gradient only for tokens that the student sampled, and rollout.lmbda="

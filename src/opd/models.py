@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LINEAR_HEAD_TOLERANCE = 1e-3  # relative; rounding of a float16/bfloat16 head stays under it, softcaps and scales do not
+LINEAR_HEAD_TOLERANCE = 1e-3  # relative; float32 rounding stays far under it, soft-caps and scales do not
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises for a folder that is incomplete, damaged or of another kind."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,6 +66,11 @@ def load_causal_lm(
     """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError, also for weights that are
     missing (they would be random) or not finite."""
     _check_folder(role, name, ("config.json", "adapter_config.json"))
+    if role == "student" and Path(name, "adapter_config.json").exists():
+        raise ModelError(
+            f"The student '{name}' is a LoRA adapter, whose base would stay frozen. Merge it into its base first (peft's "
+            "merge_and_unload), and give student.model the merged folder."
+        )
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with loading info
@@ -197,18 +202,29 @@ def _forward(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 @contextmanager
 def _before_head(model: PreTrainedModel, change: Any) -> Iterator[None]:
-    """Change what enters the output layer. The layer itself runs outside autocast: rounding logits to bfloat16 costs more of the
-    gradient the closer student and teacher are (27% at a KL of 0.006)."""
+    """Change what enters the output layer, and have its logits in float32 whatever the dtype of the weights and of autocast:
+    rounding logits to bfloat16 costs more of the gradient the closer student and teacher are (27% at a KL of 0.006)."""
     head = _head_module(model)
+    widen = isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16)
     outside = torch.autocast(head.weight.device.type, enabled=False)
+    rows: list[Tensor] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = change(args[0])
         outside.__enter__()
+        if widen:
+            rows.append(hidden)
+            hidden = hidden[:, :1]  # its product is thrown away
         return (hidden.to(head.weight.dtype), *args[1:])
 
-    def leave(*_: Any) -> None:
-        outside.__exit__(None, None, None)
+    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
+        try:
+            if not widen or output is None:  # None: the layer raised
+                return None
+            bias = None if head.bias is None else head.bias.float()
+            return F.linear(rows.pop().float(), head.weight.float(), bias)
+        finally:
+            outside.__exit__(None, None, None)
 
     handles = [head.register_forward_pre_hook(enter), head.register_forward_hook(leave, always_call=True)]
     try:
@@ -220,18 +236,25 @@ def _before_head(model: PreTrainedModel, change: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def linear_head(model: PreTrainedModel) -> Head | None:
-    """The output layer as a weight and a bias, or None when the model's logits are more than `hidden @ weight.T + bias`."""
+    """The output layer as a weight and a bias, or None when the model's logits are more than `hidden @ weight.T + bias`.
+
+    The probe puts hidden states into the layer that give logits of about ±100, where a soft-cap shows.
+    """
     module = _head_module(model)
-    if not isinstance(module, nn.Linear) or module.weight.dim() != 2 or not module.weight.is_floating_point():
+    weight = module.weight
+    if not isinstance(module, nn.Linear) or weight.dim() != 2 or not weight.is_floating_point():
         return None
-    ids = torch.arange(2, device=module.weight.device).unsqueeze(0)
-    probe = Sequences(
+    ids = torch.arange(2, device=weight.device).unsqueeze(0)
+    sequences = Sequences(
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids.clone(), predict_index=ids.flatten()
     )
-    hidden = response_hidden(model, probe)
-    expected = response_logits(model, probe).float()
-    actual = F.linear(hidden, module.weight, module.bias).float()
-    scale = expected.abs().max().clamp_min(1e-6)
-    if (actual - expected).abs().max() > LINEAR_HEAD_TOLERANCE * scale:
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight.device)
+    probe = (probe * 100 / F.linear(probe, weight.float()).abs().max().clamp_min(1e-6)).to(weight.dtype)
+    with _before_head(model, lambda _: probe):
+        expected = _forward(model, sequences).float()
+    bias = None if module.bias is None else module.bias.detach()
+    actual = F.linear(probe.float(), weight.float(), None if bias is None else bias.float())
+    if (actual - expected).abs().max() > LINEAR_HEAD_TOLERANCE * expected.abs().max().clamp_min(1e-6):
         return None
-    return Head(weight=module.weight.detach(), bias=None if module.bias is None else module.bias.detach())
+    return Head(weight=weight.detach(), bias=bias)

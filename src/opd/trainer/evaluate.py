@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from opd.data.pack import pack
 from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
 from opd.rewards import Reward, score_reward
@@ -17,6 +16,7 @@ from opd.rollouts.hf import HfSampler
 from opd.seeding import derive_seed
 from opd.teachers.local import LocalTeacher
 from opd.trainer.metrics import TokenMetrics
+from opd.trainer.scoring import scored_batches
 from opd.trainer.student import Policy
 from opd.types import Prompt, Rollout
 
@@ -56,15 +56,16 @@ class Evaluator:
         rollouts, rewards = self._sample(sampler, self.temperature)
         kl = self._reverse_kl(rollouts, model)
         metrics, intervals = {}, {}
-        metrics["accuracy"], intervals["accuracy"] = _reward_interval(rewards)
+        metrics["accuracy"], intervals["accuracy"] = _reward_interval(rewards, self.samples_per_prompt)
         per_sample = [sum(row) / len(row) for row in kl]
-        metrics["reverse_kl"] = sum(per_sample) / len(per_sample)
-        intervals["reverse_kl"] = mean_interval(per_sample)
+        metrics["reverse_kl"], intervals["reverse_kl"] = _mean_over_prompts(per_sample, self.samples_per_prompt)
         metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
         metrics["truncated"] = sum(not r.finished for r in rollouts) / len(rollouts)
         for temperature in self.extra_temperatures if extra else ():
             name = accuracy_name(temperature)
-            metrics[name], intervals[name] = _reward_interval(self._sample(sampler, temperature)[1])
+            metrics[name], intervals[name] = _reward_interval(
+                self._sample(sampler, temperature)[1], self.samples_per_prompt
+            )
         metrics["time/eval"] = time.perf_counter() - began
         return Evaluation(metrics=metrics, intervals=intervals, rollouts=list(zip(rollouts, kl, rewards, strict=True)))
 
@@ -81,10 +82,10 @@ class Evaluator:
     @torch.no_grad()
     def _reverse_kl(self, rollouts: list[Rollout], model: Policy) -> list[list[float]]:
         """Per rollout, per response token."""
-        targets = self.teacher.score(rollouts, self.teacher.exact_kind)
-        batches = pack(
+        batches = scored_batches(
             rollouts,
-            targets,
+            self.teacher,
+            self.teacher.exact_kind,
             layout=self.layout,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_id=self.pad_id,
@@ -101,8 +102,15 @@ def accuracy_name(temperature: float) -> str:
     return "accuracy_greedy" if temperature == 0 else f"accuracy_t{temperature:g}"
 
 
-def _reward_interval(rewards: list[float]) -> tuple[float, Interval]:
-    mean = sum(rewards) / len(rewards)
-    if set(rewards) <= {0.0, 1.0}:
-        return mean, wilson_interval(int(sum(rewards)), len(rewards))
-    return mean, mean_interval(rewards)
+def _reward_interval(rewards: list[float], samples_per_prompt: int) -> tuple[float, Interval]:
+    """Wilson's interval for one pass or fail per prompt; otherwise that of the mean over prompts."""
+    if samples_per_prompt == 1 and set(rewards) <= {0.0, 1.0}:
+        return sum(rewards) / len(rewards), wilson_interval(int(sum(rewards)), len(rewards))
+    return _mean_over_prompts(rewards, samples_per_prompt)
+
+
+def _mean_over_prompts(values: list[float], samples_per_prompt: int) -> tuple[float, Interval]:
+    """Samples of one prompt are not independent: they count as one observation, their mean."""
+    groups = [values[i : i + samples_per_prompt] for i in range(0, len(values), samples_per_prompt)]
+    means = [sum(group) / len(group) for group in groups]
+    return sum(means) / len(means), mean_interval(means)

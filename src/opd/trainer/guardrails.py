@@ -18,7 +18,7 @@ OUT_OF_MEMORY_ADVICE = {
     "update": "train.tokens_per_microbatch (gradients accumulate, so the result is the same), or set "
     "student.gradient_checkpointing=true or student.lora.rank=32",
     "load": "the models' size: teacher.dtype=bfloat16, another teacher.device, or smaller models",
-    "eval": "rollout.batch_size, teacher.tokens_per_batch or eval.max_new_tokens",
+    "eval": "rollout.batch_size, teacher.tokens_per_batch or rollout.max_new_tokens",
 }
 
 

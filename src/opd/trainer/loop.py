@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opd.config import Config
-from opd.data.pack import pack
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder
 from opd.seeding import derive_seed
@@ -15,8 +14,9 @@ from opd.trainer.checkpoint import save_checkpoint
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.records import record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
+from opd.trainer.scoring import scored_batches
 from opd.trainer.setup import Parts
-from opd.types import Batch, LossOutput, Rollout, Target
+from opd.types import LossOutput
 
 
 def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder, progress: Progress) -> None:
@@ -33,32 +33,28 @@ def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder,
                 seed=derive_seed(config.seed, step, "rollout"),
             )
         with clock.phase("teacher"):
-            targets = parts.teacher.score(rollouts)
+            batches = scored_batches(
+                rollouts,
+                parts.teacher,
+                parts.teacher.kind,
+                layout=train.layout,
+                tokens_per_microbatch=train.tokens_per_microbatch,
+                pad_id=parts.pad_id,
+                reduction=config.objective.reduction,
+                global_count=config.objective.fixed_count,
+                device=student.device,
+            )
         with clock.phase("update"):
-            out = student.update(micro_batches(config, parts, rollouts, targets), config.objective)
+            out = student.update(batches, config.objective)
         parts.student_sampler.policy_version = student.version  # the next rollouts are on-policy again
         metrics = {**out.metrics, **clock.times(out)}
         run.step(step, metrics)
-        record_samples(run, step, out, parts.renderer, config.log)
+        record_samples(run, step, rollouts, out, parts.renderer, config.log)
         progress.update(step, metrics)
         if due(step + 1, config.eval.every) or (config.eval.every and step + 1 == train.steps):
             evaluate(config, parts, run, progress, first=False)
         if due(step + 1, config.checkpoint.every):
             save_checkpoint(folder.checkpoints, student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
-
-
-def micro_batches(config: Config, parts: Parts, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> list[Batch]:
-    """The step's micro-batches, weighted by the step's own count of tokens (or sequences)."""
-    return pack(
-        rollouts,
-        targets,
-        layout=config.train.layout,
-        tokens_per_microbatch=config.train.tokens_per_microbatch,
-        pad_id=parts.pad_id,
-        reduction=config.objective.reduction,
-        global_count=config.objective.fixed_count,
-        device=parts.student.device,
-    )
 
 
 def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress, *, first: bool) -> None:

@@ -28,7 +28,9 @@ REPETITION_NGRAM = 4  # shorter ones repeat in ordinary text
 class TokenMetrics:
     """Sums over micro-batches; nothing here is differentiated."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, plain_sampling: bool = False) -> None:
+        """`plain_sampling`: rollouts were drawn at temperature 1 from everything, so that sampler and student should agree."""
+        self._plain_sampling = plain_sampling
         self._rollouts: list[Rollout] = []
         self._values: dict[str, list[torch.Tensor]] = defaultdict(
             list
@@ -41,7 +43,11 @@ class TokenMetrics:
         logits = student_logits.float()
         eos = torch.tensor([i for i in eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
         values["eos_prob"] = (logits[:, eos].logsumexp(-1) - _logsumexp(logits, batch, values["student_logp"])).exp()
-        if batch.sampler_logp is not None and "student_logp" in values:
+        if (
+            self._plain_sampling
+            and batch.sampler_logp is not None
+            and all(r.source == "student" for r in batch.rollouts)
+        ):
             values["sampler_student_gap"] = (values["student_logp"] - batch.sampler_logp).abs()
         if "clamped" in values:
             self._clamped += float(values["clamped"].sum())

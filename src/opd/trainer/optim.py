@@ -51,7 +51,7 @@ def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, lr: float) -
 
 
 def _embedding_parameters(model: PreTrainedModel) -> set[int]:
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]
     return {id(p) for module in modules if module is not None for p in module.parameters()}
 
 

@@ -13,11 +13,16 @@ from opd.trainer.evaluate import Evaluation
 from opd.types import LossOutput, Rollout
 
 
-def record_samples(run: RunRecorder, step: int, out: LossOutput, renderer: Renderer, config: LogConfig) -> None:
-    """Some training rollouts with their per-token reverse KL, on the steps that the recipe keeps."""
+def record_samples(
+    run: RunRecorder, step: int, rollouts: Sequence[Rollout], out: LossOutput, renderer: Renderer, config: LogConfig
+) -> None:
+    """The first training rollouts (micro-batches have them by length) with their per-token reverse KL, on the steps that the recipe
+    keeps."""
     if step % config.samples_every:
         return
-    for rollout, kl in list(out.per_token)[: config.samples]:
+    by_rollout = {id(rollout): kl for rollout, kl in out.per_token}
+    for rollout in rollouts[: config.samples]:
+        kl = by_rollout[id(rollout)]
         run.sample(_sample(step, "train", "student", rollout, kl.tolist(), None, renderer))
 
 

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config, StudentConfig, TeacherConfig
 from opd.data.prompts import PromptOrder, load_prompts
 from opd.data.rendering import Renderer, eos_ids
-from opd.errors import ConfigError, DataError, ObjectiveError
+from opd.errors import ConfigError, ObjectiveError
 from opd.models import (
-    context_length,
     load_causal_lm,
     load_tokenizer,
     resolve_device,
@@ -25,6 +24,7 @@ from opd.rollouts.mix import DatasetResponses, MixedSampler
 from opd.seeding import derive_seed
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices
 from opd.trainer.evaluate import Evaluator
 from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
 from opd.trainer.guardrails import memory_advice
@@ -41,6 +41,7 @@ class Parts:
     sampler: MixedSampler
     teacher: LocalTeacher
     teacher_sampler: HfSampler
+    """The teacher on its own rendering of the prompts, for evaluation."""
     teacher_policy: Policy
     """The teacher's weights, to be evaluated as the student is."""
     order: PromptOrder
@@ -64,7 +65,7 @@ class _Side:
 def build_parts(config: Config) -> Parts:
     """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
     prompts, held_out = _prompts(config)
-    _check_answers_and_responses(config, prompts, held_out)
+    check_rows(config, prompts, held_out)
     student_side = _load_side(config.student, "student", config.student.device, config.prompts.system)
     teacher_device = config.student.device if config.teacher.device == "auto" else config.teacher.device
     teacher_side = _load_side(config.teacher, "teacher", teacher_device, config.prompts.system)
@@ -90,8 +91,11 @@ def build_parts(config: Config) -> Parts:
         supply=None if config.teacher.supply == "auto" else config.teacher.supply,
     )
     _match_teacher(config, teacher)
-    _check_tokens(config, student_side, vocabulary)
-    _check_lengths(config, prompts, held_out, student_side, teacher_side)
+    check_tokens(config, student_side.renderer, vocabulary)
+    for side, role in ((student_side, "student"), (teacher_side, "teacher")):
+        check_lengths(config, [*prompts, *held_out], side.renderer, side.model)
+        if config.train.layout == "packed":
+            check_packing(side.model, role, pad_id)
     return _connect(config, prompts, held_out, student_side, teacher_side, teacher, vocabulary, pad_id)
 
 
@@ -119,13 +123,13 @@ def _connect(
         total_steps=config.train.steps,
         autocast=config.train.autocast == "bfloat16",
         gradient_checkpointing=config.student.gradient_checkpointing,
+        plain_sampling=config.rollout.temperature == 1 and config.rollout.top_p == 1 and config.rollout.top_k == 0,
         teacher_logits=teacher.logits,
     )
     student_sampler = _sampler(config, student_side, vocabulary, pad_id, model=model)
     student_sampler.autocast = student.autocast
-    teacher_sampler = _sampler(config, teacher_side, vocabulary, pad_id, student=student_side)
     off_policy = (
-        teacher_sampler
+        _sampler(config, teacher_side, vocabulary, pad_id, student=student_side)
         if config.rollout.off_policy == "teacher"
         else DatasetResponses(student_side.renderer, config.rollout.max_new_tokens)
     )
@@ -134,7 +138,7 @@ def _connect(
         student_sampler=student_sampler,
         sampler=MixedSampler(student_sampler, off_policy if config.rollout.lmbda < 1 else None, config.rollout.lmbda),
         teacher=teacher,
-        teacher_sampler=teacher_sampler,
+        teacher_sampler=_sampler(config, teacher_side, vocabulary, pad_id),
         teacher_policy=Policy(
             teacher_side.model, vocabulary=vocabulary, eos_ids=teacher_side.eos, teacher_logits=teacher.logits
         ),
@@ -144,7 +148,7 @@ def _connect(
         renderer=student_side.renderer,
         pad_id=pad_id,
         fingerprints=fingerprints,
-        warnings=(*vocabulary.warnings, *_notices(config)),
+        warnings=(*vocabulary.warnings, *notices(config)),
     )
 
 
@@ -164,12 +168,6 @@ def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: st
         tokenizer, name=f"{role} '{config.model}'", chat_template_kwargs=config.chat_template_kwargs, system=system
     )
     return _Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
-
-
-def _notices(config: Config) -> list[str]:
-    if config.eval.every and config.prompts.eval_path is None:
-        return ["prompts.eval_path is not set, so nothing is evaluated; eval.every=0 says so on purpose."]
-    return []
 
 
 def _pad_id(side: _Side) -> int:
@@ -243,7 +241,7 @@ def _trainable(config: Config, side: _Side) -> PreTrainedModel:
     if config.student.lora is None:
         return side.model
     try:
-        return add_lora(side.model, config.student.lora)
+        return add_lora(side.model, config.student.lora, seed=derive_seed(config.seed, 0, "lora"))
     except ValueError as error:  # peft's, for a module name that the model lacks
         raise ConfigError(
             f"student.lora.target_modules='{config.student.lora.target_modules}' does not fit {type(side.model).__name__}: {error} "
@@ -260,51 +258,3 @@ def _match_teacher(config: Config, teacher: LocalTeacher) -> None:
         raise ObjectiveError(
             f"{error} (teacher.supply={config.teacher.supply} is what limits it; teacher.supply=auto lifts that.)"
         ) from None
-
-
-def _check_answers_and_responses(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
-    """What a later step would look for in a row is looked for in every row now."""
-    reward = config.eval.reward
-    if reward in ("exact_match", "numeric_answer") or reward.startswith("regex:"):
-        missing = next((p for p in held_out if p.answer is None), None)
-        if missing is not None:
-            raise DataError(
-                f"Row {missing.index} of '{config.prompts.eval_path}' has no answer, and eval.reward={reward} compares "
-                f"with one. Add an '{config.prompts.answer_column}' column, or set eval.reward to a function of your own."
-            )
-    if config.rollout.lmbda < 1 and config.rollout.off_policy == "dataset":
-        missing = next((p for p in prompts if p.response is None), None)
-        if missing is not None:
-            raise DataError(
-                f"Row {missing.index} of '{config.prompts.path}' has no response, and rollout.lmbda={config.rollout.lmbda} takes "
-                f"some from the data set. Add a '{config.prompts.response_column}' column, or set rollout.off_policy=teacher or "
-                "rollout.lmbda=1."
-            )
-
-
-def _check_tokens(config: Config, student: _Side, vocabulary: VocabularyMatch) -> None:
-    outside = [i for i in config.objective.always_include if i >= vocabulary.size]
-    if outside:
-        raise ConfigError(
-            f"objective.always_include holds {outside[0]}, and the vocabulary ends at {vocabulary.size - 1}; give token ids of the "
-            "student's tokenizer."
-        )
-    for stop in config.rollout.stop:
-        try:
-            student.renderer.response_ids(stop, finished=False)
-        except DataError as error:
-            raise ConfigError(
-                f"rollout.stop={stop!r} can never occur in a response: {error} Use another string."
-            ) from error
-
-
-def _check_lengths(
-    config: Config, prompts: list[Prompt], held_out: list[Prompt], student: _Side, teacher: _Side
-) -> None:
-    """Every prompt is rendered once now, so that the one that is too long is known before step 0 and not at step 900."""
-    for side in (student, teacher):
-        limit = context_length(side.model)
-        for prompt in [*prompts, *held_out]:
-            ids = side.renderer.prompt_ids(prompt)
-            if limit is not None:
-                side.renderer.check_length(prompt, ids, config.rollout.max_new_tokens, limit)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
-from opd.errors import MissingDependencyError
+from opd.errors import ConfigError, MissingDependencyError
 from opd.losses import Objective, weighted_sum
 from opd.models import response_logits
 from opd.teachers.local import mask_vocabulary
@@ -91,6 +92,7 @@ class Student(Policy):
         total_steps: int,
         autocast: bool = False,
         gradient_checkpointing: bool = False,
+        plain_sampling: bool = False,
     ) -> None:
         super().__init__(
             disable_dropout(model),
@@ -101,6 +103,7 @@ class Student(Policy):
         )
         self.config = config
         self.total_steps = total_steps
+        self.plain_sampling = plain_sampling
         self.version = 0
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -110,7 +113,7 @@ class Student(Policy):
 
     def update(self, batches: Sequence[Batch], objective: Objective) -> LossOutput:
         """One optimizer step. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before."""
-        metrics = TokenMetrics()
+        metrics = TokenMetrics(plain_sampling=self.plain_sampling)
         self.zero_grad()
         total = 0.0
         with self._training():
@@ -166,27 +169,34 @@ class Student(Policy):
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Gradient checkpointing works in training mode only; dropout is off in either."""
-        self.model.train(self.gradient_checkpointing)
+        """Gradient checkpointing happens only in layers that are in training mode; nothing else needs that mode, and dropout in its
+        many forms must stay off."""
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers if self.gradient_checkpointing else ():
+            layer.training = True  # the layer alone: train() would go down to its parts
         try:
             yield
         finally:
-            self.model.eval()
+            for layer in layers:
+                layer.training = False
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Dropout would make the trained policy differ from the sampling one: every rate becomes 0."""
+    """Dropout would make the trained policy differ from the sampling one: every rate that a module holds becomes 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
     return model
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
-    """The model with trainable low-rank adapters and everything else frozen. Raises MissingDependencyError without peft."""
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PreTrainedModel:
+    """The model with trainable low-rank adapters and everything else frozen; their first weights are a function of the seed.
+
+    Raises MissingDependencyError without peft, and ConfigError for adapters on tied embeddings: merging one end would change the other.
+    """
     try:
         from peft import LoraConfig as PeftLora
         from peft import get_peft_model
@@ -199,4 +209,14 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
     lora = PeftLora(
         r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, lora)  # pyright: ignore[reportReturnType]
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, lora)
+    if tied and any(getattr(module, "base_layer", None) in ends for module in adapted.modules()):
+        raise ConfigError(
+            f"student.lora.target_modules='{targets}' puts adapters on the embeddings or the head, which share one matrix in this "
+            "model: merged into it, they would change both ends. Leave them out, e.g. student.lora.target_modules=all-linear."
+        )
+    return adapted  # pyright: ignore[reportReturnType]

@@ -1,0 +1,99 @@
+"""What is checked about prompts, tokens and models before anything is trained."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from opd.config import Config
+from opd.data.pack import arrange
+from opd.data.rendering import Renderer
+from opd.errors import ConfigError, DataError
+from opd.models import context_length, response_logits
+from opd.teachers.vocabulary import VocabularyMatch
+from opd.types import Prompt
+
+PACKING_TOLERANCE = 0.02  # of the spread of the logits; bfloat16 rounding stays under it, a leak does not
+
+
+def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """What a later step would look for in a row is looked for in every row now."""
+    reward = config.eval.reward
+    if reward in ("exact_match", "numeric_answer") or reward.startswith("regex:"):
+        missing = next((p for p in held_out if p.answer is None), None)
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{config.prompts.eval_path}' has no answer, and eval.reward={reward} compares "
+                f"with one. Add an '{config.prompts.answer_column}' column, or set eval.reward to a function of your own."
+            )
+    teachers = {p.teacher for p in prompts if p.teacher is not None}
+    if len(teachers) > 1:
+        raise DataError(
+            f"The prompts name {len(teachers)} teachers ({', '.join(sorted(teachers)[:3])}, …), and a run has one. Split the file by "
+            f"teacher, or rename the column '{config.prompts.teacher_column}' if it means something else."
+        )
+    if config.rollout.lmbda < 1 and config.rollout.off_policy == "dataset":
+        missing = next((p for p in prompts if p.response is None), None)
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{config.prompts.path}' has no response, and rollout.lmbda={config.rollout.lmbda} takes "
+                f"some from the data set. Add a '{config.prompts.response_column}' column, or set rollout.off_policy=teacher or "
+                "rollout.lmbda=1."
+            )
+
+
+def check_tokens(config: Config, renderer: Renderer, vocabulary: VocabularyMatch) -> None:
+    outside = [i for i in config.objective.always_include if i >= vocabulary.size]
+    if outside:
+        raise ConfigError(
+            f"objective.always_include holds {outside[0]}, and the vocabulary ends at {vocabulary.size - 1}; give token ids of the "
+            "student's tokenizer."
+        )
+    for stop in config.rollout.stop:
+        try:
+            renderer.response_ids(stop, finished=False)
+        except DataError as error:
+            raise ConfigError(
+                f"rollout.stop={stop!r} can never occur in a response: {error} Use another string."
+            ) from error
+
+
+def check_lengths(config: Config, prompts: list[Prompt], renderer: Renderer, model: PreTrainedModel) -> None:
+    """Every prompt is rendered once now, so that the one that is too long is known before step 0 and not at step 900."""
+    limit = context_length(model)
+    for prompt in prompts:
+        ids = renderer.prompt_ids(prompt)
+        if limit is not None:
+            renderer.check_length(prompt, ids, config.rollout.max_new_tokens, limit)
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
+    """Two short sequences, packed and alone: a model that does not read position_ids as the borders would mix them."""
+    pairs = (([1, 2, 3], [4, 5]), ([5, 4], [3, 2]))
+
+    def logits(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+        sequences = arrange(prompts, responses, layout="packed", pad_id=pad_id, device=model.device)
+        return response_logits(model, sequences).float()
+
+    alone = torch.cat([logits([prompt], [response]) for prompt, response in pairs])
+    together = logits([p for p, _ in pairs], [r for _, r in pairs])
+    spread = (alone - alone.mean(dim=-1, keepdim=True)).abs().max().clamp_min(1e-6)
+    if (together - alone).abs().max() > PACKING_TOLERANCE * spread:
+        raise ConfigError(
+            f"train.layout=packed: {type(model).__name__}, the {role}, lets packed sequences see each other, so every loss would be "
+            "wrong. Use train.layout=right_padded."
+        )
+
+
+def notices(config: Config) -> list[str]:
+    """What is allowed, and probably not meant."""
+    found = []
+    if config.eval.every and config.prompts.eval_path is None:
+        found.append("prompts.eval_path is not set, so nothing is evaluated; eval.every=0 says so on purpose.")
+    if config.student.dtype == "bfloat16" and config.student.lora is None:
+        found.append(
+            "student.dtype=bfloat16 rounds away updates smaller than 1/256 of a weight; at usual learning rates most weights never "
+            "move. float32 with train.autocast=bfloat16 trains as fast."
+        )
+    return found
