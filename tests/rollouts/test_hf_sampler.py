@@ -202,6 +202,18 @@ def test_a_dataset_response_ends_with_eos_and_a_long_one_is_cut_without(model):
     assert long.response_ids == (1, 2, 3, 4) and not long.finished
 
 
+def test_a_chat_response_ends_as_its_template_ends_a_turn():
+    """Gemma's way: the model stops at two ids, and the template writes the one that is not the tokenizer's EOS."""
+    template = "{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=template, extra_tokens=["<turn>"])
+    turn, eos = tokenizer.convert_tokens_to_ids("<turn>"), tokenizer.eos_token_id
+    chat = Prompt(index=0, messages=({"role": "user", "content": "hi"},), response="yo")
+    text = Prompt(index=1, text="hi", response="yo")
+    source = DatasetResponses(Renderer(tokenizer, name="student"), 8, eos_ids=(eos, turn))
+    ends = [rollout.response_ids for rollout in source.sample([chat, text], seed=0)]
+    assert ends == [(*b"yo", turn), (*b"yo", eos)]
+
+
 def test_a_prompt_without_a_response_says_what_to_do(model):
     renderer = Renderer(digit_tokenizer(), name="student")
     with pytest.raises(DataError, match=r"(?s)Prompt 3 has no response.*off_policy=teacher"):

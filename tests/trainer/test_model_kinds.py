@@ -207,7 +207,10 @@ def test_repeated_samples_of_a_prompt_are_one_observation():
     assert once[1][1] == pytest.approx(0.324, abs=1e-3)
     assert often == (0.5, (0.5, 0.5))
     copies = [value for value in (0.1, 0.5, 0.9, 0.3) for _ in range(16)]
-    (mean, interval), (expected_mean, expected) = _mean_over_prompts(copies, 16), _mean_over_prompts([0.1, 0.5, 0.9, 0.3], 1)
+    (mean, interval), (expected_mean, expected) = (
+        _mean_over_prompts(copies, 16),
+        _mean_over_prompts([0.1, 0.5, 0.9, 0.3], 1),
+    )
     assert mean == pytest.approx(expected_mean) and interval == pytest.approx(expected)
 
 

@@ -71,6 +71,21 @@ class Renderer:
             )
         return tuple(ids) if ids and ids[-1] == eos else (*ids, eos)
 
+    def reference_ids(self, prompt: Prompt, eos: Sequence[int]) -> tuple[int, ...]:
+        """The prompt's reference response, ended as this prompt's format ends an answer.
+
+        A chat template may end a turn with another stop token than the tokenizer's EOS (Gemma's <end_of_turn>); `eos` are the ids
+        that the model stops at.
+        """
+        assert prompt.response is not None
+        if prompt.messages is None or len(eos) < 2:
+            return self.response_ids(prompt.response)
+        answered = self._message_ids(prompt, answer=prompt.response)
+        end = next((token for token in reversed(answered) if token in eos), None)
+        if end is None:
+            return self.response_ids(prompt.response)
+        return (*self.response_ids(prompt.response, finished=False), end)
+
     def check_length(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, context: int) -> None:
         """Refuse a prompt that leaves no room in the context (tokens) for a whole response."""
         if len(ids) + max_new_tokens > context:
@@ -106,7 +121,7 @@ class Renderer:
             "the end of the prompt cannot be told; write the prompt as messages."
         )
 
-    def _message_ids(self, prompt: Prompt) -> list[int]:
+    def _message_ids(self, prompt: Prompt, answer: str | None = None) -> list[int]:
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
@@ -117,9 +132,15 @@ class Renderer:
         messages = [dict(message) for message in prompt.messages or ()]
         if self.system is not None and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self.system})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
+                messages,
+                add_generation_prompt=answer is None,
+                tokenize=True,
+                return_dict=True,
+                **self.chat_template_kwargs,
             )
         except TemplateError as error:
             raise DataError(

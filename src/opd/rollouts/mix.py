@@ -15,8 +15,9 @@ from opd.types import Prompt, Rollout
 class DatasetResponses:
     """The data set's own responses as off-policy rollouts."""
 
-    def __init__(self, renderer: Renderer, max_new_tokens: int) -> None:
+    def __init__(self, renderer: Renderer, max_new_tokens: int, *, eos_ids: Sequence[int] = ()) -> None:
         self.renderer = renderer
+        self.eos_ids = tuple(eos_ids)
         self.max_new_tokens = max_new_tokens
 
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
@@ -29,7 +30,7 @@ class DatasetResponses:
                 f"Prompt {prompt.index} has no response, and rollout.lmbda < 1 with off_policy=dataset needs one for every "
                 "prompt. Add a 'response' column, set rollout.off_policy=teacher, or rollout.lmbda=1."
             )
-        ids = self.renderer.response_ids(prompt.response)
+        ids = self.renderer.reference_ids(prompt, self.eos_ids)
         finished = len(ids) <= self.max_new_tokens
         kept = tuple(ids[: self.max_new_tokens])
         return Rollout(

@@ -131,7 +131,7 @@ def _connect(
     off_policy = (
         _sampler(config, teacher_side, vocabulary, pad_id, student=student_side)
         if config.rollout.off_policy == "teacher"
-        else DatasetResponses(student_side.renderer, config.rollout.max_new_tokens)
+        else DatasetResponses(student_side.renderer, config.rollout.max_new_tokens, eos_ids=student_side.eos)
     )
     return Parts(
         student=student,
