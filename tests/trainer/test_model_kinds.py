@@ -17,7 +17,7 @@ from opd.data.pack import arrange, pack
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError, ModelError
 from opd.losses import Objective
-from opd.models import response_hidden, response_logits
+from opd.models import linear_head, response_hidden, response_logits
 from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.teachers.local import LocalTeacher
@@ -50,7 +50,7 @@ def tiny_opt(**more: float) -> OPTForCausalLM:
     return OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=64, init_std=0.5, **shape, **more)).eval()
 
 
-def tiny_gemma2(tokens: int) -> Gemma2ForCausalLM:
+def tiny_gemma2(tokens: int, cap: float | None = 30.0) -> Gemma2ForCausalLM:
     torch.manual_seed(0)
     shape = {
         "hidden_size": 32,
@@ -119,6 +119,18 @@ def test_half_precision_students_are_refused_or_remarked_upon(world, tmp_path):
 
 
 # --- heads that are more than a product -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [0.1, 30.0])
+def test_a_soft_capped_head_is_never_offered_as_hidden_states(cap):
+    """Also where the cap hardly shows at the size of this model's own logits."""
+    model = tiny_gemma2(20, cap)
+    assert linear_head(model) is None
+    assert linear_head(tiny_gemma2(20, None)) is not None
+    with torch.no_grad():
+        logits = response_logits(model, arrange([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0))
+        expected = model(input_ids=torch.tensor([[1, 2, 3, 4]])).logits[0, 2:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_soft_capped_teacher_is_distilled_through_its_whole_logits(world, tmp_path):
