@@ -19,12 +19,12 @@ def _require(ok: bool, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) through peft; needs `pip install 'opd[peft]'`."""
+    """Low-rank adapters (arXiv 2106.09685) through peft. Off unless one of these keys is set; needs `pip install 'opd[peft]'`."""
 
     rank: int = 32
     """Rank of every adapter."""
     alpha: int = 64
-    """Scale: the update is alpha / rank · B A."""
+    """Scale: the update is alpha / rank · B A. Change it along with the rank."""
     target_modules: str = "all-linear"
     """'all-linear', or a comma-separated list of module names."""
 
@@ -145,6 +145,10 @@ class RolloutConfig:
         _require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
         _require(self.batch_size >= 1, f"rollout.batch_size must be at least 1, not {self.batch_size}")
         _require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
+        _require(
+            self.lmbda < 1 or self.off_policy == "dataset",
+            "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
+        )
         _require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
 
 
@@ -298,6 +302,11 @@ class Config:
     """Every random draw of the run derives from it."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.objective.top_k == 64 or self.objective.support not in ("full", "sampled"),
+            f"objective.top_k={self.objective.top_k} is read by top-k supports, and objective.support={self.objective.support} looks at "
+            "something else; set objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
+        )
         _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
         _check_on_policy(self.objective, self.rollout)
 

@@ -36,6 +36,20 @@ def test_the_recipe_in_the_readme_is_valid():
     assert made.train.autocast == "bfloat16" and made.objective == Objective()
 
 
+def test_the_losses_snippet_in_the_readme_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["student_logits"].grad.abs().sum() > 0
+
+
+def test_a_setting_that_would_do_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"top_k=16 is read by top-k supports"):
+        config(objective__top_k=16)
+    with pytest.raises(ConfigError, match=r"off_policy=teacher is read where rollout.lmbda < 1"):
+        config(rollout__off_policy="teacher")
+
+
 def test_the_numbers_of_the_loop_benchmark_in_the_readme_are_those_of_its_results():
     rows = [
         line

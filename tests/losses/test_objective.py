@@ -14,6 +14,7 @@ from loss_oracles import (
     total_variance,
 )
 
+from opd.errors import ObjectiveError
 from opd.losses import (
     Objective,
     dense_from_hidden,
@@ -364,3 +365,8 @@ def test_any_dtype_trains_with_finite_gradients_and_no_tokens_is_no_loss(objecti
         leaf[:0], DenseTarget(logits=TEACHER_LOGITS[:0]), IDS[:0], sequence_index=SEQUENCES[:0]
     )
     assert nothing.loss.tolist() == []
+
+
+def test_a_bare_tensor_is_no_target():
+    with pytest.raises(ObjectiveError, match=r"the target is a Tensor; wrap what the teacher says"):
+        Objective().per_token(STUDENT, STUDENT, IDS)  # pyright: ignore[reportArgumentType]

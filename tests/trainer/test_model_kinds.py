@@ -60,7 +60,9 @@ def tiny_gemma2(tokens: int, cap: float | None = 30.0) -> Gemma2ForCausalLM:
         "head_dim": 16,
     }
     return Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=tokens, num_key_value_heads=1, initializer_range=0.5, **shape)
+        Gemma2Config(
+            vocab_size=tokens, num_key_value_heads=1, initializer_range=0.5, final_logit_softcapping=cap, **shape
+        )
     ).eval()
 
 

@@ -53,4 +53,12 @@ def print_help(usage: str) -> None:
     try:
         tyro.cli(Config, prog=usage, default=shown, args=["--help"], config=as_values)
     except SystemExit:
-        return
+        print(MORE_HELP)
+
+
+MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint
+--overwrite   delete the run in run_dir and start again
+--debug       show the traceback of an error
+--student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE
+              arguments of each model's chat template, e.g. --student.chat_template_kwargs.enable_thinking false
+Names may be written with - or _. Paths are relative to where the command runs."""

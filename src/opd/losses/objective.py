@@ -185,6 +185,10 @@ class Objective:
         sampler_logp: Tensor | None,
         sequence_index: Tensor | None,
     ) -> None:
+        if not isinstance(target, (DenseTarget, TopKTarget, SampledTarget)):
+            raise ObjectiveError(
+                f"the target is a {type(target).__name__}; wrap what the teacher says, e.g. opd.types.DenseTarget(logits=…)."
+            )
         if target.kind not in self.needs:
             raise ObjectiveError(
                 f"{self.divergence} needs {self._need()}, but got a {type(target).__name__}; "

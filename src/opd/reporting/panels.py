@@ -96,7 +96,7 @@ LEARNING = PanelGroup(
         ),
         Panel(
             title="Divergence from the teacher",
-            note="Nats per response token, on the student's own samples. Should fall.",
+            note="Nats per response token, on the samples of the step. Should fall.",
             curves=(
                 Curve(metric="reverse_kl", label="reverse KL"),
                 Curve(metric="forward_kl", label="forward KL", color=TEACHER),

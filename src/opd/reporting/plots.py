@@ -36,7 +36,7 @@ FEW_STEPS = 8
 EXPONENT_BELOW = 1e-3  # smaller values read better as 2e−6
 LABELLED_DECADES = 2.5  # below, a logarithmic axis also names 2 and 5
 POSITION_WINDOW = 10  # the first and the last tenth of the run are compared by response position
-PERCENT_AXIS: Json = {"tickformat": ".0%", "autorangeoptions": {"clipmin": 0, "clipmax": 1.02}}
+PERCENT_AXIS: Json = {"tickformat": "~%", "autorangeoptions": {"clipmin": 0, "clipmax": 1.02}}
 NUMBER_AXIS: Json = {"exponentformat": "e", "minexponent": 5, "separatethousands": True}
 
 

@@ -42,8 +42,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
         ):
             for warning in parts.warnings:
                 progress.message(f"warning: {warning}")
-            if start is not None:
-                progress.message(f"resuming after {start} steps")
+            if resume:
+                found = (
+                    "no checkpoint yet, so it starts at step 0" if start is None else f"resuming after {start} steps"
+                )
+                progress.message(f"{folder.path}: {found}")
             run_steps(config, parts, folder, run, progress)
         save_student(parts, folder)
         summary = summarize(folder.path)
