@@ -158,6 +158,12 @@ def test_evaluation_samples_at_the_temperature_it_names(world, tmp_path):
     assert before["accuracy"] != pytest.approx(before["accuracy_greedy"], abs=1e-3)
 
 
+def test_recorded_samples_say_who_drew_them(world, tmp_path):
+    run(settings(world, tmp_path / "run", train__steps=1))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {(line["who"], line["source"]) for line in lines} == {("student", "student"), ("teacher", "teacher")}
+
+
 def test_both_kinds_of_sample_have_metrics_of_their_own(world, tmp_path):
     run(settings(world, tmp_path / "run", rollout__lmbda=0.5, train__prompts_per_step=20))
     for row in steps(tmp_path / "run"):

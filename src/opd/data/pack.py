@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
 
 from opd.errors import DataError, OpdError
-from opd.losses import token_weights
+from opd.losses import Reduction, token_weights
 from opd.types import Batch, DenseTarget, HiddenTarget, Rollout, SampledTarget, Sequences, Target, TopKTarget
 
 Layout = Literal["right_padded", "left_padded", "packed"]
@@ -39,12 +40,11 @@ def arrange(
     inputs = [[*p, *r[:-1]] for p, r in zip(prompts, responses, strict=True)]
     lengths = [len(row) for row in inputs]
     width = sum(lengths) if layout == "packed" else max(lengths)
-    starts = []  # flat index of each sequence's first token
-    for row, length in enumerate(lengths):
-        if layout == "packed":
-            starts.append(sum(lengths[:row]))
-        else:
-            starts.append(row * width + (width - length if layout == "left_padded" else 0))
+    # flat index of each sequence's first token
+    if layout == "packed":
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    else:
+        starts = [row * width + (width - n if layout == "left_padded" else 0) for row, n in enumerate(lengths)]
     total = width if layout == "packed" else width * len(inputs)
     ids = torch.full((total,), pad_id, dtype=torch.long)
     positions = torch.zeros(total, dtype=torch.long)
@@ -72,7 +72,7 @@ def pack(
     layout: Layout,
     tokens_per_microbatch: int,
     pad_id: int,
-    reduction: Literal["token_mean", "sequence_mean", "fixed"] = "token_mean",
+    reduction: Reduction = "token_mean",
     global_count: float | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:
@@ -97,7 +97,7 @@ def _batch(
     target: Target | None,
     layout: Layout,
     pad_id: int,
-    reduction: Literal["token_mean", "sequence_mean", "fixed"],
+    reduction: Reduction,
     global_count: float,
     device: torch.device | str,
 ) -> Batch:
@@ -127,17 +127,15 @@ def _batch(
 def plan(lengths: Sequence[int], *, budget: int, layout: Layout) -> list[list[int]]:
     """Which sequences share a micro-batch: longest first, so that padding stays small; ties keep their order."""
     groups: list[list[int]] = []
+    cost = 0  # of the group being filled
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups:
-            members = groups[-1]
-            if layout == "packed":
-                cost = sum(lengths[i] for i in members) + lengths[index]
-            else:
-                cost = (len(members) + 1) * lengths[members[0]]
-            if cost <= budget:
-                members.append(index)
-                continue
-        groups.append([index])
+        added = lengths[index] if layout == "packed" or not groups else lengths[groups[-1][0]]
+        if groups and cost + added <= budget:
+            groups[-1].append(index)
+            cost += added
+        else:
+            groups.append([index])
+            cost = lengths[index]
     return groups
 
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -16,7 +15,7 @@ from opd.demo.fit import fit
 from opd.demo.task import DIGITS, spoil, write_prompts
 from opd.errors import ConfigError
 from opd.reporting.files import explain_os_errors
-from opd.seeding import derive_seed
+from opd.seeding import derive_seed, seeded
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 
 TRAIN_PROMPTS = 16384
@@ -49,8 +48,7 @@ def _model(
         return
     own_seed = derive_seed(seed, 0, folder.name) % 2**32
     model = tiny_causal_lm(tokenizer, max_positions=MAX_POSITIONS, seed=own_seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(own_seed)
+    with seeded(own_seed):
         loss = fit(model, Renderer(tokenizer, name=folder.name), answer, seed=own_seed)
     say(f"{what}: fitted, {loss:.3f} nats per token")
     temporary = folder.with_name(f".writing-{folder.name}")

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from opd.data.rendering import Renderer
 from opd.models import context_length
 from opd.rollouts.base import Sampling
-from opd.seeding import derive_seed
+from opd.seeding import derive_seed, seeded
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
 
@@ -70,7 +70,7 @@ class HfSampler:
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
-            with _seeded(derive_seed(seed, start, "generate"), self.model.device):
+            with seeded(derive_seed(seed, start, "generate"), self.model.device):
                 drawn = self._generate([prompt_ids[i] for i in members])
             for i, (response, logp) in zip(members, drawn, strict=True):
                 rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp)
@@ -206,13 +206,6 @@ class _Recorder(LogitsProcessor):
     def finish(self, ids: torch.Tensor) -> torch.Tensor:
         self._take(ids)
         return torch.stack(self.columns, dim=1)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

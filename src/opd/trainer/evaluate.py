@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
+from opd.data.pack import Layout
 from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
 from opd.rewards import Reward, score_reward
@@ -44,7 +44,7 @@ class Evaluator:
     teacher_logp_floor: float | None
     temperature: float
     extra_temperatures: tuple[float, ...]
-    layout: Literal["right_padded", "left_padded", "packed"]
+    layout: Layout
     tokens_per_microbatch: int
     pad_id: int
     seed: int

@@ -69,11 +69,12 @@ class TokenMetrics:
         on = [i for i in everything if self._rollouts[i].source == "student"]
         off = [i for i in everything if self._rollouts[i].source != "student"]
         metrics = self._means(everything)
+        on_means = self._means(on) if off else dict(metrics)
         if on:
-            metrics |= _perplexity(self._means(on))
+            metrics |= _perplexity(on_means)
         metrics |= self._by_position()
         if on and off:
-            metrics |= {f"on_policy/{name}": value for name, value in self._means(on).items()}
+            metrics |= {f"on_policy/{name}": value for name, value in on_means.items()}
             metrics |= {f"off_policy/{name}": value for name, value in self._means(off).items()}
         metrics["clamped_tokens"] = self._clamped
         metrics["off_policy_share"] = len(off) / max(1, len(self._rollouts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +30,7 @@ from opd.trainer.evaluate import Evaluator
 from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.student import Policy, Student, add_lora
-from opd.types import Prompt
+from opd.types import Prompt, RolloutSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +127,11 @@ def _connect(
         plain_sampling=config.rollout.temperature == 1 and config.rollout.top_p == 1 and config.rollout.top_k == 0,
         teacher_logits=teacher.logits,
     )
-    student_sampler = _sampler(config, student_side, vocabulary, pad_id, model=model)
-    student_sampler.autocast = student.autocast
+    student_sampler = _sampler(
+        config, student_side, vocabulary, pad_id, source="student", model=model, autocast=student.autocast
+    )
     off_policy = (
-        _sampler(config, teacher_side, vocabulary, pad_id, student=student_side)
+        _sampler(config, teacher_side, vocabulary, pad_id, source="teacher", student_renderer=student_side.renderer)
         if config.rollout.off_policy == "teacher"
         else DatasetResponses(student_side.renderer, config.rollout.max_new_tokens, eos_ids=student_side.eos)
     )
@@ -138,7 +140,7 @@ def _connect(
         student_sampler=student_sampler,
         sampler=MixedSampler(student_sampler, off_policy if config.rollout.lmbda < 1 else None, config.rollout.lmbda),
         teacher=teacher,
-        teacher_sampler=_sampler(config, teacher_side, vocabulary, pad_id),
+        teacher_sampler=_sampler(config, teacher_side, vocabulary, pad_id, source="teacher"),
         teacher_policy=Policy(
             teacher_side.model, vocabulary=vocabulary, eos_ids=teacher_side.eos, teacher_logits=teacher.logits
         ),
@@ -182,8 +184,9 @@ def _sampler(
     vocabulary: VocabularyMatch,
     pad_id: int,
     *,
+    source: RolloutSource,
     model: PreTrainedModel | None = None,
-    student: _Side | None = None,
+    **options: Any,
 ) -> HfSampler:
     rollout = config.rollout
     sampling = Sampling(
@@ -201,8 +204,8 @@ def _sampler(
         pad_id=pad_id,
         vocabulary=vocabulary,
         batch_size=rollout.batch_size,
-        source="teacher" if student else "student",
-        student_renderer=student.renderer if student else None,
+        source=source,
+        **options,
     )
 
 

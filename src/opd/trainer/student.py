@@ -15,6 +15,7 @@ from opd.config import OptimizerConfig
 from opd.errors import ConfigError, MissingDependencyError
 from opd.losses import Objective, weighted_sum
 from opd.models import response_logits
+from opd.seeding import seeded
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.guardrails import check_gradient, check_loss
@@ -211,8 +212,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PreTra
     )
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         adapted = get_peft_model(model, lora)
     if tied and any(getattr(module, "base_layer", None) in ends for module in adapted.modules()):
         raise ConfigError(
