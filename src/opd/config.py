@@ -206,9 +206,9 @@ class TrainConfig:
     """Prompts drawn per step."""
     samples_per_prompt: int = 4
     """Rollouts per prompt."""
-    tokens_per_microbatch: int = 4096
-    """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step. The loss
-    holds about nine float32 copies of [response tokens, vocabulary], generalized_jsd about thirty."""
+    tokens_per_microbatch: int = 8192
+    """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step. What grows
+    with it is the student's activations: the loss takes logits in chunks of its own."""
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
     """How sequences share a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"

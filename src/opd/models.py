@@ -157,10 +157,11 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """Rows of the output layer, padding included."""
-    return _head_module(model).weight.shape[0]
+    return output_layer(model).weight.shape[0]
 
 
-def _head_module(model: PreTrainedModel) -> nn.Linear:
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The module that turns hidden states into logits. Raises ModelError when there is none."""
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise ModelError(f"{type(model).__name__} has no output embeddings; opd needs a causal language model.")
@@ -204,7 +205,7 @@ def _forward(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 def _before_head(model: PreTrainedModel, change: Any) -> Iterator[None]:
     """Change what enters the output layer, and have its logits in float32 whatever the dtype of the weights and of autocast:
     rounding logits to bfloat16 costs more of the gradient the closer student and teacher are (27% at a KL of 0.006)."""
-    head = _head_module(model)
+    head = output_layer(model)
     widen = isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16)
     outside = torch.autocast(head.weight.device.type, enabled=False)
     rows: list[Tensor] = []
@@ -240,7 +241,7 @@ def linear_head(model: PreTrainedModel) -> Head | None:
 
     The probe puts hidden states into the layer that give logits of about ±100, where a soft-cap shows.
     """
-    module = _head_module(model)
+    module = output_layer(model)
     weight = module.weight
     if not isinstance(module, nn.Linear) or weight.dim() != 2 or not weight.is_floating_point():
         return None

@@ -43,6 +43,7 @@ CROSS_EDGES = {
     ("recipe", "losses"): "an objective explains its own refusals",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",
     ("teachers", "losses"): "a teacher settles with the objective what it hands out",
+    ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",
     ("teachers", "models"): "a local teacher is a Hugging Face model",
     ("rollouts", "data"): "a sampler renders prompts",

@@ -188,9 +188,9 @@ def test_a_loss_that_turns_bad_in_mid_run_leaves_the_last_checkpoint_to_resume_f
     last = user.run_dir / "checkpoints" / "step-00000002"
     shutil.rmtree(last)
     before = user.files()
-    logits = LocalTeacher.logits
+    hidden = LocalTeacher._hidden
     with monkeypatch.context() as patch:
-        patch.setattr(LocalTeacher, "logits", lambda self, target: logits(self, target) * torch.nan)
+        patch.setattr(LocalTeacher, "_hidden", lambda *args: hidden(*args) * torch.nan)
         user.train("--resume").refuses("The loss is nan", "sample for prompt", "The weights were not changed")
     kept = ("checkpoints", "student")
     assert {n: c for n, c in user.files().items() if n.startswith(kept)} == {

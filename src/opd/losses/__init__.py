@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from opd.losses.diagnostics import dense_diagnostics, overlap, student_diagnostics, top_k_diagnostics
+from opd.losses.diagnostics import (
+    dense_diagnostics,
+    overlap,
+    student_diagnostics,
+    token_diagnostics,
+    top_k_diagnostics,
+)
 from opd.losses.divergences import (
     Divergence,
     alpha_beta_divergence,
@@ -28,7 +34,7 @@ from opd.losses.hybrid import (
     match_scale,
 )
 from opd.losses.mixtures import Mixture, mix_losses, mix_teachers, route
-from opd.losses.objective import Objective, TokenLoss, dense_from_hidden
+from opd.losses.objective import Objective, TokenLoss
 from opd.losses.partial import (
     SampledToken,
     Support,
@@ -50,6 +56,7 @@ from opd.losses.sampled import (
     policy_gradient_loss,
     value_baseline,
 )
+from opd.losses.targets import dense_from_hidden
 
 __all__ = [
     "Divergence",
@@ -95,6 +102,7 @@ __all__ = [
     "support_of",
     "tail_logp",
     "to_logp",
+    "token_diagnostics",
     "token_weights",
     "top_k_diagnostics",
     "top_k_support",

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from opd.losses._shapes import Float, Int
-from opd.losses.divergences import entropy, full_divergence
+from opd.losses.divergences import entropy, full_divergence, to_logp
 from opd.losses.partial import gather_logp, partial_divergence, support_of
+from opd.types import DenseTarget, SampledTarget, TopKTarget
 
+CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
+GPU_PIECE = 1 << 26  # 256 MiB of float32
 OVERLAP_K = 16  # arXiv 2604.13016 watches the agreement of the 16 likeliest tokens
 
 
@@ -76,3 +79,38 @@ def overlap(student_ids: Int[Tensor, "tokens k"], teacher_ids: Int[Tensor, "toke
     """The share of the student's k likeliest tokens that are among the teacher's."""
     shared = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(dim=-1)
     return shared.to(torch.float32).mean(dim=-1)
+
+
+@torch.no_grad()
+def token_diagnostics(
+    student_logp: Float[Tensor, "tokens vocab"],
+    target: DenseTarget | TopKTarget | SampledTarget,
+    response_ids: Int[Tensor, " tokens"],
+    top_k: int,
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Everything that this kind of target can tell."""
+    metrics = student_diagnostics(student_logp, response_ids) if not isinstance(target, DenseTarget) else {}
+    if isinstance(target, DenseTarget):
+        metrics |= _in_pieces(student_logp, target.logits, response_ids, top_k)
+    elif isinstance(target, TopKTarget):
+        metrics |= top_k_diagnostics(student_logp, target.ids, target.teacher_logp)
+        if target.sampled_logp is not None:
+            metrics["teacher_logp"] = target.sampled_logp
+    elif isinstance(target, SampledTarget):
+        metrics["teacher_logp"] = target.teacher_logp
+    return metrics
+
+
+def _in_pieces(
+    student_logp: Tensor, teacher_logits: Tensor, response_ids: Tensor, top_k: int
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Diagnostics of a few rows at a time: on a CPU a piece stays in cache, on a GPU it bounds the temporaries."""
+    entries = CPU_PIECE if student_logp.device.type == "cpu" else GPU_PIECE
+    rows = max(1, entries // student_logp.shape[-1])
+    pieces = [
+        dense_diagnostics(logp, to_logp(logits), ids, top_k)
+        for logp, logits, ids in zip(
+            student_logp.split(rows), teacher_logits.split(rows), response_ids.split(rows), strict=True
+        )
+    ]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

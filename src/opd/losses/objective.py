@@ -12,7 +12,7 @@ from torch import Tensor
 from opd.errors import ObjectiveError
 from opd.losses._refusals import refuse_wrong
 from opd.losses._shapes import Float, Int
-from opd.losses.diagnostics import dense_diagnostics, student_diagnostics, top_k_diagnostics
+from opd.losses.diagnostics import token_diagnostics
 from opd.losses.divergences import Divergence, full_divergence, to_logp, warn_if_faded
 from opd.losses.partial import (
     SampledToken,
@@ -26,6 +26,7 @@ from opd.losses.partial import (
 )
 from opd.losses.reduce import Reduction
 from opd.losses.sampled import discounted_return, distillation_advantage, k2, k3, policy_gradient_loss, value_baseline
+from opd.losses.targets import NO_SAMPLED_LOGP, dense_from_hidden, teacher_logp_of
 from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TargetKind, TopKTarget
 
 
@@ -146,6 +147,23 @@ class Objective:
         Logits are the student's predictions *of* the response tokens. `sampler_logp` corrects tail='sampled' and the policy
         gradient for tokens that were not drawn from this very student; `sequence_index` is needed when discount > 0.
         """
+        plain = dense_from_hidden(target) if isinstance(target, HiddenTarget) else target
+        loss, clamped = self.per_token_loss(
+            student_logits, plain, response_ids, sampler_logp=sampler_logp, sequence_index=sequence_index
+        )
+        metrics = token_diagnostics(to_logp(student_logits.detach()), plain, response_ids, self.top_k)
+        return TokenLoss(loss=loss, metrics={**metrics, "clamped": clamped})
+
+    def per_token_loss(
+        self,
+        student_logits: Float[Tensor, "tokens vocab"],
+        target: Target,
+        response_ids: Int[Tensor, " tokens"],
+        *,
+        sampler_logp: Float[Tensor, " tokens"] | None = None,
+        sequence_index: Int[Tensor, " tokens"] | None = None,
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+        """The loss of every response token and its `clamped` metric, without the other diagnostics."""
         if isinstance(target, HiddenTarget):
             target = dense_from_hidden(target)
         self._check_inputs(student_logits, target, response_ids, sampler_logp, sequence_index)
@@ -159,11 +177,50 @@ class Objective:
             loss, clamped = self._sampled(student_logp, target, response_ids, sampler_logp, sequence_index)
         else:
             loss, clamped = self._partial(student_logp, target, response_ids, sampler_logp)
-        if self.scale_by_t2:
-            loss = loss * self.student_temperature**2
-        at_one = student_logp.detach() if self.student_temperature == 1.0 else to_logp(student_logits.detach())
-        metrics = _diagnostics(at_one, target, response_ids, self.top_k)
-        return TokenLoss(loss=loss, metrics={**metrics, "clamped": clamped})
+        return (loss * self.student_temperature**2 if self.scale_by_t2 else loss), clamped
+
+    def from_top_k(
+        self,
+        student_on_k: Float[Tensor, "tokens k"],
+        support: Support,
+        target: TopKTarget,
+        student_logp: Float[Tensor, " tokens"] | None,
+        response_ids: Int[Tensor, " tokens"] | None,
+        sampler_logp: Float[Tensor, " tokens"] | None,
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+        """Loss and `clamped` from the student's log-probs on a support: no more of the student is needed.
+
+        `student_logp` and `response_ids` are of the response token and read by tail='sampled' only. T² is not applied.
+        """
+        teacher_on_k = support.mask(target.teacher_logp)
+        y_logq = target.sampled_logp if self.tail == "sampled" else None
+        if self.tail == "sampled" and y_logq is None:
+            raise ObjectiveError(NO_SAMPLED_LOGP)
+        return self._on_support(student_on_k, teacher_on_k, support, student_logp, y_logq, response_ids, sampler_logp)
+
+    def from_sampled(
+        self,
+        student_logp: Float[Tensor, " tokens"],
+        teacher_logp: Float[Tensor, " tokens"],
+        sampler_logp: Float[Tensor, " tokens"] | None = None,
+        *,
+        sequence_index: Int[Tensor, " tokens"] | None = None,
+        reverse_kl: Float[Tensor, " tokens"] | None = None,
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+        """Loss and `clamped` from the response token's log-probs; `reverse_kl` is what baseline='value' subtracts."""
+        y_logq, clamped = self._floored(student_logp.unsqueeze(-1), teacher_logp.unsqueeze(-1))
+        y_logq, clamped = y_logq.squeeze(-1), (clamped > 0).to(student_logp.dtype)
+        if self.estimator == "k2":
+            return k2(student_logp, y_logq), clamped
+        if self.estimator == "k3":
+            return k3(student_logp, y_logq), clamped
+        advantage = distillation_advantage(student_logp, y_logq)
+        if self.discount > 0 and sequence_index is not None:
+            advantage = discounted_return(advantage, sequence_index, self.discount)
+        if self.baseline == "value":
+            assert reverse_kl is not None
+            advantage = advantage - value_baseline(reverse_kl)
+        return policy_gradient_loss(student_logp, advantage, sampler_logp, self.clip_range), clamped
 
     def _need(self) -> str:
         if self.support in ("student_top_k", "union"):
@@ -210,13 +267,17 @@ class Objective:
                 f"the teacher names token {int(target.ids.max())}, but the student has {vocab} vocabulary entries; both must "
                 "use the same tokenizer."
             )
-        if self.discount > 0 and sequence_index is None:
-            raise ObjectiveError(
-                f"discount={self.discount} adds up along a response; pass sequence_index, or set discount=0."
-            )
+        self.check_discount(sequence_index)
         if self.clip_range is not None and sampler_logp is None:
             raise ObjectiveError(
                 f"clip_range={self.clip_range} clips the ratio student / sampler; pass sampler_logp, or set clip_range=None."
+            )
+
+    def check_discount(self, sequence_index: Tensor | None) -> None:
+        """Raise ObjectiveError when returns are asked for and it is not known where a sequence ends."""
+        if self.discount > 0 and sequence_index is None:
+            raise ObjectiveError(
+                f"discount={self.discount} adds up along a response; pass sequence_index, or set discount=0."
             )
 
     def _floored(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,12 +300,26 @@ class Objective:
             teacher_logp = to_logp(target.logits, self.teacher_temperature)
             support = self._choose_support(student_logp, teacher_logp)
             teacher_on_k = support.gather(teacher_logp)
-        student_on_k = support.gather(student_logp)
-        teacher_on_k, clamped = self._floored(student_on_k, teacher_on_k)
-        sampled = None
+        y_logp = y_logq = None
         if self.tail == "sampled":
             y_logp = gather_logp(student_logp, response_ids)
-            y_logq = _teacher_logp_of(response_ids, target, teacher_logp)
+            y_logq = teacher_logp_of(response_ids, target, teacher_logp)
+        student_on_k = support.gather(student_logp)
+        return self._on_support(student_on_k, teacher_on_k, support, y_logp, y_logq, response_ids, sampler_logp)
+
+    def _on_support(
+        self,
+        student_on_k: Tensor,
+        teacher_on_k: Tensor,
+        support: Support,
+        y_logp: Tensor | None,
+        y_logq: Tensor | None,
+        response_ids: Tensor | None,
+        sampler_logp: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        teacher_on_k, clamped = self._floored(student_on_k, teacher_on_k)
+        sampled = None
+        if y_logp is not None and y_logq is not None and response_ids is not None and self.tail == "sampled":
             outside = ~support.contains(response_ids)
             y_logq, y_clamped = self._floored(y_logp.unsqueeze(-1), y_logq.unsqueeze(-1))
             clamped = clamped + outside * (y_clamped > 0)
@@ -278,20 +353,11 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         teacher_logp = to_logp(target.logits, self.teacher_temperature) if isinstance(target, DenseTarget) else None
         y_logp = gather_logp(student_logp, response_ids)
-        y_logq, clamped = self._floored(
-            y_logp.unsqueeze(-1), _teacher_logp_of(response_ids, target, teacher_logp).unsqueeze(-1)
-        )
-        y_logq, clamped = y_logq.squeeze(-1), (clamped > 0).to(y_logp.dtype)
-        if self.estimator == "k2":
-            return k2(y_logp, y_logq), clamped
-        if self.estimator == "k3":
-            return k3(y_logp, y_logq), clamped
-        advantage = distillation_advantage(y_logp, y_logq)
-        if self.discount > 0 and sequence_index is not None:
-            advantage = discounted_return(advantage, sequence_index, self.discount)
+        y_logq = teacher_logp_of(response_ids, target, teacher_logp)
+        known = None
         if self.baseline == "value":
-            advantage = advantage - value_baseline(self._known_reverse_kl(student_logp.detach(), target, teacher_logp))
-        return policy_gradient_loss(y_logp, advantage, sampler_logp, self.clip_range), clamped
+            known = self._known_reverse_kl(student_logp.detach(), target, teacher_logp)
+        return self.from_sampled(y_logp, y_logq, sampler_logp, sequence_index=sequence_index, reverse_kl=known)
 
     def _known_reverse_kl(self, student_logp: Tensor, target: Target, teacher_logp: Tensor | None) -> Tensor:
         """KL(S‖T), coarsened to the teacher's top-k when that is all there is."""
@@ -304,69 +370,9 @@ class Objective:
         return partial_divergence("reverse_kl", student_on_k, teacher_on_k)
 
 
-CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
-GPU_PIECE = 1 << 26  # 256 MiB of float32
 _SUPPLY_WORDS: dict[TargetKind, str] = {
     "sampled": "the sampled token's log-prob",
     "top_k": "top-{k}",
     "dense": "logits",
     "hidden": "hidden states",
 }
-
-
-def dense_from_hidden(target: HiddenTarget) -> DenseTarget:
-    """Teacher logits hidden @ weight.T + bias, in float32 (float64 stays), with padding rows of the head at −inf."""
-    head = target.head
-    dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-    bias = None if head.bias is None else head.bias.to(dtype)
-    logits = torch.nn.functional.linear(target.hidden.to(dtype), head.weight.to(dtype), bias)
-    if head.valid_vocab is not None:
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= head.valid_vocab
-        logits = logits.masked_fill(padding, -torch.inf)
-    return DenseTarget(logits=logits)
-
-
-def _teacher_logp_of(response_ids: Tensor, target: Target, teacher_logp: Tensor | None) -> Tensor:
-    """The teacher's log-prob of each response token, wherever this target keeps it."""
-    if isinstance(target, SampledTarget):
-        return target.teacher_logp
-    if isinstance(target, TopKTarget):
-        if target.sampled_logp is None:
-            raise ObjectiveError(
-                "this loss needs the teacher's log-prob of the sampled token, but the TopKTarget has none; let the teacher "
-                "fill in sampled_logp, or use tail='bucket'."
-            )
-        return target.sampled_logp
-    assert teacher_logp is not None
-    return gather_logp(teacher_logp, response_ids)
-
-
-@torch.no_grad()
-def _diagnostics(
-    student_logp: Tensor, target: Target, response_ids: Tensor, top_k: int
-) -> dict[str, Float[Tensor, " tokens"]]:
-    metrics = student_diagnostics(student_logp, response_ids) if not isinstance(target, DenseTarget) else {}
-    if isinstance(target, DenseTarget):
-        metrics |= _in_pieces(student_logp, target.logits, response_ids, top_k)
-    elif isinstance(target, TopKTarget):
-        metrics |= top_k_diagnostics(student_logp, target.ids, target.teacher_logp)
-        if target.sampled_logp is not None:
-            metrics["teacher_logp"] = target.sampled_logp
-    elif isinstance(target, SampledTarget):
-        metrics["teacher_logp"] = target.teacher_logp
-    return metrics
-
-
-def _in_pieces(
-    student_logp: Tensor, teacher_logits: Tensor, response_ids: Tensor, top_k: int
-) -> dict[str, Float[Tensor, " tokens"]]:
-    """Diagnostics of a few rows at a time: on a CPU a piece stays in cache, on a GPU it bounds the temporaries."""
-    entries = CPU_PIECE if student_logp.device.type == "cpu" else GPU_PIECE
-    rows = max(1, entries // student_logp.shape[-1])
-    pieces = [
-        dense_diagnostics(logp, to_logp(logits), ids, top_k)
-        for logp, logits, ids in zip(
-            student_logp.split(rows), teacher_logits.split(rows), response_ids.split(rows), strict=True
-        )
-    ]
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

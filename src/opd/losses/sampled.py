@@ -77,18 +77,19 @@ def policy_gradient_loss(
     student_logp: Float[Tensor, " tokens"],
     advantage: Float[Tensor, " tokens"],
     sampler_logp: Float[Tensor, " tokens"] | None = None,
-    clip_range: float | None = None,
+    clip_range: float | tuple[float, float] | None = None,
 ) -> Float[Tensor, " tokens"]:
     """−r A with r = p(y) / sg[μ(y)], μ the sampling distribution (the student itself when `sampler_logp` is None).
 
-    With `clip_range` ε: −min(r A, clip(r, 1−ε, 1+ε) A), arXiv 1707.06347.
+    With `clip_range` ε: −min(r A, clip(r, 1−ε, 1+ε) A), arXiv 1707.06347; a pair is (ε below 1, ε above 1), arXiv 2503.14476.
     """
-    if clip_range is not None and not (0.0 < clip_range < math.inf):
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if low is not None and high is not None and not (0.0 < low < math.inf and 0.0 < high < math.inf):
         raise ObjectiveError(f"clip_range must be a finite number > 0, not {clip_range}; use None for no clipping.")
     advantage = advantage.detach()
     behaviour = (student_logp if sampler_logp is None else sampler_logp).detach()
     log_ratio = student_logp - torch.where(behaviour == -torch.inf, 0.0, behaviour)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
-    if clip_range is None:
+    if low is None or high is None:
         return -ratio * advantage
-    return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantage)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - low, 1.0 + high) * advantage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,11 +11,13 @@ from transformers import PreTrainedModel
 from opd.data.pack import Layout, arrange, plan
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ObjectiveError
-from opd.losses import Objective, dense_from_hidden, to_logp
+from opd.kernels import linear_logits, linear_top_k, top_k_of
+from opd.losses import Objective, to_logp
 from opd.models import context_length, linear_head, response_hidden, response_logits
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import (
     DenseTarget,
+    Head,
     HiddenTarget,
     Rollout,
     SampledTarget,
@@ -97,18 +100,34 @@ class LocalTeacher:
     def _targets(self, kind: TargetKind, sequences: Sequences, ids: torch.Tensor, sizes: list[int]) -> list[Target]:
         if kind == "hidden":
             assert self.head is not None
-            hidden = response_hidden(self.model, sequences)
+            hidden = self._hidden(sequences, self.head)
             return [HiddenTarget(hidden=h, head=self.head) for h in hidden.split(sizes)]
-        logits = self.mask(response_logits(self.model, sequences))
         if kind == "dense":
-            return [DenseTarget(logits=rows) for rows in logits.split(sizes)]
-        logp = to_logp(logits)
-        sampled = logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            return [DenseTarget(logits=rows) for rows in self._logits(sequences).split(sizes)]
+        top = self._top_k(sequences, ids, self.top_k if kind == "top_k" else 1)
+        assert top.sampled_logp is not None
+        sampled = top.sampled_logp.split(sizes)
         if kind == "sampled":
-            return [SampledTarget(teacher_logp=rows) for rows in sampled.split(sizes)]
-        top = logp.topk(self.top_k, dim=-1)
-        parts = zip(top.indices.split(sizes), top.values.split(sizes), sampled.split(sizes), strict=True)
+            return [SampledTarget(teacher_logp=rows) for rows in sampled]
+        parts = zip(top.ids.split(sizes), top.teacher_logp.split(sizes), sampled, strict=True)
         return [TopKTarget(ids=i, teacher_logp=v, sampled_logp=s) for i, v, s in parts]
+
+    def _logits(self, sequences: Sequences) -> torch.Tensor:
+        if self.head is None:
+            return self.mask(response_logits(self.model, sequences))
+        return linear_logits(self._hidden(sequences, self.head), self.head, **self._common)
+
+    def _top_k(self, sequences: Sequences, ids: torch.Tensor, k: int) -> TopKTarget:
+        if self.head is None:
+            return top_k_of(to_logp(self._logits(sequences)), ids, k)
+        return linear_top_k(self._hidden(sequences, self.head), self.head, ids, k, **self._common)
+
+    def _hidden(self, sequences: Sequences, head: Head) -> torch.Tensor:
+        return response_hidden(self.model, sequences).to(head.weight.dtype)
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {"valid_vocab": self.vocabulary.size, "masked_ids": self.vocabulary.invalid_ids}
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits over the common vocabulary; ids without a token are −inf."""
@@ -116,7 +135,7 @@ class LocalTeacher:
 
     def logits(self, target: HiddenTarget) -> torch.Tensor:
         """Teacher logits of a hidden target, in float32 and masked like the dense ones."""
-        return self.mask(dense_from_hidden(target).logits)
+        return linear_logits(target.hidden, target.head, **self._common)
 
     def _check_context(self, prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout]) -> None:
         limit = context_length(self.model)

@@ -37,12 +37,9 @@ class TokenMetrics:
         )  # name → per rollout → float64 on the CPU, per token
         self._clamped = 0.0
 
-    def add(self, batch: Batch, out: TokenLoss, student_logits: torch.Tensor, eos_ids: Sequence[int]) -> None:
-        """Take one micro-batch's per-token numbers; `student_logits` are detached, [tokens, vocab]."""
+    def add(self, batch: Batch, out: TokenLoss) -> None:
+        """Take one micro-batch's per-token numbers."""
         values = {name: value.detach() for name, value in out.metrics.items()}
-        logits = student_logits.float()
-        eos = torch.tensor([i for i in eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
-        values["eos_prob"] = (logits[:, eos].logsumexp(-1) - _logsumexp(logits, batch, values["student_logp"])).exp()
         if (
             self._plain_sampling
             and batch.sampler_logp is not None
@@ -102,15 +99,6 @@ class TokenMetrics:
             means[f"kl_by_position/{start}"] = float(torch.cat([row[start:end] for row in rows]).mean())
             start, end = end, 2 * end
         return means
-
-
-def _logsumexp(logits: torch.Tensor, batch: Batch, student_logp: torch.Tensor) -> torch.Tensor:
-    """log Σ exp of each row. The log-prob of the response token gives it without another pass over the vocabulary, except where
-    that token is masked."""
-    chosen = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-    if chosen.isfinite().all():
-        return chosen - student_logp
-    return logits.logsumexp(-1)
 
 
 def _perplexity(on_policy: dict[str, float]) -> dict[str, float]:

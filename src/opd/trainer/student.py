@@ -13,8 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
 from opd.errors import ConfigError, MissingDependencyError
-from opd.losses import Objective, weighted_sum
-from opd.models import response_logits
+from opd.kernels import linear_objective
+from opd.losses import Objective, TokenLoss, to_logp, weighted_sum
+from opd.models import linear_head, output_layer, response_hidden, response_logits
 from opd.seeding import seeded
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
@@ -44,6 +45,7 @@ class Policy:
         self.eos_ids = tuple(eos_ids)
         self.teacher_logits = teacher_logits
         self.autocast_dtype = torch.bfloat16 if autocast else None
+        self.head_is_a_product = linear_head(model) is not None
 
     @property
     def device(self) -> torch.device:
@@ -56,12 +58,45 @@ class Policy:
             yield
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits [tokens, common vocabulary] that predict each response token."""
+        """All logits [tokens, common vocabulary] that predict each response token."""
         with self.autocast():
             return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
 
     def loss(self, batch: Batch, objective: Objective, metrics: TokenMetrics) -> torch.Tensor:
         """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""
+        fused = self._fused if self.head_is_a_product else self._materialized
+        total, out = fused(batch, objective)
+        check_loss(out.loss, batch, objective)
+        metrics.add(batch, out)
+        return total
+
+    def _fused(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, TokenLoss]:
+        """From hidden states: neither model's logits exist for more than a chunk of tokens."""
+        target = batch.target
+        assert target is not None
+        if isinstance(target, HiddenTarget) and target.head.weight.device != self.device:
+            target = DenseTarget(logits=self.teacher_logits(target).to(self.device))
+        with self.autocast():
+            hidden = response_hidden(self.model, batch.sequences)
+        head = output_layer(self.model)
+        total, per_token, metrics = linear_objective(
+            hidden.to(head.weight.dtype),
+            head.weight,
+            target,
+            batch.response_ids,
+            objective,
+            token_weights=batch.token_weights,
+            bias=head.bias,
+            valid_vocab=self.vocabulary.size,
+            masked_ids=self.vocabulary.invalid_ids,
+            sampler_logp=batch.sampler_logp,
+            sequence_index=batch.sequence_index,
+            eos_ids=self.eos_ids,
+        )
+        return total, TokenLoss(loss=per_token, metrics=metrics)
+
+    def _materialized(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, TokenLoss]:
+        """From whole logits, for a model that does more than a product after its last hidden state (a soft-cap, a scale)."""
         target = batch.target
         assert target is not None
         if isinstance(target, HiddenTarget):
@@ -74,9 +109,11 @@ class Policy:
             sampler_logp=batch.sampler_logp,
             sequence_index=batch.sequence_index,
         )
-        check_loss(out.loss, batch, objective)
-        metrics.add(batch, out, logits.detach(), self.eos_ids)
-        return weighted_sum(out.loss, batch.token_weights)
+        eos = torch.tensor([i for i in self.eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
+        eos_prob = to_logp(logits.detach())[:, eos].exp().sum(-1)
+        return weighted_sum(out.loss, batch.token_weights), TokenLoss(
+            loss=out.loss, metrics={**out.metrics, "eos_prob": eos_prob}
+        )
 
 
 class Student(Policy):

@@ -1,0 +1,306 @@
+"""Refusals, before any product is run: what is wrong, why it matters, what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from opd.errors import MissingDependencyError, NonFiniteError, ObjectiveError
+from opd.kernels.parallel import Shards
+from opd.kernels.request import Answer, AnyTarget, Impl, Memory, PolicyTerm, Request, TeacherMixture
+from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE
+from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIXTURES = ("probability", "logit", "loss")
+
+
+def choose_impl(impl: Impl, memory: Memory, hidden: Tensor, group: Any) -> Callable[[Request], Answer]:
+    """The function that computes the answer. `auto` takes Triton on CUDA when it is installed; a named one that cannot run raises."""
+    for name, value, choices in (("impl", impl, get_args(Impl)), ("memory", memory, get_args(Memory))):
+        if value not in choices:
+            raise ObjectiveError(f"{name}={value!r} is not one of {', '.join(choices)}.")
+    if memory == "minimal":
+        if impl not in ("auto", "chunked"):
+            raise ObjectiveError(f"memory='minimal' is an implementation of its own; use impl='auto', not '{impl}'.")
+        return import_module("opd.kernels.impl.minimal").run
+    if impl == "auto":
+        impl = "triton" if hidden.is_cuda and importlib.util.find_spec("triton") is not None else "chunked"
+    if impl == "reference" and group is not None:
+        raise ObjectiveError("impl='reference' works on whole vocabularies; use impl='chunked' with a group.")
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise MissingDependencyError(
+                "impl='triton' needs Triton, which is not installed: pip install triton, or use impl='chunked'."
+            )
+        if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ObjectiveError(
+                f"impl='triton' runs on CUDA, but the hidden states are on {hidden.device}; use impl='chunked', or set "
+                "TRITON_INTERPRET=1 to check the kernels slowly on a CPU."
+            )
+    return import_module(f"opd.kernels.impl.{impl}").run
+
+
+def check_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: AnyTarget | None,
+    token_weights: Tensor,
+    response_ids: Tensor | None,
+    sampler_logp: Tensor | None,
+    policy: PolicyTerm | None,
+) -> None:
+    """Raise ObjectiveError for shapes, dtypes and devices that do not fit together."""
+    _check_head("student", hidden, weight, bias)
+    tokens, device = hidden.shape[0], hidden.device
+    per_token = {"token_weights": token_weights, "response_ids": response_ids, "sampler_logp": sampler_logp}
+    if policy is not None:
+        per_token |= {
+            "policy.advantages": policy.advantages,
+            "policy.old_log_prob": policy.old_log_prob,
+            "policy.importance_weights": policy.importance_weights,
+        }
+        if response_ids is None:
+            raise ObjectiveError("a policy term is about the response tokens; pass response_ids.")
+    for name, value in per_token.items():
+        if value is None:
+            continue
+        if value.shape != (tokens,):
+            raise ObjectiveError(
+                f"{name} has shape {tuple(value.shape)}, but there are {tokens} tokens; one number per token."
+            )
+        if value.is_floating_point() == (name == "response_ids"):
+            kind = "whole numbers" if name == "response_ids" else "floating point"
+            raise ObjectiveError(f"{name} must be {kind}, not {value.dtype}.")
+        _same_device(name, value, device)
+    _check_target(target, tokens, device)
+
+
+def _check_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2:
+        raise ObjectiveError(
+            f"the {whose}'s hidden states must be [tokens, hidden] and its weight [vocab, hidden], but they are "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; flatten batch and length first."
+        )
+    if hidden.shape[1] != weight.shape[1]:
+        raise ObjectiveError(
+            f"the {whose}'s hidden states have {hidden.shape[1]} features and its weight {weight.shape[1]}: they belong to "
+            f"different models, or the weight is transposed (it must be [vocab, hidden])."
+        )
+    if hidden.dtype not in FLOATS or weight.dtype != hidden.dtype:
+        raise ObjectiveError(
+            f"the {whose}'s hidden states are {hidden.dtype} and its weight {weight.dtype}; cast one to the other's "
+            "floating-point dtype, so that it is clear in what precision the product runs."
+        )
+    _same_device(f"the {whose}'s weight", weight, hidden.device)
+    if bias is None:
+        return
+    if bias.shape != (weight.shape[0],) or not bias.is_floating_point():
+        raise ObjectiveError(
+            f"the {whose}'s bias has shape {tuple(bias.shape)} and dtype {bias.dtype}, but its weight has {weight.shape[0]} rows; "
+            "one floating-point number per row."
+        )
+    _same_device(f"the {whose}'s bias", bias, hidden.device)
+
+
+def _same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ObjectiveError(
+            f"{name} is on {value.device}, but the student's hidden states are on {device}; move it there."
+        )
+
+
+def _check_target(target: AnyTarget | None, tokens: int, device: torch.device) -> None:
+    if target is None:
+        return
+    if isinstance(target, TeacherMixture):
+        _check_mixture(target, tokens, device)
+        return
+    if isinstance(target, HiddenTarget):
+        _check_head("teacher", target.hidden, target.head.weight, target.head.bias)
+        rows = target.hidden
+    elif isinstance(target, DenseTarget):
+        rows = target.logits
+        if rows.dim() != 2 or not rows.is_floating_point():
+            raise ObjectiveError(
+                f"teacher logits must be floating point [tokens, vocab], not {rows.dtype} {tuple(rows.shape)}."
+            )
+    elif isinstance(target, TopKTarget):
+        rows = target.ids
+        if rows.dim() != 2 or rows.shape != target.teacher_logp.shape or rows.shape[1] == 0 or rows.is_floating_point():
+            raise ObjectiveError(
+                f"a TopKTarget needs ids and teacher_logp of one shape [tokens, k], but they are {tuple(rows.shape)} ({rows.dtype}) and "
+                f"{tuple(target.teacher_logp.shape)}."
+            )
+        _same_device("TopKTarget.teacher_logp", target.teacher_logp, device)
+    elif isinstance(target, SampledTarget):
+        rows = target.teacher_logp
+    else:
+        raise ObjectiveError(
+            f"target is a {type(target).__name__}; use a HiddenTarget, DenseTarget, TopKTarget, SampledTarget or TeacherMixture "
+            "from opd.types and opd.kernels, or None."
+        )
+    if rows.shape[0] != tokens:
+        raise ObjectiveError(
+            f"the target has {rows.shape[0]} tokens and the student {tokens}: row t of a target is the teacher's view of response "
+            "token t; look for a mask or a shift that only one of them got."
+        )
+    _same_device("the target", rows, device)
+
+
+def _check_mixture(mixture: TeacherMixture, tokens: int, device: torch.device) -> None:
+    if mixture.mixture not in MIXTURES:
+        raise ObjectiveError(f"mixture={mixture.mixture!r} is not one of {', '.join(MIXTURES)}.")
+    for member in mixture.targets:
+        if not isinstance(member, (HiddenTarget, DenseTarget)):
+            raise ObjectiveError(
+                f"a mixture needs whole distributions, but one member is a {type(member).__name__}; use HiddenTarget or DenseTarget, "
+                "or add the losses of several calls."
+            )
+        _check_target(member, tokens, device)
+    weights = mixture.weights
+    if weights.shape not in ((len(mixture.targets),), (tokens, len(mixture.targets))) or not mixture.targets:
+        raise ObjectiveError(
+            f"{len(mixture.targets)} teachers, but weights of shape {tuple(weights.shape)}; give [teachers] or [tokens, teachers]."
+        )
+    _same_device("the mixture's weights", weights, device)
+    if not bool((weights >= 0).all() and ((weights.sum(-1) - 1).abs() <= WEIGHT_SUM_TOLERANCE).all()):
+        raise ObjectiveError("teacher weights must be ≥ 0 and sum to 1 at every token; divide them by their sum.")
+
+
+def common_vocabulary(shards: Shards, target: AnyTarget | None, valid_vocab: int | None) -> int:
+    """Columns that exist on both sides, over all shards. Raises ObjectiveError when shards do not line up."""
+    rows = shards.vocab
+    if valid_vocab is not None and not 0 < valid_vocab <= rows:
+        raise ObjectiveError(
+            f"valid_vocab={valid_vocab}, but the student's weight has {rows} rows; it counts the rows that are tokens."
+        )
+    sizes = [rows if valid_vocab is None else valid_vocab]
+    members = target.targets if isinstance(target, TeacherMixture) else (target,)
+    for member in members:
+        if isinstance(member, HiddenTarget):
+            own, valid = member.head.weight.shape[0], member.head.valid_vocab
+        elif isinstance(member, DenseTarget):
+            own, valid = member.logits.shape[1], None
+        else:
+            continue
+        if not shards.alone and own != shards.size:
+            raise ObjectiveError(
+                f"this rank has {shards.size} rows of the student's vocabulary and {own} of a teacher's: split both at the same rows "
+                "(pad the smaller, and say so with valid_vocab)."
+            )
+        sizes.append(own if shards.alone else rows)
+        if valid is not None:
+            sizes.append(valid)
+    return min(sizes)
+
+
+def check_request(request: Request, impl: Impl) -> None:
+    """Raise ObjectiveError for numbers out of range and combinations that make no loss."""
+    for name, value in (("entropy_bonus", request.entropy_bonus), ("distill_weight", request.distill_weight)):
+        if not math.isfinite(value):
+            raise ObjectiveError(f"{name}={value} must be a finite number.")
+    if request.chunk_tokens < 1:
+        raise ObjectiveError(
+            f"chunk_tokens={request.chunk_tokens} must be at least 1; leave it out for a good default."
+        )
+    epsilon = request.gradient_filter
+    if epsilon is not None and not (epsilon >= 0 and math.isfinite(epsilon)):
+        raise ObjectiveError(f"gradient_filter={epsilon} must be a finite number ≥ 0; None turns it off.")
+    if epsilon is not None and (request.memory == "minimal" or impl == "reference"):
+        raise ObjectiveError(
+            "gradient_filter works on chunks of whole rows; use memory='fast' and impl='chunked' or 'triton'."
+        )
+    if request.target is None and request.policy is None and request.entropy_bonus == 0:
+        raise ObjectiveError("target, policy and entropy_bonus are all missing: there is nothing to compute.")
+    if request.target is not None and request.distill_weight == 0:
+        raise ObjectiveError(
+            "distill_weight=0 with a target would pay for a teacher that has no say; pass target=None."
+        )
+    _check_policy(request.policy)
+    _check_ids(request)
+    if isinstance(request.target, (TopKTarget, SampledTarget)) and request.objective.teacher_temperature != 1.0:
+        raise ObjectiveError(
+            f"teacher_temperature={request.objective.teacher_temperature} needs the teacher's logits, but the target holds log-probs at "
+            "temperature 1; use a HiddenTarget or a DenseTarget, or teacher_temperature=1."
+        )
+    if isinstance(request.target, SampledTarget) and request.response_ids is None:
+        raise ObjectiveError("a SampledTarget is about the response tokens; pass response_ids.")
+    looks_at_response = "sampled" in (request.objective.tail, request.objective.support)
+    if isinstance(request.target, TopKTarget) and looks_at_response:
+        known = request.target.sampled_logp is not None and request.response_ids is not None
+        if not known:
+            raise ObjectiveError(
+                "this loss looks at the response token: pass response_ids, and sampled_logp in the TopKTarget."
+            )
+
+
+def _check_policy(policy: PolicyTerm | None) -> None:
+    if policy is None:
+        return
+    clip = policy.clip_range
+    bounds = (clip, clip) if not isinstance(clip, tuple) else clip
+    if clip is not None and not all(math.isfinite(bound) and bound > 0 for bound in bounds if bound is not None):
+        raise ObjectiveError(f"policy.clip_range={clip} must be > 0 and finite, or (low, high); None does not clip.")
+    if not math.isfinite(policy.weight):
+        raise ObjectiveError(f"policy.weight={policy.weight} must be a finite number.")
+    for name in ("advantages", "old_log_prob", "importance_weights"):
+        value = getattr(policy, name)
+        if value is not None and bool(value.isnan().any()):
+            raise NonFiniteError(
+                f"policy.{name} is NaN at token {int(value.isnan().nonzero()[0])}; look where it is computed."
+            )
+
+
+def _check_ids(request: Request) -> None:
+    top_k = request.target.ids if isinstance(request.target, TopKTarget) else None
+    for name, ids in (("response_ids", request.response_ids), ("TopKTarget.ids", top_k)):
+        if ids is None or not ids.numel():
+            continue
+        wrong = (ids < 0) | (ids >= request.vocab)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise ObjectiveError(
+                f"{name} has {int(ids[wrong][0])} at token {row}, but the common vocabulary has {request.vocab} entries; student and "
+                "teacher must use the same tokenizer, and masked tokens need a valid id too."
+            )
+
+
+def check_finite(request: Request) -> None:
+    """Raise NonFiniteError that names the first row of an input with a NaN or an infinity (−inf is a bias or a logit of a masked token)."""
+    _finite_rows("student_hidden", request.hidden)
+    _finite_rows("student_weight", request.weight)
+    _finite_rows("token_weights", request.token_weights)
+    if request.bias is not None:
+        _finite_rows("bias", request.bias, masked=True)
+    target = request.target
+    for member in target.targets if isinstance(target, TeacherMixture) else (target,):
+        if isinstance(member, HiddenTarget):
+            _finite_rows("the teacher's hidden states", member.hidden)
+            _finite_rows("the teacher's weight", member.head.weight)
+            if member.head.bias is not None:
+                _finite_rows("the teacher's bias", member.head.bias, masked=True)
+        elif isinstance(member, DenseTarget):
+            _finite_rows("the teacher's logits", member.logits, masked=True)
+        elif isinstance(member, (TopKTarget, SampledTarget)):
+            _finite_rows("the teacher's log-probs", member.teacher_logp, masked=True)
+
+
+def _finite_rows(name: str, value: Tensor, masked: bool = False) -> None:
+    if not value.numel() or bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()):
+        return
+    wrong = value.isnan() | (value == torch.inf) if masked else ~value.isfinite()
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise NonFiniteError(
+            f"{name} has {float(value[wrong][0])} in row {row}, so the loss and every gradient would be NaN; look at the model or batch "
+            "that it comes from."
+        )

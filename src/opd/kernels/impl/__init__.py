@@ -1,0 +1,1 @@
+"""Implementations of one request; they never import each other."""

@@ -1,0 +1,394 @@
+"""Blocks of the vocabulary instead of whole rows: nothing larger than [tokens, block] exists beside the gradients.
+
+First pass: running maxima and sums. Where f depends on them (JSD, skewed KLs), a second pass for Σ p f. Last pass: the gradient
+of each block, through the products. Every pass computes the logits again: 6 products for the KLs, 8 for the others, 4 for
+top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from opd.errors import ObjectiveError
+from opd.kernels.forms import Form, dot, has_closed_form, with_extras
+from opd.kernels.generic import by_autograd
+from opd.kernels.products import Head
+from opd.kernels.request import MASKED, Answer, Request, TeacherMixture, select_policy, select_target, target_has_logits
+from opd.kernels.rows import Rows
+from opd.kernels.terms import FewTokens, policy_loss
+from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
+from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
+
+BLOCK_BYTES = (
+    2 << 20
+)  # of one block of logits: student and teacher take two, and the products' own packing as much again
+MIN_WIDTH = 64
+PIECE = 1 << 16  # entries of a row pass that stay in cache
+
+
+@dataclass
+class Sums:
+    """Of one model's rows, shifted by their running maximum; all [rows, 1]."""
+
+    top: Tensor
+    mass: Tensor
+    mean: Tensor
+    """Σ e^(z − top) z."""
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor) -> Sums:
+        zero = like.new_zeros(rows, 1)
+        return cls(top=zero + MASKED, mass=zero, mean=zero.clone())
+
+    def rescale(self, top: Tensor) -> Tensor:
+        """Move to a new maximum; returns what older sums are to be multiplied by."""
+        factor = (self.top - top).exp()
+        self.top = top
+        self.mass = self.mass * factor
+        self.mean = self.mean * factor
+        return factor
+
+    @property
+    def log_mass(self) -> Tensor:
+        return self.top + self.mass.log()
+
+    @property
+    def entropy(self) -> Tensor:
+        return (self.log_mass - self.mean / self.mass).squeeze(-1)
+
+
+@dataclass
+class Found:
+    """What the passes over one chunk of tokens have gathered."""
+
+    student: Sums
+    teacher: Sums
+    x: Tensor
+    y: Tensor
+    center: Tensor
+    k_logits: Tensor | None = None
+    y_logit: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(request: Request) -> Answer:
+    """The request's loss and gradients. Raises ObjectiveError for what this mode does not do."""
+    if not request.shards.alone or isinstance(request.target, TeacherMixture) or not has_closed_form(request):
+        raise ObjectiveError(
+            "memory='minimal' takes one teacher, a whole vocabulary, and a KL, JSD or skewed KL without teacher_logp_floor (or top-k, or "
+            "sampled log-probs); use memory='fast', with a small chunk_tokens where memory is short."
+        )
+    return _Blocks(request).run()
+
+
+class _Blocks:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.masked = masked_columns(request)
+        self.head = student_head(request, self.masked)
+        self.form = Form(request)
+        target = request.target
+        self.teacher: Head | None = None
+        if isinstance(target, HiddenTarget):
+            columns, bias = self.head.columns, target.head.bias
+            self.teacher = Head(
+                target.head.weight[:columns],
+                None if bias is None else bias[:columns],
+                dtype=request.dtype,
+                temperature=request.objective.teacher_temperature,
+                masked=self.masked,
+            )
+        self.has_teacher = target_has_logits(target)
+        self.chunk = chunk_of(request)
+        size = torch.finfo(request.dtype).bits // 8
+        self.width = min(self.head.columns, max(MIN_WIDTH, BLOCK_BYTES // (size * self.chunk)))
+        self.gradients = Gradients(request, self.head)
+        blank = {"dtype": request.dtype, "device": request.hidden.device}
+        self.z_buffer = torch.empty(self.chunk * self.width, **blank)
+        self.t_buffer = torch.empty(self.chunk * self.width if self.has_teacher else 0, **blank)
+
+    def run(self) -> Answer:
+        request, done = self.request, []
+        if self.gradients.hidden is not None:
+            self.gradients.hidden.zero_()
+        for first in range(0, request.tokens, self.chunk):
+            index = torch.arange(first, min(first + self.chunk, request.tokens), device=request.hidden.device)
+            done.append(self._chunk(index))
+        return self.gradients.answer(Rows.join(done, self.z_buffer).values)
+
+    def _blocks(self) -> range:
+        return range(0, self.head.columns, self.width)
+
+    def _logits(self, index: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        """Student and teacher logits of one block."""
+        request, rows = self.request, len(index)
+        width = min(self.width, self.head.columns - first)
+        z = self.z_buffer[: rows * width].view(rows, width)
+        self.head.logits(request.hidden[index[0] : index[-1] + 1], z, MASKED, first)
+        target = request.target
+        if not self.has_teacher:
+            return z, None
+        t = self.t_buffer[: rows * width].view(rows, width)
+        span = slice(int(index[0]), int(index[-1]) + 1)
+        if isinstance(target, HiddenTarget):
+            assert self.teacher is not None
+            self.teacher.logits(target.hidden[span], t, MASKED, first)
+        elif isinstance(target, DenseTarget):
+            t.copy_(target.logits[span, first : first + width]).div_(request.objective.teacher_temperature)
+            self.head.mask(t, MASKED, first)
+        return z, t
+
+    def _chunk(self, index: Tensor) -> Rows:
+        found = self._statistics(index)
+        if self.has_teacher and self.form.mixes:
+            self._centers(index, found)
+        rows, slopes = self._values(index, found)
+        wanted = self.request.needs.any
+        bad = (~rows.values["loss"].isfinite()).nonzero().squeeze(-1)
+        if wanted:
+            self._gradient(index, found, rows, slopes, bad)
+        if len(bad):
+            self._mend(index, bad, rows)
+        return rows
+
+    # ---- first pass ------------------------------------------------------------------------------------------------
+
+    def _statistics(self, index: Tensor) -> Found:
+        rows, like = len(index), self.z_buffer
+        zero = like.new_zeros(rows, 1)
+        found = Found(Sums.empty(rows, like), Sums.empty(rows, like), zero, zero.clone(), zero.clone())
+        target = select_target(self.request.target, index)
+        if isinstance(target, TopKTarget):
+            found.k_logits = torch.full(target.ids.shape, MASKED, dtype=like.dtype, device=like.device)
+        ids = self.request.response_ids
+        if ids is not None:
+            found.y_logit = zero + MASKED
+        for first in self._blocks():
+            z, t = self._logits(index, first)
+            if found.k_logits is not None and isinstance(target, TopKTarget):
+                _pick(z, target.ids, first, found.k_logits)
+            if found.y_logit is not None and ids is not None:
+                _pick(z, ids[index].unsqueeze(-1), first, found.y_logit)
+            self._add_block(found, z, t)
+        return found
+
+    def _add_block(self, found: Found, z: Tensor, t: Tensor | None) -> None:
+        s = found.student
+        old = s.rescale(torch.maximum(s.top, z.amax(-1, keepdim=True)))
+        if t is not None:
+            q = found.teacher
+            old_q = q.rescale(torch.maximum(q.top, t.amax(-1, keepdim=True)))
+            found.x, found.y = found.x * old, found.y * old_q
+        step = max(1, PIECE // z.shape[1])
+        for a in range(0, len(z), step):
+            piece = slice(a, a + step)
+            zp = z[piece]
+            p = torch.sub(zp, s.top[piece], out=self.form.buffer("p", zp)).exp_()
+            s.mass[piece] += p.sum(-1, keepdim=True)
+            s.mean[piece] += dot(p, zp)
+            if t is None:
+                continue
+            tp = t[piece]
+            q_ = torch.sub(tp, found.teacher.top[piece], out=self.form.buffer("q", tp)).exp_()
+            found.teacher.mass[piece] += q_.sum(-1, keepdim=True)
+            found.teacher.mean[piece] += dot(q_, tp)
+            if self.form.kind == "reverse_kl":
+                found.x[piece] += dot(p, zp.sub_(tp))
+            elif self.form.kind == "forward_kl":
+                found.y[piece] += dot(q_, tp.sub_(zp))
+
+    # ---- second pass, for forms that mix ---------------------------------------------------------------------------
+
+    def _centers(self, index: Tensor, found: Found) -> None:
+        found.x, found.y, found.center = (torch.zeros_like(found.x) for _ in range(3))
+        for first in self._blocks():
+            for piece, z, t, p, q_ in _Pieces(self, index, found, first):
+                one = torch.ones_like(p[:, :1])
+                x, y, center = self.form.slope(z, t, p, q_, one, one)
+                found.x[piece] += x
+                found.y[piece] += y
+                found.center[piece] += center
+
+    # ---- what the rows say -----------------------------------------------------------------------------------------
+
+    def _values(self, index: Tensor, found: Found) -> tuple[Rows, tuple[Tensor | None, Tensor | None]]:
+        request, form = self.request, self.form
+        log_s = found.student.log_mass
+        values = {"student_entropy": found.student.entropy}
+        if found.y_logit is not None:
+            values["student_logp"] = (found.y_logit - log_s).squeeze(-1)
+        total = torch.zeros_like(values["student_entropy"])
+        k_slope = y_slope = None
+        target = select_target(request.target, index)
+        if self.has_teacher:
+            values["teacher_entropy"] = found.teacher.entropy
+            one = torch.ones_like(log_s)
+            x, y = found.x, found.y
+            if not form.mixes:
+                log_q = found.teacher.log_mass
+                x = x / found.student.mass - log_s + log_q
+                y = y / found.teacher.mass + log_s - log_q
+                found.center = x
+            values["divergence"] = form.divergence(x, y, one, one).squeeze(-1)
+        elif isinstance(target, (TopKTarget, SampledTarget)):
+            ids = None if request.response_ids is None else request.response_ids[index]
+            sampler = None if request.sampler_logp is None else request.sampler_logp[index]
+            few = FewTokens(request.objective, target, ids, sampler)
+            on_k = None if found.k_logits is None else found.k_logits - log_s
+            values["divergence"], k_slope, y_slope, values["clamped"] = few.loss(on_k, values.get("student_logp"))
+        if "divergence" in values:
+            total = request.distill_weight * values["divergence"]
+        values = with_extras(request, values, total, index)
+        return Rows(values=values, scale=torch.ones_like(total)), (k_slope, y_slope)
+
+    # ---- last pass -------------------------------------------------------------------------------------------------
+
+    def _gradient(
+        self, index: Tensor, found: Found, rows: Rows, slopes: tuple[Tensor | None, Tensor | None], bad: Tensor
+    ) -> None:
+        request, scale = self.request, self.request.distill_weight
+        adds: list[tuple[Tensor, Tensor]] = []
+        target = select_target(request.target, index)
+        k_slope, y_slope = slopes
+        if k_slope is not None and isinstance(target, TopKTarget):
+            adds.append((target.ids, k_slope * scale))
+        ids = None if request.response_ids is None else request.response_ids[index].unsqueeze(-1)
+        policy_slope = self._policy_slope(index, rows)
+        if y_slope is not None or policy_slope is not None:
+            assert ids is not None
+            both = [part for part in (None if y_slope is None else y_slope * scale, policy_slope) if part is not None]
+            adds.append((ids, torch.stack(both).sum(0).unsqueeze(-1)))
+        span = slice(int(index[0]), int(index[-1]) + 1)
+        weights = (request.token_weights[span] / request.objective.student_temperature).unsqueeze(-1)
+        scaled = request.hidden[span].to(request.dtype) * weights
+        for first in self._blocks():
+            gradient = self._block_gradient(index, found, adds, first)
+            if len(bad):
+                gradient[bad] = 0.0
+            self._through_products(gradient, scaled, span, first)
+        if self.gradients.hidden is not None:
+            self.gradients.hidden[span].mul_(weights)
+
+    def _policy_slope(self, index: Tensor, rows: Rows) -> Tensor | None:
+        policy = select_policy(self.request.policy, index)
+        return None if policy is None else policy_loss(policy, rows.values["student_logp"])[1]
+
+    def _block_gradient(self, index: Tensor, found: Found, adds: list[tuple[Tensor, Tensor]], first: int) -> Tensor:
+        """d(loss per token)/d(logits / T) of one block."""
+        request, form = self.request, self.form
+        few = sum((slope.sum(-1, keepdim=True) for _, slope in adds), torch.zeros_like(found.x))
+        entropy = found.student.entropy.unsqueeze(-1)
+        log_s = found.student.log_mass
+        if not self.has_teacher:
+            z, _ = self._logits(index, first)
+            for a in range(0, len(z), max(1, PIECE // z.shape[1])):
+                piece = slice(a, a + max(1, PIECE // z.shape[1]))
+                rows = z[piece].sub_(log_s[piece])
+                p = torch.exp(rows, out=form.buffer("p", rows))
+                self._extra_slope(rows, None, few[piece], entropy[piece]).mul_(p)
+            _scatter(z, adds, first)
+            return z
+        for piece, z, t, p, q_ in _Pieces(self, index, found, first):
+            one = torch.ones_like(p[:, :1])
+            logp = form.buffer("bonus", z).copy_(z) if request.entropy_bonus else None
+            form.slope(z, t, p, q_, one, one)
+            weight = request.distill_weight * form.factor(one, one)
+            if form.kind == "forward_kl":
+                z.fill_(0.0)
+                extra = self._extra_slope(logp, z, few[piece], entropy[piece])
+                extra.add_(weight).mul_(p).sub_(q_.mul_(weight))
+            else:
+                z.sub_(found.center[piece]).mul_(weight)
+                self._extra_slope(logp, z, few[piece], entropy[piece]).mul_(p)
+        whole = self.z_buffer[: len(index) * min(self.width, self.head.columns - first)].view(len(index), -1)
+        _scatter(whole, adds, first)
+        return whole
+
+    def _extra_slope(self, logp: Tensor | None, z: Tensor | None, few: Tensor, entropy: Tensor) -> Tensor:
+        """z + c (log p + H) − few, in z, or in log p where there is no z."""
+        bonus = self.request.entropy_bonus
+        if z is None:
+            assert logp is not None
+            return logp.add_(entropy).mul_(bonus).sub_(few) if bonus else logp.zero_().sub_(few)
+        if logp is not None:
+            z.add_(logp.add_(entropy), alpha=bonus)
+        return z.sub_(few)
+
+    def _through_products(self, gradient: Tensor, scaled: Tensor, span: slice, first: int) -> None:
+        out = self.gradients
+        if out.bias is not None:
+            weights = self.request.token_weights[span] / self.request.objective.student_temperature
+            out.bias[first : first + gradient.shape[1]] += torch.mv(gradient.T, weights.to(gradient.dtype))
+        if out.hidden is not None:
+            self.head.hidden_grad(gradient, out.hidden[span], first, accumulate=True)
+        if out.weight is not None:
+            block = out.weight[first : first + gradient.shape[1]]
+            self.head.weight_grad(gradient, scaled, block, accumulate=span.start > 0)
+
+    def _mend(self, index: Tensor, bad: Tensor, rows: Rows) -> None:
+        """Whole rows of those tokens alone, one after the other, through `losses`."""
+        request, out = self.request, self.gradients
+        for one in bad.split(1):
+            token = index[one]
+            z = self.head.logits(request.hidden[token], self.z_buffer.new_empty(1, self.head.columns), -torch.inf)
+            mended = by_autograd(request, z, self._whole_teacher(token), token, gradient=request.needs.any)
+            rows.replace(one, mended)
+            weight = request.token_weights[token] / request.objective.student_temperature
+            if out.hidden is not None:
+                row = torch.empty_like(out.hidden[token])
+                self.head.hidden_grad(z, row)
+                out.hidden[token] = row * weight
+            if out.weight is not None:
+                hidden = request.hidden[token].to(request.dtype) * weight
+                self.head.weight_grad(z, hidden, out.weight[: self.head.columns], accumulate=True)
+            if out.bias is not None:
+                out.bias[: self.head.columns] += z[0] * weight
+
+    def _whole_teacher(self, token: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+        target = self.request.target
+        if isinstance(target, HiddenTarget):
+            assert self.teacher is not None
+            t = self.z_buffer.new_empty(1, self.head.columns)
+            return [(None, self.teacher.logits(target.hidden[token], t, -torch.inf))]
+        if isinstance(target, DenseTarget):
+            t = target.logits[token, : self.head.columns].to(self.request.dtype)
+            return [(None, self.head.mask(t / self.request.objective.teacher_temperature, -torch.inf))]
+        return []
+
+
+class _Pieces:
+    """Normalised log-probs and probabilities of one block, a few rows at a time."""
+
+    def __init__(self, blocks: _Blocks, index: Tensor, found: Found, first: int) -> None:
+        self.blocks, self.found = blocks, found
+        z, t = blocks._logits(index, first)
+        assert t is not None
+        self.z, self.t = z, t
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        step = max(1, PIECE // self.z.shape[1])
+        for a in range(0, len(self.z), step):
+            piece = slice(a, a + step)
+            z = self.z[piece].sub_(self.found.student.log_mass[piece])
+            t = self.t[piece].sub_(self.found.teacher.log_mass[piece])
+            form = self.blocks.form
+            p, q_ = torch.exp(z, out=form.buffer("p", z)), torch.exp(t, out=form.buffer("q", t))
+            yield piece, z, t, p, q_
+
+
+def _pick(z: Tensor, ids: Tensor, first: int, into: Tensor) -> None:
+    """into[row, k] = z[row, ids[row, k] − first] where that column is in the block."""
+    column = ids - first
+    here = (column >= 0) & (column < z.shape[1])
+    into.copy_(torch.where(here, z.gather(-1, torch.where(here, column, 0)), into))
+
+
+def _scatter(z: Tensor, adds: list[tuple[Tensor, Tensor]], first: int) -> None:
+    for ids, values in adds:
+        column = ids - first
+        here = (column >= 0) & (column < z.shape[1])
+        z.scatter_add_(-1, torch.where(here, column, 0), torch.where(here, values, 0.0))

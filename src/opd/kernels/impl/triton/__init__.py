@@ -1,0 +1,54 @@
+"""Triton between the library's matrix products: per row one kernel for the statistics and one for the gradient, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd.errors import ObjectiveError
+from opd.kernels.generic import by_autograd
+from opd.kernels.impl.triton.kernels import INTERPRETED
+from opd.kernels.impl.triton.rows import RowKernels, kind_of
+from opd.kernels.request import Answer, Request, target_has_logits
+from opd.kernels.rows import Rows
+from opd.kernels.walk import walk
+
+
+def run(request: Request) -> Answer:
+    """The request's loss and gradients."""
+    if not (request.hidden.is_cuda or INTERPRETED):
+        raise ObjectiveError(
+            "TRITON_INTERPRET=1 came too late: the kernels have been compiled for CUDA in this process; set it before the first import of "
+            "opd.kernels.impl.triton."
+        )
+    if not has_kernels(request):
+        return walk(request, lambda rows: ByAutograd(request))
+    return walk(request, lambda rows: RowKernels(request))
+
+
+def has_kernels(request: Request) -> bool:
+    """Whether the loss has row kernels; otherwise `losses` and autograd do a few rows at a time."""
+    objective = request.objective
+    if request.target is None:
+        return True
+    if not target_has_logits(request.target):
+        return objective.baseline == "none"
+    if objective.support != "full" or objective.teacher_logp_floor is not None:
+        return False
+    return kind_of(request) != "zero"
+
+
+class ByAutograd:
+    """The row pass of losses without kernels."""
+
+    fill = -torch.inf
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def __call__(
+        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
+    ) -> Rows:
+        return by_autograd(self.request, z, teachers, index, gradient=gradient)

@@ -1,0 +1,264 @@
+"""The row pass of the Triton implementation: kernels over whole rows, and between them torch on one number per row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd.kernels.forms import with_extras
+from opd.kernels.impl.triton import kernels
+from opd.kernels.request import MASKED, AnyTarget, Request, select_policy, select_target
+from opd.kernels.rows import Rows
+from opd.kernels.terms import FewTokens, policy_loss
+from opd.losses import Objective
+from opd.types import SampledTarget, TopKTarget
+
+MAX_BLOCK = 16384  # entries of a row worked on together; with more, registers spill (Fast-LLM #547, speculators #1111)
+BUSY_BLOCK = (
+    8192  # the same where every entry costs several logarithms (ptxas, sm_90: no spills, or few, from 8 warps on)
+)
+TWO_READS = ("reverse_kl", "forward_kl")  # their Σ p f needs no normaliser
+
+
+def kind_of(request: Request) -> str:
+    """The divergence as the kernels know it: the ends of the β dial are KLs, or "zero" whatever the logits."""
+    name, beta = request.objective.divergence, request.objective.beta
+    ends = {
+        ("generalized_jsd", 0.0): "forward_kl",
+        ("generalized_jsd", 1.0): "reverse_kl",
+        ("skew_reverse_kl", 0.0): "zero",
+        ("skew_reverse_kl", 1.0): "reverse_kl",
+        ("skew_forward_kl", 0.0): "forward_kl",
+        ("skew_forward_kl", 1.0): "zero",
+    }
+    return ends.get((name, float(beta)), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Per row, relative to the largest logits: what the kernel `statistics` leaves, over all shards."""
+
+    known: Tensor
+    """[7, rows] for the kernels that follow."""
+
+    @property
+    def log_s(self) -> Tensor:
+        return self.known[1].log()
+
+    @property
+    def student_entropy(self) -> Tensor:
+        return self.log_s - self.known[2] / self.known[1]
+
+    @property
+    def teacher_entropy(self) -> Tensor:
+        return self.known[4].log() - self.known[5] / self.known[4]
+
+    def student_logp(self, logits: Tensor) -> Tensor:
+        """Of tokens with these logits, [rows, k]; −inf where they are masked."""
+        logp = logits - self.known[0].unsqueeze(-1) - self.log_s.unsqueeze(-1)
+        return torch.where(logits < MASKED / 2, -torch.inf, logp)
+
+    def two_read(self, kind: str) -> tuple[Tensor, Tensor]:
+        """A KL and its Σ p f, as the gradient kernel understands f."""
+        s, q, cross = self.known[1], self.known[4], self.known[6]
+        log_ratio = (q / s).log()
+        if kind == "reverse_kl":
+            return cross / s + log_ratio, cross / s
+        return cross / q - log_ratio, torch.zeros_like(s)
+
+
+class RowKernels:
+    """Every divergence over the vocabulary, top-k and sampled targets, the policy term and the entropy bonus."""
+
+    fill = MASKED
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.shards = request, request.shards
+        self.extras = request.policy is not None or request.entropy_bonus != 0.0
+        self.kind = kind_of(request)
+        objective = request.objective
+        order, zero = objective.alpha >= objective.beta, min(objective.alpha, objective.beta) == 0.0
+        self.constants = {"KIND": self.kind, "ORDER": order, "ZERO": zero}
+        self.shape = torch.tensor(_shape(objective), dtype=request.dtype, device=request.hidden.device)
+
+    def __call__(
+        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
+    ) -> Rows:
+        if teachers and teachers[0][0] is not None:
+            return self._sum_of_losses(z, teachers, index, gradient)
+        t = teachers[0][1] if teachers else None
+        target = None if teachers else select_target(self.request.target, index)
+        return self._rows(z, t, target, index, out=z if gradient else None, extras=self.extras)
+
+    def _sum_of_losses(
+        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, gradient: bool
+    ) -> Rows:
+        """Σ w_i D(S, T_i) + what does not depend on a teacher, which goes with the first."""
+        total = torch.zeros_like(z) if gradient else None
+        values: dict[str, Tensor] = {}
+        for number, (weight, t) in enumerate(teachers):
+            assert weight is not None
+            one = self._rows(z, t, None, index, out=total, extras=self.extras and number == 0, weight=weight).values
+            if number == 0:
+                values = {name: value for name, value in one.items() if name != "teacher_entropy"}
+            else:
+                values |= {name: values[name] + one[name] for name in ("divergence", "loss")}
+        if total is not None:
+            z.copy_(total)
+        return Rows(values=values, scale=torch.ones_like(values["loss"]))
+
+    def _rows(
+        self,
+        z: Tensor,
+        t: Tensor | None,
+        target: AnyTarget | None,
+        index: Tensor,
+        *,
+        out: Tensor | None,
+        extras: bool,
+        weight: Tensor | None = None,
+    ) -> Rows:
+        """Loss of rows against one teacher's logits `t` or a `target` without logits; `out` gets the gradient.
+
+        A `weight` per row multiplies the divergence, and the gradient is added to `out`; without one it replaces it.
+        """
+        request, shards = self.request, self.shards
+        ids = None if request.response_ids is None else request.response_ids[index].unsqueeze(-1)
+        y_logits = None if ids is None else shards.pick(z, ids)
+        k_logits = shards.pick(z, target.ids) if isinstance(target, TopKTarget) else None
+        found = self._statistics(z, t)
+        values = {"student_entropy": found.student_entropy}
+        if y_logits is not None:
+            values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
+        loss, center = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s)
+        k_slope, y_slope = None, None
+        if t is not None:
+            values["teacher_entropy"] = found.teacher_entropy
+            divergence, center = found.two_read(self.kind) if self.kind in TWO_READS else self._moments(z, t, found)
+            values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
+            loss = request.distill_weight * values["divergence"]
+        elif isinstance(target, (TopKTarget, SampledTarget)):
+            sampler = None if request.sampler_logp is None else request.sampler_logp[index]
+            few = FewTokens(request.objective, target, None if ids is None else ids.squeeze(-1), sampler)
+            on_k = None if k_logits is None else found.student_logp(k_logits)
+            few_loss, k_slope, y_slope, clamped = few.loss(on_k, values.get("student_logp"))
+            values |= {"divergence": few_loss, "clamped": clamped}
+            loss = request.distill_weight * few_loss
+            k_slope, y_slope = (
+                None if slope is None else request.distill_weight * slope for slope in (k_slope, y_slope)
+            )
+        values = with_extras(request, values, loss, index) if extras else {**values, "loss": loss}
+        if out is None:
+            return Rows(values=values, scale=torch.ones_like(loss))
+        policy = select_policy(request.policy, index) if extras else None
+        if policy is not None:
+            more = policy_loss(policy, values["student_logp"])[1]
+            y_slope = more if y_slope is None else y_slope + more
+        per_row = self._per_row(found, center, weight, extras, (k_slope, y_slope))
+        self._gradient(z, t, found, per_row, out, add=weight is not None)
+        if k_slope is not None and isinstance(target, TopKTarget):
+            shards.add_at(out, target.ids, k_slope)
+        if y_slope is not None and ids is not None:
+            shards.add_at(out, ids, y_slope.unsqueeze(-1))
+        return Rows(values=values, scale=torch.ones_like(loss))
+
+    def _per_row(
+        self,
+        found: Statistics,
+        center: Tensor,
+        weight: Tensor | None,
+        extras: bool,
+        slopes: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        """[4, rows]: w, Σ p f, and c and e of p (c log p − e), which holds −p Σ_k F'_k and the entropy bonus."""
+        out = torch.zeros(4, *center.shape, dtype=center.dtype, device=center.device)
+        out[0] = self.request.distill_weight if weight is None else self.request.distill_weight * weight
+        out[1] = center
+        if extras:
+            out[2] = self.request.entropy_bonus
+            out[3] = -self.request.entropy_bonus * found.student_entropy
+        k_slope, y_slope = slopes
+        if k_slope is not None:
+            out[3] += k_slope.sum(-1)
+        if y_slope is not None:
+            out[3] += y_slope
+        return out
+
+    # ---- launches --------------------------------------------------------------------------------------------------
+
+    def _statistics(self, z: Tensor, t: Tensor | None) -> Statistics:
+        rows, columns = z.shape
+        out, other = torch.empty(7, rows, dtype=z.dtype, device=z.device), z if t is None else t
+        kind = self.kind if t is not None and self.kind in TWO_READS else "none"
+        constants = {"KIND": kind, "TEACHER": t is not None, "BLOCK": block_of(columns, MAX_BLOCK)}
+        _launch(kernels.statistics, z, other, out, rows, columns, z.stride(0), other.stride(0), **constants)
+        return Statistics(known=out if self.shards.alone else self._over_shards(out))
+
+    def _over_shards(self, out: Tensor) -> Tensor:
+        """The statistics of the whole vocabulary: two messages per chunk, of the maxima and of the sums."""
+        top_z, s, zp, top_t, q, tq, cross = out
+        whole_z, whole_t = self.shards.max(top_z, top_t)
+        z_move, t_move = top_z - whole_z, top_t - whole_t
+        z_fade, t_fade = z_move.exp(), t_move.exp()
+        if self.kind == "forward_kl":
+            cross = t_fade * (cross + q * (t_move - z_move))
+        else:
+            cross = z_fade * (cross + s * (z_move - t_move))
+        zp, tq = z_fade * (zp + z_move * s), t_fade * (tq + t_move * q)
+        s, zp, q, tq, cross = self.shards.sum(z_fade * s, zp, t_fade * q, tq, cross)
+        return torch.stack([whole_z, s, zp, whole_t, q, tq, cross])
+
+    def _moments(self, z: Tensor, t: Tensor, found: Statistics) -> tuple[Tensor, Tensor]:
+        rows, columns = z.shape
+        out = torch.empty(2, rows, dtype=z.dtype, device=z.device)
+        strides = (z.stride(0), t.stride(0))
+        constants = {**self.constants, "BLOCK": block_of(columns, BUSY_BLOCK)}
+        _launch(kernels.moments, z, t, found.known, self.shape, out, rows, columns, *strides, **constants)
+        (out,) = self.shards.sum(out)
+        return out[0], out[1]
+
+    def _gradient(
+        self, z: Tensor, t: Tensor | None, found: Statistics, per_row: Tensor, out: Tensor, add: bool
+    ) -> None:
+        rows, columns = z.shape
+        other = z if t is None else t
+        busy = t is not None and self.kind not in TWO_READS
+        constants = {
+            **self.constants,
+            "TEACHER": t is not None,
+            "EXTRAS": self.extras or t is None,
+            "ADD": add,
+            "BLOCK": block_of(columns, BUSY_BLOCK if busy else MAX_BLOCK),
+        }
+        if not kernels.INTERPRETED:
+            # Tuning runs a kernel many times, which this one, in place, does not survive: it takes what suits the one before it.
+            before: Any = kernels.moments if busy else kernels.statistics
+            constants["num_warps"] = before.best_config.num_warps
+        strides = (z.stride(0), other.stride(0), out.stride(0))
+        _launch(kernels.gradient, z, other, out, found.known, per_row, self.shape, rows, columns, *strides, **constants)
+
+
+def _shape(objective: Objective) -> tuple[float, ...]:
+    """α, β and what follows from them, in the order of `kernels.ALPHA` to `kernels.EDGE`."""
+    beta, rest = objective.beta, 1.0 - objective.beta
+    inside = 0.0 < beta < 1.0
+    shares = (1.0 / beta, 1.0 / rest) if objective.normalize and inside else (rest, beta)
+    small, large = min(beta, rest), max(beta, rest)
+    edge = max(1.0, math.log(large / small)) if inside else 1.0
+    return (objective.alpha, beta, rest, *shares, 1.0 if beta <= 0.5 else -1.0, small, large, edge)
+
+
+def _launch(kernel: Any, z: Tensor, *arguments: Any, **constants: Any) -> None:
+    """One program per row of z, on its device."""
+    with torch.cuda.device_of(z):
+        kernel[(z.shape[0],)](z, *arguments, **constants)
+
+
+def block_of(columns: int, most: int) -> int:
+    """The power of two that covers a row, but no more than `most`."""
+    return min(most, 1 << max(0, columns - 1).bit_length())

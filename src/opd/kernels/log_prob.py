@@ -1,0 +1,159 @@
+"""Differentiable log-probs and entropies of given tokens from hidden states, for any policy loss: the logits are computed
+again in the backward pass, so that no more than a chunk of them ever exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opd.errors import ObjectiveError
+from opd.kernels.api import default_chunk, gathered, wanted
+from opd.kernels.checks import check_finite, check_request, check_shapes, common_vocabulary
+from opd.kernels.parallel import Shards
+from opd.kernels.request import MASKED, Request
+from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
+from opd.losses import Objective
+from opd.losses._shapes import Float, Int
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_log_prob(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    token_ids: Int[Tensor, " tokens"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    chunk_tokens: int | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """log p(token) and the entropy of p = softmax((hidden @ weight.T + bias) / temperature), in nats, both differentiable.
+
+    One product forward and three backward (two where the weight or the hidden states are frozen); memory is that of one
+    chunk of logits. In the backward pass, tokens without an incoming gradient cost nothing. Computed in float32
+    (float64 for float64 inputs) whatever the dtype of the operands. `group` as in `linear_divergence`.
+
+    Raises ObjectiveError for shapes, dtypes, devices and ids that do not fit, NonFiniteError for NaN or infinite inputs.
+    """
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    ones = torch.ones(hidden.shape[:1], device=hidden.device)
+    check_shapes(hidden, weight, bias, None, ones, token_ids, None, None)
+    shards = Shards(weight.shape[0], group)
+    request = Request(
+        hidden=hidden.detach(),
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        target=None,
+        objective=Objective(student_temperature=temperature),
+        token_weights=ones,
+        response_ids=token_ids,
+        entropy_bonus=1.0,
+        vocab=common_vocabulary(shards, None, valid_vocab),
+        needs=wanted(hidden, weight, bias),
+        shards=shards,
+        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(hidden, shards.size, "fast"),
+    )
+    check_request(request, "chunked")
+    check_finite(request)
+    log_prob, entropy = _LogProb.apply(hidden, weight, bias, request)  # pyright: ignore[reportGeneralTypeIssues]
+    return log_prob, entropy
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        saved = [] if bias is None else [bias]
+        ctx.save_for_backward(hidden, weight, *saved)
+        ctx.request = replace(request, hidden=hidden[:0], weight=weight[:0], bias=None)  # tensors are held by autograd
+        with torch.autocast(hidden.device.type, enabled=False):
+            log_z, log_prob, entropy = _statistics(request)
+        ctx.log_z, ctx.entropy = log_z, entropy
+        return log_prob, entropy.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, *rest = (value.detach() for value in ctx.saved_tensors)
+        request = replace(ctx.request, hidden=hidden, weight=weight, bias=rest[0] if rest else None)
+        zeros = torch.zeros_like(ctx.entropy)
+        grad_logp = zeros if grad_logp is None else grad_logp
+        grad_entropy = zeros if grad_entropy is None else grad_entropy
+        rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
+        everything = len(rows) == len(hidden)
+        if not everything:
+            request = replace(
+                request,
+                hidden=hidden[rows],
+                token_weights=request.token_weights[rows],
+                response_ids=_ids(request)[rows],
+            )
+        with torch.autocast(hidden.device.type, enabled=False):
+            slopes = grad_logp[rows], grad_entropy[rows], ctx.log_z[rows], ctx.entropy[rows]
+            gradients = _gradients(request, *(part.to(request.dtype) for part in slopes)).answer({})
+        hidden_grad = gradients.hidden_grad
+        if hidden_grad is not None and not everything:
+            hidden_grad = torch.zeros_like(hidden).index_copy(0, rows, hidden_grad)
+        return hidden_grad, gradients.weight_grad, gradients.bias_grad, None
+
+
+def _ids(request: Request) -> Tensor:
+    if request.response_ids is None:
+        raise ObjectiveError("log-probs are of tokens; pass token_ids.")
+    return request.response_ids
+
+
+def _statistics(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ e^z, log p(token) and the entropy of every row."""
+    shards, ids = request.shards, _ids(request)
+    head, chunk = student_head(request, masked_columns(request)), chunk_of(request)
+    buffer = torch.empty(chunk, head.columns, dtype=request.dtype, device=request.hidden.device)
+    parts: list[tuple[Tensor, ...]] = [(buffer.new_empty(0),) * 3]
+    for first in range(0, request.tokens, chunk):
+        hidden = request.hidden[first : first + chunk]
+        z = head.logits(hidden, buffer[: len(hidden)], MASKED)
+        y_logit = shards.pick(z, ids[first : first + chunk].unsqueeze(-1))
+        (top,) = shards.max(z.amax(-1, keepdim=True) if head.columns else z.new_full((len(z), 1), MASKED))
+        z.sub_(top)
+        pieces = [(p.sum(-1, keepdim=True), (p * rows).sum(-1, keepdim=True)) for rows in z.split(_piece(z)) for p in [rows.exp()]]  # fmt: skip
+        mass, mean = shards.sum(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+        log_mass = mass.log()
+        found = top + log_mass, y_logit - top - log_mass, log_mass - mean / mass
+        parts.append(tuple(part.squeeze(-1) for part in found))
+    log_z, log_prob, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return log_z, torch.where(log_prob < MASKED / 2, -torch.inf, log_prob), entropy
+
+
+def _piece(z: Tensor) -> int:
+    return max(1, (1 << (24 if z.is_cuda else 16)) // max(1, z.shape[1]))
+
+
+def _gradients(request: Request, d_logp: Tensor, d_entropy: Tensor, log_z: Tensor, entropy: Tensor) -> Gradients:
+    """d_logp (1[v = y] − p) − d_entropy p (log p + H), through the products."""
+    head, chunk = student_head(request, masked_columns(request)), chunk_of(request)
+    gradients = Gradients(request, head)
+    buffer = torch.empty(chunk, head.columns, dtype=request.dtype, device=request.hidden.device)
+    ids = _ids(request)
+    for first in range(0, request.tokens, chunk):
+        rows = slice(first, min(first + chunk, request.tokens))
+        z = head.logits(request.hidden[rows], buffer[: rows.stop - rows.start], MASKED)
+        size = _piece(z)
+        for a in range(0, len(z), size):
+            here, there = z[a : a + size], slice(first + a, min(first + a + size, rows.stop))
+            here.sub_(log_z[there].unsqueeze(-1))
+            p = here.exp()
+            slope = d_entropy[there].unsqueeze(-1)
+            if bool(slope.any()):
+                here.add_(entropy[there].unsqueeze(-1)).mul_(-slope).sub_(d_logp[there].unsqueeze(-1)).mul_(p)
+            else:
+                torch.mul(p, -d_logp[there].unsqueeze(-1), out=here)
+        request.shards.add_at(z, ids[rows].unsqueeze(-1), d_logp[rows].unsqueeze(-1))
+        gradients.add(z, torch.ones_like(d_logp[rows]), rows)
+    return gradients

@@ -1,0 +1,101 @@
+"""A teacher's view from its hidden states, by the very products that the student's rows go through: with the same rows in a
+chunk they give the same bits, so that a teacher that is the student differs from it by exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opd.kernels.api import default_chunk
+from opd.kernels.checks import check_request, check_shapes, common_vocabulary
+from opd.kernels.normal import log_probs
+from opd.kernels.parallel import Shards
+from opd.kernels.request import Needs, Request
+from opd.kernels.walk import chunk_of, masked_columns, student_head
+from opd.losses import Objective, gather_logp
+from opd.losses._shapes import Float, Int
+from opd.types import Head, TopKTarget
+
+
+def top_k_of(logp: Float[Tensor, "tokens vocab"], response_ids: Int[Tensor, " tokens"], k: int) -> TopKTarget:
+    """The k likeliest tokens of each row, likeliest first, and the response token's log-prob."""
+    top = logp.topk(k, dim=-1)
+    return TopKTarget(ids=top.indices, teacher_logp=top.values, sampled_logp=gather_logp(logp, response_ids))
+
+
+@torch.no_grad()
+def linear_top_k(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    response_ids: Int[Tensor, " tokens"],
+    k: int,
+    *,
+    valid_vocab: int | None = None,
+    masked_ids: tuple[int, ...] = (),
+    chunk_tokens: int | None = None,
+) -> TopKTarget:
+    """`top_k_of` the log-probs (nats, float32) that `head` gives at each hidden state; logits exist for one chunk at a time.
+
+    Raises ObjectiveError for shapes, dtypes and ids that do not fit.
+    """
+    parts = []
+    for rows, logits in _chunks(hidden, head, response_ids, valid_vocab, masked_ids, chunk_tokens):
+        parts.append(top_k_of(log_probs(logits), response_ids[rows], k))
+    known = [part.sampled_logp for part in parts if part.sampled_logp is not None]
+    return TopKTarget(
+        ids=torch.cat([part.ids for part in parts]),
+        teacher_logp=torch.cat([part.teacher_logp for part in parts]),
+        sampled_logp=torch.cat(known),
+    )
+
+
+@torch.no_grad()
+def linear_logits(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    *,
+    valid_vocab: int | None = None,
+    masked_ids: tuple[int, ...] = (),
+) -> Float[Tensor, "tokens vocab"]:
+    """All the logits in float32, over the valid vocabulary, −inf at `masked_ids`: for who must have them."""
+    return torch.cat([logits.clone() for _, logits in _chunks(hidden, head, None, valid_vocab, masked_ids, None)])
+
+
+def _chunks(
+    hidden: Tensor,
+    head: Head,
+    response_ids: Tensor | None,
+    valid_vocab: int | None,
+    masked_ids: tuple[int, ...],
+    chunk_tokens: int | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of one chunk of tokens after the other, in the same buffer."""
+    ones = torch.ones(hidden.shape[:1], device=hidden.device)
+    check_shapes(hidden, head.weight, head.bias, None, ones, response_ids, None, None)
+    shards = Shards(head.weight.shape[0])
+    valid = [rows for rows in (valid_vocab, head.valid_vocab) if rows is not None]
+    request = Request(
+        hidden=hidden,
+        weight=head.weight,
+        bias=head.bias,
+        target=None,
+        objective=Objective(),
+        token_weights=ones,
+        response_ids=response_ids,
+        entropy_bonus=1.0,
+        vocab=common_vocabulary(shards, None, min(valid) if valid else None),
+        masked_ids=masked_ids,
+        needs=Needs(),
+        shards=shards,
+        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(hidden, shards.size, "fast"),
+    )
+    check_request(request, "chunked")
+    layer, chunk = student_head(request, masked_columns(request)), chunk_of(request)
+    buffer = torch.empty(chunk, layer.columns, dtype=request.dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for first in range(0, max(1, request.tokens), chunk):
+            rows = slice(first, min(first + chunk, request.tokens))
+            yield rows, layer.logits(hidden[rows], buffer[: rows.stop - rows.start], -torch.inf)
