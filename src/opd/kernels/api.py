@@ -32,7 +32,7 @@ from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-CPU_CHUNK_BYTES = 60 << 20  # of one logits buffer: 96 rows of 152k columns, where the products are as fast as they get
+CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; with fewer the products lose speed
 CPU_CHUNK_ROWS = (
     256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more than work:
 )
@@ -240,6 +240,8 @@ def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
         return Objective(support="teacher_top_k", top_k=max(1, target.ids.shape[-1]), **settings)
     if settings.pop("tail") != "bucket":
         raise ObjectiveError("tail says what happens outside a top-k support, and this target has none; drop it.")
+    if estimator != "k1" and not isinstance(target, SampledTarget):
+        raise ObjectiveError(f"estimator='{estimator}' is what is made of a SampledTarget, and this is none; drop it.")
     if isinstance(target, SampledTarget):
         delivery = "advantage" if estimator == "k1" else "loss"
         return Objective(support="sampled", estimator=estimator, delivery=delivery, **settings)

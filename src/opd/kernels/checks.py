@@ -19,6 +19,7 @@ from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE
 from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = (torch.int64, torch.int32)
 MIXTURES = ("probability", "logit", "loss")
 
 
@@ -77,9 +78,10 @@ def check_shapes(
             raise ObjectiveError(
                 f"{name} has shape {tuple(value.shape)}, but there are {tokens} tokens; one number per token."
             )
-        if value.is_floating_point() == (name == "response_ids"):
-            kind = "whole numbers" if name == "response_ids" else "floating point"
-            raise ObjectiveError(f"{name} must be {kind}, not {value.dtype}.")
+        if name == "response_ids" and value.dtype not in IDS:
+            raise ObjectiveError(f"{name} must be whole numbers, int64 or int32, not {value.dtype}.")
+        if name != "response_ids" and not value.is_floating_point():
+            raise ObjectiveError(f"{name} must be floating point, not {value.dtype}.")
         _same_device(name, value, device)
     _check_target(target, tokens, device)
 
@@ -135,14 +137,21 @@ def _check_target(target: AnyTarget | None, tokens: int, device: torch.device) -
             )
     elif isinstance(target, TopKTarget):
         rows = target.ids
-        if rows.dim() != 2 or rows.shape != target.teacher_logp.shape or rows.shape[1] == 0 or rows.is_floating_point():
+        if rows.dim() != 2 or rows.shape != target.teacher_logp.shape or rows.shape[1] == 0 or rows.dtype not in IDS:
             raise ObjectiveError(
                 f"a TopKTarget needs ids and teacher_logp of one shape [tokens, k], but they are {tuple(rows.shape)} ({rows.dtype}) and "
                 f"{tuple(target.teacher_logp.shape)}."
             )
-        _same_device("TopKTarget.teacher_logp", target.teacher_logp, device)
+        _check_logp("TopKTarget.teacher_logp", target.teacher_logp, 2, device)
+        if target.sampled_logp is not None:
+            _check_logp("TopKTarget.sampled_logp", target.sampled_logp, 1, device)
+            if target.sampled_logp.shape[0] != rows.shape[0]:
+                raise ObjectiveError(
+                    f"TopKTarget.sampled_logp has {target.sampled_logp.shape[0]} numbers and ids {rows.shape[0]} rows; one per token."
+                )
     elif isinstance(target, SampledTarget):
         rows = target.teacher_logp
+        _check_logp("SampledTarget.teacher_logp", rows, 1, rows.device)
     else:
         raise ObjectiveError(
             f"target is a {type(target).__name__}; use a HiddenTarget, DenseTarget, TopKTarget, SampledTarget or TeacherMixture "
@@ -154,6 +163,13 @@ def _check_target(target: AnyTarget | None, tokens: int, device: torch.device) -
             "token t; look for a mask or a shift that only one of them got."
         )
     _same_device("the target", rows, device)
+
+
+def _check_logp(name: str, logp: Tensor, dims: int, device: torch.device) -> None:
+    if logp.dim() != dims or not logp.is_floating_point():
+        shape = "[tokens]" if dims == 1 else "[tokens, k]"
+        raise ObjectiveError(f"{name} must be floating point {shape}, not {logp.dtype} {tuple(logp.shape)}.")
+    _same_device(name, logp, device)
 
 
 def _check_mixture(mixture: TeacherMixture, tokens: int, device: torch.device) -> None:
@@ -200,6 +216,10 @@ def common_vocabulary(shards: Shards, target: AnyTarget | None, valid_vocab: int
         sizes.append(own if shards.alone else rows)
         if valid is not None:
             sizes.append(valid)
+    if min(sizes) < 1:
+        raise ObjectiveError(
+            f"student and teacher have {sizes} vocabulary entries: nothing is common to both; look at valid_vocab and at the heads."
+        )
     return min(sizes)
 
 
@@ -208,9 +228,11 @@ def check_request(request: Request, impl: Impl) -> None:
     for name, value in (("entropy_bonus", request.entropy_bonus), ("distill_weight", request.distill_weight)):
         if not math.isfinite(value):
             raise ObjectiveError(f"{name}={value} must be a finite number.")
-    if request.chunk_tokens < 1:
+    if request.entropy_bonus < 0:
+        raise ObjectiveError(f"entropy_bonus={request.entropy_bonus} must be ≥ 0; below it would push entropy down.")
+    if not isinstance(request.chunk_tokens, int) or request.chunk_tokens < 1:
         raise ObjectiveError(
-            f"chunk_tokens={request.chunk_tokens} must be at least 1; leave it out for a good default."
+            f"chunk_tokens={request.chunk_tokens} must be a whole number ≥ 1; leave it out for a good default."
         )
     epsilon = request.gradient_filter
     if epsilon is not None and not (epsilon >= 0 and math.isfinite(epsilon)):
@@ -247,17 +269,16 @@ def _check_policy(policy: PolicyTerm | None) -> None:
     if policy is None:
         return
     clip = policy.clip_range
-    bounds = (clip, clip) if not isinstance(clip, tuple) else clip
-    if clip is not None and not all(math.isfinite(bound) and bound > 0 for bound in bounds if bound is not None):
+    bounds = clip if isinstance(clip, tuple) else (clip, clip)
+    usable = len(bounds) == 2 and all(isinstance(b, (int, float)) and math.isfinite(b) and b > 0 for b in bounds)
+    if clip is not None and not usable:
         raise ObjectiveError(f"policy.clip_range={clip} must be > 0 and finite, or (low, high); None does not clip.")
     if not math.isfinite(policy.weight):
         raise ObjectiveError(f"policy.weight={policy.weight} must be a finite number.")
     for name in ("advantages", "old_log_prob", "importance_weights"):
         value = getattr(policy, name)
-        if value is not None and bool(value.isnan().any()):
-            raise NonFiniteError(
-                f"policy.{name} is NaN at token {int(value.isnan().nonzero()[0])}; look where it is computed."
-            )
+        if value is not None:
+            _finite_rows(f"policy.{name}", value, masked=name == "old_log_prob")
 
 
 def _check_ids(request: Request) -> None:
@@ -279,6 +300,8 @@ def check_finite(request: Request) -> None:
     _finite_rows("student_hidden", request.hidden)
     _finite_rows("student_weight", request.weight)
     _finite_rows("token_weights", request.token_weights)
+    if request.sampler_logp is not None:
+        _finite_rows("sampler_logp", request.sampler_logp, masked=True)
     if request.bias is not None:
         _finite_rows("bias", request.bias, masked=True)
     target = request.target

@@ -67,23 +67,40 @@ class Form:
             return x, x, x
         none = torch.zeros_like(s)
         if self.kind == "forward_kl":
-            y = dot(q_, t.sub_(z))
-            return none, y, none
+            return none, dot(q_, t.sub_(z)), none
+        m, share = self._log_mixture(z, p, q_, s, q)
+        y = dot(q_, t.sub_(m)) if self.kind != "skew_reverse_kl" else none
+        x = dot(p, z.sub_(m)) if self.kind != "skew_forward_kl" else none
+        if share is None:
+            return x, y, x
+        self._add_share(z, share)
+        return x, y, dot(p, z)
+
+    def slope_alone(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor) -> None:
+        """f over `factor` into z, from log-probs (S = Q = 1) whose sums are known already."""
+        if self.kind == "reverse_kl":
+            z.sub_(t)
+        elif self.kind != "forward_kl":
+            one = torch.ones_like(p[:, :1])
+            m, share = self._log_mixture(z, p, q_, one, one)
+            z.sub_(m)
+            if share is not None:
+                self._add_share(z, share)
+
+    def _log_mixture(self, z: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """log S M, and p/M or q/M times S/Q where f has it."""
         m = torch.mul(q_, self.beta * s / q, out=self.buffer("m", z)).add_(p, alpha=1.0 - self.beta)
         m.clamp_min_(torch.finfo(m.dtype).tiny)
-        if self.kind == "generalized_jsd":
-            m.log_()
-            y, x = dot(q_, t.sub_(m)), dot(p, z.sub_(m))
-            return x, y, x
-        share = torch.div(p if self.kind == "skew_reverse_kl" else q_, m, out=self.buffer("share", z))
-        m.log_()
+        share = None
+        if self.kind != "generalized_jsd":
+            share = torch.div(p if self.kind == "skew_reverse_kl" else q_, m, out=self.buffer("share", z))
+        return m.log_(), share
+
+    def _add_share(self, z: Tensor, share: Tensor) -> None:
         if self.kind == "skew_reverse_kl":
-            x = dot(p, z.sub_(m))
             z.sub_(share, alpha=1.0 - self.beta)
-            return x, none, dot(p, z)
-        y = dot(q_, t.sub_(m))
-        torch.neg(share, out=z)
-        return none, y, dot(p, z)
+        else:
+            torch.neg(share, out=z)
 
     def factor(self, s: Tensor, q: Tensor) -> Tensor | float:
         """What `slope` leaves out of f."""

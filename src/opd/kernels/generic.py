@@ -114,7 +114,7 @@ def watch(request: Request, z: Tensor, t: Tensor | None, index: Tensor) -> dict[
         else:
             found = student_diagnostics(logp, ids)
         found["eos_prob"] = logp[:, eos].exp().sum(-1)
-        parts.append({name: _true_infinity(value) for name, value in found.items()})
+        parts.append({f"watch/{name}": _true_infinity(value) for name, value in found.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 

@@ -14,6 +14,7 @@ from opd.errors import ObjectiveError
 from opd.kernels.api import default_chunk, gathered, wanted
 from opd.kernels.checks import check_finite, check_request, check_shapes, common_vocabulary
 from opd.kernels.parallel import Shards
+from opd.kernels.products import Head
 from opd.kernels.request import MASKED, Request
 from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
 from opd.losses import Objective
@@ -110,10 +111,17 @@ def _ids(request: Request) -> Tensor:
     return request.response_ids
 
 
+def _head(request: Request) -> Head:
+    head = student_head(request, masked_columns(request))
+    if head.bias is not None:
+        head.bias = head.bias.clamp_min(MASKED)  # times a probability of 0 it is 0, where −inf is not
+    return head
+
+
 def _statistics(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ e^z, log p(token) and the entropy of every row."""
     shards, ids = request.shards, _ids(request)
-    head, chunk = student_head(request, masked_columns(request)), chunk_of(request)
+    head, chunk = _head(request), chunk_of(request)
     buffer = torch.empty(chunk, head.columns, dtype=request.dtype, device=request.hidden.device)
     parts: list[tuple[Tensor, ...]] = [(buffer.new_empty(0),) * 3]
     for first in range(0, request.tokens, chunk):
@@ -137,7 +145,7 @@ def _piece(z: Tensor) -> int:
 
 def _gradients(request: Request, d_logp: Tensor, d_entropy: Tensor, log_z: Tensor, entropy: Tensor) -> Gradients:
     """d_logp (1[v = y] − p) − d_entropy p (log p + H), through the products."""
-    head, chunk = student_head(request, masked_columns(request)), chunk_of(request)
+    head, chunk = _head(request), chunk_of(request)
     gradients = Gradients(request, head)
     buffer = torch.empty(chunk, head.columns, dtype=request.dtype, device=request.hidden.device)
     ids = _ids(request)

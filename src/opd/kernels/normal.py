@@ -15,9 +15,14 @@ CPU_PIECE = 1 << 17  # entries of float32: two buffers of 512 KiB stay in a core
 GPU_PIECE = 1 << 24  # 64 MiB
 
 
+def rows_together(z: Tensor, cpu_entries: int = CPU_PIECE) -> int:
+    """Rows that are worked on at a time."""
+    return max(1, (GPU_PIECE if z.is_cuda else cpu_entries) // max(1, z.shape[1]))
+
+
 def pieces(z: Tensor, cpu_entries: int = CPU_PIECE) -> list[slice]:
-    """Rows that are worked on together."""
-    rows = max(1, (GPU_PIECE if z.is_cuda else cpu_entries) // max(1, z.shape[1]))
+    """The rows, some at a time."""
+    rows = rows_together(z, cpu_entries)
     return [slice(first, min(first + rows, z.shape[0])) for first in range(0, z.shape[0], rows)]
 
 

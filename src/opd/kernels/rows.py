@@ -28,6 +28,11 @@ class Rows:
             scale=torch.cat([part.scale for part in parts]),
         )
 
+    def broken(self) -> Tensor:
+        """Positions whose loss or entropy is not finite: where something has probability 0, and −inf met 0."""
+        seen = [self.values[name] for name in ("loss", "student_entropy", "teacher_entropy") if name in self.values]
+        return (~torch.stack(seen).sum(0).isfinite()).nonzero().squeeze(-1)
+
     def replace(self, where: Tensor, other: Rows) -> None:
         """Put the rows of `other` at the positions `where`."""
         for name, value in other.values.items():

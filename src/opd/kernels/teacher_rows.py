@@ -15,15 +15,15 @@ from opd.kernels.normal import log_probs
 from opd.kernels.parallel import Shards
 from opd.kernels.request import Needs, Request
 from opd.kernels.walk import chunk_of, masked_columns, student_head
-from opd.losses import Objective, gather_logp
+from opd.losses import Objective, gather_logp, likeliest
 from opd.losses._shapes import Float, Int
 from opd.types import Head, TopKTarget
 
 
 def top_k_of(logp: Float[Tensor, "tokens vocab"], response_ids: Int[Tensor, " tokens"], k: int) -> TopKTarget:
     """The k likeliest tokens of each row, likeliest first, and the response token's log-prob."""
-    top = logp.topk(k, dim=-1)
-    return TopKTarget(ids=top.indices, teacher_logp=top.values, sampled_logp=gather_logp(logp, response_ids))
+    values, ids = likeliest(logp, k)
+    return TopKTarget(ids=ids, teacher_logp=values, sampled_logp=gather_logp(logp, response_ids))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from opd.kernels.request import MASKED, Answer, Request, TeacherMixture
 from opd.kernels.rows import Rows
 from opd.types import DenseTarget, HiddenTarget
 
+ROW_MULTIPLE = 16  # products of other heights leave part of a vector register idle
 FILTER_PAYS = 0.6  # share of the columns above which gathering them costs more than the products it saves
 
 
@@ -23,6 +24,8 @@ class RowPass(Protocol):
 
     fill: float
     """What masked logits should be: −inf where the pass minds them, MASKED where they just drop out."""
+    watches: bool
+    """Whether the pass makes the request's diagnostics itself."""
 
     def __call__(
         self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
@@ -155,9 +158,10 @@ def student_head(request: Request, masked: Tensor) -> Head:
 
 
 def chunk_of(request: Request) -> int:
-    """Rows per chunk: at most `chunk_tokens`, and no short last one."""
+    """Rows per chunk: at most `chunk_tokens`, even in size, and a multiple of 16 where that is no more."""
     chunks = max(1, math.ceil(request.tokens / request.chunk_tokens))
-    return max(1, math.ceil(request.tokens / chunks))
+    even = max(1, math.ceil(request.tokens / chunks))
+    return min(request.chunk_tokens, request.tokens or 1, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
 class Gradients:
@@ -244,11 +248,12 @@ def walk(request: Request, make_pass: Callable[[int], RowPass]) -> Answer:
         index = torch.arange(rows.start, rows.stop, device=request.hidden.device)
         z = head.logits(request.hidden[rows], z_buffer[: len(index)], row_pass.fill)
         teachers = teacher.logits(rows, len(index), row_pass.fill)
-        seen = {} if request.watch is None else watch(request, z, teachers[0][1] if teachers else None, index)
+        apart = request.watch is not None and not row_pass.watches
+        seen = watch(request, z, teachers[0][1] if teachers else None, index) if apart else {}
         out = row_pass(z, teachers, index, gradient=wanted)
         if row_pass.fill != -math.inf:
             _mend(request, head, teacher, z, index, out, gradient=wanted)
-        out.values |= {f"watch/{name}": value for name, value in seen.items()}
+        out.values |= seen
         if wanted:
             gradients.add(z, out.scale, rows)
         done.append(out)
@@ -259,14 +264,15 @@ def _mend(
     request: Request, head: Head, teacher: TeacherRows, z: Tensor, index: Tensor, out: Rows, *, gradient: bool
 ) -> None:
     """Rows whose loss or entropy is not finite are done again with −inf in its place and every case told apart."""
-    seen = [out.values[name] for name in ("loss", "student_entropy", "teacher_entropy") if name in out.values]
-    bad = (~torch.stack(seen).sum(0).isfinite()).nonzero().squeeze(-1)
+    bad = out.broken()
     if not len(bad):
         return
     again = index[bad]
     logits = head.logits(request.hidden[again], z.new_empty(len(bad), z.shape[1]), -math.inf)
     teachers = teacher.logits(again, len(bad), -math.inf)
+    seen = watch(request, logits, teachers[0][1] if teachers else None, again) if request.watch is not None else {}
     mended = by_autograd(request, logits, teachers, again, gradient=gradient)
+    mended.values |= seen
     if gradient:
         z[bad] = logits
     out.replace(bad, mended)

@@ -8,6 +8,7 @@ from opd.losses.diagnostics import (
     student_diagnostics,
     token_diagnostics,
     top_k_diagnostics,
+    top_overlap,
 )
 from opd.losses.divergences import (
     Divergence,
@@ -40,6 +41,7 @@ from opd.losses.partial import (
     Support,
     Tail,
     gather_logp,
+    likeliest,
     partial_divergence,
     support_of,
     tail_logp,
@@ -86,6 +88,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "likeliest",
     "log_mixture_ratio",
     "mass_coefficient",
     "match_scale",
@@ -106,6 +109,7 @@ __all__ = [
     "token_weights",
     "top_k_diagnostics",
     "top_k_support",
+    "top_overlap",
     "total_variation",
     "union_support",
     "value_baseline",

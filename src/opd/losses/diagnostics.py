@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opd.losses._shapes import Float, Int
 from opd.losses.divergences import entropy, full_divergence, to_logp
-from opd.losses.partial import gather_logp, partial_divergence, support_of
+from opd.losses.partial import gather_logp, likeliest, partial_divergence, support_of
 from opd.types import DenseTarget, SampledTarget, TopKTarget
 
 CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
@@ -29,12 +29,11 @@ def dense_diagnostics(
     top_k: int,
 ) -> dict[str, Float[Tensor, " tokens"]]:
     """Both KLs, both entropies and log-probs of the response token, and the overlap of the likeliest tokens."""
-    k = max(1, min(top_k, OVERLAP_K, student_logp.shape[-1] // 4))  # of a whole small vocabulary all would agree
     return {
         **_kls_and_entropies(student_logp, teacher_logp),
         "student_logp": gather_logp(student_logp, response_ids),
         "teacher_logp": gather_logp(teacher_logp, response_ids),
-        "overlap": overlap(student_logp.topk(k, dim=-1).indices, teacher_logp.topk(k, dim=-1).indices),
+        "overlap": top_overlap(student_logp, teacher_logp, top_k),
     }
 
 
@@ -71,8 +70,16 @@ def top_k_diagnostics(
     return {
         "reverse_kl": partial_divergence("reverse_kl", student_on_k, teacher_on_k),
         "forward_kl": partial_divergence("forward_kl", student_on_k, teacher_on_k),
-        "overlap": overlap(student_logp.topk(k, dim=-1).indices, ids),
+        "overlap": overlap(likeliest(student_logp, k)[1], ids),
     }
+
+
+def top_overlap(
+    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], top_k: int
+) -> Float[Tensor, " tokens"]:
+    """The share of the likeliest tokens that both agree on, from log-probs or logits."""
+    k = max(1, min(top_k, OVERLAP_K, student.shape[-1] // 4))  # of a whole small vocabulary all would agree
+    return overlap(likeliest(student, k)[1], likeliest(teacher, k)[1])
 
 
 def overlap(student_ids: Int[Tensor, "tokens k"], teacher_ids: Int[Tensor, "tokens j"]) -> Float[Tensor, " tokens"]:

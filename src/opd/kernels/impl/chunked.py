@@ -14,12 +14,13 @@ from torch import Tensor
 
 from opd.kernels.forms import Form, dot, has_closed_form, with_extras
 from opd.kernels.generic import by_autograd
-from opd.kernels.normal import pieces, unsafe
+from opd.kernels.normal import pieces, rows_together, unsafe
 from opd.kernels.request import MASKED, Answer, Request, select_policy, select_target
 from opd.kernels.rows import Rows
 from opd.kernels.terms import FewTokens, policy_loss
 from opd.kernels.walk import walk
-from opd.types import SampledTarget, TopKTarget
+from opd.losses import top_overlap
+from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 
 CPU_PIECE = 1 << 16  # entries of float32: four buffers of 256 KiB stay in a core's second-level cache
 FOLD_SHARE = (
@@ -38,6 +39,7 @@ class ByAutograd:
     """The row pass of losses without a closed form."""
 
     fill = -torch.inf
+    watches = False
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -58,6 +60,9 @@ class ClosedForm:
         self.form = Form(request)
         self.extras = request.policy is not None or request.entropy_bonus != 0.0
         self.shifted = request.hidden.is_cuda
+        objective = request.objective
+        at_one = objective.student_temperature == objective.teacher_temperature == 1.0
+        self.watches = request.watch is not None and isinstance(request.target, (HiddenTarget, DenseTarget)) and at_one
 
     def __call__(
         self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
@@ -94,8 +99,11 @@ class ClosedForm:
         if top is not None:
             self._shift(t)
             y_logit = y_logit - top
-        pieces = [self._full_piece(z[s], t[s], y_logit[s], index[s], gradient, weight, extras) for s in self._pieces(z)]
-        s, q, zp, tq, x, y = (torch.cat(column).squeeze(-1) for column in zip(*pieces, strict=True))
+        seen = self._watch(z, t, index) if self.watches else {}
+        rows = len(z) if not self.shards.alone else rows_together(z, CPU_PIECE)
+        parts = zip(z.split(rows), t.split(rows), y_logit.split(rows), index.split(rows), strict=True)
+        pieces = [self._full_piece(zp, tp, yp, ip, gradient, weight, extras) for zp, tp, yp, ip in parts]
+        s, q, zp, tq, x, y, *kls = (torch.cat(column).squeeze(-1) for column in zip(*pieces, strict=True))
         log_s = s.log()
         values = {
             "divergence": self.form.divergence(x, y, s, q),
@@ -105,9 +113,35 @@ class ClosedForm:
         }
         if self.request.response_ids is not None:
             values["student_logp"] = y_logit.squeeze(-1) - log_s
+        if self.watches:
+            values |= self._seen(seen, values, log_s, q.log(), *kls)
         total = weight * values["divergence"]
         values = with_extras(self.request, values, total, index) if extras else {**values, "loss": total}
         return Rows(values=values, scale=weight * self.form.factor(s, q) / s)
+
+    def _watch(self, z: Tensor, t: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What the diagnostics need of the logits before they are gone."""
+        request = self.request
+        assert request.watch is not None and request.response_ids is not None
+        eos = torch.tensor([i for i in request.watch.eos_ids if i < request.vocab], device=z.device, dtype=torch.long)
+        shared = [top_overlap(z[s], t[s], request.objective.top_k) for s in self._pieces(z)]
+        y = t.gather(-1, request.response_ids[index].unsqueeze(-1)).squeeze(-1)
+        return {"overlap": torch.cat(shared), "eos": z[:, eos], "teacher_logit": y}
+
+    def _seen(
+        self, seen: dict[str, Tensor], values: dict[str, Tensor], log_s: Tensor, log_q: Tensor, x: Tensor, y: Tensor
+    ) -> dict[str, Tensor]:
+        """The diagnostics, from that and from the row pass's sums: x = Σ p (z − t), y = Σ q (z − t)."""
+        return {
+            "watch/reverse_kl": x - (log_s - log_q),
+            "watch/forward_kl": (log_s - log_q) - y,
+            "watch/student_entropy": values["student_entropy"],
+            "watch/teacher_entropy": values["teacher_entropy"],
+            "watch/student_logp": values["student_logp"],
+            "watch/teacher_logp": seen["teacher_logit"] - log_q,
+            "watch/overlap": seen["overlap"],
+            "watch/eos_prob": (seen["eos"] - log_s.unsqueeze(-1)).exp().sum(-1),
+        }
 
     def _response_logits(self, z: Tensor, index: Tensor) -> Tensor:
         """The logit of each response token, [rows, 1]; 0 when nobody asks."""
@@ -124,6 +158,10 @@ class ClosedForm:
         s, q = self.shards.sum(p.sum(-1, keepdim=True), q_.sum(-1, keepdim=True))
         zp, tq = dot(p, z), dot(q_, t)
         bonus = form.buffer("bonus", z).copy_(z) if extras and self.request.entropy_bonus else None
+        kls: tuple[Tensor, ...] = ()
+        if self.watches:
+            difference = torch.sub(z, t, out=form.buffer("m", z))
+            kls = (dot(p, difference) / s, dot(q_, difference) / q)
         x, y, center, zp, tq = self.shards.sum(*form.slope(z, t, p, q_, s, q), zp, tq)
         if gradient and extras:
             parts = (bonus, y_logit - s.log(), zp / s)
@@ -132,7 +170,7 @@ class ClosedForm:
                 self.shards.add_at(z, self.request.response_ids[index].unsqueeze(-1), at_response)
         elif gradient:
             form.finish(z, p, q_, s, q, center / s)
-        return s, q, zp, tq, x, y
+        return s, q, zp, tq, x, y, *kls
 
     def _sum_of_losses(
         self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, gradient: bool
@@ -194,11 +232,10 @@ class ClosedForm:
         """z becomes p̃; Σ p̃ and Σ p̃ z."""
         sums, dots = [], []
         for piece in pieces(z):
-            rows = z[piece]
-            p = torch.exp(rows, out=self.form.buffer("few", rows))
-            sums.append(p.sum(-1, keepdim=True))
-            dots.append(dot(p, rows))
-            rows.copy_(p)
+            p = z[piece]
+            logits = self.form.buffer("few", p).copy_(p)
+            sums.append(p.exp_().sum(-1, keepdim=True))
+            dots.append(dot(p, logits))
         return torch.cat(sums), torch.cat(dots)
 
     def _few_gradient(

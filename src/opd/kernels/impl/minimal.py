@@ -148,7 +148,7 @@ class _Blocks:
             self._centers(index, found)
         rows, slopes = self._values(index, found)
         wanted = self.request.needs.any
-        bad = (~rows.values["loss"].isfinite()).nonzero().squeeze(-1)
+        bad = rows.broken()
         if wanted:
             self._gradient(index, found, rows, slopes, bad)
         if len(bad):
@@ -264,14 +264,11 @@ class _Blocks:
             adds.append((ids, torch.stack(both).sum(0).unsqueeze(-1)))
         span = slice(int(index[0]), int(index[-1]) + 1)
         weights = (request.token_weights[span] / request.objective.student_temperature).unsqueeze(-1)
-        scaled = request.hidden[span].to(request.dtype) * weights
         for first in self._blocks():
-            gradient = self._block_gradient(index, found, adds, first)
+            gradient = self._block_gradient(index, found, adds, first).mul_(weights)
             if len(bad):
                 gradient[bad] = 0.0
-            self._through_products(gradient, scaled, span, first)
-        if self.gradients.hidden is not None:
-            self.gradients.hidden[span].mul_(weights)
+            self._through_products(gradient, span, first)
 
     def _policy_slope(self, index: Tensor, rows: Rows) -> Tensor | None:
         policy = select_policy(self.request.policy, index)
@@ -295,7 +292,7 @@ class _Blocks:
         for piece, z, t, p, q_ in _Pieces(self, index, found, first):
             one = torch.ones_like(p[:, :1])
             logp = form.buffer("bonus", z).copy_(z) if request.entropy_bonus else None
-            form.slope(z, t, p, q_, one, one)
+            form.slope_alone(z, t, p, q_)
             weight = request.distill_weight * form.factor(one, one)
             if form.kind == "forward_kl":
                 z.fill_(0.0)
@@ -318,16 +315,15 @@ class _Blocks:
             z.add_(logp.add_(entropy), alpha=bonus)
         return z.sub_(few)
 
-    def _through_products(self, gradient: Tensor, scaled: Tensor, span: slice, first: int) -> None:
-        out = self.gradients
+    def _through_products(self, gradient: Tensor, span: slice, first: int) -> None:
+        out, last = self.gradients, first + gradient.shape[1]
         if out.bias is not None:
-            weights = self.request.token_weights[span] / self.request.objective.student_temperature
-            out.bias[first : first + gradient.shape[1]] += torch.mv(gradient.T, weights.to(gradient.dtype))
+            out.bias[first:last] += gradient.sum(0)
         if out.hidden is not None:
             self.head.hidden_grad(gradient, out.hidden[span], first, accumulate=True)
         if out.weight is not None:
-            block = out.weight[first : first + gradient.shape[1]]
-            self.head.weight_grad(gradient, scaled, block, accumulate=span.start > 0)
+            hidden = self.request.hidden[span].to(self.request.dtype)
+            self.head.weight_grad(gradient, hidden, out.weight[first:last], accumulate=span.start > 0)
 
     def _mend(self, index: Tensor, bad: Tensor, rows: Rows) -> None:
         """Whole rows of those tokens alone, one after the other, through `losses`."""

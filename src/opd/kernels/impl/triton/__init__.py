@@ -10,7 +10,7 @@ from torch import Tensor
 from opd.errors import ObjectiveError
 from opd.kernels.generic import by_autograd
 from opd.kernels.impl.triton.kernels import INTERPRETED
-from opd.kernels.impl.triton.rows import RowKernels, kind_of
+from opd.kernels.impl.triton.rows import RowKernels
 from opd.kernels.request import Answer, Request, target_has_logits
 from opd.kernels.rows import Rows
 from opd.kernels.walk import walk
@@ -35,15 +35,14 @@ def has_kernels(request: Request) -> bool:
         return True
     if not target_has_logits(request.target):
         return objective.baseline == "none"
-    if objective.support != "full" or objective.teacher_logp_floor is not None:
-        return False
-    return kind_of(request) != "zero"
+    return objective.support == "full" and objective.teacher_logp_floor is None
 
 
 class ByAutograd:
     """The row pass of losses without kernels."""
 
     fill = -torch.inf
+    watches = False
 
     def __init__(self, request: Request) -> None:
         self.request = request

@@ -19,22 +19,18 @@ from opd.losses import Objective
 from opd.types import SampledTarget, TopKTarget
 
 MAX_BLOCK = 16384  # entries of a row worked on together; with more, registers spill (Fast-LLM #547, speculators #1111)
-BUSY_BLOCK = (
-    8192  # the same where every entry costs several logarithms (ptxas, sm_90: no spills, or few, from 8 warps on)
-)
+BUSY_BLOCK = 8192  # the same where an entry costs logarithms (ptxas for sm_90: few spills or none from 8 warps on)
 TWO_READS = ("reverse_kl", "forward_kl")  # their Σ p f needs no normaliser
 
 
 def kind_of(request: Request) -> str:
-    """The divergence as the kernels know it: the ends of the β dial are KLs, or "zero" whatever the logits."""
+    """The divergence as the kernels know it: the ends of the β dial are KLs."""
     name, beta = request.objective.divergence, request.objective.beta
     ends = {
         ("generalized_jsd", 0.0): "forward_kl",
         ("generalized_jsd", 1.0): "reverse_kl",
-        ("skew_reverse_kl", 0.0): "zero",
         ("skew_reverse_kl", 1.0): "reverse_kl",
         ("skew_forward_kl", 0.0): "forward_kl",
-        ("skew_forward_kl", 1.0): "zero",
     }
     return ends.get((name, float(beta)), name)
 
@@ -76,6 +72,7 @@ class RowKernels:
     """Every divergence over the vocabulary, top-k and sampled targets, the policy term and the entropy bonus."""
 
     fill = MASKED
+    watches = False
 
     def __init__(self, request: Request) -> None:
         self.request, self.shards = request, request.shards
@@ -160,7 +157,7 @@ class RowKernels:
             more = policy_loss(policy, values["student_logp"])[1]
             y_slope = more if y_slope is None else y_slope + more
         per_row = self._per_row(found, center, weight, extras, (k_slope, y_slope))
-        self._gradient(z, t, found, per_row, out, add=weight is not None)
+        self._gradient(z, t, found, per_row, out, extras=extras, add=weight is not None)
         if k_slope is not None and isinstance(target, TopKTarget):
             shards.add_at(out, target.ids, k_slope)
         if y_slope is not None and ids is not None:
@@ -223,7 +220,7 @@ class RowKernels:
         return out[0], out[1]
 
     def _gradient(
-        self, z: Tensor, t: Tensor | None, found: Statistics, per_row: Tensor, out: Tensor, add: bool
+        self, z: Tensor, t: Tensor | None, found: Statistics, per_row: Tensor, out: Tensor, *, extras: bool, add: bool
     ) -> None:
         rows, columns = z.shape
         other = z if t is None else t
@@ -231,7 +228,7 @@ class RowKernels:
         constants = {
             **self.constants,
             "TEACHER": t is not None,
-            "EXTRAS": self.extras or t is None,
+            "EXTRAS": extras or t is None,
             "ADD": add,
             "BLOCK": block_of(columns, BUSY_BLOCK if busy else MAX_BLOCK),
         }
