@@ -236,12 +236,12 @@ def default_chunk(hidden: Tensor, columns: int, memory: Memory) -> int:
 
 def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
     estimator = settings.pop("estimator")
+    if estimator != "k1" and not isinstance(target, SampledTarget):
+        raise ObjectiveError(f"estimator='{estimator}' is what is made of a SampledTarget, and this is none; drop it.")
     if isinstance(target, TopKTarget):
         return Objective(support="teacher_top_k", top_k=max(1, target.ids.shape[-1]), **settings)
     if settings.pop("tail") != "bucket":
         raise ObjectiveError("tail says what happens outside a top-k support, and this target has none; drop it.")
-    if estimator != "k1" and not isinstance(target, SampledTarget):
-        raise ObjectiveError(f"estimator='{estimator}' is what is made of a SampledTarget, and this is none; drop it.")
     if isinstance(target, SampledTarget):
         delivery = "advantage" if estimator == "k1" else "loss"
         return Objective(support="sampled", estimator=estimator, delivery=delivery, **settings)

@@ -254,6 +254,8 @@ def check_request(request: Request, impl: Impl) -> None:
             f"teacher_temperature={request.objective.teacher_temperature} needs the teacher's logits, but the target holds log-probs at "
             "temperature 1; use a HiddenTarget or a DenseTarget, or teacher_temperature=1."
         )
+    if request.target is not None and not isinstance(request.target, TeacherMixture):
+        request.objective.check_target(request.target)
     if isinstance(request.target, SampledTarget) and request.response_ids is None:
         raise ObjectiveError("a SampledTarget is about the response tokens; pass response_ids.")
     looks_at_response = "sampled" in (request.objective.tail, request.objective.support)

@@ -60,10 +60,13 @@ class Shards:
         if self.group is None:
             return logits.gather(-1, ids)
         column, here = self.local(ids)
-        return self.sum(torch.where(here, logits.gather(-1, column), 0.0))[0]
+        own = torch.where(here, logits.gather(-1, column), 0.0) if self.size else logits.new_zeros(ids.shape)
+        return self.sum(own)[0]
 
     def add_at(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
         """logits[row, ids[row]] += values, in place, on the rank that has the column."""
+        if not logits.shape[-1]:
+            return
         column, here = self.local(ids)
         logits.scatter_add_(-1, column, values if self.alone else torch.where(here, values, 0.0))
 

@@ -9,9 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from opd.errors import ObjectiveError
 from opd.kernels.generic import by_autograd, watch
+from opd.kernels.normal import pieces
 from opd.kernels.products import Head
-from opd.kernels.request import MASKED, Answer, Request, TeacherMixture
+from opd.kernels.request import Answer, Request, TeacherMixture
 from opd.kernels.rows import Rows
 from opd.types import DenseTarget, HiddenTarget
 
@@ -108,15 +110,24 @@ class TeacherRows:
                 torch.logaddexp(total, member, out=total)
             elif number:
                 total.add_(member)
-        return total.index_fill_(-1, self.masked, fill) if self.masked.numel() else total
+        if self.masked.numel():
+            total.index_fill_(-1, self.masked, fill)
+        if fill == -math.inf and self.mixture.mixture == "logit" and bool((self._top(total) == fill).any()):
+            raise ObjectiveError(
+                "mixture='logit' has no tokens left at some position: every token is impossible for one of the teachers; "
+                "use mixture='probability'."
+            )
+        return total
+
+    def _top(self, logits: Tensor) -> Tensor:
+        here = logits.amax(-1, keepdim=True) if logits.shape[1] else logits.new_full((len(logits), 1), -math.inf)
+        return self.request.shards.max(here)[0]
 
     def _log_normalizer(self, logits: Tensor) -> Tensor:
         shards = self.request.shards
         if shards.alone:
             return logits.logsumexp(-1, keepdim=True)
-        (top,) = shards.max(
-            logits.amax(-1, keepdim=True) if logits.shape[1] else logits.new_full((len(logits), 1), MASKED)
-        )
+        top = self._top(logits)
         (mass,) = shards.sum((logits - top).exp().sum(-1, keepdim=True))
         return top + mass.log()
 
@@ -216,7 +227,9 @@ class Gradients:
         """Columns with an entry of |d(loss per token)/d(logits)| above the filter; None when nearly all have."""
         weights = self.request.token_weights[rows].unsqueeze(-1)
         unweighted = torch.where(weights == 0, 0.0, scale / weights)
-        largest = (gradient * unweighted).abs_().amax(0)
+        largest = gradient.new_zeros(gradient.shape[1])
+        for piece in pieces(gradient):
+            torch.maximum(largest, (gradient[piece] * unweighted[piece]).abs_().amax(0), out=largest)
         keep = (largest > epsilon).nonzero().squeeze(-1)
         return keep if len(keep) <= FILTER_PAYS * len(largest) else None
 

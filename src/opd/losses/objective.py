@@ -246,11 +246,7 @@ class Objective:
             raise ObjectiveError(
                 f"the target is a {type(target).__name__}; wrap what the teacher says, e.g. opd.types.DenseTarget(logits=…)."
             )
-        if target.kind not in self.needs:
-            raise ObjectiveError(
-                f"{self.divergence} needs {self._need()}, but got a {type(target).__name__}; "
-                f"give it a target of kind {' or '.join(self.needs)}."
-            )
+        self.check_target(target)
         tokens, vocab = student_logits.shape
         if not tokens == len(target) == response_ids.shape[0]:
             raise ObjectiveError(
@@ -271,6 +267,14 @@ class Objective:
         if self.clip_range is not None and sampler_logp is None:
             raise ObjectiveError(
                 f"clip_range={self.clip_range} clips the ratio student / sampler; pass sampler_logp, or set clip_range=None."
+            )
+
+    def check_target(self, target: Target) -> None:
+        """Raise ObjectiveError for a kind of target that cannot feed this objective."""
+        if target.kind not in self.needs:
+            raise ObjectiveError(
+                f"{self.divergence} needs {self._need()}, but got a {type(target).__name__}; "
+                f"give it a target of kind {' or '.join(self.needs)}."
             )
 
     def check_discount(self, sequence_index: Tensor | None) -> None:

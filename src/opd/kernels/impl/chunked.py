@@ -22,10 +22,7 @@ from opd.kernels.walk import walk
 from opd.losses import top_overlap
 from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 
-CPU_PIECE = 1 << 16  # entries of float32: four buffers of 256 KiB stay in a core's second-level cache
-FOLD_SHARE = (
-    1e-3  # a row's multiple of p̃ may be divided by when it is no smaller than this share of the entries beside it
-)
+FOLD_SHARE = 1e-3  # a row's multiple of p̃ becomes a divisor only if it is this share of the entries beside it, or more
 
 
 def run(request: Request) -> Answer:
@@ -81,7 +78,7 @@ class ClosedForm:
         return out
 
     def _pieces(self, z: Tensor) -> list[slice]:
-        return pieces(z, CPU_PIECE) if self.shards.alone else [slice(0, z.shape[0])]
+        return pieces(z) if self.shards.alone else [slice(0, z.shape[0])]
 
     def _shift(self, logits: Tensor) -> Tensor:
         """Subtract each row's maximum, in place; it is returned."""
@@ -100,7 +97,7 @@ class ClosedForm:
             self._shift(t)
             y_logit = y_logit - top
         seen = self._watch(z, t, index) if self.watches else {}
-        rows = len(z) if not self.shards.alone else rows_together(z, CPU_PIECE)
+        rows = len(z) if not self.shards.alone else rows_together(z)
         parts = zip(z.split(rows), t.split(rows), y_logit.split(rows), index.split(rows), strict=True)
         pieces = [self._full_piece(zp, tp, yp, ip, gradient, weight, extras) for zp, tp, yp, ip in parts]
         s, q, zp, tq, x, y, *kls = (torch.cat(column).squeeze(-1) for column in zip(*pieces, strict=True))

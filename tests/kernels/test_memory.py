@@ -1,0 +1,60 @@
+"""Peak memory, as the kernel saw it: two chunks of logits beside the gradients, one under a top-k, none at all when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from memory_probe import CHUNK, HIDDEN, TOKENS, VOCAB
+
+FLOAT = 4
+MIB = 1 << 20
+GRADIENTS = (VOCAB + TOKENS) * HIDDEN * FLOAT
+LOGITS = CHUNK * VOCAB * FLOAT
+SLACK = 1.05  # the products pack their operands, and rows are worked on in pieces of a quarter MiB
+# autograd keeps about a dozen copies of such a piece for losses that have no closed form
+AUTOGRAD = 12 * MIB // 4
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's memory high-water mark"),
+]
+
+
+def peak(case: str) -> int:
+    """Bytes beyond the inputs. Freed buffers go back to the system at once, so that only what is alive is counted."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    script = Path(__file__).with_name("memory_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(script), case], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)["peak"]
+
+
+@pytest.mark.parametrize("case", ["reverse_kl", "forward_kl", "generalized_jsd", "skew_reverse_kl"])
+def test_a_whole_teacher_takes_two_chunks_of_logits_beside_the_gradients(case):
+    assert peak(case) <= SLACK * (GRADIENTS + 2 * LOGITS)
+
+
+def test_a_loss_without_a_closed_form_takes_hardly_more():
+    assert peak("total_variation") <= SLACK * (GRADIENTS + 2 * LOGITS) + AUTOGRAD
+
+
+@pytest.mark.parametrize("case", ["top_k", "log_prob"])
+def test_a_few_tokens_of_the_student_take_one_chunk(case):
+    assert peak(case) <= SLACK * (GRADIENTS + LOGITS)
+
+
+@pytest.mark.parametrize("case", ["minimal", "minimal jsd", "minimal top_k"])
+def test_minimal_memory_is_a_few_mib_beside_the_gradients(case):
+    assert peak(case) <= GRADIENTS + 10 * MIB
+
+
+def test_the_plain_version_takes_many_times_as_much():
+    """So that the numbers above are known to measure something."""
+    assert peak("reference") > 4 * TOKENS * VOCAB * FLOAT > 2 * (GRADIENTS + 2 * LOGITS)

@@ -1,0 +1,157 @@
+"""memory="minimal": blocks of the vocabulary instead of whole rows, and the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import (
+    CLOSED,
+    ENDS,
+    GRADIENTS,
+    OUTPUTS,
+    SAMPLED,
+    TAILS,
+    Products,
+    World,
+    assert_as_accurate,
+    assert_same,
+    named,
+    run,
+)
+
+from opd.errors import ObjectiveError
+from opd.kernels import linear_divergence
+from opd.kernels.impl import minimal
+from opd.types import DenseTarget
+
+WORLD = World(23, 7, 37)
+EXTRAS = (
+    {},
+    {"student_temperature": 1.7, "policy": True},
+    {"policy": True, "entropy_bonus": 0.1, "distill_weight": 0.4, "student_temperature": 0.7},
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:generalized_jsd with normalize=False")
+
+
+@pytest.fixture(autouse=True)
+def _blocks_of_nine(monkeypatch):
+    """Five blocks, the last of one column."""
+    monkeypatch.setattr(minimal, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(minimal, "MIN_WIDTH", 9)
+
+
+def both(kind, world: World = WORLD, tolerance: float = 1e-12, dtype: torch.dtype = torch.float64, **settings) -> None:
+    for chunk in (5, None):
+        wanted = run(world, kind, "reference", dtype, **settings)
+        got = run(world, kind, "minimal", dtype, chunk_tokens=chunk, **settings)
+        for name, value in wanted.items():
+            assert torch.equal(got[name].isinf(), value.isinf()), name
+            got[name], wanted[name] = (part.nan_to_num(nan=9e9, posinf=0.0, neginf=0.0) for part in (got[name], value))
+        assert_same(got, wanted, tolerance)
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda e: "+".join(e) or "alone")
+@pytest.mark.parametrize("divergence", CLOSED + ENDS, ids=named)
+def test_blocks_of_whole_teachers_give_the_plain_numbers(divergence, extra):
+    for kind in ("hidden", "dense"):
+        both(kind, **divergence, **extra)
+        both(kind, **divergence, **extra, teacher_temperature=1.4)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_blocks_of_a_top_k_give_the_plain_numbers(tail):
+    for divergence in (*CLOSED, {"divergence": "total_variation"}):
+        for extra in EXTRAS:
+            both("top_k", **divergence, **extra, tail=tail)
+
+
+def test_blocks_of_everything_else_give_the_plain_numbers():
+    for extra in EXTRAS:
+        for estimator in SAMPLED:
+            both("sampled", **estimator, **extra)
+    both("none", policy=True)
+    both("none", entropy_bonus=0.2)
+    both("none", policy=True, entropy_bonus=0.2, student_temperature=1.4)
+
+
+@pytest.mark.parametrize("grads", ["h", "w", "b", "hw", ""])
+def test_frozen_parts_get_no_gradient(grads):
+    for kind in ("hidden", "top_k"):
+        both(kind, grads=grads, policy=True, entropy_bonus=0.1)
+        both(kind, grads=grads, bias=False, divergence="generalized_jsd")
+
+
+def test_masked_padded_and_uncounted_are_left_out():
+    weights = WORLD.token_weights * (torch.arange(23) % 3 != 1)
+    ids = WORLD.response_ids % 20
+    for kind in ("hidden", "dense"):
+        both(kind, token_weights=weights, policy=True)
+        both(kind, valid_vocab=20, response_ids=ids, divergence="generalized_jsd")
+        both(kind, token_weights=torch.zeros(23, dtype=torch.float64), policy=True)
+    both("hidden", World(0, 7, 37))
+
+
+def test_infinities_sit_where_they_should():
+    made = World(11, 5, 19)
+    made.parts["response_ids"] = torch.full((11,), 3)
+    never = torch.tensor([2, 7])
+
+    def dense(dtype: torch.dtype) -> DenseTarget:
+        logits = made.teacher_logits().nan_to_num(neginf=0.0).to(dtype)
+        return DenseTarget(logits=logits.index_fill(-1, never, -torch.inf))
+
+    for student in (False, True):
+        if student:
+            made.parts["bias"][never] = -torch.inf
+        for divergence in CLOSED + ENDS:
+            both(dense, made, **divergence, entropy_bonus=0.1)
+            both("hidden", made, **divergence, policy=made.policy(old_log_prob=None))
+    for tail in TAILS:
+        both("top_k", made, tail=tail)
+    both("none", made, entropy_bonus=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", CLOSED, ids=named)
+def test_blocks_are_as_accurate_as_rows(divergence, dtype):
+    for offset in (0.0, 60.0, -150.0):
+        for shape in ((7, 5, 129), (33, 64, 1003)):
+            world = World(*shape, dtype, offset=offset)
+            assert_as_accurate(world, "hidden", dtype, "minimal", **divergence, policy=True)
+    assert_as_accurate(World(33, 64, 1003, dtype, closeness=0.05), "hidden", dtype, "minimal", **divergence)
+    assert_as_accurate(World(33, 64, 1003, dtype, scale=40.0), "hidden", dtype, "minimal", **divergence)
+
+
+@pytest.mark.parametrize(
+    ("kind", "divergence", "products"),
+    [("hidden", "reverse_kl", 6), ("hidden", "forward_kl", 6), ("hidden", "generalized_jsd", 8), ("hidden", "skew_reverse_kl", 8),
+     ("dense", "reverse_kl", 4), ("dense", "generalized_jsd", 5), ("top_k", "reverse_kl", 4), ("sampled", "reverse_kl", 4)],
+)  # fmt: skip
+def test_products_are_as_many_as_promised(monkeypatch, kind, divergence, products):
+    monkeypatch.setattr(minimal, "MIN_WIDTH", 64)
+    target = WORLD.target(kind)
+    with Products() as seen:
+        run(WORLD, lambda _: target, "minimal", divergence=divergence, policy=True)
+    assert seen.count == products
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("probability", {}), ("loss", {}), ("hidden", {"divergence": "total_variation"}), ("dense", {"divergence": "alpha_beta_divergence"})],
+)  # fmt: skip
+def test_what_blocks_cannot_do_is_refused_with_what_can(kind, settings):
+    with pytest.raises(ObjectiveError, match=r"memory='minimal' takes one teacher.*use memory='fast'"):
+        run(WORLD, kind, "minimal", **settings)
+    for impl in ("reference", "triton"):
+        with pytest.raises(ObjectiveError, match="memory='minimal' is an implementation of its own; use impl='auto'"):
+            linear_divergence(WORLD.hidden_states, WORLD.weight, WORLD.target("hidden"), impl=impl, memory="minimal")
+
+
+def test_results_do_not_depend_on_the_blocks(monkeypatch):
+    wanted = run(WORLD, "hidden", "minimal", policy=True, entropy_bonus=0.1)
+    for width in (1, 2, 36, 37, 64):
+        monkeypatch.setattr(minimal, "MIN_WIDTH", width)
+        found = run(WORLD, "hidden", "minimal", policy=True, entropy_bonus=0.1)
+        assert_same(found, wanted)
+        assert {*GRADIENTS, *OUTPUTS} <= found.keys()
