@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.config import Config
+    from opd.kernels import linear_divergence, linear_log_prob
     from opd.losses import Objective
     from opd.trainer.run import train
     from opd.types import (
@@ -28,6 +29,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "opd.config",
     "Objective": "opd.losses",
+    "linear_divergence": "opd.kernels",
+    "linear_log_prob": "opd.kernels",
     "train": "opd.trainer.run",
     "Batch": "opd.types",
     "DenseTarget": "opd.types",
@@ -56,6 +59,8 @@ __all__ = [
     "Target",
     "TopKTarget",
     "__version__",
+    "linear_divergence",
+    "linear_log_prob",
     "train",
 ]
 

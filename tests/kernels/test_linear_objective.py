@@ -231,3 +231,24 @@ def test_an_objective_that_the_target_cannot_feed_is_refused():
             SAMPLED[5],
             token_weights=WORLD.token_weights,
         )
+
+
+@pytest.mark.parametrize("kind", ["hidden", "dense", "top_k", "sampled"])
+@pytest.mark.parametrize(
+    ("offset", "teacher_offset"), [(0.0, 0.0), (60.0, 60.0), (-150.0, -150.0), (60.0, 0.0), (0.0, -150.0)]
+)
+def test_diagnostics_do_not_see_a_common_offset(kind, offset, teacher_offset):
+    """In float32, where e^60 squared and e^-150 are no numbers: those of float64, overlap and all."""
+    world = World(17, 5, 31, torch.float32, offset=offset, teacher_offset=teacher_offset)
+    objective = {"hidden": FULL[0], "dense": FULL[2], "top_k": PARTIAL[0], "sampled": SAMPLED[0]}[kind]
+
+    def call(dtype: torch.dtype, impl: str) -> dict[str, torch.Tensor]:
+        hidden = world.hidden_states.to(dtype).requires_grad_()
+        total, loss, metrics = linear_objective(
+            hidden, world.weight.to(dtype), world.target(kind, dtype), world.response_ids, objective,
+            token_weights=world.token_weights.to(dtype), bias=world.bias.to(dtype), eos_ids=EOS, impl=impl, chunk_tokens=4,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(total, hidden)
+        return {"sum": total.detach(), "loss": loss, "d_hidden": grad, **metrics}
+
+    assert_same(call(torch.float32, "chunked"), call(torch.float64, "reference"), 1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -118,7 +117,7 @@ def test_neither_models_logits_are_ever_whole(world, kind, monkeypatch):
         "top_k": Objective(support="teacher_top_k", top_k=8),
         "sampled": Objective(support="sampled", estimator="k2"),
     }[kind]
-    policy, teacher, rollouts = world
+    policy, _, rollouts = world
     tokens = sum(len(r.response_ids) for r in rollouts)
     assert tokens > 64
     with LargestTensor() as seen:
@@ -139,5 +138,13 @@ def test_a_discount_without_sequences_is_refused(world):
     objective = OBJECTIVES["k1 with returns and clipping"]
     policy, *_ = world
     batch = dataclasses.replace(batch_for(world, objective), sequence_index=None)
-    with warnings.catch_warnings(), pytest.raises(ObjectiveError, match="pass sequence_index"):
+    with pytest.raises(ObjectiveError, match="pass sequence_index"):
+        policy._fused(batch, objective)
+
+
+def test_clipping_without_the_samplers_log_probs_is_refused(world):
+    objective = Objective(support="sampled", estimator="k1", delivery="advantage", clip_range=0.2)
+    policy, *_ = world
+    batch = dataclasses.replace(batch_for(world, objective), sampler_logp=None)
+    with pytest.raises(ObjectiveError, match="pass sampler_logp"):
         policy._fused(batch, objective)

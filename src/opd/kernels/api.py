@@ -32,7 +32,7 @@ from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; with fewer the products lose speed
+CPU_CHUNK_BYTES = 70 << 20  # of one logits buffer: 112 rows of 152k columns; with fewer the products lose speed
 CPU_CHUNK_ROWS = (
     256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more than work:
 )
@@ -189,10 +189,8 @@ def linear_objective(
     differentiated. Inputs are not searched for NaN: the losses show it. With discount > 0 the later tokens' advantages are
     needed first, so log-probs take a pass of their own (one product more).
     """
-    objective.check_discount(sequence_index)
-    policy = None
-    shape = (student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, policy)
-    check_shapes(*shape)
+    objective.check_given(sampler_logp, sequence_index)
+    check_shapes(student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, None)
     shards = Shards(student_weight.shape[0])
     squared = objective.student_temperature**2 if objective.scale_by_t2 else 1.0
     request = Request(

@@ -82,7 +82,8 @@ def _piece(
     known["student_entropy"] = student_entropy.detach()
     if teachers and teachers[0][0] is None:
         known["teacher_entropy"] = entropy(to_logp(shards.gather_columns(teachers[0][1])))
-    return Rows(values={**known, "loss": total.detach()}, scale=torch.ones_like(total.detach()))
+    values = {name: value.to(z.dtype) for name, value in {**known, "loss": total.detach()}.items()}
+    return Rows(values=values, scale=torch.ones_like(values["loss"]))
 
 
 def _targets(

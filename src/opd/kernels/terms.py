@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd.kernels.request import PolicyTerm
-from opd.losses import Objective, Support, policy_gradient_loss, support_of
+from opd.kernels.request import PolicyTerm, select_target
+from opd.losses import Objective, policy_gradient_loss, support_of
 from opd.losses._shapes import Float
 from opd.losses.sampled import MAX_LOG_RATIO
 from opd.types import SampledTarget, TopKTarget
+
+FEW_ROWS = 128  # what autograd keeps of 64 entries a row is then under a mebibyte
 
 
 def clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float, float] | None:
@@ -68,24 +70,37 @@ class FewTokens:
         self.target = target
         self.response_ids = response_ids
         self.sampler_logp = sampler_logp
-        self.support: Support | None = support_of(target.ids) if isinstance(target, TopKTarget) else None
 
     def loss(
         self, student_on_k: Float[Tensor, "tokens k"] | None, student_logp: Float[Tensor, " tokens"] | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """The loss per token, its derivatives with respect to both arguments, and the clamped mass."""
+        rows = [slice(first, first + FEW_ROWS) for first in range(0, max(1, len(self.target)), FEW_ROWS)]
+        parts = [self._piece(_at(student_on_k, piece), _at(student_logp, piece), piece) for piece in rows]
+        joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        assert joined[0] is not None and joined[3] is not None
+        return joined[0], joined[1], joined[2], joined[3]
+
+    def _piece(
+        self, student_on_k: Tensor | None, student_logp: Tensor | None, rows: slice
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        target = select_target(self.target, rows)
+        ids, sampler = _at(self.response_ids, rows), _at(self.sampler_logp, rows)
         leaves = [None if x is None else x.detach().requires_grad_(True) for x in (student_on_k, student_logp)]
         on_k, y_logp = leaves
         with torch.enable_grad():
-            if isinstance(self.target, TopKTarget):
-                assert on_k is not None and self.support is not None
-                loss, clamped = self.objective.from_top_k(
-                    self.support.mask(on_k), self.support, self.target, y_logp, self.response_ids, self.sampler_logp
-                )
+            if isinstance(target, TopKTarget):
+                assert on_k is not None
+                support = support_of(target.ids)
+                loss, clamped = self.objective.from_top_k(support.mask(on_k), support, target, y_logp, ids, sampler)
             else:
-                assert y_logp is not None
-                loss, clamped = self.objective.from_sampled(y_logp, self.target.teacher_logp, self.sampler_logp)
+                assert y_logp is not None and isinstance(target, SampledTarget)
+                loss, clamped = self.objective.from_sampled(y_logp, target.teacher_logp, sampler)
             wanted = [leaf for leaf in leaves if leaf is not None]
             found = list(torch.autograd.grad(loss.sum(), wanted, allow_unused=True))
         gradients = [None if leaf is None else found.pop(0) for leaf in leaves]
         return loss.detach().to(wanted[0].dtype), gradients[0], gradients[1], clamped.detach()
+
+
+def _at(value: Tensor | None, rows: slice) -> Tensor | None:
+    return None if value is None else value[rows]

@@ -17,7 +17,7 @@ from opd.kernels.request import Answer, Request, TeacherMixture
 from opd.kernels.rows import Rows
 from opd.types import DenseTarget, HiddenTarget
 
-ROW_MULTIPLE = 16  # products of other heights leave part of a vector register idle
+ROW_MULTIPLE = 8  # products of other heights leave part of a vector register idle
 FILTER_PAYS = 0.6  # share of the columns above which gathering them costs more than the products it saves
 
 

@@ -263,11 +263,7 @@ class Objective:
                 f"the teacher names token {int(target.ids.max())}, but the student has {vocab} vocabulary entries; both must "
                 "use the same tokenizer."
             )
-        self.check_discount(sequence_index)
-        if self.clip_range is not None and sampler_logp is None:
-            raise ObjectiveError(
-                f"clip_range={self.clip_range} clips the ratio student / sampler; pass sampler_logp, or set clip_range=None."
-            )
+        self.check_given(sampler_logp, sequence_index)
 
     def check_target(self, target: Target) -> None:
         """Raise ObjectiveError for a kind of target that cannot feed this objective."""
@@ -277,11 +273,15 @@ class Objective:
                 f"give it a target of kind {' or '.join(self.needs)}."
             )
 
-    def check_discount(self, sequence_index: Tensor | None) -> None:
-        """Raise ObjectiveError when returns are asked for and it is not known where a sequence ends."""
+    def check_given(self, sampler_logp: Tensor | None, sequence_index: Tensor | None) -> None:
+        """Raise ObjectiveError for settings that read a tensor which is missing."""
         if self.discount > 0 and sequence_index is None:
             raise ObjectiveError(
                 f"discount={self.discount} adds up along a response; pass sequence_index, or set discount=0."
+            )
+        if self.clip_range is not None and sampler_logp is None:
+            raise ObjectiveError(
+                f"clip_range={self.clip_range} clips the ratio student / sampler; pass sampler_logp, or set clip_range=None."
             )
 
     def _floored(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:

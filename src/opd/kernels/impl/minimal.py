@@ -23,11 +23,9 @@ from opd.kernels.terms import FewTokens, policy_loss
 from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
 from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 
-BLOCK_BYTES = (
-    2 << 20
-)  # of one block of logits: student and teacher take two, and the products' own packing as much again
+BLOCK_BYTES = 1 << 19  # of one block of logits; the products pack several times as much for themselves
 MIN_WIDTH = 64
-PIECE = 1 << 16  # entries of a row pass that stay in cache
+PIECE = 1 << 15  # entries of a row pass that stay in cache; three buffers of them are within the mode's few mebibytes
 
 
 @dataclass

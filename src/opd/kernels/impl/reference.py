@@ -37,6 +37,7 @@ def run(request: Request) -> Answer:
         found = list(torch.autograd.grad(total, wanted)) if wanted else []
     rows["loss"] = loss.detach()
     gradients = [found.pop(0) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+    rows = {name: value.to(request.dtype) for name, value in rows.items()}
     return Answer(rows=rows, hidden_grad=gradients[0], weight_grad=gradients[1], bias_grad=gradients[2])
 
 

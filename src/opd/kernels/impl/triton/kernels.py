@@ -124,9 +124,9 @@ def _mixture(d, shape):
 
 
 @triton.jit
-def _alpha_beta_slope(logp, logq, d, alpha, beta, NO_ALPHA: tl.constexpr):
+def _alpha_beta_slope(logp, logq, d, alpha, beta, ORDER: tl.constexpr, ZERO: tl.constexpr):
     """p ∂D/∂p = −(1/α) (q^α p^β − p^(α+β)), and −p^β d at α = 0."""
-    if NO_ALPHA:
+    if ZERO and not ORDER:
         return -tl.exp(beta * logp) * d
     above = tl.exp(alpha * logq + beta * logp) * _expm1(-alpha * d)
     return tl.where(d > 0.0, above, -tl.exp((alpha + beta) * logp) * _expm1(alpha * d)) / alpha
@@ -165,23 +165,24 @@ def _slope(u, v, p, q, s, q_sum, shape, KIND: tl.constexpr, ORDER: tl.constexpr,
         slope = tl.where(d > 0.0, -0.5, tl.where(d < 0.0, 0.5, 0.0)) * p
     elif KIND == "alpha_beta_divergence":
         alpha, logp, logq = tl.load(shape + ALPHA), u - tl.log(s), v - tl.log(q_sum)
-        slope = _alpha_beta_slope(logp, logq, d, alpha, beta, ZERO and not ORDER)
+        slope = _alpha_beta_slope(logp, logq, d, alpha, beta, ORDER, ZERO)
         if ORDER:
             value = _alpha_beta_value(logp, logq, d, alpha, beta, ZERO)
         else:
             value = _alpha_beta_value(logq, logp, -d, beta, alpha, ZERO)
     else:
         over_p, over_q, gap = _mixture(d, shape)
+        moved = gap * (beta * q + rest * p)  # q − p: of sum 0, but with it a skewed KL's entry is least at p = q
         if KIND == "generalized_jsd":
             slope = -tl.load(shape + STUDENT_SHARE) * p * over_p
             value = tl.where(student, slope, 0.0)
             value -= tl.where(teacher, tl.load(shape + TEACHER_SHARE) * q * over_q, 0.0)
         elif KIND == "skew_reverse_kl":
             slope = p * (beta * rest * gap - over_p)
-            value = tl.where(student, -p * over_p, 0.0)
+            value = tl.where(student, -p * over_p, 0.0) + beta * moved
         else:
             slope = -rest * rest * p * gap
-            value = tl.where(teacher, -q * over_q, 0.0)
+            value = tl.where(teacher, -q * over_q, 0.0) - rest * moved
     return tl.where(student, slope, 0.0), tl.where(student | teacher, value, 0.0)
 
 
