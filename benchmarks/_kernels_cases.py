@@ -49,8 +49,9 @@ class Workload:
         return (self.products - 2) * chunk * self.vocab * FLOAT_BYTES / MIB
 
     def with_chunk(self, chunk: int) -> Workload:
-        """In chunks of at most so many tokens, and, like ours, no short last one."""
-        return replace(self, chunk=math.ceil(self.tokens / math.ceil(self.tokens / chunk)))
+        """In chunks of at most so many tokens, and, like ours, even ones, in multiples of 8."""
+        even = math.ceil(self.tokens / math.ceil(self.tokens / chunk))
+        return replace(self, chunk=min(chunk, math.ceil(even / 8) * 8))
 
     @property
     def shape(self) -> str:

@@ -23,7 +23,8 @@ from opd.kernels.terms import FewTokens, policy_loss
 from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
 from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 
-BLOCK_BYTES = 1 << 19  # of one block of logits; the products pack several times as much for themselves
+BLOCK_BYTES = 1 << 29  # of one block of logits, times the deeper hidden size: the products pack as many rows, that deep
+MAX_BLOCK_BYTES = 2 << 20
 MIN_WIDTH = 64
 PIECE = 1 << 15  # entries of a row pass that stay in cache; three buffers of them are within the mode's few mebibytes
 
@@ -103,7 +104,9 @@ class _Blocks:
         self.has_teacher = target_has_logits(target)
         self.chunk = chunk_of(request)
         size = torch.finfo(request.dtype).bits // 8
-        self.width = min(self.head.columns, max(MIN_WIDTH, BLOCK_BYTES // (size * self.chunk)))
+        depth = max([request.hidden.shape[1]] + ([target.hidden.shape[1]] if isinstance(target, HiddenTarget) else []))
+        block = min(MAX_BLOCK_BYTES, BLOCK_BYTES // depth)
+        self.width = min(self.head.columns, max(MIN_WIDTH, block // (size * self.chunk)))
         self.gradients = Gradients(request, self.head)
         blank = {"dtype": request.dtype, "device": request.hidden.device}
         self.z_buffer = torch.empty(self.chunk * self.width, **blank)
