@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -279,3 +280,7 @@ class Products(TorchDispatchMode):
     @property
     def count(self) -> int:
         return len(self.shapes)
+
+    @property
+    def multiplications(self) -> int:
+        return sum(math.prod(left) * right[1] for left, right in self.shapes)

@@ -90,6 +90,7 @@ def test_masked_padded_and_uncounted_are_left_out():
         both(kind, valid_vocab=20, response_ids=ids, divergence="generalized_jsd")
         both(kind, token_weights=torch.zeros(23, dtype=torch.float64), policy=True)
     both("hidden", World(0, 7, 37))
+    both("hidden", World(5, 1, 37), divergence="generalized_jsd")
 
 
 def test_infinities_sit_where_they_should():
@@ -125,16 +126,20 @@ def test_blocks_are_as_accurate_as_rows(monkeypatch, divergence, dtype):
 
 
 @pytest.mark.parametrize(
-    ("kind", "divergence", "products"),
-    [("hidden", "reverse_kl", 6), ("hidden", "forward_kl", 6), ("hidden", "generalized_jsd", 8), ("hidden", "skew_reverse_kl", 8),
-     ("dense", "reverse_kl", 4), ("dense", "generalized_jsd", 5), ("top_k", "reverse_kl", 4), ("sampled", "reverse_kl", 4)],
+    ("kind", "divergence", "grads", "student", "teacher"),
+    [("hidden", "reverse_kl", "hwb", 4, 2), ("hidden", "forward_kl", "hwb", 4, 2), ("hidden", "generalized_jsd", "hwb", 4, 2),
+     ("hidden", "skew_reverse_kl", "hwb", 4, 2), ("hidden", "skew_forward_kl", "hwb", 4, 2), ("hidden", "generalized_jsd", "h", 4, 3),
+     ("hidden", "reverse_kl", "h", 3, 2), ("dense", "reverse_kl", "hwb", 4, 0), ("dense", "generalized_jsd", "hwb", 4, 0),
+     ("top_k", "reverse_kl", "hwb", 4, 0), ("sampled", "reverse_kl", "hwb", 4, 0)],
 )  # fmt: skip
-def test_products_are_as_many_as_promised(monkeypatch, kind, divergence, products):
-    monkeypatch.setattr(minimal, "MIN_WIDTH", 64)
-    target = WORLD.target(kind)
-    with Products() as seen:
-        run(WORLD, lambda _: target, "minimal", divergence=divergence, policy=True)
-    assert seen.count == products
+def test_products_are_as_many_as_promised(kind, divergence, grads, student, teacher):
+    """Six for every divergence, of which two with the teacher's hidden size; a mixture without a weight's gradient asks for more."""
+    world = World(23, 16, 37)
+    target, depth = world.target(kind), world.parts["teacher_hidden"].shape[1]
+    for chunk in (9, None):
+        with Products() as seen:
+            run(world, lambda _: target, "minimal", grads=grads, divergence=divergence, policy=True, chunk_tokens=chunk)
+        assert seen.multiplications == 23 * 37 * (student * 16 + teacher * depth)
 
 
 @pytest.mark.parametrize(

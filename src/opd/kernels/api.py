@@ -106,8 +106,8 @@ def linear_divergence(
     rows beyond the smaller, beyond `valid_vocab` or beyond `Head.valid_vocab` are padding: −inf on both sides.
 
     `policy` adds reinforcement learning and `entropy_bonus` c ≥ 0 an entropy term to the same row pass, at no further product;
-    `distill_weight` is λ. `memory="minimal"` walks blocks of the vocabulary twice (two products more, four for JSD and the skewed
-    forms) and keeps nothing beyond the gradients but a few MiB. `gradient_filter=ε` drops columns of d(logits) from the gradient
+    `distill_weight` is λ. `memory="minimal"` walks blocks of the vocabulary twice (two products more; for a mixture with a frozen head,
+    three) and keeps nothing beyond the gradients but a few MiB. `gradient_filter=ε` drops columns of d(logits) from the gradient
     products where no token of the chunk has |∂loss/∂z| > ε, loss unweighted: the gradient of a token's hidden state then errs by at
     most ε w Σ|W_v| over the dropped v, that of a row of the weight by ε Σ w |h|. With `group`, `student_weight` (and a teacher's head, or logits) are
     this rank's rows of the vocabulary, in rank order and split alike; hidden states are the same on all ranks, and so is their

@@ -58,7 +58,7 @@ class Form:
         held = self._buffers.get(name)
         if held is None or held.shape[0] < like.shape[0] or held.shape[1] != like.shape[1]:
             held = self._buffers[name] = torch.empty_like(like)
-        return held[: like.shape[0]]
+        return held if held.shape[0] == like.shape[0] else held[: like.shape[0]]
 
     def slope(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f over `factor` into z, and Σ p̃ log(p/M), Σ q̃ log(q/M) up to what `divergence` puts right, and Σ p̃ f. t is used up."""

@@ -1,14 +1,16 @@
 """Blocks of the vocabulary instead of whole rows: nothing larger than [tokens, block] exists beside the gradients.
 
-First pass: running maxima and sums. Where f depends on them (JSD, skewed KLs), a second pass for Σ p f. Last pass: the gradient
-of each block, through the products. Every pass computes the logits again: 6 products for the KLs, 8 for the others, 4 for
-top-k.
+First pass: running maxima and sums. Last pass: the gradient of each block, through the products. Both compute the logits: 6
+products for the KLs, 4 for top-k. Where f depends on the sums (JSD, skewed KLs), Σ p f is wanted between the two. The memory
+of the weight's gradient, which nobody has written yet, then holds whole rows of logits for the first pass, hidden size / 2
+tokens at a time, and the sums and Σ p f come of the same logits: 6 products again. Where the weight has no gradient the
+logits are computed three times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,6 +53,11 @@ class Sums:
         self.mean = self.mean * factor
         return factor
 
+    @classmethod
+    def join(cls, parts: Sequence[Sums]) -> Sums:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("top", "mass", "mean")))
+
     @property
     def log_mass(self) -> Tensor:
         return self.top + self.mass.log()
@@ -71,7 +78,20 @@ class Found:
     center: Tensor
     k_logits: Tensor | None = None
     y_logit: Tensor | None = None
-    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, parts: Sequence[Found]) -> Found:
+        """One after the other."""
+        x, y, center = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "y", "center"))
+        ids = [part.y_logit for part in parts if part.y_logit is not None]
+        return cls(
+            Sums.join([part.student for part in parts]),
+            Sums.join([part.teacher for part in parts]),
+            x,
+            y,
+            center,
+            y_logit=torch.cat(ids) if ids else None,
+        )
 
 
 def run(request: Request) -> Answer:
@@ -116,9 +136,13 @@ class _Blocks:
         request, done = self.request, []
         if self.gradients.hidden is not None:
             self.gradients.hidden.zero_()
-        for first in range(0, request.tokens, self.chunk):
-            index = torch.arange(first, min(first + self.chunk, request.tokens), device=request.hidden.device)
-            done.append(self._chunk(index))
+        chunks = [
+            torch.arange(first, min(first + self.chunk, request.tokens), device=request.hidden.device)
+            for first in range(0, request.tokens, self.chunk)
+        ]
+        statistics = [self._statistics(index) for index in chunks]  # of all, while the weight's gradient is unwritten
+        for index, found in zip(chunks, statistics, strict=True):
+            done.append(self._chunk(index, found))
         return self.gradients.answer(Rows.join(done, self.z_buffer).values)
 
     def _blocks(self) -> range:
@@ -126,14 +150,19 @@ class _Blocks:
 
     def _logits(self, index: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
         """Student and teacher logits of one block."""
-        request, rows = self.request, len(index)
         width = min(self.width, self.head.columns - first)
-        z = self.z_buffer[: rows * width].view(rows, width)
+        return self._logits_in(self.z_buffer, self.t_buffer, index, first, width)
+
+    def _logits_in(
+        self, z_buffer: Tensor, t_buffer: Tensor, index: Tensor, first: int, width: int
+    ) -> tuple[Tensor, Tensor | None]:
+        request, rows = self.request, len(index)
+        z = z_buffer[: rows * width].view(rows, width)
         self.head.logits(request.hidden[index[0] : index[-1] + 1], z, MASKED, first)
         target = request.target
         if not self.has_teacher:
             return z, None
-        t = self.t_buffer[: rows * width].view(rows, width)
+        t = t_buffer[: rows * width].view(rows, width)
         span = slice(int(index[0]), int(index[-1]) + 1)
         if isinstance(target, HiddenTarget):
             assert self.teacher is not None
@@ -143,10 +172,7 @@ class _Blocks:
             self.head.mask(t, MASKED, first)
         return z, t
 
-    def _chunk(self, index: Tensor) -> Rows:
-        found = self._statistics(index)
-        if self.has_teacher and self.form.mixes:
-            self._centers(index, found)
+    def _chunk(self, index: Tensor, found: Found) -> Rows:
         rows, slopes = self._values(index, found)
         wanted = self.request.needs.any
         bad = rows.broken()
@@ -159,23 +185,45 @@ class _Blocks:
     # ---- first pass ------------------------------------------------------------------------------------------------
 
     def _statistics(self, index: Tensor) -> Found:
-        rows, like = len(index), self.z_buffer
-        zero = like.new_zeros(rows, 1)
-        found = Found(Sums.empty(rows, like), Sums.empty(rows, like), zero, zero.clone(), zero.clone())
-        target = select_target(self.request.target, index)
-        if isinstance(target, TopKTarget):
-            found.k_logits = torch.full(target.ids.shape, MASKED, dtype=like.dtype, device=like.device)
-        ids = self.request.response_ids
-        if ids is not None:
-            found.y_logit = zero + MASKED
+        whole_rows = self.has_teacher and self.form.mixes and self.gradients.weight is not None
+        if whole_rows and self.request.weight.shape[1] > 1:
+            return Found.join([self._of_whole_rows(some) for some in index.split(self.request.weight.shape[1] // 2)])
+        found = self._nothing(index)
         for first in self._blocks():
-            z, t = self._logits(index, first)
-            if found.k_logits is not None and isinstance(target, TopKTarget):
-                _pick(z, target.ids, first, found.k_logits)
-            if found.y_logit is not None and ids is not None:
-                _pick(z, ids[index].unsqueeze(-1), first, found.y_logit)
-            self._add_block(found, z, t)
+            self._see(found, index, *self._logits(index, first), first)
+        if self.has_teacher and self.form.mixes:
+            for first in self._blocks():
+                self._add_centers(found, *self._logits(index, first))
         return found
+
+    def _of_whole_rows(self, index: Tensor) -> Found:
+        """Sums and centers of the same logits, kept in the memory of the weight's gradient."""
+        assert self.gradients.weight is not None
+        memory = self.gradients.weight[: self.head.columns].view(-1)
+        half = len(index) * self.head.columns
+        z, t = self._logits_in(memory[:half], memory[half:], index, 0, self.head.columns)
+        found = self._nothing(index)
+        self._see(found, index, z, t, 0)
+        self._add_centers(found, z, t)
+        return found
+
+    def _nothing(self, index: Tensor) -> Found:
+        rows, like = len(index), self.z_buffer
+        zeros = [like.new_zeros(rows, 1) for _ in range(3)]
+        found = Found(Sums.empty(rows, like), Sums.empty(rows, like), *zeros)
+        if isinstance(self.request.target, TopKTarget):
+            found.k_logits = torch.full_like(self.request.target.ids[index], MASKED, dtype=like.dtype)
+        if self.request.response_ids is not None:
+            found.y_logit = torch.full_like(zeros[0], MASKED)
+        return found
+
+    def _see(self, found: Found, index: Tensor, z: Tensor, t: Tensor | None, first: int) -> None:
+        target, ids = self.request.target, self.request.response_ids
+        if found.k_logits is not None and isinstance(target, TopKTarget):
+            _pick(z, target.ids[index], first, found.k_logits)
+        if found.y_logit is not None and ids is not None:
+            _pick(z, ids[index].unsqueeze(-1), first, found.y_logit)
+        self._add_block(found, z, t)
 
     def _add_block(self, found: Found, z: Tensor, t: Tensor | None) -> None:
         s = found.student
@@ -202,17 +250,24 @@ class _Blocks:
             elif self.form.kind == "forward_kl":
                 found.y[piece] += dot(q_, tp.sub_(zp))
 
-    # ---- second pass, for forms that mix ---------------------------------------------------------------------------
+    def _add_centers(self, found: Found, z: Tensor, t: Tensor | None) -> None:
+        """Of forms that mix: what needs the sums. The logits are used up."""
+        assert t is not None
+        for piece, zp, tp, p, q_ in self._pieces(found, z, t):
+            one = torch.ones_like(p[:, :1])
+            x, y, center = self.form.slope(zp, tp, p, q_, one, one)
+            found.x[piece] += x
+            found.y[piece] += y
+            found.center[piece] += center
 
-    def _centers(self, index: Tensor, found: Found) -> None:
-        found.x, found.y, found.center = (torch.zeros_like(found.x) for _ in range(3))
-        for first in self._blocks():
-            for piece, z, t, p, q_ in _Pieces(self, index, found, first):
-                one = torch.ones_like(p[:, :1])
-                x, y, center = self.form.slope(z, t, p, q_, one, one)
-                found.x[piece] += x
-                found.y[piece] += y
-                found.center[piece] += center
+    def _pieces(self, found: Found, z: Tensor, t: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Normalised log-probs and probabilities of one block, a few rows at a time."""
+        step = max(1, PIECE // z.shape[1])
+        for a in range(0, len(z), step):
+            piece = slice(a, a + step)
+            zp, tp = z[piece].sub_(found.student.log_mass[piece]), t[piece].sub_(found.teacher.log_mass[piece])
+            p, q_ = torch.exp(zp, out=self.form.buffer("p", zp)), torch.exp(tp, out=self.form.buffer("q", tp))
+            yield piece, zp, tp, p, q_
 
     # ---- what the rows say -----------------------------------------------------------------------------------------
 
@@ -281,8 +336,9 @@ class _Blocks:
         few = sum((slope.sum(-1, keepdim=True) for _, slope in adds), torch.zeros_like(found.x))
         entropy = found.student.entropy.unsqueeze(-1)
         log_s = found.student.log_mass
-        if not self.has_teacher:
-            z, _ = self._logits(index, first)
+        whole, t = self._logits(index, first)
+        if t is None:
+            z = whole
             for a in range(0, len(z), max(1, PIECE // z.shape[1])):
                 piece = slice(a, a + max(1, PIECE // z.shape[1]))
                 rows = z[piece].sub_(log_s[piece])
@@ -290,10 +346,10 @@ class _Blocks:
                 self._extra_slope(rows, None, few[piece], entropy[piece]).mul_(p)
             _scatter(z, adds, first)
             return z
-        for piece, z, t, p, q_ in _Pieces(self, index, found, first):
+        for piece, z, tp, p, q_ in self._pieces(found, whole, t):
             one = torch.ones_like(p[:, :1])
             logp = form.buffer("bonus", z).copy_(z) if request.entropy_bonus else None
-            form.slope_alone(z, t, p, q_)
+            form.slope_alone(z, tp, p, q_)
             weight = request.distill_weight * form.factor(one, one)
             if form.kind == "forward_kl":
                 z.fill_(0.0)
@@ -302,7 +358,6 @@ class _Blocks:
             else:
                 z.sub_(found.center[piece]).mul_(weight)
                 self._extra_slope(logp, z, few[piece], entropy[piece]).mul_(p)
-        whole = self.z_buffer[: len(index) * min(self.width, self.head.columns - first)].view(len(index), -1)
         _scatter(whole, adds, first)
         return whole
 
@@ -355,26 +410,6 @@ class _Blocks:
             t = target.logits[token, : self.head.columns].to(self.request.dtype)
             return [(None, self.head.mask(t / self.request.objective.teacher_temperature, -torch.inf))]
         return []
-
-
-class _Pieces:
-    """Normalised log-probs and probabilities of one block, a few rows at a time."""
-
-    def __init__(self, blocks: _Blocks, index: Tensor, found: Found, first: int) -> None:
-        self.blocks, self.found = blocks, found
-        z, t = blocks._logits(index, first)
-        assert t is not None
-        self.z, self.t = z, t
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-        step = max(1, PIECE // self.z.shape[1])
-        for a in range(0, len(self.z), step):
-            piece = slice(a, a + step)
-            z = self.z[piece].sub_(self.found.student.log_mass[piece])
-            t = self.t[piece].sub_(self.found.teacher.log_mass[piece])
-            form = self.blocks.form
-            p, q_ = torch.exp(z, out=form.buffer("p", z)), torch.exp(t, out=form.buffer("q", t))
-            yield piece, z, t, p, q_
 
 
 def _pick(z: Tensor, ids: Tensor, first: int, into: Tensor) -> None:
