@@ -264,6 +264,19 @@ def test_triton_is_never_replaced_by_something_slower(monkeypatch):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_teachers_weight_that_was_written_to_is_searched_again():
+    weight = TARGET.head.weight.clone()
+    target = replace(TARGET, head=replace(TARGET.head, weight=weight))
+    for _ in range(2):
+        linear_divergence(HIDDEN, WEIGHT, target)
+    weight[4, 1] = math.nan
+    refused(NonFiniteError, "the teacher's weight has nan in row 4", target=target)
+    refused(NonFiniteError, "the teacher's weight has nan in row 4", target=target)
+    with torch.inference_mode():
+        blind = replace(TARGET, head=replace(TARGET.head, weight=spoilt(TARGET.head.weight, 2, math.nan)))
+    refused(NonFiniteError, "the teacher's weight has nan in row 2", target=blind)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_named_with_its_row(value):
     def named(what: str, **changes: object) -> None:

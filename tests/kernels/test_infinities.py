@@ -188,6 +188,29 @@ def test_an_old_log_prob_of_minus_infinity_is_a_ratio_to_1():
             assert_same(got, wanted, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "minimal"])
+@pytest.mark.parametrize("kind", ["hidden", "top_k", "none"])
+def test_a_response_that_cannot_occur_has_log_prob_minus_infinity(kind, impl):
+    """And the policy gradient of the plain loss, whatever stands for −inf inside."""
+    made = world()
+    made.parts["bias"][4] = -torch.inf
+    made.parts["response_ids"] = torch.where(torch.isin(made.response_ids, torch.tensor([4])), 3, made.response_ids)
+    made.parts["response_ids"][1] = 4
+    for dtype, tolerance in ((torch.float64, 1e-12), (FLOAT32, 2e-5)):
+        target = made.target(kind, dtype)
+        if isinstance(target, TopKTarget):
+            target.ids[2, 3] = 4
+        settings = {
+            "policy": made.policy(dtype, old_log_prob=torch.full((11,), -3.0, dtype=dtype)),
+            "entropy_bonus": 0.1,
+        }
+        wanted, got = (run(made, lambda _: target, one, dtype, **settings) for one in ("reference", impl))  # noqa: B023
+        for found in (got, wanted):
+            assert found["student_logp"].isinf().tolist() == [i == 1 for i in range(11)]
+            found |= {name: value.nan_to_num(posinf=7e3, neginf=-7e3) for name, value in found.items()}
+        assert_same(got, wanted, tolerance)
+
+
 def test_a_whole_vocabulary_ruled_out_but_one_token_has_no_entropy_and_no_gradient():
     bias = torch.full((5,), -torch.inf)
     bias[3] = 0.0

@@ -313,6 +313,8 @@ def test_a_top_k_allows_the_coarse_kls_and_the_overlap():
     mine, theirs = to_logp(STUDENT).topk(5).indices.tolist(), support.ids.tolist()
     wanted = [len(set(a) & set(b)) / 5 for a, b in zip(mine, theirs, strict=True)]
     assert metrics["overlap"].tolist() == pytest.approx(wanted)
+    same(metrics["support_mass"], on_k[0].exp().sum(-1))
+    same(metrics["teacher_support_mass"], on_k[1].exp().sum(-1))
     assert "teacher_entropy" not in metrics
 
 

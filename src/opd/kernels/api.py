@@ -32,7 +32,7 @@ from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-CPU_CHUNK_BYTES = 70 << 20  # of one logits buffer: 112 rows of 152k columns; with fewer the products lose speed
+CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; with fewer the products lose speed
 CPU_CHUNK_ROWS = (
     256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more than work:
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from importlib import import_module
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from opd.errors import MissingDependencyError, NonFiniteError, ObjectiveError
 from opd.kernels.parallel import Shards
@@ -21,6 +22,8 @@ from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int64, torch.int32)
 MIXTURES = ("probability", "logit", "loss")
+
+_found_finite: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
 
 
 def choose_impl(impl: Impl, memory: Memory, hidden: Tensor, group: Any) -> Callable[[Request], Answer]:
@@ -310,13 +313,24 @@ def check_finite(request: Request) -> None:
     for member in target.targets if isinstance(target, TeacherMixture) else (target,):
         if isinstance(member, HiddenTarget):
             _finite_rows("the teacher's hidden states", member.hidden)
-            _finite_rows("the teacher's weight", member.head.weight)
+            _finite_once("the teacher's weight", member.head.weight)
             if member.head.bias is not None:
                 _finite_rows("the teacher's bias", member.head.bias, masked=True)
         elif isinstance(member, DenseTarget):
             _finite_rows("the teacher's logits", member.logits, masked=True)
         elif isinstance(member, (TopKTarget, SampledTarget)):
             _finite_rows("the teacher's log-probs", member.teacher_logp, masked=True)
+
+
+def _finite_once(name: str, weight: Tensor) -> None:
+    """A frozen weight is searched the first time, and again when it was written to: it is read from memory for nothing else."""
+    if weight.requires_grad or weight.is_inference():
+        _finite_rows(name, weight)
+        return
+    state = (weight.data_ptr(), weight._version)
+    if _found_finite.get(weight) != state:
+        _finite_rows(name, weight)
+        _found_finite[weight] = state
 
 
 def _finite_rows(name: str, value: Tensor, masked: bool = False) -> None:

@@ -33,21 +33,24 @@ def has_closed_form(request: Request) -> bool:
     return objective.baseline == "none"
 
 
+def kind_of(request: Request) -> str:
+    """The divergence whose form applies: the ends of the β dial are KLs, and a mixture of one model could underflow."""
+    name, beta = request.objective.divergence, request.objective.beta
+    ends = {
+        ("generalized_jsd", 0.0): "forward_kl",
+        ("generalized_jsd", 1.0): "reverse_kl",
+        ("skew_reverse_kl", 1.0): "reverse_kl",
+        ("skew_forward_kl", 0.0): "forward_kl",
+    }
+    return ends.get((name, float(beta)), name)
+
+
 class Form:
     """One divergence, and buffers for its passes that are made once."""
 
     def __init__(self, request: Request) -> None:
-        name, self.beta = request.objective.divergence, request.objective.beta
+        self.kind, self.beta = kind_of(request), request.objective.beta
         self.normalize = request.objective.normalize
-        ends = {
-            ("generalized_jsd", 0.0): "forward_kl",
-            ("generalized_jsd", 1.0): "reverse_kl",
-            ("skew_reverse_kl", 1.0): "reverse_kl",
-            ("skew_forward_kl", 0.0): "forward_kl",
-        }
-        self.kind = ends.get(
-            (name, float(self.beta)), name
-        )  # one model alone is no mixture: log M of it could underflow
         self.request = request
         self.mixes = self.kind not in ("reverse_kl", "forward_kl")
         """f depends on the rows' sums, which must be known first."""
@@ -177,6 +180,8 @@ def with_extras(request: Request, values: dict[str, Tensor], total: Tensor, inde
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Σ a b of each row, [rows, 1]. Of a few long rows, the diagonal of a b.T is had at half the time of a product and a sum."""
+    if a.shape[0] == 1:
+        return torch.dot(a[0], b[0]).view(1, 1)
     if a.shape[0] <= GRAM_ROWS and not a.is_cuda:
         return torch.mm(a, b.T).diagonal().unsqueeze(-1)
     return torch.linalg.vecdot(a, b).unsqueeze(-1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.kernels.normal import log_probs
-from opd.kernels.request import MASKED, Request, select_policy, select_target
+from opd.kernels.request import Request, select_policy, select_target, true_infinity
 from opd.kernels.rows import Rows
 from opd.kernels.terms import policy_loss, policy_loss_by_autograd
 from opd.losses import entropy, student_diagnostics, to_logp, token_diagnostics
@@ -21,6 +21,21 @@ from opd.types import DenseTarget, SampledTarget, Target, TopKTarget
 
 CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
 GPU_PIECE = 1 << 24  # 64 MiB of float32; autograd keeps about thirty copies of a piece
+
+
+class ByAutograd:
+    """The row pass of losses without one of their own."""
+
+    fill = -torch.inf
+    watches = False
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def __call__(
+        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
+    ) -> Rows:
+        return by_autograd(self.request, z, teachers, index, gradient=gradient)
 
 
 def piece_rows(logits: Tensor) -> int:
@@ -94,6 +109,20 @@ def _targets(
     return [(None, select_target(request.target, index))]  # pyright: ignore[reportReturnType]
 
 
+def watch_all(
+    request: Request, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor
+) -> dict[str, Tensor]:
+    """A trainer's diagnostics of the rows `index`: of the one teacher or mixture; where losses are added, Σ w of each teacher's."""
+    if not teachers or teachers[0][0] is None:
+        return watch(request, z, teachers[0][1] if teachers else None, index)
+    total: dict[str, Tensor] = {}
+    for weight, t in teachers:
+        for name, value in watch(request, z, t, index).items():
+            share = torch.where(weight > 0, weight * value, 0.0)  # pyright: ignore[reportOptionalOperand]
+            total[name] = share if name not in total else total[name] + share
+    return total
+
+
 @torch.no_grad()
 def watch(request: Request, z: Tensor, t: Tensor | None, index: Tensor) -> dict[str, Tensor]:
     """A trainer's diagnostics of the rows `index`, always at temperature 1."""
@@ -115,13 +144,9 @@ def watch(request: Request, z: Tensor, t: Tensor | None, index: Tensor) -> dict[
         else:
             found = student_diagnostics(logp, ids)
         found["eos_prob"] = logp[:, eos].exp().sum(-1)
-        parts.append({f"watch/{name}": _true_infinity(value) for name, value in found.items()})
+        parts.append({f"watch/{name}": true_infinity(value) for name, value in found.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _at_one(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits * temperature
-
-
-def _true_infinity(value: Tensor) -> Tensor:
-    return torch.where(value < MASKED / 2, -torch.inf, value)

@@ -120,6 +120,11 @@ class Answer:
     bias_grad: Tensor | None = None
 
 
+def true_infinity(logp: Tensor) -> Tensor:
+    """Log-probs in which masked tokens have −inf instead of what stands for it."""
+    return torch.where(logp < MASKED / 2, -torch.inf, logp)
+
+
 def select_target(target: AnyTarget | None, rows: Any) -> AnyTarget | None:
     """The target at some tokens; `rows` is an index tensor or a slice."""
     if isinstance(target, HiddenTarget):

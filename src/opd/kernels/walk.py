@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.generic import by_autograd, watch
+from opd.kernels.generic import by_autograd, watch_all
 from opd.kernels.normal import pieces
 from opd.kernels.products import Head
 from opd.kernels.request import Answer, Request, TeacherMixture
@@ -262,7 +262,7 @@ def walk(request: Request, make_pass: Callable[[int], RowPass]) -> Answer:
         z = head.logits(request.hidden[rows], z_buffer[: len(index)], row_pass.fill)
         teachers = teacher.logits(rows, len(index), row_pass.fill)
         apart = request.watch is not None and not row_pass.watches
-        seen = watch(request, z, teachers[0][1] if teachers else None, index) if apart else {}
+        seen = watch_all(request, z, teachers, index) if apart else {}
         out = row_pass(z, teachers, index, gradient=wanted)
         if row_pass.fill != -math.inf:
             _mend(request, head, teacher, z, index, out, gradient=wanted)
@@ -283,7 +283,7 @@ def _mend(
     again = index[bad]
     logits = head.logits(request.hidden[again], z.new_empty(len(bad), z.shape[1]), -math.inf)
     teachers = teacher.logits(again, len(bad), -math.inf)
-    seen = watch(request, logits, teachers[0][1] if teachers else None, again) if request.watch is not None else {}
+    seen = watch_all(request, logits, teachers, again) if request.watch is not None else {}
     mended = by_autograd(request, logits, teachers, again, gradient=gradient)
     mended.values |= seen
     if gradient:

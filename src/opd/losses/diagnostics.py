@@ -63,7 +63,8 @@ def _kls_and_entropies(
 def top_k_diagnostics(
     student_logp: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens k"], teacher_logp: Float[Tensor, "tokens k"]
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """Both KLs in their `bucket` form, a lower bound of the exact ones, and the overlap of the likeliest tokens."""
+    """Both KLs in their `bucket` form, a lower bound of the exact ones, the overlap of the likeliest tokens, and what each model gives
+    the support as a whole."""
     support = support_of(ids)
     student_on_k, teacher_on_k = support.gather(student_logp), support.mask(teacher_logp)
     k = min(ids.shape[-1], student_logp.shape[-1])
@@ -71,6 +72,8 @@ def top_k_diagnostics(
         "reverse_kl": partial_divergence("reverse_kl", student_on_k, teacher_on_k),
         "forward_kl": partial_divergence("forward_kl", student_on_k, teacher_on_k),
         "overlap": overlap(likeliest(student_logp, k)[1], ids),
+        "support_mass": student_on_k.exp().sum(-1),
+        "teacher_support_mass": teacher_on_k.exp().sum(-1),
     }
 
 

@@ -17,6 +17,8 @@ MEANS = (
     "student_entropy",
     "teacher_entropy",
     "overlap",
+    "support_mass",
+    "teacher_support_mass",
     "eos_prob",
     "teacher_logp",
     "student_logp",

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from opd.kernels.forms import Form, dot, has_closed_form, with_extras
-from opd.kernels.generic import by_autograd
+from opd.kernels.generic import ByAutograd
 from opd.kernels.normal import pieces, rows_together, unsafe
-from opd.kernels.request import MASKED, Answer, Request, select_policy, select_target
+from opd.kernels.request import MASKED, Answer, Request, select_policy, select_target, true_infinity
 from opd.kernels.rows import Rows
 from opd.kernels.terms import FewTokens, policy_loss
 from opd.kernels.walk import walk
 from opd.losses import top_overlap
 from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
 
+LEAN = ("reverse_kl", "forward_kl", "generalized_jsd")
 FOLD_SHARE = 1e-3  # a row's multiple of p̃ becomes a divisor only if it is this share of the entries beside it, or more
 
 
@@ -30,21 +31,6 @@ def run(request: Request) -> Answer:
     if not has_closed_form(request):
         return walk(request, lambda rows: ByAutograd(request))
     return walk(request, lambda rows: ClosedForm(request, rows))
-
-
-class ByAutograd:
-    """The row pass of losses without a closed form."""
-
-    fill = -torch.inf
-    watches = False
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-
-    def __call__(
-        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
-    ) -> Rows:
-        return by_autograd(self.request, z, teachers, index, gradient=gradient)
 
 
 class ClosedForm:
@@ -99,7 +85,10 @@ class ClosedForm:
         seen = self._watch(z, t, index) if self.watches else {}
         rows = len(z) if not self.shards.alone else rows_together(z)
         parts = zip(z.split(rows), t.split(rows), y_logit.split(rows), index.split(rows), strict=True)
-        pieces = [self._full_piece(zp, tp, yp, ip, gradient, weight, extras) for zp, tp, yp, ip in parts]
+        if self.form.kind in LEAN and not extras and not self.watches:
+            pieces = [self._lean_piece(zp, tp, gradient) for zp, tp, _, _ in parts]
+        else:
+            pieces = [self._full_piece(zp, tp, yp, ip, gradient, weight, extras) for zp, tp, yp, ip in parts]
         s, q, zp, tq, x, y, *kls = (torch.cat(column).squeeze(-1) for column in zip(*pieces, strict=True))
         log_s = s.log()
         values = {
@@ -109,7 +98,7 @@ class ClosedForm:
             "sums": torch.stack([s, q], dim=-1),
         }
         if self.request.response_ids is not None:
-            values["student_logp"] = y_logit.squeeze(-1) - log_s
+            values["student_logp"] = true_infinity(y_logit.squeeze(-1) - log_s)
         if self.watches:
             values |= self._seen(seen, values, log_s, q.log(), *kls)
         total = weight * values["divergence"]
@@ -169,6 +158,39 @@ class ClosedForm:
             form.finish(z, p, q_, s, q, center / s)
         return s, q, zp, tq, x, y, *kls
 
+    def _lean_piece(self, z: Tensor, t: Tensor, gradient: bool) -> tuple[Tensor, ...]:
+        """`_full_piece` for the common divergences alone, in one buffer (two for the JSD) so that more stays in cache."""
+        form, total = self.form, self.shards.sum
+        one = form.buffer("p", z)
+        torch.exp(t, out=one)
+        q, tq = one.sum(-1, keepdim=True), dot(one, t)
+        none = torch.zeros_like(q)
+        if form.kind == "forward_kl":
+            y = dot(one, t.sub_(z))
+            p = torch.exp(z, out=t)
+            s, q, zp, tq, y = total(p.sum(-1, keepdim=True), q, dot(p, z), tq, y)
+            if gradient:
+                torch.sub(p, one.mul_(s / q), out=z)
+            return s, q, zp, tq, none, y
+        if form.kind == "reverse_kl":
+            p = torch.exp(z, out=one)
+            s, zp = p.sum(-1, keepdim=True), dot(p, z)
+            s, q, zp, tq, x = total(s, q, zp, tq, dot(p, z.sub_(t)))
+            if gradient:
+                z.sub_(x / s).mul_(p)
+            return s, q, zp, tq, x, none
+        m = torch.exp(z, out=form.buffer("m", z))
+        s, zp = m.sum(-1, keepdim=True), dot(m, z)
+        s, q, zp, tq = total(s, q, zp, tq)
+        share = form.beta * s / q
+        m.mul_(1.0 - form.beta).add_(one.mul_(share)).clamp_min_(torch.finfo(m.dtype).tiny).log_()
+        y = dot(one, t.sub_(m)) / share
+        p = torch.exp(z, out=one)
+        x, y = total(dot(p, z.sub_(m)), y)
+        if gradient:
+            z.sub_(x / s).mul_(p)
+        return s, q, zp, tq, x, y
+
     def _sum_of_losses(
         self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, gradient: bool
     ) -> Rows:
@@ -210,12 +232,12 @@ class ClosedForm:
         log_s = s.log()
         values = {"student_entropy": (log_s - zp / s).squeeze(-1), "sums": s}
         if y_logit is not None:
-            values["student_logp"] = (y_logit - log_s).squeeze(-1)
+            values["student_logp"] = true_infinity(y_logit - log_s).squeeze(-1)
         total, k_slope, y_slope = torch.zeros_like(log_s.squeeze(-1)), None, None
         if isinstance(target, (TopKTarget, SampledTarget)):
             sampler = None if request.sampler_logp is None else request.sampler_logp[index]
             few = FewTokens(request.objective, target, ids, sampler)
-            on_k = None if k_logits is None else k_logits - log_s
+            on_k = None if k_logits is None else true_infinity(k_logits - log_s)
             loss, k_slope, y_slope, clamped = few.loss(on_k, values.get("student_logp"))
             values |= {"divergence": loss, "clamped": clamped}
             total = request.distill_weight * loss

@@ -19,7 +19,16 @@ from opd.errors import ObjectiveError
 from opd.kernels.forms import Form, dot, has_closed_form, with_extras
 from opd.kernels.generic import by_autograd
 from opd.kernels.products import Head
-from opd.kernels.request import MASKED, Answer, Request, TeacherMixture, select_policy, select_target, target_has_logits
+from opd.kernels.request import (
+    MASKED,
+    Answer,
+    Request,
+    TeacherMixture,
+    select_policy,
+    select_target,
+    target_has_logits,
+    true_infinity,
+)
 from opd.kernels.rows import Rows
 from opd.kernels.terms import FewTokens, policy_loss
 from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
@@ -276,7 +285,7 @@ class _Blocks:
         log_s = found.student.log_mass
         values = {"student_entropy": found.student.entropy}
         if found.y_logit is not None:
-            values["student_logp"] = (found.y_logit - log_s).squeeze(-1)
+            values["student_logp"] = true_infinity(found.y_logit - log_s).squeeze(-1)
         total = torch.zeros_like(values["student_entropy"])
         k_slope = y_slope = None
         target = select_target(request.target, index)
@@ -294,7 +303,7 @@ class _Blocks:
             ids = None if request.response_ids is None else request.response_ids[index]
             sampler = None if request.sampler_logp is None else request.sampler_logp[index]
             few = FewTokens(request.objective, target, ids, sampler)
-            on_k = None if found.k_logits is None else found.k_logits - log_s
+            on_k = None if found.k_logits is None else true_infinity(found.k_logits - log_s)
             values["divergence"], k_slope, y_slope, values["clamped"] = few.loss(on_k, values.get("student_logp"))
         if "divergence" in values:
             total = request.distill_weight * values["divergence"]

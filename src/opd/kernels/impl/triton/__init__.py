@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 from opd.errors import ObjectiveError
-from opd.kernels.generic import by_autograd
+from opd.kernels.generic import ByAutograd
 from opd.kernels.impl.triton.kernels import INTERPRETED
 from opd.kernels.impl.triton.rows import RowKernels
 from opd.kernels.request import Answer, Request, target_has_logits
-from opd.kernels.rows import Rows
 from opd.kernels.walk import walk
 
 
@@ -36,18 +30,3 @@ def has_kernels(request: Request) -> bool:
     if not target_has_logits(request.target):
         return objective.baseline == "none"
     return objective.support == "full" and objective.teacher_logp_floor is None
-
-
-class ByAutograd:
-    """The row pass of losses without kernels."""
-
-    fill = -torch.inf
-    watches = False
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-
-    def __call__(
-        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
-    ) -> Rows:
-        return by_autograd(self.request, z, teachers, index, gradient=gradient)

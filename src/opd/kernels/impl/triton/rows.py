@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.kernels.forms import with_extras
+from opd.kernels.forms import kind_of, with_extras
 from opd.kernels.impl.triton import kernels
-from opd.kernels.request import MASKED, AnyTarget, Request, select_policy, select_target
+from opd.kernels.request import MASKED, AnyTarget, Request, select_policy, select_target, true_infinity
 from opd.kernels.rows import Rows
 from opd.kernels.terms import FewTokens, policy_loss
 from opd.losses import Objective
@@ -21,18 +21,6 @@ from opd.types import SampledTarget, TopKTarget
 MAX_BLOCK = 16384  # entries of a row worked on together; with more, registers spill (Fast-LLM #547, speculators #1111)
 BUSY_BLOCK = 8192  # the same where an entry costs logarithms (ptxas for sm_90: few spills or none from 8 warps on)
 TWO_READS = ("reverse_kl", "forward_kl")  # their Σ p f needs no normaliser
-
-
-def kind_of(request: Request) -> str:
-    """The divergence as the kernels know it: the ends of the β dial are KLs."""
-    name, beta = request.objective.divergence, request.objective.beta
-    ends = {
-        ("generalized_jsd", 0.0): "forward_kl",
-        ("generalized_jsd", 1.0): "reverse_kl",
-        ("skew_reverse_kl", 1.0): "reverse_kl",
-        ("skew_forward_kl", 0.0): "forward_kl",
-    }
-    return ends.get((name, float(beta)), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +45,7 @@ class Statistics:
     def student_logp(self, logits: Tensor) -> Tensor:
         """Of tokens with these logits, [rows, k]; −inf where they are masked."""
         logp = logits - self.known[0].unsqueeze(-1) - self.log_s.unsqueeze(-1)
-        return torch.where(logits < MASKED / 2, -torch.inf, logp)
+        return true_infinity(logp)
 
     def two_read(self, kind: str) -> tuple[Tensor, Tensor]:
         """A KL and its Σ p f, as the gradient kernel understands f."""
