@@ -1,16 +1,23 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, and is quick when nothing changed.
+# `make verl` is for the verl plugin: it has an environment of its own, because verl and the rest want different versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VERL_VENV := .venv-verl
+VERL_BIN := $(VERL_VENV)/bin
+VERL_READY := $(VERL_VENV)/.ready
 
-.PHONY: demo test check lint fast bench clean
+.PHONY: demo test verl check lint fast bench clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
 
 test: $(READY)  ## every test
 	$(BIN)/python -m pytest
+
+verl: $(VERL_READY)  ## the tests of the verl plugin: real runs of verl on the CPU
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/integrations/verl
 
 fast: $(READY)  ## the tests that end in under two minutes
 	$(BIN)/python -m pytest -m "not slow"
@@ -31,5 +38,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-clean:  ## remove the virtual environment and run folders
-	rm -rf $(VENV) runs
+$(VERL_READY): pyproject.toml constraints-verl.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "verl's environment needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	test -x $(VERL_BIN)/python || $(PYTHON) -m venv $(VERL_VENV)
+	@echo 'Installing verl, Ray and PyTorch into $(VERL_VENV): a few minutes, once.'
+	$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e '.[verl]' pytest pytest-timeout psutil
+	@touch $(VERL_READY)
+
+clean:  ## remove the virtual environments and run folders
+	rm -rf $(VENV) $(VERL_VENV) runs

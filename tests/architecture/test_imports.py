@@ -51,6 +51,7 @@ CROSS_EDGES = {
     ("rollouts", "seeding"): "samples are a pure function of the seed",
     ("rollouts", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
     ("demo", "testing"): "the demo's models are the tiny ones",
+    ("integrations", "testing"): "the stand-ins of a dry run are tiny models",
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 

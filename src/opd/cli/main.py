@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
     "demo": "the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
     "report": "make report.html of a run folder again: opd report RUN_DIR",
+    "verl": "a verl config tried on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
+    "doctor": "is the plugin in? opd doctor verl",
 }
 INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 

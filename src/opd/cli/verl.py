@@ -1,0 +1,73 @@
+"""`opd verl smoke`: a user's own verl config for a few steps on this machine's CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from opd.errors import ConfigError, MissingDependencyError
+
+USAGE = "opd verl smoke [--steps N] [--timeout SECONDS] <the words after python -m verl.trainer.main_ppo>"
+HELP = """
+Runs your config for a few steps on the CPU, with small random models in the place of yours, so that mistakes show before a
+cluster is booked. Tokenizers, model classes, data and rewards are yours where they are on this machine. It says what was
+replaced by what, then each step's metrics, then ok or the first error.
+
+--steps N          training steps (default 2)
+--timeout SECONDS  for everything together (default 600)"""
+INTERRUPTED = 130
+
+
+def run(args: Sequence[str]) -> int:
+    if "-h" in args or "--help" in args:
+        print(f"usage: {USAGE}\n{HELP}")
+        return 0
+    if not args or args[0] != "smoke":
+        raise ConfigError(f"There is one command here: {USAGE}")
+    options, words = _split(args[1:])
+    if not words:
+        raise ConfigError(f"Give your verl overrides: {USAGE}")
+    if importlib.util.find_spec("verl") is None:
+        raise MissingDependencyError("verl is not installed in this environment; pip install 'opd[verl]'.")
+    from opd.integrations.verl.smoke import smoke
+
+    before = signal.signal(signal.SIGTERM, _interrupt)  # its processes are to end with it
+    try:
+        smoke(words, **options)  # pyright: ignore[reportArgumentType]
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+OPTIONS: dict[str, tuple[str, Callable[[str], float]]] = {"--steps": ("steps", int), "--timeout": ("limit", float)}
+
+
+def _split(args: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Our own options, and the words that are verl's."""
+    options: dict[str, float] = {}
+    words: list[str] = []
+    rest = iter(args)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag not in OPTIONS:
+            words.append(word)
+            continue
+        name, kind = OPTIONS[flag]
+        value = value if equals else next(rest, "")
+        try:
+            options[name] = kind(value)
+        except ValueError:
+            raise ConfigError(f"{flag} takes a number, not '{value}'; write {flag} 2, say.") from None
+        if not 0 < options[name] < float("inf"):
+            raise ConfigError(f"{flag}={value} must be above 0.")
+    return options, words

@@ -1,0 +1,1 @@
+"""The same losses inside other people's trainers."""

@@ -1,0 +1,1 @@
+"""verl on a laptop: a platform without an accelerator, FSDP2 over gloo, and rollouts by transformers. For tests and dry runs."""

@@ -1,0 +1,214 @@
+"""verl's FSDP engine with a teacher beside the student: the distillation loss is made inside the student's forward pass.
+
+Registered for this machine's device *and* vendor, which verl looks up before the device alone; without `opd:` in its config it is
+verl's engine, unchanged.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from opd.errors import ConfigError, NonFiniteError
+from opd.integrations.verl.alignment import ResponseTokens, response_tokens, spread, with_advantages
+from opd.integrations.verl.canary import check_teacher
+from opd.integrations.verl.checks import end_ids
+from opd.integrations.verl.head import output_layer, run_to_head
+from opd.integrations.verl.pool import policy_loss
+from opd.integrations.verl.settings import Settings
+from opd.integrations.verl.sources import Part, Source, make_source
+from opd.integrations.verl.tally import Tally
+from opd.integrations.verl.targets import OpdEngineConfig, start_line
+from opd.integrations.verl.trace import write_trace
+from opd.integrations.verl.v080 import register_engine
+from opd.kernels import linear_log_prob, linear_objective
+
+PREFIX = "actor/opd/"
+TOLD_APART = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
+"""Metrics that are logged for each teacher too, where each token has one of several."""
+
+
+@register_engine(model_type="language_model", backend="fsdp2")
+class OpdEngine(FSDPEngineWithLMHead):
+    """λ_rl · verl's loss + λ_distill · distillation, one forward pass of each model per micro-batch."""
+
+    settings: Settings | None = None
+    """None for the reference policy, and in a run without opd: then nothing here differs from verl."""
+    source: Source | None = None
+    """Where the teacher's side comes from; None without distillation."""
+    updates = 0
+    traced = 0
+
+    def initialize(self) -> None:
+        """Build the student as verl does, then the teacher."""
+        super().initialize()
+        config = self.engine_config
+        if not isinstance(config, OpdEngineConfig):
+            return
+        self.settings = config.settings()
+        self.reduction = dict(config.opd_reduction)
+        if self.rank == 0:
+            print(start_line(self.settings), flush=True)
+        if not self.settings.distils:
+            return
+        output_layer(self.module, "student")
+        self.source = make_source(self.settings, self)
+        self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
+
+    def forward_backward_batch(self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
+        """One mini-batch. Its metrics are joined by every rank at its end, because means of ratios are no ratios of means."""
+        if self.source is None or forward_only:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        self.tally = Tally()
+        every = self.settings.canary_every if self.settings is not None else 0
+        self.canary_due = every > 0 and self.updates % every == 0
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        self.updates += 1
+        means = self.tally.means(self.get_data_parallel_group())
+        output["metrics"] |= {PREFIX + name: Metric(AggregationType.MEAN, value) for name, value in means.items()}
+        return output
+
+    def forward_step(
+        self, micro_batch: Any, loss_function: Callable[..., Any] | None, forward_only: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One micro-batch. Only training steps of an actor that distils differ from verl's."""
+        settings = self.settings
+        if settings is None or forward_only or loss_function is None:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        if self.source is None:
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+            return loss * settings.lambda_rl, {**output, "loss": output["loss"] * settings.lambda_rl}
+        micro_batch = micro_batch.to(get_device_id())
+        inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
+        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+        tokens = response_tokens(micro_batch, packed=packed, reduction=self.reduction)
+        loss, model_output, advantage = self._distil(settings, micro_batch, inputs, tokens)
+        metrics: dict[str, Any] = {}
+        if settings.lambda_rl > 0:
+            if advantage is not None:
+                micro_batch = with_advantages(micro_batch, advantage, tokens, settings)
+            theirs, metrics = policy_loss(loss_function)(
+                model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
+            )
+            loss = theirs if advantage is not None else loss + settings.lambda_rl * theirs
+        plain = {name: value.detach() for name, value in model_output.items()}
+        return loss, {"model_output": plain, "loss": loss.detach().item(), "metrics": metrics}
+
+    def _distil(
+        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], tokens: ResponseTokens
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """λ_distill · loss, and the student's log-probs and entropies where verl's loss wants them.
+
+        With hybrid=advantages the advantage log q − log p of each response token instead of a loss.
+        """
+        assert self.source is not None
+        seen: dict[str, Tensor] = {}
+        wants_rl = settings.lambda_rl > 0
+        as_advantage = wants_rl and settings.hybrid == "advantages"
+        said = self.source.look(inputs, micro_batch, tokens)
+
+        def at_head(hidden: Tensor, layer: nn.Linear) -> Tensor:
+            hidden = hidden.index_select(0, tokens.model_index).to(layer.weight.dtype)
+            with said as parts, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
+                total = sum(self._divergence(settings, hidden, layer, part, tokens, seen) for part in parts)
+            assert isinstance(total, Tensor)
+            if not wants_rl:
+                return total.view(1)
+            logp, entropy = self._log_probs(hidden, layer, tokens, micro_batch["temperature"])
+            return torch.cat([total.view(1), logp, entropy])
+
+        with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
+            values = run_to_head(self.module, inputs, at_head, "student")
+        loss = values[0] * settings.lambda_distill
+        if not loss.isfinite():
+            raise NonFiniteError(self._why_not_finite(seen))
+        model_output = {}
+        if wants_rl:
+            logp, entropy = values[1:].split(len(tokens.ids)) if len(tokens.ids) else (values[1:], values[1:])
+            offsets = micro_batch["input_ids"].offsets()
+            model_output["log_probs"] = spread(logp, tokens, offsets)
+            if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
+                model_output["entropy"] = spread(entropy, tokens, offsets)
+        if settings.trace is not None:
+            self.traced += 1
+            write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], tokens, seen["per_token"])
+        self.tally.add_total("loss", values[0])
+        self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, tokens)
+        advantage = seen["teacher_logp"] - seen["student_logp"] if as_advantage else None
+        return loss, model_output, advantage
+
+    def _divergence(
+        self,
+        settings: Settings,
+        hidden: Tensor,
+        layer: nn.Linear,
+        part: Part,
+        tokens: ResponseTokens,
+        seen: dict[str, Tensor],
+    ) -> Tensor:
+        """Σ weight · loss of the part's tokens; what each token came to is put into `seen`."""
+        assert self.source is not None
+
+        def own(values: Tensor | None) -> Any:
+            return values if values is None or part.rows is None else values[part.rows]
+
+        total, per_token, metrics = linear_objective(
+            own(hidden),
+            layer.weight,
+            part.target,
+            own(tokens.ids),
+            settings.objective,
+            token_weights=own(tokens.weights),
+            bias=layer.bias,
+            valid_vocab=self.source.vocabulary.size,
+            masked_ids=self.source.vocabulary.invalid_ids,
+            sampler_logp=own(tokens.sampler_logp),
+            sequence_index=own(tokens.sequence_index),
+            eos_ids=self.eos_ids,
+        )
+        for name, value in {**metrics, "per_token": per_token}.items():
+            if part.rows is None:
+                seen[name] = value
+            else:
+                everywhere = seen.setdefault(name, value.new_zeros(len(tokens.ids)))
+                seen[name] = everywhere.index_copy(0, part.rows, value)
+                if name in TOLD_APART:
+                    self.tally.add(f"{part.name}/{name}", value)
+        if self.canary_due and "student_logp" in metrics:
+            check_teacher(
+                part.target,
+                own(tokens.ids),
+                own(tokens.sequence_index),
+                metrics["student_logp"],
+                vocab=self.source.vocabulary.size,
+                name=part.name,
+            )
+        return total
+
+    def _log_probs(
+        self, hidden: Tensor, layer: nn.Linear, tokens: ResponseTokens, temperature: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As verl's policy loss wants them: at the rollout temperature, over every row of the output layer."""
+        values = torch.as_tensor(temperature, dtype=torch.float32).unique()
+        if len(values) != 1:
+            raise ConfigError(
+                "the samples of one micro-batch were drawn at several temperatures; opd with lambda_rl > 0 takes one. Set one "
+                "actor_rollout_ref.rollout.temperature, or opd.lambda_rl=0."
+            )
+        return linear_log_prob(hidden, layer.weight, tokens.ids, bias=layer.bias, temperature=float(values))
+
+    def _why_not_finite(self, seen: dict[str, Tensor]) -> str:
+        bad = int((~seen["per_token"].isfinite()).sum())
+        return (
+            f"the distillation loss is not finite, at {bad} of {len(seen['per_token'])} response tokens of this micro-batch; no update "
+            "was made. Teacher or student gives NaN, or the teacher gives a token of the student's probability 0: look at the models' "
+            "dtypes, or set opd.teacher_logp_floor=-30."
+        )

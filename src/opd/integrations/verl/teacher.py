@@ -1,0 +1,130 @@
+"""The frozen teacher inside an actor worker: loaded and sharded as verl does it, without an optimizer."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from verl.workers.config import FSDPEngineConfig, HFModelConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from opd.errors import ConfigError
+from opd.integrations.verl.head import output_layer, run_to_head
+from opd.integrations.verl.settings import TeacherSettings
+from opd.types import Head, HiddenTarget
+
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""verl's names."""
+DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
+
+
+class Teacher(FSDPEngineWithLMHead):
+    """Every worker holds a shard; a forward pass gathers one layer at a time."""
+
+    def __init__(self, settings: TeacherSettings, student: HFModelConfig, engine_config: FSDPEngineConfig) -> None:
+        model = _model_config(settings, student)
+        super().__init__(model, _engine_config(settings, engine_config), None, None)  # pyright: ignore[reportArgumentType]
+        module = self._build_module().requires_grad_(False)
+        self.module: nn.Module = self._build_fsdp_module(module).eval()
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
+        """The hidden states that enter the output layer at some positions of what the student reads."""
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
+            kept.append(hidden.index_select(0, index))
+            return hidden.new_zeros(0, dtype=torch.float32)
+
+        with _autocast(self._autocast_dtype, index.device.type):
+            run_to_head(self.module, inputs, keep, "teacher")
+        return kept[0]
+
+    @contextmanager
+    def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
+        """What the teacher says, for as long as its output layer is gathered."""
+        layer = output_layer(self.module, "teacher")
+        owner = layer if isinstance(layer, FSDPModule) else self.module  # the root, where embeddings are tied
+        owner.unshard()  # pyright: ignore[reportCallIssue]
+        try:
+            weight = layer.weight.detach().to(hidden.device, self._autocast_dtype)
+            bias = None if layer.bias is None else layer.bias.detach().to(hidden.device)
+            yield HiddenTarget(hidden=hidden.to(weight.dtype), head=Head(weight=weight, bias=bias))
+        finally:
+            owner.reshard()  # pyright: ignore[reportCallIssue]
+
+
+class StudentBase:
+    """The student with its LoRA adapter off: a teacher that takes no memory of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.model_config = engine.model_config
+        if not hasattr(engine.module, "disable_adapter"):
+            raise ConfigError(
+                "opd.teacher.adapter_off=true, but the student has no LoRA adapter; set actor_rollout_ref.model.lora_rank, or give a "
+                "teacher with opd.teacher.model_path."
+            )
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
+        """As `Teacher.hidden`, by the student's own layers."""
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
+            kept.append(hidden.index_select(0, index))
+            return hidden.new_zeros(0, dtype=torch.float32)
+
+        module = self.engine.module
+        training = module.training
+        module.eval()
+        try:
+            with self.engine.disable_adapter(), _autocast(self.engine._autocast_dtype, index.device.type):
+                run_to_head(module, inputs, keep, "student's base")
+        finally:
+            module.train(training)
+        return kept[0]
+
+    @contextmanager
+    def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
+        """Entered at the student's output layer, which is gathered there and has no adapter."""
+        layer = output_layer(self.engine.module, "student")
+        bias = None if layer.bias is None else layer.bias.detach()
+        yield HiddenTarget(hidden=hidden.to(layer.weight.dtype), head=Head(weight=layer.weight.detach(), bias=bias))
+
+
+def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _model_config(settings: TeacherSettings, student: HFModelConfig) -> HFModelConfig:
+    own = settings.attn_implementation
+    attention = own if own is not None else student.override_config.get("attn_implementation")
+    return HFModelConfig(
+        path=settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        override_config={} if attention is None else {"attn_implementation": attention},
+        use_remove_padding=student.use_remove_padding,
+        enable_gradient_checkpointing=False,
+    )
+
+
+def _engine_config(settings: TeacherSettings, actor: FSDPEngineConfig) -> FSDPEngineConfig:
+    mixed = dict(actor.mixed_precision or {})
+    asked = PRECISIONS.get(settings.dtype, mixed.get("param_dtype", DEFAULT_PRECISION))
+    return FSDPEngineConfig(
+        strategy="fsdp2",
+        model_dtype=asked,
+        mixed_precision={**mixed, "param_dtype": asked},
+        offload_policy=settings.offload,
+        reshard_after_forward=actor.reshard_after_forward,
+        fsdp_size=actor.fsdp_size,
+        wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
+        use_torch_compile=False,
+    )

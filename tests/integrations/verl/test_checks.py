@@ -1,0 +1,89 @@
+"""What of verl's config and of two model folders is refused before a worker starts; verl itself is not needed for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from verl_world import make_models
+
+from opd.errors import ConfigError, ModelError, VocabularyError
+from opd.integrations.verl.checks import Run, check_models, check_run, check_version
+from opd.integrations.verl.settings import parse
+from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
+
+K1 = {"support": "sampled", "estimator": "k1", "delivery": "advantage"}
+K2 = {"support": "sampled", "estimator": "k2"}
+
+
+def settings(**section):
+    return parse({"teacher": {"model_path": "teacher"}, **section})[0]
+
+
+@pytest.mark.parametrize("version", ["0.8.0", "0.10.1", "1.0", "nightly"])
+def test_another_verl_is_refused(version: str):
+    with pytest.raises(ConfigError, match=r"pip install 'verl==0\.9"):
+        check_version(version)
+
+
+def test_both_releases_of_0_9_are_taken():
+    check_version("0.9.0")
+    check_version("0.9.1")
+
+
+@pytest.mark.parametrize(
+    ("section", "run", "said"),
+    [
+        ({}, {"native_distillation": True}, "distillation.enabled=false"),
+        ({}, {"strategy": "fsdp"}, "strategy=fsdp2"),
+        ({}, {"strategy": "megatron"}, "strategy=fsdp2"),
+        ({}, {"sequence_parallel": 2}, "ulysses_sequence_parallel_size=2"),
+        ({}, {"native_fused_kernels": True}, "use_fused_kernels=true"),
+        ({}, {"sum_pi_squared": True}, "calculate_sum_pi_squared"),
+        ({}, {"entropy_coeff": 0.01, "use_kl_loss": True}, "entropy_coeff=0.01 and actor.use_kl_loss=true belongs"),
+        ({"lambda_rl": 1.0}, {"loss_mode": "on_policy_distillation"}, "names no policy loss"),
+        (K2, {"temperature": 0.7}, "opd.student_temperature=1"),
+        (K1, {"top_p": 0.9}, "top_p=0.9"),
+        ({**K1, "discount": 0.5}, {"temperature": 0.7}, "opd.student_temperature=1"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(section: dict, run: dict, said: str):
+    with pytest.raises(ConfigError) as caught:
+        check_run(settings(**section), Run(**{"strategy": "fsdp2", **run}))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "run"),
+    [
+        ({}, {}),
+        ({}, {"temperature": 0.7, "top_p": 0.9, "loss_mode": "on_policy_distillation"}),
+        (K1, {"temperature": 0.7}),
+        ({"lambda_rl": 1.0}, {"entropy_coeff": 0.01, "use_kl_loss": True, "loss_mode": "gspo"}),
+        ({"lambda_rl": 1.0, "lambda_distill": 0.0}, {"native_fused_kernels": True, "sequence_parallel": 2}),
+    ],
+)
+def test_a_config_that_works_is_taken(section: dict, run: dict):
+    check_run(settings(**section), Run(**{"strategy": "fsdp2", **run}))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_models(tmp_path_factory.mktemp("models"))
+    digits = digit_tokenizer()
+    save_model(tiny_causal_lm(digits, architecture="llama"), digits, folder / "digits")
+    return folder
+
+
+def test_models_that_fit_share_their_vocabulary(folders: Path):
+    assert check_models(str(folders / "student"), str(folders / "teacher")).size == 258
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(folders: Path):
+    with pytest.raises(VocabularyError, match="do not read the same token ids"):
+        check_models(str(folders / "student"), str(folders / "digits"))
+
+
+def test_a_teacher_that_is_not_there_is_refused(folders: Path):
+    with pytest.raises(ModelError, match=r"opd\.teacher\.model_path='/nowhere' cannot be read"):
+        check_models(str(folders / "student"), "/nowhere")

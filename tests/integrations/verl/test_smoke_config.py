@@ -1,0 +1,261 @@
+"""`opd verl smoke`: what it replaces, and what it finds wrong in a user's config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3Config, Qwen3MoeConfig
+from verl_world import REWARD, make_prompts
+
+from opd.errors import ConfigError, DataError
+from opd.integrations.verl.compose import compose, literal, read_words
+from opd.integrations.verl.cpu.overrides import Replaced
+from opd.integrations.verl.cpu.replace import asked_models, check_given, replace
+from opd.integrations.verl.cpu.sizes import check_sizes
+from opd.integrations.verl.cpu.stand_in import Asked, StandIn, make_models, shrink
+from opd.testing import byte_tokenizer
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+CLUSTER = [
+    "+opd=default",
+    "opd.teacher.model_path=/nfs/teacher",
+    "algorithm.adv_estimator=grpo",
+    "data.train_files=/nfs/train.parquet",
+    "data.train_batch_size=1024",
+    "data.max_prompt_length=1024",
+    "data.max_response_length=8192",
+    "actor_rollout_ref.model.path=/nfs/student",
+    f"{ROLLOUT}.name=vllm",
+    f"{ROLLOUT}.n=8",
+    f"{ROLLOUT}.tensor_model_parallel_size=4",
+    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=16",
+    f"{ACTOR}.ppo_mini_batch_size=256",
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu=8",
+    f"{ACTOR}.fsdp_config.param_offload=true",
+    "trainer.nnodes=4",
+]
+"""As somebody would start it on four machines of eight GPUs."""
+
+
+def composed(*more: str):
+    return compose(read_words([*CLUSTER, *more]))
+
+
+def checked(*more: str) -> None:
+    config = composed(*more)
+    check_given(config)
+    check_sizes(config)
+
+
+def replaced(folder: Path, *more: str) -> tuple[Replaced, OmegaConf]:
+    """What is replaced, and the config that comes out; the models are not made."""
+    config = composed(*more)
+    models = [StandIn(asked=one, folder=f"/made/{one.role}", told="", readable=False) for one in asked_models(config)]
+    done = replace(config, models, folder=folder, steps=2)
+    return done, compose(read_words([*CLUSTER, *more]), done.overrides())
+
+
+def test_ratios_of_batches_are_kept(tmp_path: Path):
+    _, here = replaced(tmp_path)
+    actor, rollout = here.actor_rollout_ref.actor, here.actor_rollout_ref.rollout
+    assert (here.data.train_batch_size, rollout.n, actor.ppo_mini_batch_size) == (4, 2, 2)
+    assert actor.ppo_micro_batch_size_per_gpu == 2  # of 4 samples: two micro-batches, as there are eight
+    assert rollout.log_prob_micro_batch_size_per_gpu == 4  # of 8 samples
+    assert (here.data.max_prompt_length, rollout.prompt_length, rollout.response_length) == (64, 64, 16)
+
+
+def test_one_update_of_one_micro_batch_stays_one(tmp_path: Path):
+    more = [f"{ACTOR}.ppo_mini_batch_size=1024", f"{ACTOR}.ppo_micro_batch_size_per_gpu=256", f"{ROLLOUT}.n=1"]
+    _, here = replaced(tmp_path, *more)
+    actor = here.actor_rollout_ref.actor
+    assert (here.data.train_batch_size, here.actor_rollout_ref.rollout.n) == (4, 1)
+    assert (actor.ppo_mini_batch_size, actor.ppo_micro_batch_size_per_gpu) == (4, 4)
+
+
+def test_tokens_per_gpu_hold_the_longest_sequence(tmp_path: Path):
+    _, here = replaced(tmp_path, f"{ACTOR}.use_dynamic_bsz=true", f"{ACTOR}.ppo_max_token_len_per_gpu=10000")
+    assert here.actor_rollout_ref.actor.ppo_max_token_len_per_gpu == 160  # half of 4 samples of 80 tokens
+
+
+def test_the_cluster_becomes_one_process_on_a_cpu(tmp_path: Path):
+    done, here = replaced(tmp_path)
+    assert (here.trainer.nnodes, here.trainer.n_gpus_per_node, here.trainer.device) == (1, 1, "cpu")
+    assert (here.actor_rollout_ref.rollout.name, here.actor_rollout_ref.rollout.tensor_model_parallel_size) == (
+        "transformers",
+        1,
+    )
+    assert here.actor_rollout_ref.actor.fsdp_config.param_offload is False
+    assert here.trainer.logger == ["console", "file"]
+    assert ("machine", "4 × 8 × cuda", "one process on the CPU, float32") in done.rows
+
+
+def test_what_the_user_said_of_the_objective_stays(tmp_path: Path):
+    _, here = replaced(tmp_path, "opd.divergence=forward_kl", "opd.lambda_rl=0.5", f"{ACTOR}.loss_agg_mode=token-sum")
+    assert (here.opd.divergence, here.opd.lambda_rl) == ("forward_kl", 0.5)
+    assert here.actor_rollout_ref.actor.loss_agg_mode == "token-sum"
+    assert here.opd.teacher.model_path == "/made/teacher"
+
+
+def test_a_library_of_the_users_is_imported_too(tmp_path: Path):
+    _, here = replaced(tmp_path, "actor_rollout_ref.model.external_lib=my_library")
+    text = (tmp_path / f"{here.actor_rollout_ref.model.external_lib}.py").read_text()
+    assert text == "import my_library\nimport opd.integrations.verl.cpu.register\n"
+
+
+def test_data_and_reward_that_are_here_are_used(tmp_path: Path):
+    data = make_prompts(tmp_path / "own.parquet", rows=2000)
+    (tmp_path / "own.py").write_text(REWARD)
+    more = [f"data.train_files=[{data}]", f"reward.custom_reward_function.path={tmp_path}/own.py"]
+    done, here = replaced(tmp_path, *more)
+    assert here.data.train_files == [str(data)]
+    assert here.data.train_max_samples == 64
+    assert here.reward.custom_reward_function.path == f"{tmp_path}/own.py"
+    assert ("prompts", str(data), "64 of 2000 prompts") in done.rows
+
+
+def test_data_and_reward_that_are_not_here_are_made_up(tmp_path: Path):
+    done, here = replaced(tmp_path, "custom_reward_function.path=/nfs/reward.py")
+    assert here.data.train_files == [str(tmp_path / "prompts.parquet")]
+    assert here.custom_reward_function.path is None
+    assert here.reward.custom_reward_function.path == str(tmp_path / "reward.py")
+    assert ("reward", "/nfs/reward.py", "not on this machine: the share of digits") in done.rows
+
+
+def test_made_up_prompts_go_to_every_routed_teacher(tmp_path: Path):
+    import pyarrow.parquet as pq
+
+    teachers = ["+opd.teachers.math.model_path=/nfs/math", "+opd.teachers.code.model_path=/nfs/code"]
+    words = [word for word in CLUSTER if "opd.teacher." not in word]
+    config = compose(read_words([*words, *teachers, "opd.mixture=routing", "opd.teacher_key=skill"]))
+    assert [one.role for one in asked_models(config)] == ["student", "teacher math", "teacher code"]
+    replace(config, [], folder=tmp_path, steps=2)
+    assert set(pq.read_table(tmp_path / "prompts.parquet")["skill"].to_pylist()) == {"math", "code"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["data.train_batchsize=4"],
+            "no key 'data.train_batchsize'; did you mean 'data.train_batch_size'?",
+        ),
+        (["opd.divergense=forward_kl"], "did you mean 'opd.divergence'?"),
+        (["+opd=defualt"], "opd"),
+        (["data.train_batch_size=[4"], "verl's config"),
+        (["data.train_batch_size=${no.such}"], "'no.such' not found"),
+        (["data.train_batch_size=many"], "data.train_batch_size=many must be a whole number above 0"),
+        ([f"{ROLLOUT}.name=???"], "rollout.name is not set"),
+        (["model_engine=megatron"], "with this model_engine; it is there with FSDP"),
+        (["trainer.n_gpus_per_node=7"], "28 data-parallel workers cannot share equally"),
+        ([f"{ACTOR}.ppo_micro_batch_size_per_gpu=7"], "does not divide the 64 samples"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(more: list[str], said: str):
+    with pytest.raises(ConfigError) as caught:
+        checked(*more)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_engine_that_no_cpu_runs_is_refused():
+    config = compose(read_words(["model_engine=megatron", f"{ROLLOUT}.name=vllm"]))
+    with pytest.raises(ConfigError, match="model_engine=megatron with strategy=megatron is no FSDP"):
+        check_given(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.train_batch_size"], "'data.train_batch_size' is not an override"),
+        (["--multirun"], "'--multirun' is no option here"),
+        (["--config-name"], "--config-name is without a value"),
+    ],
+)
+def test_a_word_that_is_no_override_is_refused(words: list[str], said: str):
+    with pytest.raises(ConfigError, match=said):
+        read_words(words)
+
+
+def test_the_section_opd_has_to_be_added():
+    with pytest.raises(ConfigError, match=r"add \+opd=default"):
+        compose(read_words(["opd.divergence=forward_kl"]))
+
+
+def test_a_config_of_the_users_own_is_found(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ndata: {train_batch_size: 48}\n")
+    words = read_words(["--config-dir", str(tmp_path), "--config-name=mine", "data.seed=1"])
+    assert compose(words).data.train_batch_size == 48
+    assert words.flags() == ["--config-name=mine", f"--config-dir={tmp_path}"]
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 1e-6, "it's [a] path=1, {b}", ["a b", 2], {"x": "fp32"}])
+def test_a_value_survives_the_command_line(value: object):
+    assert compose(read_words([]), [f"++data.seed={literal(value)}"]).data.seed == value
+
+
+def test_data_too_small_for_a_batch_is_told(tmp_path: Path):
+    data = make_prompts(tmp_path / "own.parquet", rows=10)
+    with pytest.raises(DataError, match=r"hold 10 prompts, fewer than data\.train_batch_size=1024"):
+        replaced(tmp_path, f"data.train_files={data}")
+
+
+def test_a_column_that_is_not_there_is_told(tmp_path: Path):
+    data = make_prompts(tmp_path / "own.parquet", rows=10)
+    with pytest.raises(DataError, match=r"no column 'question' \(data\.prompt_key\), it has data_source, prompt"):
+        replaced(tmp_path, f"data.train_files={data}", "data.prompt_key=question")
+
+
+def asked(*paths: Path | str) -> list[Asked]:
+    return [Asked(role=f"model {i}", key=f"key{i}", path=str(path)) for i, path in enumerate(paths)]
+
+
+def config_folder(folder: Path, config) -> Path:
+    """A model's folder without its weights: they are not needed."""
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+LARGE = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def test_a_stand_in_keeps_class_and_tokenizer_without_the_rows_that_pad_it(tmp_path: Path):
+    own = config_folder(tmp_path / "own", Qwen3Config(vocab_size=1000, intermediate_size=9999, head_dim=128, **LARGE))
+    (made,) = make_models(asked(own), tmp_path)
+    assert made.readable
+    config = AutoConfig.from_pretrained(made.folder)
+    assert (config.model_type, config.vocab_size, config.hidden_size, config.head_dim) == ("qwen3", 258, 64, 16)
+    assert (config.num_attention_heads, config.num_key_value_heads, len(config.layer_types)) == (4, 2, 2)
+    assert AutoTokenizer.from_pretrained(made.folder).get_vocab() == byte_tokenizer().get_vocab()
+    assert AutoModelForCausalLM.from_pretrained(made.folder).num_parameters() < 500_000
+
+
+def test_a_mixture_of_experts_stays_one(tmp_path: Path):
+    own = Qwen3MoeConfig(vocab_size=300, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, **LARGE)
+    small = shrink(own, 300)
+    assert (small.num_experts, small.num_experts_per_tok, small.moe_intermediate_size) == (4, 2, 32)
+    (made,) = make_models(asked(config_folder(tmp_path / "own", own)), tmp_path)
+    assert AutoConfig.from_pretrained(made.folder).model_type == "qwen3_moe"
+
+
+def test_names_that_a_class_spells_its_own_way_are_shrunk_too():
+    small = shrink(GPT2Config(n_embd=1600, n_layer=48, n_head=25), 300)
+    assert (small.n_embd, small.n_layer, small.n_head) == (64, 2, 4)
+
+
+def test_a_model_that_is_not_here_becomes_like_one_that_is(tmp_path: Path):
+    own = config_folder(tmp_path / "own", Qwen3Config(vocab_size=1000, **LARGE))
+    absent, present = make_models(asked("/nfs/absent", own), tmp_path)
+    assert (absent.readable, present.readable) == (False, True)
+    assert AutoConfig.from_pretrained(absent.folder).model_type == "qwen3"
+    weights = [AutoModelForCausalLM.from_pretrained(one.folder).lm_head.weight for one in (absent, present)]
+    assert not weights[0].equal(weights[1])
+
+
+def test_models_that_are_not_here_become_llamas_that_read_bytes(tmp_path: Path):
+    for made in make_models(asked("/nfs/student", "no-such-owner/teacher"), tmp_path):
+        assert not made.readable
+        assert AutoConfig.from_pretrained(made.folder).model_type == "llama"
+        assert AutoTokenizer.from_pretrained(made.folder).chat_template is not None

@@ -1,0 +1,223 @@
+"""Several teachers, the student's own base, and the canary: in one process, against plain transformers and plain losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from verl.utils import tensordict_utils as tu
+from verl_engines import batch, engine, step
+
+from opd.errors import ConfigError, ModelError
+from opd.integrations.verl.canary import check_teacher
+from opd.integrations.verl.tally import POSITIONS, Tally
+from opd.losses import full_divergence
+from opd.types import Head, HiddenTarget, TopKTarget
+
+TOKENS = 258
+PROBABILITY = (0.3, 0.7)
+
+
+def two(models: Path, weights: tuple[float, float] | None = PROBABILITY) -> dict:
+    """`one` and `other`, of different sizes of output layer."""
+    names = {"one": "teacher", "other": "wide"}
+    shares = weights or (None, None)
+    return {k: {"model_path": str(models / v), "weight": w} for (k, v), w in zip(names.items(), shares, strict=True)}
+
+
+def plainly(models: Path, data, mixture: str, routes: tuple[str, ...] = ()) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean reverse KL over the response tokens, from whole logits."""
+    learner, one, other = (
+        AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager", dtype=torch.float32)
+        for name in ("student", "teacher", "wide")
+    )
+    losses = []
+    for i, (prompt, response) in enumerate(zip(data["prompts"].unbind(), data["responses"].unbind(), strict=True)):
+        ids = torch.cat([prompt, response]).unsqueeze(0)
+        at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        p, q1, q2 = (m(input_ids=ids).logits[0, at, :TOKENS].log_softmax(-1) for m in (learner, one, other))
+        q1, q2 = q1.detach(), q2.detach()
+        w1, w2 = PROBABILITY
+        if mixture == "loss":
+            losses.append(w1 * full_divergence("reverse_kl", p, q1) + w2 * full_divergence("reverse_kl", p, q2))
+            continue
+        if mixture == "routing":
+            q = q1 if routes[i] == "one" else q2
+        elif mixture == "probability":
+            q = (w1 * q1.exp() + w2 * q2.exp()).log()
+        else:
+            q = (w1 * q1 + w2 * q2).log_softmax(-1)
+        losses.append(full_divergence("reverse_kl", p, q))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+
+
+def same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert float((gradient - expected[name]).abs().max()) <= 1e-5 * float(expected[name].abs().max()), name
+
+
+@pytest.mark.parametrize("mixture", ["probability", "logit", "loss"])
+def test_mixtures_are_those_of_plain_transformers(models: Path, mixture: str):
+    loss, gradients, metrics = step(engine(models, teacher=None, teachers=two(models), mixture=mixture), batch())
+    expected, plain_gradients = plainly(models, batch(), mixture)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    same(gradients, plain_gradients)
+    assert metrics["actor/opd/reverse_kl"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_routing_gives_each_sample_its_teacher(models: Path, size: int):
+    routes = ("one", "other", "other", "one")
+    data = batch(micro_batch_size=size)
+    tu.assign_non_tensor_stack(data, "domain", list(routes))
+    built = engine(models, teacher=None, teachers=two(models, None), mixture="routing", teacher_key="domain")
+    loss, gradients, metrics = step(built, data)
+    expected, plain_gradients = plainly(models, batch(), "routing", routes)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    same(gradients, plain_gradients)
+    lengths = data["responses"].offsets().diff()
+    shares = torch.tensor([float(lengths[[i for i, r in enumerate(routes) if r == n]].sum()) for n in ("one", "other")])
+    apart = torch.tensor([metrics[f"actor/opd/{n}/reverse_kl"] for n in ("one", "other")])
+    assert float((apart * shares).sum() / shares.sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_routing_by_what_is_not_there_is_refused(models: Path):
+    built = engine(models, teacher=None, teachers=two(models, None), mixture="routing", teacher_key="domain")
+    with pytest.raises(ConfigError, match=r"opd\.teacher_key=domain: the training batch has no such field"):
+        step(built, batch())
+    data = batch()
+    tu.assign_non_tensor_stack(data, "domain", ["one", "one", "else", "one"])
+    with pytest.raises(ConfigError, match="a sample says 'else', and the teachers are one, other"):
+        step(built, data)
+
+
+def adapted(models: Path, **teacher):
+    """An engine whose adapter does something, the same one each time."""
+    torch.manual_seed(0)
+    built = engine(models, teacher=teacher, lora_rank=4)
+    with torch.no_grad():
+        for name, parameter in built.module.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    return built
+
+
+def test_the_base_of_an_adapted_student_is_its_teacher(models: Path):
+    """As if the student's folder had been loaded once more. At the start the adapter does nothing, so the loss is exactly 0."""
+    loss, _, _ = step(engine(models, teacher={"adapter_off": True}, lora_rank=4), batch())
+    assert loss == 0.0
+    moved, gradients, _ = step(adapted(models, adapter_off=True), batch())
+    against, same_gradients, _ = step(adapted(models, model_path=str(models / "student")), batch())
+    assert moved > 1e-3
+    assert moved == pytest.approx(against, rel=1e-5)
+    same(gradients, same_gradients)
+
+
+def test_without_an_adapter_there_is_no_base(models: Path):
+    with pytest.raises(ConfigError, match="the student has no LoRA adapter"):
+        engine(models, teacher={"adapter_off": True})
+
+
+def test_metrics_hold_positions_and_perplexity(models: Path):
+    _, _, metrics = step(engine(models), batch())
+    assert metrics["actor/opd/reverse_kl_at/0-15"] == pytest.approx(metrics["actor/opd/reverse_kl"], rel=1e-6)
+    assert "actor/opd/reverse_kl_at/16-63" not in metrics  # the longest response has 8 tokens
+    perplexity = torch.tensor(-metrics["actor/opd/teacher_logp"]).exp()
+    assert metrics["actor/opd/teacher_perplexity"] == pytest.approx(float(perplexity), rel=1e-5)
+
+
+def test_buckets_take_every_position_once():
+    class Tokens:
+        position = torch.tensor([0, 15, 16, 63, 64, 4095, 4096, 9999])
+
+    tally = Tally()
+    tally.see({"reverse_kl": torch.arange(8.0)}, Tokens())  # pyright: ignore[reportArgumentType]
+    assert {name: held for name, held in tally.sums.items() if name != "reverse_kl"} == {
+        "reverse_kl_at/0-15": [1.0, 2],
+        "reverse_kl_at/16-63": [5.0, 2],
+        "reverse_kl_at/64-255": [4.0, 1],
+        "reverse_kl_at/1024-4095": [5.0, 1],
+        "reverse_kl_at/4096+": [13.0, 2],
+    }
+    assert POSITIONS[0] == 0
+
+
+# ---- the canary --------------------------------------------------------------------------------------------------------
+
+
+def sharp(tokens: int = 200, vocab: int = 50, shift: int = 0, scale: float = 8.0):
+    """A teacher whose likeliest token is the one that was sampled `shift` places on, and the sampled tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab, (tokens,), generator=generator)
+    hidden = torch.nn.functional.one_hot(ids.roll(-shift), vocab).float() * scale
+    hidden += torch.randn(tokens, vocab, generator=generator)
+    return HiddenTarget(hidden=hidden, head=Head(weight=torch.eye(vocab))), ids
+
+
+def as_top_k(target: HiddenTarget, k: int = 8) -> TopKTarget:
+    logp, ids = target.hidden.log_softmax(-1).topk(k)
+    return TopKTarget(ids=ids, teacher_logp=logp)
+
+
+def look(target, ids, vocab: int = 50, student_logp: float = -1.0) -> None:
+    sequences = torch.arange(len(ids)) // 50
+    check_teacher(target, ids, sequences, torch.full((len(ids),), student_logp), vocab=vocab, name="math")
+
+
+@pytest.mark.parametrize("kind", [lambda t: t, as_top_k], ids=["hidden", "top_k"])
+def test_a_teacher_of_another_position_is_found(kind):
+    target, ids = sharp()
+    look(kind(target), ids)
+    for shift, said in ((1, "next"), (-1, "previous")):
+        target, ids = sharp(shift=shift)
+        with pytest.raises(ModelError, match=rf"the teacher 'math' seems shifted by one.*fit the {said} token"):
+            look(kind(target), ids)
+
+
+@pytest.mark.parametrize("kind", [lambda t: t, as_top_k], ids=["hidden", "top_k"])
+def test_a_teacher_that_knows_nothing_is_found(kind):
+    target, ids = sharp(scale=0.0)
+    flat = HiddenTarget(hidden=target.hidden * 0.0, head=target.head)
+    with pytest.raises(ModelError, match="the same probability"):
+        look(kind(flat), ids)
+    look(kind(target), ids)  # merely a bad one
+
+
+def test_a_teacher_that_disagrees_is_no_shifted_one():
+    """Unrelated to what was sampled, at any position: that is what distillation is for."""
+    target, _ = sharp()
+    for seed in range(20):
+        ids = torch.randint(50, (200,), generator=torch.Generator().manual_seed(seed + 1))
+        look(target, ids)
+        look(target, torch.full((200,), seed))
+
+
+def test_nan_scores_are_found_and_few_tokens_prove_nothing():
+    target, ids = sharp()
+    target.hidden[3] = torch.nan
+    with pytest.raises(ModelError, match="NaN at 1 of 200"):
+        look(target, ids)
+    target, ids = sharp(20, shift=1)
+    look(target, ids)
+
+
+def test_the_first_update_and_every_nth_are_looked_at(models: Path):
+    built = engine(models, teacher={"model_path": str(models / "teacher")}, canary_every=2)
+    flat = built.source.members[0].module
+    step(built, batch())
+    with torch.no_grad():
+        for parameter in flat.parameters():
+            parameter.zero_()
+    step(built, batch())
+    with pytest.raises(ModelError, match=r"knows nothing\. No update was made"):
+        step(built, batch())
+    blind = engine(models, teacher={"model_path": str(models / "teacher")}, canary_every=0)
+    with torch.no_grad():
+        for parameter in blind.source.members[0].module.parameters():
+            parameter.zero_()
+    step(blind, batch())

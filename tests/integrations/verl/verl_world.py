@@ -1,0 +1,55 @@
+"""Tiny models, a tiny data set, a trivial reward: what a real run of verl needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
+
+REWARD = '''"""The share of digits in a response."""
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return sum(c.isdigit() for c in solution_str) / max(1, len(solution_str))
+'''
+
+
+def make_models(folder: Path) -> Path:
+    """Llamas on a byte tokenizer, whose distributions are far from uniform and from each other; `padded` and `wide` have rows to spare."""
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    for name, seed, tie, rows in (
+        ("student", 0, False, None),
+        ("teacher", 1, False, None),
+        ("tied", 2, True, None),
+        ("padded", 3, False, 300),
+        ("wide", 4, False, 320),
+    ):
+        model = tiny_causal_lm(
+            tokenizer, architecture="llama", seed=seed, initializer_range=0.2, tie=tie, vocab_size=rows
+        )
+        save_model(model, tokenizer, folder / name)
+    return folder
+
+
+def make_prompts(path: Path, rows: int = 32) -> Path:
+    """A parquet file in verl's form."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = [
+        {
+            "data_source": "toy",
+            "prompt": [{"role": "user", "content": f"{i}+{i + 1}="}],
+            "reward_model": {"style": "rule", "ground_truth": str(2 * i + 1)},
+            "extra_info": {"index": i},
+        }
+        for i in range(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), path)
+    return path
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of verl's file logger, one per step."""
+    return [json.loads(line)["data"] for line in path.read_text(encoding="utf-8").splitlines()]
