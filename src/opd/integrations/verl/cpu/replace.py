@@ -19,7 +19,6 @@ from opd.integrations.verl.cpu.stand_in import DATA_SOURCE, REWARD, Asked, Stand
 
 ROWS = 64
 """Of a data file."""
-FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 EXTERNAL_LIB = "opd_smoke_libraries"
 
 OFF = {
@@ -62,17 +61,13 @@ OFF = {
     f"{ROLLOUT}.enable_rollout_routing_replay": False,
     f"{ROLLOUT}.quantization": None,
     "actor_rollout_ref.hybrid_engine": True,
-    "critic.strategy": "fsdp2",
-    "critic.ulysses_sequence_parallel_size": 1,
-    "critic.fsdp.use_torch_compile": False,
-    "critic.model.lora_adapter_path": None,
-    "critic.model.use_shm": False,
 }
 """What a dry run leaves out, or a CPU cannot do. A key that the config lacks stays out of it."""
+CRITIC = "critic"
 TEACHERS = "distillation.teacher_models"
 SERVERS = ("vllm", "sglang", "trtllm")
 OFFLOADS = ("param_offload", "optimizer_offload", "offload_policy")
-ENGINES = (f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config", "critic.fsdp")
+ENGINES = (f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config")
 
 
 def asked_models(config: DictConfig) -> list[Asked]:
@@ -86,7 +81,7 @@ def asked_models(config: DictConfig) -> list[Asked]:
         if not OmegaConf.is_interpolation(config.distillation.teacher_models[name], "model_path"):
             found.append(_asked(config, f"teacher {name}", f"{TEACHERS}.{name}.model_path"))
     if has_critic(config):
-        found.append(_asked(config, "critic", "critic.model.path"))
+        found.append(_asked(config, CRITIC, "critic.model.path"))
     return found
 
 
@@ -132,7 +127,8 @@ def replace(config: DictConfig, models: Sequence[StandIn], *, folder: Path, step
     """Everything that gives way. `folder` takes the files that are made up."""
     done = Replaced(config)
     for model in models:
-        done.rows.append((model.asked.role, model.asked.path, model.told))
+        if model.asked.role != CRITIC:
+            done.rows.append((model.asked.role, model.asked.path, model.told))
     done.values |= model_overrides(models)
     _data(done, folder)
     _reward(done, folder)
@@ -157,10 +153,11 @@ def _machine(done: Replaced, folder: Path) -> None:
         (folder / f"{EXTERNAL_LIB}.py").write_text(f"{''.join(lines)}import {ours}\n", encoding="utf-8")
         done.put(f"{MODEL}.external_lib", EXTERNAL_LIB)
     if has_critic(done.config):
-        done.put("critic.model.external_lib", done.values[f"{MODEL}.external_lib"])
-        done.put("critic.model.override_config.attn_implementation", "sdpa")
-        done.put("critic.fsdp.mixed_precision", FP32)
-        done.put("critic.fsdp._target_", "opd.integrations.verl.cpu.critic.CpuEngineConfig")
+        done.put("critic.enable", False)
+        done.put("algorithm.adv_estimator", "grpo")
+        done.rows.append(
+            ("critic", "on", "left out: verl loads value models with FlashAttention alone; advantages are grpo's")
+        )
     for engine in ENGINES:
         done.values |= {f"{engine}.{name}": False for name in OFFLOADS}
     for key, value in leaves(done.config.get("opd") or OmegaConf.create({}), "opd."):
