@@ -36,15 +36,8 @@ class Teacher(FSDPEngineWithLMHead):
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
         """The hidden states that enter the output layer at some positions of what the student reads."""
-        kept: list[Tensor] = []
-
-        def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
-            kept.append(hidden.index_select(0, index))
-            return hidden.new_zeros(0, dtype=torch.float32)
-
         with _autocast(self._autocast_dtype, index.device.type):
-            run_to_head(self.module, inputs, keep, "teacher")
-        return kept[0]
+            return _hidden_at(self.module, inputs, index, "teacher")
 
     @contextmanager
     def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
@@ -75,21 +68,14 @@ class StudentBase:
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
         """As `Teacher.hidden`, by the student's own layers."""
-        kept: list[Tensor] = []
-
-        def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
-            kept.append(hidden.index_select(0, index))
-            return hidden.new_zeros(0, dtype=torch.float32)
-
         module = self.engine.module
         training = module.training
         module.eval()
         try:
             with self.engine.disable_adapter(), _autocast(self.engine._autocast_dtype, index.device.type):
-                run_to_head(module, inputs, keep, "student's base")
+                return _hidden_at(module, inputs, index, "student's base")
         finally:
             module.train(training)
-        return kept[0]
 
     @contextmanager
     def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
@@ -97,6 +83,17 @@ class StudentBase:
         layer = output_layer(self.engine.module, "student")
         bias = None if layer.bias is None else layer.bias.detach()
         yield HiddenTarget(hidden=hidden.to(layer.weight.dtype), head=Head(weight=layer.weight.detach(), bias=bias))
+
+
+def _hidden_at(module: nn.Module, inputs: Mapping[str, Any], index: Tensor, role: str) -> Tensor:
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
+        kept.append(hidden.index_select(0, index))
+        return hidden.new_zeros(0, dtype=torch.float32)
+
+    run_to_head(module, inputs, keep, role)
+    return kept[0]
 
 
 def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
