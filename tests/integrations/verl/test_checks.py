@@ -20,7 +20,7 @@ def settings(**section):
     return parse({"teacher": {"model_path": "teacher"}, **section})[0]
 
 
-@pytest.mark.parametrize("version", ["0.8.0", "0.10.1", "1.0", "nightly"])
+@pytest.mark.parametrize("version", ["0.7.1", "0.10.1", "1.0", "nightly"])
 def test_another_verl_is_refused(version: str):
     with pytest.raises(ConfigError, match=r"pip install 'verl==0\.9"):
         check_version(version)

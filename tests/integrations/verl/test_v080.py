@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from test_main_ppo import recomputed, reverse_kl
 from verl.utils.device import get_device_name
 from verl.workers.engine import BaseEngine, EngineRegistry
+from verl_runs import main_ppo, make_folder
 
 from opd.integrations.verl.v080 import register_engine
 
@@ -50,3 +53,27 @@ def test_the_engine_tests_pass_with_verl_0_8():
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is not there: constraints-verl080.txt says how to make it")
+def test_a_real_run_of_verl_0_8_trains_on_what_plain_transformers_compute(tmp_path: Path):
+    folder, here = make_folder(tmp_path), str(Path(__file__).parent)
+    done = main_ppo(
+        folder,
+        "+opd=default",
+        f"opd.teacher.model_path={folder}/teacher",
+        f"opd.trace={folder}/trace",
+        "trainer.total_training_steps=2",
+        "+ray_kwargs.ray_init.resources={cpu:8}",
+        python=str(PYTHON),
+        VERL_USE_EXTERNAL_MODULES="verl080_cpu,opd.integrations.verl.cpu.register",
+        PYTHONPATH=here,
+    )
+    assert done.code == 0, done.log[-4000:]
+    per_token, said = recomputed(folder, folder / "trace", reverse_kl, "teacher")
+    torch.testing.assert_close(said, per_token, atol=1e-5, rtol=0)
+    first, second = (step["actor/opd/reverse_kl"] for step in done.metrics)
+    assert first == pytest.approx(float(per_token.mean()), abs=1e-5)
+    assert second < first

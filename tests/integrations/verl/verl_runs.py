@@ -60,14 +60,16 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def main_ppo(folder: Path, *more: str, limit: float = LIMIT_SECONDS) -> Done:
-    """Run it; later overrides win. Everything of the run lives in folders of its own."""
+def main_ppo(
+    folder: Path, *more: str, limit: float = LIMIT_SECONDS, python: str = sys.executable, **variables: str
+) -> Done:
+    """Run it; later overrides win. Everything of the run lives in folders of its own. `variables` join the environment."""
     metrics_path = Path(tempfile.mkdtemp(dir=folder)) / "metrics.jsonl"
     log_path = metrics_path.with_name("log.txt")
     with cpu_environment(metrics_path) as env:
-        command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(folder), *more]
+        command = [python, "-m", "verl.trainer.main_ppo", *overrides(folder), *more]
         command += [f"+ray_kwargs.ray_init._temp_dir={ray_folder(env)}"]
-        ended = launch(command, log=log_path, env=env, limit=limit, folder=folder)
+        ended = launch(command, log=log_path, env=env | variables, limit=limit, folder=folder)
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
     log = log_path.read_text(encoding="utf-8", errors="replace")
     return Done(code=-1 if ended.code is None else ended.code, log=log, metrics=metrics)

@@ -10,7 +10,7 @@ from opd.errors import ConfigError, ModelError, OpdError
 from opd.integrations.verl.settings import Settings, TeacherSettings
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
 
-SUPPORTED = ((0, 9),)
+SUPPORTED = ((0, 8), (0, 9))
 """Releases of verl, by major and minor version, whose hooks were read and run."""
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 """What transformers raises for a folder that is incomplete, damaged or of another kind."""
