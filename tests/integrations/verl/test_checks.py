@@ -35,9 +35,8 @@ def test_both_releases_of_0_9_are_taken():
     ("section", "run", "said"),
     [
         ({}, {"native_distillation": True}, "distillation.enabled=false"),
-        ({}, {"strategy": "fsdp"}, "strategy=fsdp2"),
         ({}, {"strategy": "megatron"}, "strategy=fsdp2"),
-        ({}, {"sequence_parallel": 2}, "ulysses_sequence_parallel_size=2"),
+        ({**K1, "discount": 0.5}, {"sequence_parallel": 2}, "ulysses_sequence_parallel_size=2 cuts a response"),
         ({}, {"native_fused_kernels": True}, "use_fused_kernels=true"),
         ({}, {"sum_pi_squared": True}, "calculate_sum_pi_squared"),
         ({}, {"entropy_coeff": 0.01, "use_kl_loss": True}, "entropy_coeff=0.01 and actor.use_kl_loss=true belongs"),
@@ -57,6 +56,7 @@ def test_a_config_that_cannot_work_is_refused(section: dict, run: dict, said: st
     ("section", "run"),
     [
         ({}, {}),
+        ({}, {"strategy": "fsdp", "sequence_parallel": 2}),
         ({}, {"temperature": 0.7, "top_p": 0.9, "loss_mode": "on_policy_distillation"}),
         (K1, {"temperature": 0.7}),
         ({"lambda_rl": 1.0}, {"entropy_coeff": 0.01, "use_kl_loss": True, "loss_mode": "gspo"}),

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("opd.divergence=reverse_kll", "opd.divergence cannot be 'reverse_kll'"),
         ("opd.teacher.model_path=/nowhere", "opd.teacher.model_path='/nowhere' cannot be read"),
         ("distillation.enabled=true", "set distillation.enabled=false"),
-        ("actor_rollout_ref.actor.strategy=fsdp", "set actor_rollout_ref.actor.strategy=fsdp2"),
+        ("actor_rollout_ref.model.use_fused_kernels=true", "model.use_fused_kernels=true makes"),
     ],
 )
 def test_a_mistake_is_told_before_ray_starts(folder: Path, override: str, said: str):

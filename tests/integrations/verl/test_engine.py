@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -216,18 +217,38 @@ def test_a_hybrid_micro_batch_without_a_counted_token_adds_nothing(models: Path)
     same(part_gradients, gradients)
 
 
-def test_two_ranks_with_half_the_batch_each_make_the_same_step(models: Path, tmp_path: Path):
-    """FSDP2 over gloo, both models sharded, hybrid, two micro-batches on each rank."""
-    shared = {"WORLD_SIZE": "2", "DIST_INIT_METHOD": f"file://{tmp_path}/store"}
-    command = [sys.executable, Path(__file__).with_name("verl_two_ranks.py"), models, tmp_path / "out.pt"]
+def two_ranks(models: Path, out: Path, way: str, **settings: object) -> dict:
+    """What `verl_two_ranks.py` writes down."""
+    shared = {"WORLD_SIZE": "2", "DIST_INIT_METHOD": f"file://{out.parent}/store"}
+    script = Path(__file__).with_name("verl_two_ranks.py")
+    command = [sys.executable, script, models, out, way, json.dumps(settings)]
     ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}) for rank in range(2)]
     try:
         assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
-    out = torch.load(tmp_path / "out.pt")
-    loss, gradients, metrics = step(engine(models, lambda_rl=0.5), batch())
+    return torch.load(out)
+
+
+ADVANTAGES = {"support": "sampled", "estimator": "k1", "delivery": "advantage", "hybrid": "advantages"}
+
+
+@pytest.mark.parametrize(
+    ("way", "settings"),
+    [
+        ("data", {"lambda_rl": 0.5}),
+        ("fsdp", {"lambda_rl": 0.5}),
+        ("sequence", {"lambda_rl": 0.5, "divergence": "generalized_jsd", "beta": 0.3}),
+        ("sequence", {"lambda_rl": 0.5, **ADVANTAGES}),
+        ("sequence", {"lambda_rl": 0.0}),
+    ],
+    ids=["data", "FSDP1", "sequence", "sequence, advantages", "sequence, distillation alone"],
+)
+def test_two_ranks_make_the_step_of_one(models: Path, tmp_path: Path, way: str, settings: dict[str, object]):
+    """Over gloo, both models sharded, several micro-batches: half of the batch each (FSDP2, FSDP1), or half of each packed sequence."""
+    out = two_ranks(models, tmp_path / "out.pt", way, **settings)
+    loss, gradients, metrics = step(engine(models, **settings), batch(entropy=True), policy_loss(entropy_coeff=0.1))
     assert out["loss"] == pytest.approx(loss, rel=1e-6)
     same(out["gradients"], gradients)
     ours = {name: value for name, value in metrics.items() if name.startswith("actor/opd/")}

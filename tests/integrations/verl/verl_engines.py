@@ -15,8 +15,10 @@ from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, HFModelCon
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
+from opd.integrations.verl.cpu import attention
 from opd.integrations.verl.targets import OpdEngineConfig
 
+attention.register()
 PROMPT_LENGTHS = (5, 9, 1, 7)
 RESPONSE_LENGTHS = (6, 1, 8, 4)
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
@@ -40,24 +42,27 @@ def engine(
     reduction: str = "token-mean",
     lora_rank: int = 0,
     mixed_precision: dict[str, str] | None = FP32,
+    strategy: str = "fsdp2",
+    sequence_parallel: int = 1,
     **opd: Any,
 ):
     """What a worker would build from `+opd=default` and these overrides."""
     join()
     section = {"teacher": {"model_path": str(models / "teacher")}, **opd}
     config = OpdEngineConfig(
-        strategy="fsdp2",
+        strategy=strategy,
         mixed_precision=mixed_precision,
         use_torch_compile=False,
+        ulysses_sequence_parallel_size=sequence_parallel,
         opd=section,
         opd_reduction={"loss_agg_mode": reduction, "loss_scale_factor": None},
     )
     built = EngineRegistry.new(
         model_type="language_model",
-        backend="fsdp2",
+        backend=strategy,
         model_config=HFModelConfig(
             path=str(models / student),
-            override_config={"attn_implementation": "sdpa"},
+            override_config={"attn_implementation": "sdpa" if sequence_parallel == 1 else attention.NAME},
             use_remove_padding=remove_padding,
             lora_rank=lora_rank,
         ),

@@ -75,12 +75,6 @@ def _in_rows(offsets: Tensor) -> Tensor:
     return row * int(lengths.max()) + column
 
 
-def spread(values: Tensor, tokens: ResponseTokens, offsets: Tensor) -> Tensor:
-    """Response values as the jagged tensor over all tokens that verl's losses take; 0 elsewhere, where they do not look."""
-    everywhere = values.new_zeros(int(offsets[-1])).index_copy(0, tokens.packed_index, values)
-    return torch.nested.nested_tensor_from_jagged(everywhere, offsets)
-
-
 def with_advantages(micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, settings: Settings) -> Any:
     """The micro-batch with λ_rl A + λ_distill (log q − log p) in place of verl's advantages A."""
     theirs = micro_batch["advantages"]

@@ -10,6 +10,7 @@ from opd.errors import ConfigError, ModelError, OpdError
 from opd.integrations.verl.settings import Settings, TeacherSettings
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
 
+STRATEGIES = ("fsdp2", "fsdp")
 SUPPORTED = ((0, 8), (0, 9))
 """Releases of verl, by major and minor version, whose hooks were read and run."""
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
@@ -166,16 +167,17 @@ def _scores(settings: Settings, pool: Pool) -> Iterator[str]:
 
 
 def _engine(settings: Settings, run: Run) -> Iterator[str]:
-    if run.strategy != "fsdp2":
+    if run.strategy not in STRATEGIES:
         yield (
-            f"actor.strategy={run.strategy}: opd takes hidden states inside FSDP2's forward pass, where the output layer is whole; set "
+            f"actor.strategy={run.strategy}: opd takes hidden states inside FSDP's forward pass, where the output layer is whole; set "
             "actor_rollout_ref.actor.strategy=fsdp2."
         )
     if not settings.distils:
         return
-    if run.sequence_parallel > 1:
+    if run.sequence_parallel > 1 and settings.objective.discount > 0:
         yield (
-            f"ulysses_sequence_parallel_size={run.sequence_parallel}: opd's loss reads whole sequences on each worker; set it to 1."
+            f"ulysses_sequence_parallel_size={run.sequence_parallel} cuts a response between workers, and opd.discount="
+            f"{settings.objective.discount:g} adds up along it; set opd.discount=0, or the size to 1."
         )
     if run.native_fused_kernels:
         yield (

@@ -18,12 +18,13 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.alignment import ResponseTokens, response_tokens, spread, with_advantages
+from opd.integrations.verl.alignment import ResponseTokens, response_tokens, with_advantages
 from opd.integrations.verl.canary import check_teacher
 from opd.integrations.verl.checks import end_ids
 from opd.integrations.verl.head import output_layer, run_to_head
 from opd.integrations.verl.pool import policy_loss
 from opd.integrations.verl.settings import Settings
+from opd.integrations.verl.shard import Shard, shard_of, whole_group
 from opd.integrations.verl.sources import Part, Source, make_source
 from opd.integrations.verl.tally import Tally
 from opd.integrations.verl.targets import OpdEngineConfig, start_line
@@ -36,6 +37,7 @@ TOLD_APART = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
 """Metrics that are logged for each teacher too, where each token has one of several."""
 
 
+@register_engine(model_type="language_model", backend="fsdp")
 @register_engine(model_type="language_model", backend="fsdp2")
 class OpdEngine(FSDPEngineWithLMHead):
     """λ_rl · verl's loss + λ_distill · distillation, one forward pass of each model per micro-batch."""
@@ -72,7 +74,7 @@ class OpdEngine(FSDPEngineWithLMHead):
         self.canary_due = every > 0 and self.updates % every == 0
         output = super().forward_backward_batch(data, loss_function, forward_only)
         self.updates += 1
-        means = self.tally.means(self.get_data_parallel_group())
+        means = self.tally.means(whole_group(self))
         output["metrics"] |= {PREFIX + name: Metric(AggregationType.MEAN, value) for name, value in means.items()}
         return output
 
@@ -87,63 +89,72 @@ class OpdEngine(FSDPEngineWithLMHead):
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
             return loss * settings.lambda_rl, {**output, "loss": output["loss"] * settings.lambda_rl}
         micro_batch = micro_batch.to(get_device_id())
-        inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
+        inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
         tokens = response_tokens(micro_batch, packed=packed, reduction=self.reduction)
-        loss, model_output, advantage = self._distil(settings, micro_batch, inputs, tokens)
+        shard = shard_of(self, micro_batch, output_args)
+        total, whole, values = self._distil(settings, micro_batch, inputs, shard.own(tokens), shard)
+        # Gradients are averaged over all ranks; those of one sequence add up.
+        loss, told = total * (settings.lambda_distill * shard.ranks), whole * settings.lambda_distill
         metrics: dict[str, Any] = {}
+        model_output: dict[str, Tensor] = {}
         if settings.lambda_rl > 0:
+            advantage = values.pop("advantage", None)
             if advantage is not None:
-                micro_batch = with_advantages(micro_batch, advantage, tokens, settings)
+                micro_batch = with_advantages(micro_batch, advantage[tokens.packed_index], tokens, settings)
+            offsets = micro_batch["input_ids"].offsets()
+            model_output = {n: torch.nested.nested_tensor_from_jagged(v, offsets) for n, v in values.items()}
             theirs, metrics = policy_loss(loss_function)(
                 model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
             )
-            loss = theirs if advantage is not None else loss + settings.lambda_rl * theirs
+            both = advantage is None
+            loss = loss + settings.lambda_rl * theirs if both else theirs
+            told = told + settings.lambda_rl * theirs.detach() if both else theirs.detach()
         plain = {name: value.detach() for name, value in model_output.items()}
-        return loss, {"model_output": plain, "loss": loss.detach().item(), "metrics": metrics}
+        return loss, {"model_output": plain, "loss": told.item(), "metrics": metrics}
 
     def _distil(
-        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], tokens: ResponseTokens
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """λ_distill · loss, and the student's log-probs and entropies where verl's loss wants them.
+        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], own: ResponseTokens, shard: Shard
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The distillation loss of this rank's tokens, that of all, and what verl's loss wants of all tokens [tokens].
 
-        With hybrid=advantages the advantage log q − log p of each response token instead of a loss.
+        That is `log_probs` and `entropy`, and with hybrid=advantages `advantage`, log q − log p, in place of a loss.
         """
         assert self.source is not None
         seen: dict[str, Tensor] = {}
         wants_rl = settings.lambda_rl > 0
         as_advantage = wants_rl and settings.hybrid == "advantages"
-        said = self.source.look(inputs, micro_batch, tokens)
+        said = self.source.look(inputs, micro_batch, own)
 
         def at_head(hidden: Tensor, layer: nn.Linear) -> Tensor:
-            hidden = hidden.index_select(0, tokens.model_index).to(layer.weight.dtype)
+            hidden = hidden.index_select(0, own.model_index).to(layer.weight.dtype)
             with said as parts, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
-                total = sum(self._divergence(settings, hidden, layer, part, tokens, seen) for part in parts)
+                total = sum(self._divergence(settings, hidden, layer, part, own, seen) for part in parts)
             assert isinstance(total, Tensor)
             if not wants_rl:
                 return total.view(1)
-            logp, entropy = self._log_probs(hidden, layer, tokens, micro_batch["temperature"])
+            logp, entropy = self._log_probs(hidden, layer, own, micro_batch["temperature"])
             return torch.cat([total.view(1), logp, entropy])
 
         with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
             values = run_to_head(self.module, inputs, at_head, "student")
-        loss = values[0] * settings.lambda_distill
-        if not loss.isfinite():
+        total, whole = values[0], shard.total(values[0])
+        if not whole.isfinite():
             raise NonFiniteError(self._why_not_finite(seen))
-        model_output = {}
+        wanted: dict[str, Tensor] = {}
         if wants_rl:
-            logp, entropy = values[1:].split(len(tokens.ids)) if len(tokens.ids) else (values[1:], values[1:])
-            offsets = micro_batch["input_ids"].offsets()
-            model_output["log_probs"] = spread(logp, tokens, offsets)
+            wanted["log_probs"], entropy = values[1:].tensor_split(2)
             if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
-                model_output["entropy"] = spread(entropy, tokens, offsets)
+                wanted["entropy"] = entropy
+        if as_advantage:
+            wanted["advantage"] = seen["teacher_logp"] - seen["student_logp"]
         if settings.trace is not None:
             self.traced += 1
-            write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], tokens, seen["per_token"])
-        self.tally.add_total("loss", values[0])
-        self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, tokens)
-        advantage = seen["teacher_logp"] - seen["student_logp"] if as_advantage else None
-        return loss, model_output, advantage
+            write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], own, seen["per_token"])
+        self.tally.add_total("loss", whole)
+        self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, own)
+        length = len(micro_batch["input_ids"].values())
+        return total, whole, {name: shard.everywhere(value, own, length) for name, value in wanted.items()}
 
     def _divergence(
         self,

@@ -151,6 +151,31 @@ ENGINE = (
         why="one set of inputs for student and teacher, in whose positions alignment.py counts",
     ),
     Hook(
+        where=f"{FSDP}:FSDPEngineWithLMHead.prepare_model_inputs",
+        says="ulysses_pad_and_slice_inputs sp_size= pad_size",
+        why="cuts packed sequences between ranks; shard.py counts the positions of each slice",
+    ),
+    Hook(
+        where=f"{FSDP}:FSDPEngine.__init__",
+        says="_init_device_mesh",
+        why="sets use_ulysses_sp and ulysses_parallel_group, the ranks that share a sequence",
+    ),
+    Hook(
+        where=f"{FSDP}:FSDPEngine._init_device_mesh",
+        says="use_ulysses_sp ulysses_parallel_group ulysses_device_mesh",
+        why="sets them",
+    ),
+    Hook(
+        where="verl.utils.ulysses:gather_outputs_and_unpad",
+        needs="x gather_dim unpad_dim padding_size group",
+        why="log-probs of all tokens for verl's policy loss, from the ranks that share a sequence",
+    ),
+    Hook(
+        where="verl.utils.ulysses:Gather.backward",
+        says="grad_scaler sp_world_size",
+        why="multiplies by the ranks that share a sequence, as our loss does",
+    ),
+    Hook(
         where="verl.workers.engine.utils:postprocess_batch_func",
         needs="output_lst",
         says="metrics loss model_output",

@@ -60,6 +60,13 @@ CPU = (
     Hook(where=f"{PPO}:data", needs="dataloader_num_workers", why="what +opd_device=cpu overrides"),
     Hook(where=f"{PPO}:reward", needs="num_workers", why="what +opd_device=cpu overrides"),
     Hook(
+        where="verl.utils.ulysses:gather_seq_scatter_heads",
+        needs="x seq_dim head_dim group",
+        why="attention over sequences that ranks share: every position of some heads",
+    ),
+    Hook(where="verl.utils.ulysses:gather_heads_scatter_seq", needs="x head_dim seq_dim group", why="and back"),
+    Hook(where="verl.utils.ulysses:get_ulysses_sequence_parallel_group", why="the ranks that share a sequence"),
+    Hook(
         where="verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithValueHead",
         why="verl's critic, registered for a CPU as it is",
     ),

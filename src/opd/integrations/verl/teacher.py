@@ -122,6 +122,7 @@ def _engine_config(settings: TeacherSettings, actor: FSDPEngineConfig) -> FSDPEn
         offload_policy=settings.offload,
         reshard_after_forward=actor.reshard_after_forward,
         fsdp_size=actor.fsdp_size,
+        ulysses_sequence_parallel_size=actor.ulysses_sequence_parallel_size,
         wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
         use_torch_compile=False,
     )

@@ -10,6 +10,7 @@ from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from opd.errors import ConfigError
+from opd.integrations.verl.cpu import attention
 from opd.integrations.verl.cpu.rollout import NAME
 
 if get_device_name() != "cpu":
@@ -30,3 +31,4 @@ base._ROLLOUT_REGISTRY[(NAME, "async")] = "opd.integrations.verl.cpu.rollout.Ada
 # verl registers its own engines for CUDA and NPU only; they run on a CPU as they are.
 EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(FSDPEngineWithLMHead)
 EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(FSDPEngineWithValueHead)
+attention.register()
