@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from opd.algorithm import RewardConfig, RlConfig
 from opd.errors import ConfigError
 from opd.losses import Objective
 
@@ -287,9 +288,11 @@ class Config:
     """A whole run."""
 
     student: StudentConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
     prompts: PromptsConfig
     objective: Objective = field(default_factory=Objective)
+    rl: RlConfig = field(default_factory=RlConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -308,7 +311,19 @@ class Config:
             "something else; set objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
         )
         _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
+        _require(
+            self.teacher is not None or not self.rl.distilled,
+            "'teacher' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; learning from a reward alone "
+            "(rl.weight=1, rl.distill_weight=0) needs none.",
+        )
+        _require(
+            self.teacher is not None or self.rollout.off_policy == "dataset",
+            "rollout.off_policy=teacher draws samples from the teacher, and there is none; set teacher.model, or drop it.",
+        )
+        self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
         _check_on_policy(self.objective, self.rollout)
+        if self.rl.rewarded:
+            _check_rewarded_rollouts(self.objective, self.rollout)
 
 
 def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
@@ -338,4 +353,22 @@ def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
         raise ConfigError(
             f"objective {sampled} cannot make up for tokens that rollout.top_p={rollout.top_p} or top_k={rollout.top_k} never draw. "
             "Set top_p=1 and top_k=0, or use objective.support=full."
+        )
+
+
+def _check_rewarded_rollouts(objective: Objective, rollout: RolloutConfig) -> None:
+    """A reward is of a whole response: no token's own ratio makes up for a response that another distribution drew."""
+    drawn = {
+        f"lmbda={rollout.lmbda} takes some responses from elsewhere": rollout.lmbda < 1,
+        f"top_p={rollout.top_p} leaves tokens out": rollout.top_p < 1,
+        f"top_k={rollout.top_k} leaves tokens out": rollout.top_k > 0,
+        f"temperature={rollout.temperature} is not objective.student_temperature={objective.student_temperature}": (
+            rollout.temperature != objective.student_temperature
+        ),
+    }
+    for what, wrong in drawn.items():
+        _require(
+            not wrong,
+            f"rl.weight > 0 needs responses that the student itself drew, and rollout.{what}. Set rollout.lmbda=1, top_p=1, top_k=0, "
+            "and one temperature for both.",
         )

@@ -141,6 +141,8 @@ class Batch:
     token_weights: Float[Tensor, " tokens"]
     """mask × 1/global count (× importance weight): the loss is Σ token_weights · per-token loss."""
     sampler_logp: Float[Tensor, " tokens"] | None = None
+    advantages: Float[Tensor, " tokens"] | None = None
+    """What the reward says about each response token, without gradient; None where no reward is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,12 +74,14 @@ def pack(
     pad_id: int,
     reduction: Reduction = "token_mean",
     global_count: float | None = None,
+    advantages: Sequence[torch.Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:
     """Micro-batches of at most `tokens_per_microbatch` tokens, padding included (a longer single sequence stands alone).
 
     The weights divide by the count of the *whole* list, so any way of cutting it gives the same loss. `global_count` overrides
-    that count: response tokens for token_mean, sequences for sequence_mean, the constant for fixed.
+    that count: response tokens for token_mean, sequences for sequence_mean, the constant for fixed. `advantages` are one tensor per
+    rollout, one number per response token.
     """
     lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
     if global_count is None:
@@ -88,7 +90,10 @@ def pack(
     for members in plan(lengths, budget=tokens_per_microbatch, layout=layout):
         chosen = tuple(rollouts[i] for i in members)
         target = concatenate([targets[i] for i in members], device) if targets is not None else None
-        batches.append(_batch(chosen, target, layout, pad_id, reduction, global_count, device))
+        batch = _batch(chosen, target, layout, pad_id, reduction, global_count, device)
+        if advantages is not None:
+            batch = dataclasses.replace(batch, advantages=torch.cat([advantages[i] for i in members]).to(device))
+        batches.append(batch)
     return batches
 
 
@@ -177,6 +182,7 @@ def single(batch: Batch, index: int) -> Batch:
         target=None if batch.target is None else _rows(batch.target, tokens),
         token_weights=batch.token_weights[tokens],
         sampler_logp=None if batch.sampler_logp is None else batch.sampler_logp[tokens],
+        advantages=None if batch.advantages is None else batch.advantages[tokens],
     )
 
 

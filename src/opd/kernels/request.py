@@ -68,8 +68,8 @@ class Needs:
 class Watch:
     """Diagnostics that a trainer wants beside the loss, at temperature 1."""
 
-    target: AnyTarget
-    """With all its top-k, where the loss reads the first few."""
+    target: AnyTarget | None
+    """With all its top-k, where the loss reads the first few; None: the student's own numbers alone."""
     eos_ids: tuple[int, ...] = ()
 
 

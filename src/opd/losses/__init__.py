@@ -27,11 +27,15 @@ from opd.losses.divergences import (
     total_variation,
 )
 from opd.losses.hybrid import (
+    Combine,
+    Hybrid,
     Scale,
     Schedule,
+    as_hybrid,
     combine_advantages,
     combine_losses,
     group_relative_advantage,
+    leave_one_out_advantage,
     match_scale,
 )
 from opd.losses.mixtures import Mixture, mix_losses, mix_teachers, route
@@ -61,7 +65,9 @@ from opd.losses.sampled import (
 from opd.losses.targets import dense_from_hidden
 
 __all__ = [
+    "Combine",
     "Divergence",
+    "Hybrid",
     "Mixture",
     "Objective",
     "Reduction",
@@ -72,6 +78,7 @@ __all__ = [
     "Tail",
     "TokenLoss",
     "alpha_beta_divergence",
+    "as_hybrid",
     "combine_advantages",
     "combine_losses",
     "dense_diagnostics",
@@ -88,6 +95,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "leave_one_out_advantage",
     "likeliest",
     "log_mixture_ratio",
     "mass_coefficient",

@@ -11,7 +11,7 @@ import torch
 from opd.data.pack import Layout
 from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
-from opd.rewards import Reward, score_reward
+from opd.rewards import Scorer
 from opd.rollouts.hf import HfSampler
 from opd.seeding import derive_seed
 from opd.teachers.local import LocalTeacher
@@ -39,8 +39,9 @@ class Evaluator:
 
     prompts: Sequence[Prompt]
     samples_per_prompt: int
-    reward: Reward
-    teacher: LocalTeacher
+    scorer: Scorer
+    teacher: LocalTeacher | None
+    """None: nobody to compare with, so only the reward is told."""
     teacher_logp_floor: float | None
     temperature: float
     extra_temperatures: tuple[float, ...]
@@ -54,11 +55,12 @@ class Evaluator:
         the extra temperatures."""
         began = time.perf_counter()
         rollouts, rewards = self._sample(sampler, self.temperature)
-        kl = self._reverse_kl(rollouts, model)
+        kl = [[] for _ in rollouts] if self.teacher is None else self._reverse_kl(rollouts, model, self.teacher)
         metrics, intervals = {}, {}
         metrics["accuracy"], intervals["accuracy"] = _reward_interval(rewards, self.samples_per_prompt)
-        per_sample = [sum(row) / len(row) for row in kl]
-        metrics["reverse_kl"], intervals["reverse_kl"] = _mean_over_prompts(per_sample, self.samples_per_prompt)
+        if self.teacher is not None:
+            per_sample = [sum(row) / len(row) for row in kl]
+            metrics["reverse_kl"], intervals["reverse_kl"] = _mean_over_prompts(per_sample, self.samples_per_prompt)
         metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
         metrics["truncated"] = sum(not r.finished for r in rollouts) / len(rollouts)
         for temperature in self.extra_temperatures if extra else ():
@@ -77,15 +79,15 @@ class Evaluator:
             rollouts = sampler.sample(repeated, seed=derive_seed(self.seed, 0, f"eval at {temperature}"))
         finally:
             sampler.sampling = kept
-        return rollouts, [score_reward(self.reward, r.prompt, r.text) for r in rollouts]
+        return rollouts, list(self.scorer.score([(r.prompt, r.text) for r in rollouts]).values)
 
     @torch.no_grad()
-    def _reverse_kl(self, rollouts: list[Rollout], model: Policy) -> list[list[float]]:
+    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: LocalTeacher) -> list[list[float]]:
         """Per rollout, per response token."""
         batches = scored_batches(
             rollouts,
-            self.teacher,
-            self.teacher.exact_kind,
+            teacher,
+            teacher.exact_kind,
             layout=self.layout,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_id=self.pad_id,

@@ -11,6 +11,8 @@ import torch
 from opd.losses import TokenLoss
 from opd.types import Batch, Rollout
 
+POLICY_MEANS = ("policy_loss", "clipped")
+"""Of the policy gradient: λ_rl · its loss, and the share of tokens whose ratio is clipped."""
 MEANS = (
     "reverse_kl",
     "forward_kl",
@@ -23,6 +25,7 @@ MEANS = (
     "teacher_logp",
     "student_logp",
     "sampler_student_gap",
+    *POLICY_MEANS,
 )
 REPETITION_NGRAM = 4  # shorter ones repeat in ordinary text
 

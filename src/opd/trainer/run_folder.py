@@ -97,7 +97,7 @@ def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
     """A run writes these names and --overwrite deletes them; a model or prompts there would be lost."""
     inputs = {
         "student.model": config.student.model,
-        "teacher.model": config.teacher.model,
+        "teacher.model": config.teacher and config.teacher.model,
         "prompts.path": config.prompts.path,
         "prompts.eval_path": config.prompts.eval_path,
     }
