@@ -1,18 +1,58 @@
-"""The sections of a recipe that say what is learnt from, beside one teacher's word: a reward. Starts no model."""
+"""The sections of a recipe that say what is learnt from: rollouts, a reward, several teachers. Starts no model."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from opd.errors import ConfigError
-from opd.losses import Combine, Hybrid, Objective, Scale, Schedule
+from opd.losses import WEIGHT_SUM_TOLERANCE, Combine, Hybrid, Objective, Scale, Schedule
 
 
 def _require(ok: bool, what: str) -> None:
     if not ok:
         raise ConfigError(what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student's answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Length limit of a response, EOS included. A response cut here does not supervise EOS."""
+    temperature: float = 1.0
+    """Sampling temperature. 1.0 keeps the samples on-policy for a loss at temperature 1."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    batch_size: int = 256
+    """Rows generated at once; lower it when generation runs out of memory."""
+    lmbda: float = 1.0
+    """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
+    off_policy: Literal["dataset", "teacher"] = "dataset"
+    """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        _require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"rollout.temperature must be a positive number, not {self.temperature}: training needs samples of the "
+            "student's own distribution, and greedy decoding is not one. Use 1.0.",
+        )
+        _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], not {self.top_p}; 1.0 switches it off")
+        _require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
+        _require(self.batch_size >= 1, f"rollout.batch_size must be at least 1, not {self.batch_size}")
+        _require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
+        _require(
+            self.lmbda < 1 or self.off_policy == "dataset",
+            "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
+        )
+        _require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +179,125 @@ class RlConfig:
 
 def _weight(start: float, end: float | None, steps: int) -> Schedule:
     return Schedule(start=start) if end is None else Schedule(kind="linear", start=start, end=end, steps=steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How several teachers (section teachers) make one. Read where there are two or more."""
+
+    kind: Literal["routing", "probability", "logit", "loss"] = "routing"
+    """routing: every prompt has one teacher, which its column prompts.teacher_column names; probability: Σ w q; logit: softmax of
+    Σ w log q; loss: Σ w D(S, T), a loss for each."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of every teacher by name, 1 in sum; empty is the same for all. With routing, read by balance_tokens."""
+    weights_end: dict[str, float] = field(default_factory=dict)
+    """The weights move to these, linearly; empty keeps them."""
+    schedule_steps: int | None = None
+    """Steps that the move takes; None is the whole run."""
+    weights_column: str | None = None
+    """Column of the prompts with weights of their own, e.g. {"math": 0.7, "code": 0.3}; a prompt without takes mixture.weights."""
+    balance_tokens: bool = False
+    """routing: the tokens of every teacher's prompts count as mixture.weights say in sum, however many or long the responses are."""
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "weights_end"):
+            given = getattr(self, name)
+            if given:
+                check_weights(f"mixture.{name}", given)
+        steps = self.schedule_steps
+        _require(steps is None or steps >= 1, f"mixture.schedule_steps must be at least 1, not {steps}")
+        _require(
+            steps is None or bool(self.weights_end),
+            f"mixture.schedule_steps={steps} is how long the weights move, and they do not; set mixture.weights_end, or drop it.",
+        )
+        _require(
+            not self.balance_tokens or self.kind == "routing",
+            f"mixture.balance_tokens is about prompts that have a teacher each, and mixture.kind={self.kind} asks all teachers about "
+            "all prompts; use kind=routing, or mixture.weights.",
+        )
+        read = self.kind != "routing" or self.balance_tokens
+        for name in ("weights", "weights_end", "weights_column"):
+            _require(
+                read or not getattr(self, name),
+                f"mixture.{name} would change nothing: with mixture.kind=routing a prompt has one teacher. Set balance_tokens=true to "
+                "weigh the teachers' tokens, or another kind.",
+            )
+        _require(
+            self.weights_column is None or self.kind != "routing",
+            "mixture.weights_column gives a prompt several teachers, and mixture.kind=routing gives it one; use kind=probability, logit "
+            "or loss.",
+        )
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ConfigError for weights of teachers that are not there, or teachers without one."""
+        for key in ("weights", "weights_end"):
+            given = getattr(self, key)
+            _require(
+                not given or sorted(given) == sorted(names),
+                f"mixture.{key} names {', '.join(sorted(given))}, and the teachers are {', '.join(sorted(names))}; give every teacher one "
+                "weight (0 is allowed).",
+            )
+
+    def at(self, step: int, total_steps: int, names: Sequence[str]) -> dict[str, float]:
+        """The weights of this step."""
+        start = self.weights or {name: 1.0 / len(names) for name in names}
+        if not self.weights_end:
+            return {name: start[name] for name in names}
+        steps = self.schedule_steps or max(1, total_steps - 1)
+        return {name: _weight(start[name], self.weights_end[name], steps).at(step) for name in names}
+
+
+def check_weights(what: str, weights: Mapping[str, float]) -> None:
+    """Raise ConfigError for weights that are negative or do not sum to one."""
+    total = sum(weights.values())
+    ok = all(math.isfinite(w) and w >= 0 for w in weights.values()) and abs(total - 1.0) <= WEIGHT_SUM_TOLERANCE
+    shown = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items())
+    _require(ok, f"{what} must be ≥ 0 and sum to 1, but {{{shown}}} sums to {total:g}; divide them by their sum.")
+
+
+def check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
+    """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
+    sampled = f"estimator={objective.estimator}" if objective.support == "sampled" else "tail=sampled"
+    if objective.support != "sampled" and objective.tail != "sampled":
+        return
+    reweighted = objective.estimator in ("k1", "exact")
+    if objective.discount > 0 and (rollout.lmbda < 1 or rollout.temperature != objective.student_temperature):
+        raise ConfigError(
+            f"objective.discount={objective.discount} adds what later tokens earn, and a token's own ratio cannot reweight those to the "
+            "student's distribution. Set rollout.lmbda=1 and rollout.temperature to objective.student_temperature, or discount=0."
+        )
+    if rollout.lmbda < 1 and (rollout.off_policy == "dataset" or not reweighted):
+        raise ConfigError(
+            f"objective {sampled} has the right gradient only for tokens that the student sampled, and rollout.lmbda="
+            f"{rollout.lmbda} mixes in {rollout.off_policy} responses. Set rollout.lmbda=1, or use objective.support=full."
+        )
+    filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.temperature != objective.student_temperature
+    if filtered and not reweighted:
+        raise ConfigError(
+            f"objective {sampled} needs tokens drawn from the very distribution it trains, and rollout.temperature, top_p or top_k "
+            "draw from another one. Set rollout.temperature=1, top_p=1, top_k=0, or use estimator=k1 (delivery=advantage), which "
+            "reweights."
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        raise ConfigError(
+            f"objective {sampled} cannot make up for tokens that rollout.top_p={rollout.top_p} or top_k={rollout.top_k} never draw. "
+            "Set top_p=1 and top_k=0, or use objective.support=full."
+        )
+
+
+def check_rewarded_rollouts(objective: Objective, rollout: RolloutConfig) -> None:
+    """A reward is of a whole response: no token's own ratio makes up for a response that another distribution drew."""
+    drawn = {
+        f"lmbda={rollout.lmbda} takes some responses from elsewhere": rollout.lmbda < 1,
+        f"top_p={rollout.top_p} leaves tokens out": rollout.top_p < 1,
+        f"top_k={rollout.top_k} leaves tokens out": rollout.top_k > 0,
+        f"temperature={rollout.temperature} is not objective.student_temperature={objective.student_temperature}": (
+            rollout.temperature != objective.student_temperature
+        ),
+    }
+    for what, wrong in drawn.items():
+        _require(
+            not wrong,
+            f"rl.weight > 0 needs responses that the student itself drew, and rollout.{what}. Set rollout.lmbda=1, top_p=1, top_k=0, "
+            "and one temperature for both.",
+        )

@@ -113,7 +113,22 @@ class HiddenTarget:
         return self.hidden.shape[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherMixture:
+    """Several teachers of one student: their distributions are mixed (probability, logit), or their losses added (loss)."""
+
+    kind: ClassVar[str] = "mixture"
+    targets: tuple[HiddenTarget | DenseTarget, ...]
+    weights: Float[Tensor, "tokens teachers"] | Float[Tensor, " teachers"]
+    """≥ 0 and 1 in sum, for all tokens or for each."""
+    mixture: Literal["probability", "logit", "loss"] = "probability"
+
+    def __len__(self) -> int:
+        return len(self.targets[0])
+
+
 Target = SampledTarget | TopKTarget | DenseTarget | HiddenTarget
+AnyTarget = Target | TeacherMixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +152,7 @@ class Batch:
     sequence_index: Int[Tensor, " tokens"]
     """Which rollout of this micro-batch each response token belongs to."""
     rollouts: tuple[Rollout, ...]
-    target: Target | None
+    target: AnyTarget | None
     token_weights: Float[Tensor, " tokens"]
     """mask × 1/global count (× importance weight): the loss is Σ token_weights · per-token loss."""
     sampler_logp: Float[Tensor, " tokens"] | None = None

@@ -47,6 +47,7 @@ def print_help(usage: str) -> None:
     shown = Config(
         student=StudentConfig(model=tyro.MISSING, lora=LoraConfig()),
         teacher=TeacherConfig(model=tyro.MISSING),
+        teachers={},
         prompts=PromptsConfig(path=tyro.MISSING),
     )
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)

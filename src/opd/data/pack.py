@@ -15,7 +15,17 @@ import torch
 
 from opd.errors import DataError, OpdError
 from opd.losses import Reduction, token_weights
-from opd.types import Batch, DenseTarget, HiddenTarget, Rollout, SampledTarget, Sequences, Target, TopKTarget
+from opd.types import (
+    AnyTarget,
+    Batch,
+    DenseTarget,
+    HiddenTarget,
+    Rollout,
+    SampledTarget,
+    Sequences,
+    TeacherMixture,
+    TopKTarget,
+)
 
 Layout = Literal["right_padded", "left_padded", "packed"]
 
@@ -67,7 +77,7 @@ def arrange(
 
 def pack(
     rollouts: Sequence[Rollout],
-    targets: Sequence[Target] | None,
+    targets: Sequence[AnyTarget] | None,
     *,
     layout: Layout,
     tokens_per_microbatch: int,
@@ -85,7 +95,7 @@ def pack(
     """
     lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
     if global_count is None:
-        global_count = len(rollouts) if reduction == "sequence_mean" else sum(len(r.response_ids) for r in rollouts)
+        global_count = count_of(rollouts, reduction)
     batches = []
     for members in plan(lengths, budget=tokens_per_microbatch, layout=layout):
         chosen = tuple(rollouts[i] for i in members)
@@ -97,9 +107,14 @@ def pack(
     return batches
 
 
+def count_of(rollouts: Sequence[Rollout], reduction: Reduction) -> int:
+    """What these rollouts' losses are divided by: sequences for sequence_mean, else response tokens."""
+    return len(rollouts) if reduction == "sequence_mean" else sum(len(r.response_ids) for r in rollouts)
+
+
 def _batch(
     rollouts: tuple[Rollout, ...],
-    target: Target | None,
+    target: AnyTarget | None,
     layout: Layout,
     pad_id: int,
     reduction: Reduction,
@@ -144,8 +159,8 @@ def plan(lengths: Sequence[int], *, budget: int, layout: Layout) -> list[list[in
     return groups
 
 
-def concatenate(targets: Sequence[Target], device: torch.device | str) -> Target:
-    """Targets of one kind as one, on the student's device."""
+def concatenate(targets: Sequence[AnyTarget], device: torch.device | str) -> AnyTarget:
+    """Targets of one kind, and of one teacher where they refer to its head, as one on the student's device."""
     first = targets[0]
     if any(type(t) is not type(first) for t in targets):
         raise OpdError("A micro-batch mixes kinds of target; a teacher hands out one kind per run.")
@@ -154,9 +169,12 @@ def concatenate(targets: Sequence[Target], device: torch.device | str) -> Target
     if isinstance(first, DenseTarget):
         return DenseTarget(logits=_cat(targets, "logits", device))
     if isinstance(first, HiddenTarget):
+        assert all(t.head is first.head for t in targets if isinstance(t, HiddenTarget)), "one teacher per micro-batch"
         return HiddenTarget(
             hidden=_cat(targets, "hidden", first.head.weight.device), head=first.head
         )  # multiplied there
+    if isinstance(first, TeacherMixture):
+        return _concatenate_mixtures([t for t in targets if isinstance(t, TeacherMixture)], device)
     assert isinstance(first, TopKTarget)
     return TopKTarget(
         ids=_cat(targets, "ids", device),
@@ -165,7 +183,18 @@ def concatenate(targets: Sequence[Target], device: torch.device | str) -> Target
     )
 
 
-def _cat(targets: Sequence[Target], name: str, device: torch.device | str) -> torch.Tensor:
+def _concatenate_mixtures(mixtures: Sequence[TeacherMixture], device: torch.device | str) -> TeacherMixture:
+    """Each teacher's targets side by side, and the weights of every token."""
+    members = [concatenate(list(column), device) for column in zip(*(m.targets for m in mixtures), strict=True)]
+    weights = [m.weights.expand(len(m), len(m.targets)) for m in mixtures]
+    return TeacherMixture(
+        targets=tuple(members),  # pyright: ignore[reportArgumentType]
+        weights=torch.cat(weights).to(device),
+        mixture=mixtures[0].mixture,
+    )
+
+
+def _cat(targets: Sequence[AnyTarget], name: str, device: torch.device | str) -> torch.Tensor:
     return torch.cat([getattr(t, name) for t in targets]).to(device)
 
 
@@ -186,7 +215,12 @@ def single(batch: Batch, index: int) -> Batch:
     )
 
 
-def _rows(target: Target, keep: torch.Tensor) -> Target:
+def _rows(target: AnyTarget, keep: torch.Tensor) -> AnyTarget:
+    if isinstance(target, TeacherMixture):
+        members = tuple(_rows(member, keep) for member in target.targets)
+        weights = target.weights if target.weights.dim() == 1 else target.weights[keep]
+        return dataclasses.replace(target, targets=members, weights=weights)
+
     def cut(value: object) -> object:
         return value[keep.to(value.device)] if isinstance(value, torch.Tensor) else value
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opd.kernels.parallel import Shards
-from opd.losses import Mixture, Objective
+from opd.losses import Objective
 from opd.losses._shapes import Float
-from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TopKTarget
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
 
 Impl = Literal["auto", "reference", "chunked", "triton"]
 Memory = Literal["fast", "minimal"]
@@ -36,19 +36,6 @@ class PolicyTerm:
     """Factor per token, for example a truncated trainer / rollout probability ratio; without gradient."""
     weight: float = 1.0
     """λ_rl."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherMixture:
-    """Several teachers of one student: their distributions are mixed (probability, logit), or their losses added (loss)."""
-
-    targets: tuple[HiddenTarget | DenseTarget, ...]
-    weights: Float[Tensor, "tokens teachers"] | Float[Tensor, " teachers"]
-    """≥ 0 and 1 in sum, for all tokens or for each."""
-    mixture: Mixture | Literal["loss"] = "probability"
-
-
-AnyTarget = Target | TeacherMixture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from opd.losses.hybrid import (
     leave_one_out_advantage,
     match_scale,
 )
-from opd.losses.mixtures import Mixture, mix_losses, mix_teachers, route
+from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE, Mixture, mix_losses, mix_teachers, route
 from opd.losses.objective import Objective, TokenLoss
 from opd.losses.partial import (
     SampledToken,
@@ -65,6 +65,7 @@ from opd.losses.sampled import (
 from opd.losses.targets import dense_from_hidden
 
 __all__ = [
+    "WEIGHT_SUM_TOLERANCE",
     "Combine",
     "Divergence",
     "Hybrid",

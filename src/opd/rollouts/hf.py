@@ -41,8 +41,11 @@ class HfSampler:
         source: RolloutSource = "student",
         student_renderer: Renderer | None = None,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        presence: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher."""
+        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher; `presence` is what has
+        to hold while the model is used."""
+        self.presence = presence
         self.model = model
         self.renderer = renderer
         self.student_renderer = student_renderer
@@ -58,6 +61,10 @@ class HfSampler:
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order. The same weights, prompts and seed give the same rollouts; the global random state is
         left as it was. Raises DataError for a prompt longer than the context."""
+        with self.presence():
+            return self._sample(prompts, seed)
+
+    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         limit = context_length(self.model)
         prompt_ids = []
         for prompt in prompts:

@@ -13,8 +13,9 @@ from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
 from opd.rewards import Scorer
 from opd.rollouts.hf import HfSampler
+from opd.rollouts.mix import ChosenSampler
 from opd.seeding import derive_seed
-from opd.teachers.local import LocalTeacher
+from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
 from opd.trainer.student import Policy
@@ -40,7 +41,7 @@ class Evaluator:
     prompts: Sequence[Prompt]
     samples_per_prompt: int
     scorer: Scorer
-    teacher: LocalTeacher | None
+    teacher: AnyTeacher | None
     """None: nobody to compare with, so only the reward is told."""
     teacher_logp_floor: float | None
     temperature: float
@@ -50,17 +51,23 @@ class Evaluator:
     pad_id: int
     seed: int
 
-    def run(self, sampler: HfSampler, model: Policy, *, extra: bool) -> Evaluation:
-        """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's. `extra` adds accuracies at
-        the extra temperatures."""
+    def run(self, sampler: HfSampler | ChosenSampler, model: Policy | None, *, extra: bool) -> Evaluation:
+        """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's (None: they are not). `extra`
+        adds accuracies at the extra temperatures."""
         began = time.perf_counter()
         rollouts, rewards = self._sample(sampler, self.temperature)
-        kl = [[] for _ in rollouts] if self.teacher is None else self._reverse_kl(rollouts, model, self.teacher)
-        metrics, intervals = {}, {}
-        metrics["accuracy"], intervals["accuracy"] = _reward_interval(rewards, self.samples_per_prompt)
-        if self.teacher is not None:
-            per_sample = [sum(row) / len(row) for row in kl]
-            metrics["reverse_kl"], intervals["reverse_kl"] = _mean_over_prompts(per_sample, self.samples_per_prompt)
+        kl: list[list[float]] = [[] for _ in rollouts]
+        metrics: dict[str, float] = {}
+        intervals: dict[str, Interval] = {}
+        self._tell("accuracy", rewards, rollouts, metrics, intervals)
+        if self.teacher is not None and model is not None:
+            kl = self._reverse_kl(rollouts, model, self.teacher)
+            self._tell("reverse_kl", [sum(row) / len(row) for row in kl], rollouts, metrics, intervals)
+            if isinstance(self.teacher, Ensemble) and self.teacher.mixture != "routing":
+                for name, member in self.teacher.members.items():
+                    apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
+                    key = f"teacher/{name}/reverse_kl"
+                    metrics[key], intervals[key] = _mean_over_prompts(apart, self.samples_per_prompt)
         metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
         metrics["truncated"] = sum(not r.finished for r in rollouts) / len(rollouts)
         for temperature in self.extra_temperatures if extra else ():
@@ -71,7 +78,24 @@ class Evaluator:
         metrics["time/eval"] = time.perf_counter() - began
         return Evaluation(metrics=metrics, intervals=intervals, rollouts=list(zip(rollouts, kl, rewards, strict=True)))
 
-    def _sample(self, sampler: HfSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
+    def _tell(
+        self,
+        name: str,
+        values: list[float],
+        rollouts: list[Rollout],
+        metrics: dict[str, float],
+        intervals: dict[str, Interval],
+    ) -> None:
+        """The mean and its interval, over all prompts and, where prompts have teachers of their own, over those of each."""
+        interval = _reward_interval if name == "accuracy" else _mean_over_prompts
+        metrics[name], intervals[name] = interval(values, self.samples_per_prompt)
+        if not isinstance(self.teacher, Ensemble) or self.teacher.mixture != "routing":
+            return
+        for teacher, members in self.teacher.groups(rollouts).items():
+            key = f"teacher/{teacher}/{name}"
+            metrics[key], intervals[key] = interval([values[i] for i in members], self.samples_per_prompt)
+
+    def _sample(self, sampler: HfSampler | ChosenSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
         kept = sampler.sampling
         sampler.sampling = replace(kept, temperature=temperature, top_p=1.0, top_k=0)
         try:
@@ -82,7 +106,7 @@ class Evaluator:
         return rollouts, list(self.scorer.score([(r.prompt, r.text) for r in rollouts]).values)
 
     @torch.no_grad()
-    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: LocalTeacher) -> list[list[float]]:
+    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: AnyTeacher) -> list[list[float]]:
         """Per rollout, per response token."""
         batches = scored_batches(
             rollouts,

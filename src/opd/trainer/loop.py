@@ -58,8 +58,9 @@ def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress,
         progress.phase("eval")
         student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
         record_evaluation(run, version, "student", student, parts.renderer, config.log)
-        if first and parts.teacher_policy is not None and parts.teacher_sampler is not None:
-            teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
+        if first and parts.teacher is not None and parts.teacher_sampler is not None:
+            with parts.teacher.active():
+                teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
             record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log)
     reached = student.metrics
     apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""

@@ -78,6 +78,7 @@ class TokenMetrics:
         if on and off:
             metrics |= {f"on_policy/{name}": value for name, value in on_means.items()}
             metrics |= {f"off_policy/{name}": value for name, value in self._means(off).items()}
+        metrics |= self._by_teacher()
         metrics["clamped_tokens"] = self._clamped
         metrics["off_policy_share"] = len(off) / max(1, len(self._rollouts))
         return metrics
@@ -95,6 +96,15 @@ class TokenMetrics:
         means["truncated"] = sum(not r.finished for r in rollouts) / count
         means["repetition"] = sum(repetition(r.response_ids) for r in rollouts) / count
         return means
+
+    def _by_teacher(self) -> dict[str, float]:
+        """The same means for the prompts of every teacher, where the prompts name several."""
+        names = sorted({r.prompt.teacher for r in self._rollouts if r.prompt.teacher is not None})
+        found = {}
+        for name in names if len(names) > 1 else ():
+            members = [i for i, r in enumerate(self._rollouts) if r.prompt.teacher == name]
+            found |= {f"teacher/{name}/{metric}": value for metric, value in self._means(members).items()}
+        return found
 
     def _by_position(self) -> dict[str, float]:
         """Reverse KL by position in the response, in buckets that double: 0, 1, 2–3, 4–7, …"""

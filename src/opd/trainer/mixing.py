@@ -11,12 +11,15 @@ from opd.kernels import PolicyTerm
 from opd.kernels.terms import policy_loss, policy_loss_by_autograd
 from opd.losses import (
     Hybrid,
+    Objective,
     TokenLoss,
     combine_advantages,
+    mix_losses,
+    mix_teachers,
     student_diagnostics,
     to_logp,
 )
-from opd.types import Batch, Target
+from opd.types import AnyTarget, Batch, DenseTarget, Target, TeacherMixture
 
 LossOf = Callable[[Batch, Hybrid], tuple[torch.Tensor, TokenLoss]]
 
@@ -89,7 +92,7 @@ def _spread(parts: Sequence[torch.Tensor]) -> float:
 
 def whole_logits_loss(
     logits: torch.Tensor,
-    target: Target | None,
+    target: AnyTarget | None,
     batch: Batch,
     hybrid: Hybrid,
     policy: PolicyTerm | None,
@@ -100,9 +103,7 @@ def whole_logits_loss(
     if target is None:
         metrics |= student_diagnostics(to_logp(logits.detach()), batch.response_ids)
     else:
-        out = hybrid.distill.per_token(
-            logits, target, batch.response_ids, sampler_logp=batch.sampler_logp, sequence_index=batch.sequence_index
-        )
+        out = _distillation(logits, target, batch, hybrid.distill)
         loss, metrics = hybrid.distill_weight * out.loss, {**out.metrics}
     if policy is not None:
         logp = to_logp(logits, hybrid.distill.student_temperature)
@@ -113,3 +114,23 @@ def whole_logits_loss(
     eos = torch.tensor([i for i in eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
     metrics["eos_prob"] = to_logp(logits.detach())[:, eos].exp().sum(-1)
     return TokenLoss(loss=loss, metrics=metrics)
+
+
+def _distillation(logits: torch.Tensor, target: AnyTarget, batch: Batch, objective: Objective) -> TokenLoss:
+    """`Objective.per_token`, also against several teachers."""
+
+    def against(one: Target) -> TokenLoss:
+        return objective.per_token(
+            logits, one, batch.response_ids, sampler_logp=batch.sampler_logp, sequence_index=batch.sequence_index
+        )
+
+    if not isinstance(target, TeacherMixture):
+        return against(target)
+    if target.mixture == "loss":
+        outs = [against(member) for member in target.targets]
+        metrics = {name: mix_losses([out.metrics[name] for out in outs], target.weights) for name in outs[0].metrics}
+        return TokenLoss(loss=mix_losses([out.loss for out in outs], target.weights), metrics=metrics)
+    temperature = objective.teacher_temperature
+    members = [to_logp(member.logits, temperature) for member in target.targets if isinstance(member, DenseTarget)]
+    mixed = mix_teachers(members, target.weights, target.mixture)
+    return against(DenseTarget(logits=mixed * temperature))  # which is divided by the temperature again

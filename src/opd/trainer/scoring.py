@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from opd.config import Config
-from opd.data.pack import concatenate, pack
+from opd.data.pack import concatenate, count_of, pack
 from opd.losses import Hybrid
-from opd.teachers.local import LocalTeacher
+from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.trainer.reinforce import Advantages, Reinforcement
 from opd.types import Batch, Rollout, TargetKind
 
@@ -37,7 +37,7 @@ class StepScorer:
         self,
         config: Config,
         *,
-        teacher: LocalTeacher | None,
+        teacher: AnyTeacher | None,
         reinforcement: Reinforcement | None,
         pad_id: int,
         device: torch.device,
@@ -62,35 +62,93 @@ class StepScorer:
             assert self.reinforcement is not None
             said = self.reinforcement.advantages(rollouts)
         layout = {**self.layout, "advantages": None if said is None else said.per_token}
+        metrics: dict[str, float] = {}
         if objective.distill_weight == 0.0:
             batches: Sequence[Batch] = pack(rollouts, None, **layout)
         else:
             assert self.teacher is not None
-            batches = scored_batches(rollouts, self.teacher, self.teacher.kind, **layout)
+            teacher, shares = self._teacher_at(step)
+            batches = scored_batches(rollouts, teacher, teacher.kind, shares=shares, **layout)
+            if isinstance(teacher, Ensemble):
+                metrics |= member_metrics(rollouts, batches, teacher)
         if said is None:
-            return Scored(batches=batches, objective=objective, metrics={})
+            return Scored(batches=batches, objective=objective, metrics=metrics)
         weights = {"rl/weight": objective.rl_weight, "rl/distill_weight": objective.distill_weight}
         return Scored(
             batches=batches,
             objective=objective,
             rewards=said.rewards,
-            metrics={**said.metrics, **weights},
+            metrics={**metrics, **said.metrics, **weights},
             notes=said.notes,
         )
 
+    def _teacher_at(self, step: int) -> tuple[AnyTeacher, Mapping[str, float] | None]:
+        """The teacher with this step's weights, and each one's share of the tokens where that is to be balanced."""
+        teacher, mixture = self.teacher, self.config.mixture
+        assert teacher is not None
+        if not isinstance(teacher, Ensemble):
+            return teacher, None
+        weights = mixture.at(step, self.config.train.steps, list(teacher.members))
+        return dataclasses.replace(teacher, weights=weights), weights if mixture.balance_tokens else None
+
+
+def member_metrics(rollouts: Sequence[Rollout], batches: Sequence[Batch], teacher: Ensemble) -> dict[str, float]:
+    """For every teacher, what it has a say in: the share of the tokens with routing, the mean weight otherwise."""
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    if teacher.mixture == "routing":
+        groups = teacher.groups(rollouts)
+        own = {n: sum(len(rollouts[i].response_ids) for i in groups.get(n, ())) for n in teacher.members}
+        return {f"teacher/{name}/share": count / tokens for name, count in own.items()}
+    given = [teacher.weights_of(r.prompt) for r in rollouts]
+    return {f"teacher/{n}/weight": sum(w[i] for w in given) / len(given) for i, n in enumerate(teacher.members)}
+
 
 def scored_batches(
-    rollouts: Sequence[Rollout], teacher: LocalTeacher, kind: TargetKind, **layout: Any
+    rollouts: Sequence[Rollout],
+    teacher: AnyTeacher,
+    kind: TargetKind,
+    *,
+    shares: Mapping[str, float] | None = None,
+    advantages: Sequence[torch.Tensor] | None = None,
+    **layout: Any,
 ) -> Sequence[Batch]:
     """Micro-batches with targets; `layout` is what `pack` takes. Hidden states, top-k and sampled log-probs are small and scored at
-    once; whole logits are scored when their micro-batch is used, and not kept."""
-    if kind == "dense":
-        return _ScoredWhenUsed(pack(rollouts, None, **layout), teacher)
-    return pack(rollouts, teacher.score(rollouts, kind), **layout)
+    once; whole logits are scored when their micro-batch is used, and not kept.
+
+    Rollouts of different teachers share no micro-batch. `shares` are what each teacher's tokens weigh in sum, among the teachers
+    that have any.
+    """
+    if layout.get("global_count") is None:
+        layout["global_count"] = count_of(rollouts, layout.get("reduction", "token_mean"))
+    groups = teacher.groups(rollouts)
+    targets = None if kind == "dense" else teacher.score(rollouts, kind)
+    batches: list[Batch] = []
+    packed: dict[str, list[Batch]] = {}
+    for name, members in groups.items():
+        packed[name] = pack(
+            [rollouts[i] for i in members],
+            None if targets is None else [targets[i] for i in members],
+            advantages=None if advantages is None else [advantages[i] for i in members],
+            **layout,
+        )
+    for name, group in packed.items():
+        batches += group if shares is None else _weighed(group, _factor(name, packed, shares))
+    return batches if kind != "dense" else _ScoredWhenUsed(batches, teacher)
+
+
+def _factor(name: str, packed: Mapping[str, Sequence[Batch]], shares: Mapping[str, float]) -> float:
+    """What this teacher's token weights are multiplied by to have their share of the sum of all."""
+    sums = {n: sum(float(b.token_weights.double().sum()) for b in group) for n, group in packed.items()}
+    present = sum(shares[n] for n in packed)
+    return shares[name] / present * sum(sums.values()) / sums[name] if present else 1.0
+
+
+def _weighed(batches: Sequence[Batch], factor: float) -> list[Batch]:
+    return [dataclasses.replace(b, token_weights=b.token_weights * factor) for b in batches]
 
 
 class _ScoredWhenUsed(Sequence[Batch]):
-    def __init__(self, batches: list[Batch], teacher: LocalTeacher) -> None:
+    def __init__(self, batches: list[Batch], teacher: AnyTeacher) -> None:
         self._batches = batches
         self._teacher = teacher
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config import Config, StudentConfig, TeacherConfig
+from opd.config import Config
 from opd.data.prompts import PromptOrder, load_prompts
-from opd.data.rendering import Renderer, eos_ids
-from opd.errors import ConfigError, ObjectiveError
-from opd.models import (
-    load_causal_lm,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    vocabulary_rows,
-)
+from opd.data.rendering import Renderer
+from opd.errors import ConfigError
 from opd.rewards import Scorer, load_reward
-from opd.rollouts.base import Sampling
+from opd.rollouts.base import Sampler
 from opd.rollouts.hf import HfSampler
-from opd.rollouts.mix import DatasetResponses, MixedSampler
+from opd.rollouts.mix import ChosenSampler, DatasetResponses, MixedSampler
 from opd.seeding import derive_seed
+from opd.teachers.ensemble import AnyTeacher
 from opd.teachers.local import LocalTeacher
-from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices
 from opd.trainer.evaluate import Evaluator
 from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
-from opd.trainer.guardrails import memory_advice
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
-from opd.trainer.student import Policy, Student, add_lora
-from opd.types import HiddenTarget, Prompt, RolloutSource
+from opd.trainer.sides import Side, load_side, make_sampler, pad_id_of
+from opd.trainer.student import Policy, Student, add_lora, no_teacher
+from opd.trainer.teachers import Faculty, build_faculty, check_teachers
+from opd.types import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +38,12 @@ class Parts:
     student_sampler: HfSampler
     sampler: MixedSampler
     scorer: StepScorer
-    teacher: LocalTeacher | None
+    teacher: AnyTeacher | None
     """None where the student learns from a reward alone."""
-    teacher_sampler: HfSampler | None
+    teacher_sampler: HfSampler | ChosenSampler | None
     """The teacher on its own rendering of the prompts, for evaluation."""
     teacher_policy: Policy | None
-    """The teacher's weights, to be evaluated as the student is."""
+    """The teacher's weights, to be evaluated as the student is; None for several."""
     order: PromptOrder
     evaluator: Evaluator | None
     tokenizer: PreTrainedTokenizerBase
@@ -62,145 +54,87 @@ class Parts:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Side:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
-    eos: tuple[int, ...]
-
-
 def build_parts(config: Config) -> Parts:
     """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
     prompts, held_out = _prompts(config)
     check_rows(config, prompts, held_out)
-    scorer = _reward_scorer(config, config.eval.reward)
-    student_side = _load_side(config.student, "student", config.student.device, config.prompts.system)
-    teacher_side = _teacher_side(config)
-    other = teacher_side or student_side  # without a teacher, what the student itself can say
-    vocabulary = check_vocabularies(
-        student_side.tokenizer,
-        other.tokenizer,
-        vocabulary_rows(student_side.model),
-        vocabulary_rows(other.model),
-        student_name=config.student.model,
-        teacher_name=config.teacher.model if config.teacher else config.student.model,
-        student_eos=student_side.eos,
-        teacher_eos=other.eos,
-    )
-    pad_id = _pad_id(student_side)
-    teacher = None
-    if teacher_side is not None:
-        assert config.teacher is not None
-        teacher = LocalTeacher(
-            teacher_side.model,
-            teacher_side.renderer,
-            vocabulary=vocabulary,
-            pad_id=pad_id,
-            name=config.teacher.model,
-            tokens_per_batch=config.teacher.tokens_per_batch,
-            layout=config.train.layout,
-            supply=None if config.teacher.supply == "auto" else config.teacher.supply,
-        )
-        _match_teacher(config, config.teacher, teacher)
-    check_tokens(config, student_side.renderer, vocabulary)
-    for side, role in ((student_side, "student"), (teacher_side, "teacher")):
-        if side is None:
-            continue
-        check_lengths(config, [*prompts, *held_out], side.renderer, side.model)
+    rewards = _reward_scorer(config, config.eval.reward)
+    side = load_side(config.student, "student", config.student.device, config.prompts.system)
+    pad_id = pad_id_of(side)
+    faculty = build_faculty(config, side, pad_id)
+    check_teachers(faculty, [*prompts, *held_out])
+    check_tokens(config, side.renderer, faculty.vocabulary)
+    for role, one in {"student": side, **faculty.sides}.items():
+        check_lengths(config, [*prompts, *held_out], one.renderer, one.model)
         if config.train.layout == "packed":
-            check_packing(side.model, role, pad_id)
-    return _connect(config, prompts, held_out, student_side, teacher_side, teacher, vocabulary, pad_id, scorer)
+            check_packing(one.model, role, pad_id)
+    return _connect(config, prompts, held_out, side, faculty, pad_id, rewards)
 
 
 def _connect(
     config: Config,
     prompts: list[Prompt],
     held_out: list[Prompt],
-    student_side: _Side,
-    teacher_side: _Side | None,
-    teacher: LocalTeacher | None,
-    vocabulary: VocabularyMatch,
+    side: Side,
+    faculty: Faculty,
     pad_id: int,
-    scorer: Scorer,
+    rewards: Scorer,
 ) -> Parts:
-    fingerprints = {
-        "prompts": prompts_fingerprint([*prompts, *held_out]),
-        "student's first weights": weights_fingerprint(student_side.model),
-    }
-    if teacher_side is not None:
-        fingerprints["teacher's weights"] = weights_fingerprint(teacher_side.model)
-    model = _trainable(config, student_side)
+    fingerprints = _fingerprints([*prompts, *held_out], side, faculty)
+    teacher, vocabulary = faculty.scorer, faculty.vocabulary
+    model = _trainable(config, side)
     student = Student(
         model,
         config.optimizer,
         vocabulary=vocabulary,
-        eos_ids=student_side.eos,
+        eos_ids=side.eos,
         total_steps=config.train.steps,
         autocast=config.train.autocast == "bfloat16",
         gradient_checkpointing=config.student.gradient_checkpointing,
         plain_sampling=config.rollout.temperature == 1 and config.rollout.top_p == 1 and config.rollout.top_k == 0,
-        teacher_logits=_teacher_logits(teacher),
+        teacher_logits=no_teacher if teacher is None else teacher.logits,
     )
-    student_sampler = _sampler(
-        config, student_side, vocabulary, pad_id, source="student", model=model, autocast=student.autocast
+    student_sampler = make_sampler(
+        config, side, vocabulary, pad_id, source="student", model=model, autocast=student.autocast
     )
-    off_policy = (
-        _sampler(config, teacher_side, vocabulary, pad_id, source="teacher", student_renderer=student_side.renderer)
-        if config.rollout.off_policy == "teacher" and teacher_side is not None
-        else DatasetResponses(student_side.renderer, config.rollout.max_new_tokens, eos_ids=student_side.eos)
-    )
-    teacher_sampler, teacher_policy = _evaluated_teacher(config, teacher_side, teacher, vocabulary, pad_id)
+    off_policy: Sampler | None = None
+    if config.rollout.lmbda < 1:
+        off_policy = DatasetResponses(side.renderer, config.rollout.max_new_tokens, eos_ids=side.eos)
+        if config.rollout.off_policy == "teacher":
+            off_policy = faculty.sampler(config, pad_id, student=side)
     return Parts(
         student=student,
         student_sampler=student_sampler,
-        sampler=MixedSampler(student_sampler, off_policy if config.rollout.lmbda < 1 else None, config.rollout.lmbda),
+        sampler=MixedSampler(student_sampler, off_policy, config.rollout.lmbda),
         scorer=StepScorer(
             config,
             teacher=teacher,
-            reinforcement=_reinforcement(config, model, student_side, vocabulary, pad_id),
+            reinforcement=_reinforcement(config, model, side, vocabulary, pad_id),
             pad_id=pad_id,
             device=student.device,
         ),
         teacher=teacher,
-        teacher_sampler=teacher_sampler,
-        teacher_policy=teacher_policy,
+        teacher_sampler=faculty.sampler(config, pad_id),
+        teacher_policy=faculty.policy(),
         order=PromptOrder(prompts, seed=derive_seed(config.seed, 0, "prompts"), shuffle=config.prompts.shuffle),
-        evaluator=_evaluator(config, held_out, teacher, pad_id, scorer) if held_out else None,
-        tokenizer=student_side.tokenizer,
-        renderer=student_side.renderer,
+        evaluator=_evaluator(config, held_out, teacher, pad_id, rewards) if held_out else None,
+        tokenizer=side.tokenizer,
+        renderer=side.renderer,
         pad_id=pad_id,
         fingerprints=fingerprints,
         warnings=(*vocabulary.warnings, *notices(config)),
     )
 
 
-def _evaluated_teacher(
-    config: Config, side: _Side | None, teacher: LocalTeacher | None, vocabulary: VocabularyMatch, pad_id: int
-) -> tuple[HfSampler | None, Policy | None]:
-    """The teacher as one that answers prompts itself."""
-    if side is None:
-        return None, None
-    sampler = _sampler(config, side, vocabulary, pad_id, source="teacher")
-    logits = _teacher_logits(teacher)
-    return sampler, Policy(side.model, vocabulary=vocabulary, eos_ids=side.eos, teacher_logits=logits)
-
-
-def _teacher_side(config: Config) -> _Side | None:
-    if config.teacher is None:
-        return None
-    device = config.student.device if config.teacher.device == "auto" else config.teacher.device
-    return _load_side(config.teacher, "teacher", device, config.prompts.system)
-
-
-def _teacher_logits(teacher: LocalTeacher | None) -> Callable[[HiddenTarget], Tensor]:
-    if teacher is not None:
-        return teacher.logits
-
-    def none(_target: HiddenTarget) -> Tensor:
-        raise AssertionError("a run without a teacher has no hidden targets")
-
-    return none
+def _fingerprints(prompts: list[Prompt], side: Side, faculty: Faculty) -> dict[str, str]:
+    found = {
+        "prompts": prompts_fingerprint(prompts),
+        "student's first weights": weights_fingerprint(side.model),
+    }
+    for name, teacher in faculty.sides.items():
+        whose = "teacher" if name == "teacher" else f"teacher {name}"
+        found[f"{whose}'s weights"] = weights_fingerprint(teacher.model)
+    return found
 
 
 def _reward_scorer(config: Config, reward: str) -> Scorer:
@@ -208,7 +142,7 @@ def _reward_scorer(config: Config, reward: str) -> Scorer:
 
 
 def _reinforcement(
-    config: Config, model: PreTrainedModel, side: _Side, vocabulary: VocabularyMatch, pad_id: int
+    config: Config, model: PreTrainedModel, side: Side, vocabulary: VocabularyMatch, pad_id: int
 ) -> Reinforcement | None:
     if not config.rl.rewarded:
         return None
@@ -231,61 +165,6 @@ def _reinforcement(
     )
 
 
-def _load_side(config: StudentConfig | TeacherConfig, role: str, device_name: str, system: str | None) -> _Side:
-    device = resolve_device(device_name)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
-    tokenizer = load_tokenizer(config.model, **options)
-    with memory_advice("load"):
-        model = load_causal_lm(
-            config.model,
-            dtype=resolve_dtype(config.dtype, device),
-            device=device,
-            attn_implementation=config.attn_implementation,
-            **options,
-        )
-    renderer = Renderer(
-        tokenizer, name=f"{role} '{config.model}'", chat_template_kwargs=config.chat_template_kwargs, system=system
-    )
-    return _Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
-
-
-def _pad_id(side: _Side) -> int:
-    """Any id will do, because padding is masked by position; a tokenizer without one lends its EOS."""
-    pad_id = side.tokenizer.pad_token_id
-    return pad_id if isinstance(pad_id, int) else side.eos[0]
-
-
-def _sampler(
-    config: Config,
-    side: _Side,
-    vocabulary: VocabularyMatch,
-    pad_id: int,
-    *,
-    source: RolloutSource,
-    model: PreTrainedModel | None = None,
-    **options: Any,
-) -> HfSampler:
-    rollout = config.rollout
-    sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=rollout.stop,
-    )
-    return HfSampler(
-        model or side.model,
-        side.renderer,
-        sampling,
-        eos_ids=side.eos,
-        pad_id=pad_id,
-        vocabulary=vocabulary,
-        batch_size=rollout.batch_size,
-        source=source,
-        **options,
-    )
-
-
 def _prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     section = config.prompts
     columns = {
@@ -302,7 +181,7 @@ def _prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _evaluator(
-    config: Config, held_out: list[Prompt], teacher: LocalTeacher | None, pad_id: int, scorer: Scorer
+    config: Config, held_out: list[Prompt], teacher: AnyTeacher | None, pad_id: int, scorer: Scorer
 ) -> Evaluator:
     return Evaluator(
         prompts=held_out,
@@ -319,7 +198,7 @@ def _evaluator(
     )
 
 
-def _trainable(config: Config, side: _Side) -> PreTrainedModel:
+def _trainable(config: Config, side: Side) -> PreTrainedModel:
     if config.student.lora is None:
         return side.model
     try:
@@ -329,14 +208,3 @@ def _trainable(config: Config, side: _Side) -> PreTrainedModel:
             f"student.lora.target_modules='{config.student.lora.target_modules}' does not fit {type(side.model).__name__}: {error} "
             "Use all-linear, or names such as q_proj,v_proj."
         ) from error
-
-
-def _match_teacher(config: Config, section: TeacherConfig, teacher: LocalTeacher) -> None:
-    try:
-        teacher.serve(config.objective)
-    except ObjectiveError as error:
-        if section.supply == "auto":
-            raise
-        raise ObjectiveError(
-            f"{error} (teacher.supply={section.supply} is what limits it; teacher.supply=auto lifts that.)"
-        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from opd.trainer.guardrails import check_gradient, check_loss
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
 from opd.trainer.mixing import preview, whole_logits_loss
 from opd.trainer.optim import build_optimizer, learning_rate_factor
-from opd.types import Batch, DenseTarget, HiddenTarget, LossOutput, Target
+from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, TeacherMixture
 
 if TYPE_CHECKING:
     from opd.config import LoraConfig
@@ -106,15 +107,24 @@ class Policy:
         out = whole_logits_loss(self.logits(batch), target, batch, hybrid, _policy(batch, hybrid), self.eos_ids)
         return weighted_sum(out.loss, batch.token_weights), out
 
-    def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> Target | None:
+    def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> AnyTarget | None:
         """The batch's target, where distillation has a say; hidden states as logits where they are on another device, or `dense`."""
         if hybrid.distill_weight == 0.0:
             return None
-        target = batch.target
-        assert target is not None
+        assert batch.target is not None
+        return self._here(batch.target, dense)
+
+    def _here(self, target: AnyTarget, dense: bool) -> AnyTarget:
+        if isinstance(target, TeacherMixture):
+            return replace(target, targets=tuple(self._here(member, dense) for member in target.targets))
         if isinstance(target, HiddenTarget) and (dense or target.head.weight.device != self.device):
             return DenseTarget(logits=self.teacher_logits(target).to(self.device))
         return target
+
+
+def no_teacher(_target: HiddenTarget) -> torch.Tensor:
+    """The `teacher_logits` of a student that has no teacher."""
+    raise AssertionError("a run without a teacher has no hidden targets")
 
 
 def _policy(batch: Batch, hybrid: Hybrid) -> PolicyTerm | None:
