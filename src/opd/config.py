@@ -82,6 +82,13 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(ModelConfig):
     """The frozen model that scores the student's samples, in this process. It has the student's vocabulary."""
 
+    model: str = ""
+    """Local folder or hub name of a causal language model; not read where `source` is the student itself."""
+    source: Literal["model", "adapter_off", "ema", "student"] = "model"
+    """Self-distillation: the student without its adapter, the moving average of its weights, or the student as it is at every step,
+    each of them best with prompts.teacher_prompt, which shows the teacher more than the student sees."""
+    ema_decay: float = 0.99
+    """source=ema: average ← ema_decay · average + (1 − ema_decay) · student after every step."""
     dtype: DType = "auto"
     """'auto' is bfloat16 on CUDA and float32 on CPU."""
     tokens_per_batch: int = 16384
@@ -93,6 +100,20 @@ class TeacherConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_batch >= 1, f"teacher.tokens_per_batch must be positive, not {self.tokens_per_batch}")
+        _require(
+            bool(self.model) or self.source != "model",
+            "'teacher.model' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; teacher.source=ema, "
+            "adapter_off or student teaches the student by itself.",
+        )
+        _require(
+            not self.model or self.source == "model",
+            f"teacher.source={self.source} takes the student's own weights, so teacher.model='{self.model}' is not read; drop one.",
+        )
+        _require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), not {self.ema_decay}")
+        _require(
+            self.source == "model" or not self.offload,
+            f"teacher.offload=true would take the student itself off its device with teacher.source={self.source}; drop it.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +138,8 @@ class PromptsConfig:
     """Name of the teacher of each prompt (optional)."""
     system: str | None = None
     """System message put before chat prompts that have none."""
+    teacher_prompt: str | None = None
+    """Jinja template of what the teacher reads in place of the prompt; may use any column, e.g. "{{ prompt }} (answer: {{ answer }})"."""
     shuffle: bool = True
     """A new order every epoch, from the seed."""
     limit: int | None = None
@@ -321,3 +344,22 @@ class Config:
             f"teachers.{wrong and wrong[0]!r}: a teacher's name is a plain word, without dots, slashes and spaces.",
         )
         self.mixture.check_names(list(there))
+        self._check_self_teaching()
+
+    def _check_self_teaching(self) -> None:
+        there = self.all_teachers.values()
+        _require(
+            self.student.lora is not None or all(t.source != "adapter_off" for t in there),
+            "teacher.source=adapter_off is the student without its adapter, and it has none; set student.lora.rank, or use source=ema.",
+        )
+        _require(
+            bool(there) or self.prompts.teacher_prompt is None,
+            "prompts.teacher_prompt is what a teacher reads, and there is none; set teacher.model or teacher.source, or drop it.",
+        )
+        same = self.objective.student_temperature == self.objective.teacher_temperature
+        alone = bool(there) and all(t.source != "model" for t in there) and not self.rl.rewarded
+        _require(
+            not (alone and same and self.prompts.teacher_prompt is None),
+            "A teacher with the student's own first weights agrees with it everywhere, so nothing would ever be learnt. Show it more with "
+            "prompts.teacher_prompt, give it an objective.teacher_temperature below 1, or add a reward (rl.weight).",
+        )

@@ -190,3 +190,11 @@ def test_an_override_that_cannot_be_read_says_how_they_look(arguments):
 def test_a_recipe_that_is_missing_is_an_opd_error():
     with pytest.raises(OpdError, match=r"No recipe at"):
         read_recipe("nowhere.yaml")
+
+
+def test_several_teachers_and_their_weights_can_be_given_on_the_command_line():
+    words = "--teachers.math.model m --teachers.code.model c --mixture.kind loss --mixture.weights.math 0.7 --mixture.weights.code 0.3"
+    made = build(merge({}, {"student.model": "s", "prompts.path": "p"} | parse_overrides(words.split())))
+    assert {name: teacher.model for name, teacher in made.all_teachers.items()} == {"math": "m", "code": "c"}
+    assert made.mixture.weights == {"math": 0.7, "code": 0.3}
+    assert build(yaml.safe_load(to_yaml(made))) == made

@@ -48,9 +48,11 @@ class LocalTeacher:
         layout: Layout = "right_padded",
         supply: TargetKind | None = None,
         presence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        frozen: bool = True,
     ) -> None:
-        """`presence` is what has to hold while the model is used, such as that it is on its device."""
-        self.model = model.requires_grad_(False).eval()
+        """`presence` is what has to hold while the model is used, such as that it is on its device. `frozen=False` leaves the weights
+        trainable, for a model that somebody else trains."""
+        self.model = model.requires_grad_(False).eval() if frozen else model
         self._presence = presence
         self._depth = 0
         self.renderer = renderer

@@ -101,7 +101,7 @@ def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
         "prompts.eval_path": config.prompts.eval_path,
     }
     for name, teacher in config.all_teachers.items():
-        inputs["teacher.model" if config.teacher else f"teachers.{name}.model"] = teacher.model
+        inputs["teacher.model" if config.teacher else f"teachers.{name}.model"] = teacher.model or None
     for key, value in inputs.items():
         for name in OWN_NAMES if value else ():
             own = (folder.path / name).resolve()

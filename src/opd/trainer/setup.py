@@ -61,14 +61,17 @@ def build_parts(config: Config) -> Parts:
     rewards = _reward_scorer(config, config.eval.reward)
     side = load_side(config.student, "student", config.student.device, config.prompts.system)
     pad_id = pad_id_of(side)
-    faculty = build_faculty(config, side, pad_id)
+    first_weights = weights_fingerprint(side.model)
+    model = _trainable(config, side)
+    faculty = build_faculty(config, side, pad_id, model)
     check_teachers(faculty, [*prompts, *held_out])
     check_tokens(config, side.renderer, faculty.vocabulary)
     for role, one in {"student": side, **faculty.sides}.items():
         check_lengths(config, [*prompts, *held_out], one.renderer, one.model)
         if config.train.layout == "packed":
             check_packing(one.model, role, pad_id)
-    return _connect(config, prompts, held_out, side, faculty, pad_id, rewards)
+    fingerprints = _fingerprints(config, [*prompts, *held_out], first_weights, faculty)
+    return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
 
 
 def _connect(
@@ -76,13 +79,13 @@ def _connect(
     prompts: list[Prompt],
     held_out: list[Prompt],
     side: Side,
+    model: PreTrainedModel,
     faculty: Faculty,
     pad_id: int,
     rewards: Scorer,
+    fingerprints: dict[str, str],
 ) -> Parts:
-    fingerprints = _fingerprints([*prompts, *held_out], side, faculty)
     teacher, vocabulary = faculty.scorer, faculty.vocabulary
-    model = _trainable(config, side)
     student = Student(
         model,
         config.optimizer,
@@ -93,6 +96,7 @@ def _connect(
         gradient_checkpointing=config.student.gradient_checkpointing,
         plain_sampling=config.rollout.temperature == 1 and config.rollout.top_p == 1 and config.rollout.top_k == 0,
         teacher_logits=no_teacher if teacher is None else teacher.logits,
+        ema=faculty.ema,
     )
     student_sampler = make_sampler(
         config, side, vocabulary, pad_id, source="student", model=model, autocast=student.autocast
@@ -126,14 +130,12 @@ def _connect(
     )
 
 
-def _fingerprints(prompts: list[Prompt], side: Side, faculty: Faculty) -> dict[str, str]:
-    found = {
-        "prompts": prompts_fingerprint(prompts),
-        "student's first weights": weights_fingerprint(side.model),
-    }
+def _fingerprints(config: Config, prompts: list[Prompt], first_weights: str, faculty: Faculty) -> dict[str, str]:
+    found = {"prompts": prompts_fingerprint(prompts), "student's first weights": first_weights}
     for name, teacher in faculty.sides.items():
-        whose = "teacher" if name == "teacher" else f"teacher {name}"
-        found[f"{whose}'s weights"] = weights_fingerprint(teacher.model)
+        if config.all_teachers[name].source == "model":
+            whose = "teacher" if name == "teacher" else f"teacher {name}"
+            found[f"{whose}'s weights"] = weights_fingerprint(teacher.model)
     return found
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config import Config, StudentConfig, TeacherConfig
+from opd.config import Config, ModelConfig, StudentConfig, TeacherConfig
+from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
 from opd.models import load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
 from opd.rollouts.base import Sampling
@@ -27,7 +28,10 @@ class Side:
     eos: tuple[int, ...]
 
 
-def load_side(config: StudentConfig | TeacherConfig, role: str, device_name: str, system: str | None) -> Side:
+def load_side(
+    config: StudentConfig | TeacherConfig, role: str, device_name: str, system: str | None, template: str | None = None
+) -> Side:
+    """Model, tokenizer and renderer; with `template`, of prompts that it rewrites."""
     device = resolve_device(device_name)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
     tokenizer = load_tokenizer(config.model, **options)
@@ -39,10 +43,20 @@ def load_side(config: StudentConfig | TeacherConfig, role: str, device_name: str
             attn_implementation=config.attn_implementation,
             **options,
         )
-    renderer = Renderer(
-        tokenizer, name=f"{role} '{config.model}'", chat_template_kwargs=config.chat_template_kwargs, system=system
-    )
+    renderer = make_renderer(config, tokenizer, f"{role} '{config.model}'", system, template)
     return Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
+
+
+def make_renderer(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, name: str, system: str | None, template: str | None
+) -> Renderer:
+    """This model's way of writing prompts."""
+    options: dict[str, Any] = {
+        "name": name,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "system": system,
+    }
+    return Renderer(tokenizer, **options) if template is None else PrivilegedRenderer(tokenizer, template, **options)
 
 
 def pad_id_of(side: Side) -> int:

@@ -20,6 +20,7 @@ from opd.models import linear_head, output_layer, response_hidden, response_logi
 from opd.seeding import seeded
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
+from opd.trainer.ema import Ema
 from opd.trainer.guardrails import check_gradient, check_loss
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
 from opd.trainer.mixing import preview, whole_logits_loss
@@ -154,6 +155,7 @@ class Student(Policy):
         autocast: bool = False,
         gradient_checkpointing: bool = False,
         plain_sampling: bool = False,
+        ema: Ema | None = None,
     ) -> None:
         super().__init__(
             disable_dropout(model),
@@ -165,6 +167,7 @@ class Student(Policy):
         self.config = config
         self.total_steps = total_steps
         self.plain_sampling = plain_sampling
+        self.ema = ema
         self.version = 0
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -211,6 +214,8 @@ class Student(Policy):
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
         self.zero_grad()
+        if self.ema is not None:
+            self.ema.follow()
         self.version += 1
         return self.config.lr * factor
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+
+from transformers import PreTrainedModel
 
 from opd.config import Config, TeacherConfig
 from opd.errors import ConfigError, ObjectiveError
@@ -15,7 +17,8 @@ from opd.rollouts.mix import ChosenSampler
 from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
-from opd.trainer.sides import Side, load_side, make_sampler
+from opd.trainer.ema import Ema
+from opd.trainer.sides import Side, load_side, make_renderer, make_sampler
 from opd.trainer.student import Policy
 from opd.types import Prompt
 
@@ -29,6 +32,8 @@ class Faculty:
     scorer: AnyTeacher | None
     """The one teacher, or all of them as one."""
     vocabulary: VocabularyMatch
+    ema: Ema | None = None
+    """The average that one of them is, to be moved along after every update."""
 
     def sampler(self, config: Config, pad_id: int, student: Side | None = None) -> HfSampler | ChosenSampler | None:
         """Draws the teacher's own answers; of several teachers, each prompt's own, or one drawn by its weights. With `student`, the
@@ -64,10 +69,17 @@ def _choice(ensemble: Ensemble, prompt: Prompt) -> dict[str, float]:
     return dict(zip(ensemble.members, ensemble.weights_of(prompt), strict=True))
 
 
-def build_faculty(config: Config, student: Side, pad_id: int) -> Faculty:
-    """Load every teacher and check it against the student. Raises the OpdError of whatever does not fit."""
+def build_faculty(config: Config, student: Side, pad_id: int, model: PreTrainedModel) -> Faculty:
+    """Load every teacher and check it against the student, whose trained form is `model`. Raises the OpdError of whatever does not
+    fit."""
     sections = config.all_teachers
-    sides = {name: _load(config, name, section) for name, section in sections.items()}
+    averaged = {section.ema_decay for section in sections.values() if section.source == "ema"}
+    if len(averaged) > 1:
+        raise ConfigError(
+            "Two teachers with source=ema and different ema_decay: a run keeps one average. Use one of them."
+        )
+    ema = Ema(model, averaged.pop()) if averaged else None
+    sides = {name: _side(config, name, student, model, ema) for name in sections}
     matches = {name: _vocabulary(config, name, student, side) for name, side in sides.items()}
     # What is common to all is what the student has: the student's tokens decide, and every teacher knows them.
     vocabulary = next(iter(matches.values()), None) or _vocabulary(config, None, student, student)
@@ -82,10 +94,11 @@ def build_faculty(config: Config, student: Side, pad_id: int) -> Faculty:
             side.renderer,
             vocabulary=vocabulary,
             pad_id=pad_id,
-            name=sections[name].model,
+            name=sections[name].model or f"the student ({sections[name].source})",
             tokens_per_batch=sections[name].tokens_per_batch,
             layout=config.train.layout,
             supply=None if sections[name].supply == "auto" else sections[name].supply,
+            frozen=side.model is not model,
             **_presence(sections[name], side),
         )
         for name, side in sides.items()
@@ -93,16 +106,28 @@ def build_faculty(config: Config, student: Side, pad_id: int) -> Faculty:
     scorer = _as_one(config, teachers)
     if scorer is not None:
         _match(config, sections, scorer)
-    return Faculty(sides=sides, teachers=teachers, scorer=scorer, vocabulary=vocabulary)
+    return Faculty(sides=sides, teachers=teachers, scorer=scorer, vocabulary=vocabulary, ema=ema)
 
 
-def _load(config: Config, name: str, section: TeacherConfig) -> Side:
-    device = config.student.device if section.device == "auto" else section.device
+def _side(config: Config, name: str, student: Side, model: PreTrainedModel, ema: Ema | None) -> Side:
+    """A teacher's own weights, or the student's with a rendering of their own."""
+    section, template = config.all_teachers[name], config.prompts.teacher_prompt
     role = "teacher" if name == "teacher" else f"teachers.{name}"
-    return load_side(section, role, device, config.prompts.system)
+    if section.source == "model":
+        device = config.student.device if section.device == "auto" else section.device
+        return load_side(section, role, device, config.prompts.system, template)
+    if section.chat_template_kwargs:
+        own = replace(config.student, chat_template_kwargs=section.chat_template_kwargs)
+    else:
+        own = config.student
+    renderer = make_renderer(own, student.tokenizer, f"{role} ({section.source})", config.prompts.system, template)
+    weights = ema.model if section.source == "ema" and ema is not None else model
+    return Side(model=weights, tokenizer=student.tokenizer, renderer=renderer, eos=student.eos)
 
 
 def _presence(section: TeacherConfig, side: Side) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    if section.source == "adapter_off":
+        return {"presence": side.model.disable_adapter}  # pyright: ignore[reportReturnType]  # of a peft model
     if not section.offload:
         return {}
     device = resolve_device(str(side.model.device))
@@ -121,7 +146,7 @@ def _vocabulary(config: Config, name: str | None, student: Side, other: Side) ->
         vocabulary_rows(student.model),
         vocabulary_rows(other.model),
         student_name=config.student.model,
-        teacher_name=section.model,
+        teacher_name=section.model or config.student.model,
         student_eos=student.eos,
         teacher_eos=other.eos,
     )
