@@ -22,6 +22,10 @@ class RolloutConfig:
 
     max_new_tokens: int = 256
     """Length limit of a response, EOS included. A response cut here does not supervise EOS."""
+    horizon_start: int | None = None
+    """Progressive horizon: responses end at this length at first, and at max_new_tokens from step horizon_steps on; None is off."""
+    horizon_steps: int | None = None
+    """Steps from horizon_start to max_new_tokens; None is half of the run."""
     temperature: float = 1.0
     """Sampling temperature. 1.0 keeps the samples on-policy for a loss at temperature 1."""
     top_p: float = 1.0
@@ -39,6 +43,16 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        start = self.horizon_start
+        _require(
+            start is None or 1 <= start <= self.max_new_tokens,
+            f"rollout.horizon_start must lie between 1 and rollout.max_new_tokens={self.max_new_tokens}, not {start}",
+        )
+        _require(
+            self.horizon_steps is None or (start is not None and self.horizon_steps >= 1),
+            f"rollout.horizon_steps={self.horizon_steps} is how long the horizon grows from rollout.horizon_start, which is not set or "
+            "takes no step; set both (steps ≥ 1), or neither.",
+        )
         _require(
             math.isfinite(self.temperature) and self.temperature > 0,
             f"rollout.temperature must be a positive number, not {self.temperature}: training needs samples of the "
@@ -53,6 +67,14 @@ class RolloutConfig:
             "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
         )
         _require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
+
+    def horizon(self, step: int, total_steps: int) -> int:
+        """The length limit of this step's responses."""
+        if self.horizon_start is None:
+            return self.max_new_tokens
+        steps = self.horizon_steps or max(1, total_steps // 2)
+        grown = Schedule(kind="linear", start=self.horizon_start, end=self.max_new_tokens, steps=steps).at(step)
+        return round(grown)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,9 @@ class TrainConfig:
     tokens_per_microbatch: int = 8192
     """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step. What grows
     with it is the student's activations: the loss takes logits in chunks of its own."""
+    token_fraction: float = 1.0
+    """Train on this share of a step's response tokens, those where the student was least sure (highest entropy, arXiv 2506.01939).
+    The others cost no product with an output layer."""
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
     """How sequences share a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"
@@ -211,6 +214,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        _require(0 < self.token_fraction <= 1, f"train.token_fraction must lie in (0, 1], not {self.token_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +313,17 @@ class Config:
         _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
         self._check_teachers()
         self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
+        part = self.train.token_fraction < 1
+        _require(
+            not part or self.rollout.lmbda == 1,
+            f"train.token_fraction={self.train.token_fraction} needs the entropy of the student that drew each token, and rollout.lmbda="
+            f"{self.rollout.lmbda} takes some from elsewhere; set one of them to 1.",
+        )
+        _require(
+            not part or self.objective.discount == 0,
+            f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
+            f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
+        )
         check_on_policy(self.objective, self.rollout)
         if self.rl.rewarded:
             check_rewarded_rollouts(self.objective, self.rollout)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from opd.data.rendering import Renderer
 from opd.errors import DataError
-from opd.rollouts.base import Sampler, Sampling
+from opd.rollouts.base import Sampling
 from opd.rollouts.hf import HfSampler
 from opd.seeding import derive_seed
 from opd.types import Prompt, Rollout
@@ -49,10 +50,23 @@ class DatasetResponses:
 class MixedSampler:
     """Each sample is on-policy with probability `lmbda`."""
 
-    def __init__(self, on_policy: Sampler, off_policy: Sampler | None, lmbda: float) -> None:
+    def __init__(
+        self,
+        on_policy: HfSampler,
+        off_policy: HfSampler | ChosenSampler | DatasetResponses | None,
+        lmbda: float,
+    ) -> None:
         self.on_policy = on_policy
         self.off_policy = off_policy
         self.lmbda = lmbda
+
+    def limit(self, max_new_tokens: int) -> None:
+        """Responses from now on end at this length."""
+        for sampler in (self.on_policy, self.off_policy):
+            if isinstance(sampler, DatasetResponses):
+                sampler.max_new_tokens = max_new_tokens
+            elif sampler is not None:
+                sampler.sampling = replace(sampler.sampling, max_new_tokens=max_new_tokens)
 
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order; a pure function of weights, prompts and seed."""

@@ -43,6 +43,7 @@ class Evaluator:
     scorer: Scorer
     teacher: AnyTeacher | None
     """None: nobody to compare with, so only the reward is told."""
+    max_new_tokens: int
     teacher_logp_floor: float | None
     temperature: float
     extra_temperatures: tuple[float, ...]
@@ -97,7 +98,9 @@ class Evaluator:
 
     def _sample(self, sampler: HfSampler | ChosenSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
         kept = sampler.sampling
-        sampler.sampling = replace(kept, temperature=temperature, top_p=1.0, top_k=0)
+        sampler.sampling = replace(
+            kept, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=self.max_new_tokens
+        )
         try:
             repeated = [p for p in self.prompts for _ in range(self.samples_per_prompt)]
             rollouts = sampler.sample(repeated, seed=derive_seed(self.seed, 0, f"eval at {temperature}"))

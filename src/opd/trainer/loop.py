@@ -26,6 +26,7 @@ def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder,
     for step in range(student.version, train.steps):
         clock = Clock(progress)
         prompts = parts.order.take(step, train.prompts_per_step)
+        parts.sampler.limit(config.rollout.horizon(step, train.steps))
         with clock.phase("rollout"):
             rollouts = parts.sampler.sample(
                 [p for p in prompts for _ in range(train.samples_per_prompt)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from opd.config import Config
-from opd.data.pack import concatenate, count_of, pack
+from opd.data.pack import concatenate, count_of, pack, with_target
 from opd.losses import Hybrid
 from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.trainer.reinforce import Advantages, Reinforcement
@@ -61,7 +62,13 @@ class StepScorer:
         if objective.rl_weight != 0.0:
             assert self.reinforcement is not None
             said = self.reinforcement.advantages(rollouts)
-        layout = {**self.layout, "advantages": None if said is None else said.per_token}
+        layout = {
+            **self.layout,
+            "advantages": None if said is None else said.per_token,
+            "keep": None
+            if self.config.train.token_fraction == 1
+            else least_sure(rollouts, self.config.train.token_fraction),
+        }
         metrics: dict[str, float] = {}
         if objective.distill_weight == 0.0:
             batches: Sequence[Batch] = pack(rollouts, None, **layout)
@@ -92,6 +99,17 @@ class StepScorer:
         return dataclasses.replace(teacher, weights=weights), weights if mixture.balance_tokens else None
 
 
+def least_sure(rollouts: Sequence[Rollout], fraction: float) -> list[torch.Tensor]:
+    """For every rollout, which tokens are in this share of the step's tokens, those of the highest entropy (arXiv 2506.01939); at
+    least one is."""
+    sizes = [len(r.response_ids) for r in rollouts]
+    assert all(r.sampler_entropy is not None for r in rollouts)
+    entropy = torch.tensor([h for r in rollouts for h in r.sampler_entropy or ()])
+    kept = torch.zeros(len(entropy), dtype=torch.bool)
+    kept[entropy.argsort(descending=True, stable=True)[: math.ceil(fraction * len(entropy))]] = True
+    return list(kept.split(sizes))
+
+
 def member_metrics(rollouts: Sequence[Rollout], batches: Sequence[Batch], teacher: Ensemble) -> dict[str, float]:
     """For every teacher, what it has a say in: the share of the tokens with routing, the mean weight otherwise."""
     tokens = sum(len(r.response_ids) for r in rollouts)
@@ -110,6 +128,7 @@ def scored_batches(
     *,
     shares: Mapping[str, float] | None = None,
     advantages: Sequence[torch.Tensor] | None = None,
+    keep: Sequence[torch.Tensor] | None = None,
     **layout: Any,
 ) -> Sequence[Batch]:
     """Micro-batches with targets; `layout` is what `pack` takes. Hidden states, top-k and sampled log-probs are small and scored at
@@ -119,7 +138,7 @@ def scored_batches(
     that have any.
     """
     if layout.get("global_count") is None:
-        layout["global_count"] = count_of(rollouts, layout.get("reduction", "token_mean"))
+        layout["global_count"] = count_of(rollouts, layout.get("reduction", "token_mean"), keep)
     groups = teacher.groups(rollouts)
     targets = None if kind == "dense" else teacher.score(rollouts, kind)
     batches: list[Batch] = []
@@ -129,6 +148,7 @@ def scored_batches(
             [rollouts[i] for i in members],
             None if targets is None else [targets[i] for i in members],
             advantages=None if advantages is None else [advantages[i] for i in members],
+            keep=None if keep is None else [keep[i] for i in members],
             **layout,
         )
     for name, group in packed.items():
@@ -158,4 +178,4 @@ class _ScoredWhenUsed(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         batch = self._batches[index]
         targets = self._teacher.score(batch.rollouts, "dense")
-        return dataclasses.replace(batch, target=concatenate(targets, batch.response_ids.device))
+        return with_target(batch, concatenate(targets, batch.response_ids.device))

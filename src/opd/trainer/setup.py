@@ -12,7 +12,6 @@ from opd.data.prompts import PromptOrder, load_prompts
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError
 from opd.rewards import Scorer, load_reward
-from opd.rollouts.base import Sampler
 from opd.rollouts.hf import HfSampler
 from opd.rollouts.mix import ChosenSampler, DatasetResponses, MixedSampler
 from opd.seeding import derive_seed
@@ -99,9 +98,16 @@ def _connect(
         ema=faculty.ema,
     )
     student_sampler = make_sampler(
-        config, side, vocabulary, pad_id, source="student", model=model, autocast=student.autocast
+        config,
+        side,
+        vocabulary,
+        pad_id,
+        source="student",
+        model=model,
+        autocast=student.autocast,
+        record_entropy=config.train.token_fraction < 1,
     )
-    off_policy: Sampler | None = None
+    off_policy: HfSampler | ChosenSampler | DatasetResponses | None = None
     if config.rollout.lmbda < 1:
         off_policy = DatasetResponses(side.renderer, config.rollout.max_new_tokens, eos_ids=side.eos)
         if config.rollout.off_policy == "teacher":
@@ -190,6 +196,7 @@ def _evaluator(
         samples_per_prompt=config.eval.samples_per_prompt,
         scorer=scorer,
         teacher=teacher,
+        max_new_tokens=config.rollout.max_new_tokens,
         teacher_logp_floor=config.objective.teacher_logp_floor,
         temperature=config.eval.temperature,
         extra_temperatures=config.eval.extra_temperatures,
