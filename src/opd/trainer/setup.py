@@ -107,15 +107,10 @@ def _connect(
         autocast=student.autocast,
         record_entropy=config.train.token_fraction < 1,
     )
-    off_policy: HfSampler | ChosenSampler | DatasetResponses | None = None
-    if config.rollout.lmbda < 1:
-        off_policy = DatasetResponses(side.renderer, config.rollout.max_new_tokens, eos_ids=side.eos)
-        if config.rollout.off_policy == "teacher":
-            off_policy = faculty.sampler(config, pad_id, student=side)
     return Parts(
         student=student,
         student_sampler=student_sampler,
-        sampler=MixedSampler(student_sampler, off_policy, config.rollout.lmbda),
+        sampler=MixedSampler(student_sampler, _off_policy(config, side, faculty, pad_id), config.rollout.lmbda),
         scorer=StepScorer(
             config,
             teacher=teacher,
@@ -134,6 +129,17 @@ def _connect(
         fingerprints=fingerprints,
         warnings=(*vocabulary.warnings, *notices(config)),
     )
+
+
+def _off_policy(
+    config: Config, side: Side, faculty: Faculty, pad_id: int
+) -> HfSampler | ChosenSampler | DatasetResponses | None:
+    """Who gives the samples that the student does not draw."""
+    if config.rollout.lmbda == 1:
+        return None
+    if config.rollout.off_policy == "teacher":
+        return faculty.sampler(config, pad_id, student=side)
+    return DatasetResponses(side.renderer, config.rollout.max_new_tokens, eos_ids=side.eos)
 
 
 def _fingerprints(config: Config, prompts: list[Prompt], first_weights: str, faculty: Faculty) -> dict[str, str]:

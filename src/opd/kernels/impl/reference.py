@@ -137,7 +137,7 @@ def _weighted_diagnostics(
     assert request.response_ids is not None
     logp, k = to_logp(logits.detach()), request.objective.top_k
     seen = [token_diagnostics(logp, member, request.response_ids, k) for member in members]
-    return {name: mix_losses([one[name] for one in seen], weights) for name in seen[0]}
+    return {name: mix_losses([one[name].to(request.dtype) for one in seen], weights) for name in seen[0]}
 
 
 def _plain(request: Request, target: Any) -> Any:
