@@ -117,7 +117,8 @@ class RlConfig:
     clip_high: float | None = None
     """ε above 1, where it differs from the one below (arXiv 2503.14476 uses 0.28)."""
     reference_kl: float = 0.0
-    """β of a penalty −β (log p − log p_reference) in each token's advantage; the reference is the student before training."""
+    """β of a penalty −β (log p − log p_reference) in each token's advantage; the reference is the student before training: a copy
+    of its weights, or, with student.lora, the student without its adapter."""
     combine: Combine = "losses"
     """With distillation: add the two losses, or the two per-token advantages (objective.delivery=advantage)."""
     scale: Scale = "none"

@@ -147,6 +147,15 @@ def test_balanced_tokens_weigh_as_the_weights_say(school, reduction, weights):
         assert own == pytest.approx((weights or {"even": 0.5, "odd": 0.5})[name], rel=1e-5)
 
 
+def test_a_teacher_whose_tokens_weigh_nothing_leaves_the_balance_of_the_others(school):
+    weights = {"even": 0.0, "odd": 1.0}
+    _, _, scored = parts_of(school, mixture__balance_tokens=True, mixture__weights=weights, train__token_fraction=0.05)
+    sums = dict.fromkeys(NAMES, 0.0)
+    for batch in scored.batches:
+        sums[batch.rollouts[0].prompt.teacher] += float(batch.token_weights.sum())
+    assert sums["even"] == 0.0 and sums["odd"] == pytest.approx(1.0, rel=1e-5)
+
+
 def test_accuracy_is_told_for_every_teachers_own_prompts(school, tmp_path):
     more = {"eval__prompts": 40, "train__steps": 1, "eval__reward": "worlds:first_digit"}
     train(build(merge({}, taught(school, tmp_path / "run", **more))))
@@ -192,6 +201,18 @@ def test_a_mixture_s_loss_and_gradient_are_those_of_the_plain_definition(school,
     for name, parameter in student.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=2e-6)
     assert metrics.summary()["reverse_kl"] == pytest.approx(expected.item(), rel=1e-4), objective.divergence
+
+
+@pytest.mark.parametrize("kind", ["probability", "logit", "loss"])
+def test_every_teacher_of_a_mixture_has_its_own_distance_from_the_samples(school, kind):
+    parts, rollouts, scored = parts_of(school, mixture__kind=kind)
+    for name, teacher in parts.teacher.members.items():
+        logp = torch.cat([t.teacher_logp for t in teacher.score(rollouts, "sampled")])
+        drawn = torch.tensor([x for r in rollouts for x in r.sampler_logp])
+        assert scored.metrics[f"teacher/{name}/teacher_logp"] == pytest.approx(float(logp.mean()), rel=1e-4)
+        assert scored.metrics[f"teacher/{name}/reverse_kl_estimate"] == pytest.approx(
+            float((drawn - logp).mean()), rel=1e-4
+        )
 
 
 def test_weights_of_a_prompt_s_own_come_before_the_general_ones(school):

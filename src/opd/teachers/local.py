@@ -163,6 +163,17 @@ class LocalTeacher:
         """Teacher logits of a hidden target, in float32 and masked like the dense ones."""
         return linear_logits(target.hidden, target.head, **self._common)
 
+    @torch.no_grad()
+    def sampled_logp(self, target: HiddenTarget | DenseTarget, ids: torch.Tensor) -> torch.Tensor:
+        """This teacher's log-prob (nats) of one token per row of a whole distribution of its own, on the device of `ids`."""
+        if isinstance(target, DenseTarget):
+            return (
+                to_logp(target.logits).gather(-1, ids.to(target.logits.device).unsqueeze(-1)).squeeze(-1).to(ids.device)
+            )
+        top = linear_top_k(target.hidden, target.head, ids.to(target.hidden.device), 1, **self._common)
+        assert top.sampled_logp is not None
+        return top.sampled_logp.to(ids.device)
+
     def _check_context(self, prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout]) -> None:
         limit = context_length(self.model)
         for prompt, rollout in zip(prompts, rollouts, strict=True):

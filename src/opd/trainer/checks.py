@@ -32,7 +32,7 @@ def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) ->
     teachers = {p.teacher for p in prompts if p.teacher is not None}
     if len(teachers) > 1 and len(config.all_teachers) == 1:
         raise DataError(
-            f"The prompts name {len(teachers)} teachers ({', '.join(sorted(teachers)[:3])}, …), and this run has one. Give all of them "
+            f"The prompts name {len(teachers)} teachers ({', '.join(sorted(teachers)[:3])}, …), and a run has one. Give all of them "
             f"in the section teachers, or rename the column '{config.prompts.teacher_column}' if it means something else."
         )
     if config.rollout.lmbda < 1 and config.rollout.off_policy == "dataset":

@@ -15,7 +15,7 @@ from opd.data.pack import concatenate, count_of, pack, with_target
 from opd.losses import Hybrid
 from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.trainer.reinforce import Advantages, Reinforcement
-from opd.types import Batch, Rollout, TargetKind
+from opd.types import Batch, Rollout, TargetKind, TeacherMixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +111,34 @@ def least_sure(rollouts: Sequence[Rollout], fraction: float) -> list[torch.Tenso
 
 
 def member_metrics(rollouts: Sequence[Rollout], batches: Sequence[Batch], teacher: Ensemble) -> dict[str, float]:
-    """For every teacher, what it has a say in: the share of the tokens with routing, the mean weight otherwise."""
+    """For every teacher, what it has a say in: the share of the tokens with routing, the mean weight otherwise; and how far a mixed
+    one is from the samples (with routing, the update itself tells)."""
     tokens = sum(len(r.response_ids) for r in rollouts)
     if teacher.mixture == "routing":
         groups = teacher.groups(rollouts)
         own = {n: sum(len(rollouts[i].response_ids) for i in groups.get(n, ())) for n in teacher.members}
         return {f"teacher/{name}/share": count / tokens for name, count in own.items()}
     given = [teacher.weights_of(r.prompt) for r in rollouts]
-    return {f"teacher/{n}/weight": sum(w[i] for w in given) / len(given) for i, n in enumerate(teacher.members)}
+    weights = {f"teacher/{n}/weight": sum(w[i] for w in given) / len(given) for i, n in enumerate(teacher.members)}
+    return weights | (_distances(batches, teacher) if isinstance(batches, list) else {})
+
+
+def _distances(batches: Sequence[Batch], teacher: Ensemble) -> dict[str, float]:
+    """Mean log-prob (nats) that each member gives the sampled tokens, at one product with its head; and, where the sampler's is
+    known, their difference, which estimates the reverse KL to that member."""
+    found: dict[str, float] = {}
+    for index, (name, member) in enumerate(teacher.members.items()):
+        logps, gaps = [], []
+        for batch in batches:
+            assert isinstance(batch.target, TeacherMixture)
+            logp = member.sampled_logp(batch.target.targets[index], batch.response_ids)
+            logps.append(logp)
+            if batch.sampler_logp is not None:
+                gaps.append(batch.sampler_logp - logp)
+        found[f"teacher/{name}/teacher_logp"] = float(torch.cat(logps).mean())
+        if len(gaps) == len(logps):
+            found[f"teacher/{name}/reverse_kl_estimate"] = float(torch.cat(gaps).mean())
+    return found
 
 
 def scored_batches(
@@ -159,8 +179,8 @@ def scored_batches(
 def _factor(name: str, packed: Mapping[str, Sequence[Batch]], shares: Mapping[str, float]) -> float:
     """What this teacher's token weights are multiplied by to have their share of the sum of all."""
     sums = {n: sum(float(b.token_weights.double().sum()) for b in group) for n, group in packed.items()}
-    present = sum(shares[n] for n in packed)
-    return shares[name] / present * sum(sums.values()) / sums[name] if present else 1.0
+    present = sum(shares[n] for n, own in sums.items() if own > 0)
+    return shares[name] / present * sum(sums.values()) / sums[name] if present and sums[name] else 1.0
 
 
 def _weighed(batches: Sequence[Batch], factor: float) -> list[Batch]:

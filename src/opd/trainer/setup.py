@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,9 +163,13 @@ def _reinforcement(
         return None
     reference = None
     if config.rl.reference_kl > 0:
+        adapted = config.student.lora is not None
         reference = LocalTeacher(
-            copy.deepcopy(model),  # of the first weights; a resumed run loads its own over them later
+            # Of the first weights: a resumed run loads its own over them later.
+            model if adapted else copy.deepcopy(model),
             side.renderer,
+            frozen=not adapted,
+            presence=model.disable_adapter if adapted else nullcontext,  # pyright: ignore[reportArgumentType]  # of a peft model
             vocabulary=vocabulary,
             pad_id=pad_id,
             name="the reference",
