@@ -5,7 +5,14 @@ import torch
 from loss_oracles import random_logits
 
 from opd.errors import ObjectiveError
-from opd.losses import Schedule, combine_advantages, combine_losses, group_relative_advantage, match_scale
+from opd.losses import (
+    Schedule,
+    combine_advantages,
+    combine_losses,
+    group_relative_advantage,
+    leave_one_out_advantage,
+    match_scale,
+)
 
 COMBINE = [combine_advantages, combine_losses]
 GROUPS = torch.tensor([0, 1, 0, 1, 2])
@@ -16,6 +23,13 @@ def test_group_relative_advantage_by_hand():
     assert group_relative_advantage(rewards, GROUPS, normalize_std=False).tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0]
     wanted = 1 / math.sqrt(2)  # deviations −1 and 1 over n − 1 = 1: standard deviation √2
     assert group_relative_advantage(rewards, GROUPS).tolist() == pytest.approx([-wanted, 0, wanted, 0, 0], abs=1e-6)
+
+
+def test_leave_one_out_advantage_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 3.0, 0.0, 7.0])
+    assert leave_one_out_advantage(rewards, GROUPS).tolist() == [-2.0, 0.0, 2.0, 0.0, 0.0]
+    three = leave_one_out_advantage(torch.tensor([1.0, 2.0, 6.0]), torch.zeros(3, dtype=torch.long))
+    assert three.tolist() == pytest.approx([-3.0, -1.5, 4.5])
 
 
 def test_equal_rewards_give_no_advantage_even_when_they_round():

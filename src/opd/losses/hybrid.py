@@ -6,7 +6,7 @@ A term whose weight is 0 is not computed with, so that the result is bit for bit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Float, Int
+from opd.losses.objective import Objective
 
 Scale = Literal["none", "match"]
+
+Combine = Literal["losses", "advantages"]
 
 STD_FLOOR = 1e-6  # arXiv 2402.03300 divides by the group's standard deviation; this keeps equal rewards at advantage 0
 
@@ -65,6 +68,15 @@ def group_relative_advantage(
         variance = zeros.index_add(0, group_index, centred.square()) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[group_index] + STD_FLOOR)
     return centred.to(rewards.dtype)
+
+
+def leave_one_out_advantage(
+    rewards: Float[Tensor, " sequences"], group_index: Int[Tensor, " sequences"]
+) -> Float[Tensor, " sequences"]:
+    """Reward minus the mean of the *other* rewards of its group (RLOO, arXiv 2402.14740): n / (n − 1) times the centred reward."""
+    centred = group_relative_advantage(rewards, group_index, normalize_std=False)
+    size = torch.bincount(group_index, minlength=1).to(centred)[group_index]
+    return centred * size / (size - 1).clamp(min=1)
 
 
 def match_scale(values: Float[Tensor, " tokens"], std: float | Tensor | None = None) -> Float[Tensor, " tokens"]:
@@ -127,3 +139,54 @@ def _combine(
     if scale == "match":
         rl, distill = match_scale(rl, rl_std), match_scale(distill, distill_std)
     return rl_weight * rl + distill_weight * distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """What one update minimises: λ_distill · distillation + λ_rl · clipped policy gradient. A term of weight 0 is not computed."""
+
+    distill: Objective = field(default_factory=Objective)
+    distill_weight: float = 1.0
+    """λ_distill."""
+    rl_weight: float = 0.0
+    """λ_rl."""
+    combine: Combine = "losses"
+    """Add the two losses, or the two per-token advantages (then `distill` delivers one)."""
+    scale: Scale = "none"
+    """match divides each term by its standard deviation over the batch first."""
+    clip_range: float | tuple[float, float] | None = None
+    """Of the policy gradient: ε, or (low, high)."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rl_weight) and math.isfinite(self.distill_weight)):
+            raise ObjectiveError(
+                f"weights must be finite, but got rl_weight={self.rl_weight}, distill_weight={self.distill_weight}."
+            )
+        if self.rl_weight == 0.0 and self.distill_weight == 0.0:
+            raise ObjectiveError(
+                "rl_weight and distill_weight are both 0: nothing is left to train on; make one of them positive."
+            )
+        if self.combine == "advantages" and self.mixed and self.distill.delivery != "advantage":
+            raise ObjectiveError(
+                "combine='advantages' adds the distillation advantage to the reward's, but the objective has delivery='loss'; set "
+                "delivery=advantage with support=sampled and estimator=k1, or combine=losses."
+            )
+        if self.combine == "losses" and self.mixed and self.distill.discount > 0:
+            raise ObjectiveError(
+                f"discount={self.distill.discount} makes the distillation a policy gradient of its own; beside a reward set "
+                "combine=advantages, or discount=0."
+            )
+
+    @property
+    def mixed(self) -> bool:
+        return self.rl_weight != 0.0 and self.distill_weight != 0.0
+
+    @property
+    def needs_preview(self) -> bool:
+        """Whether the distillation term has to be seen over the whole batch before the update."""
+        return self.mixed and (self.scale == "match" or self.combine == "advantages")
+
+
+def as_hybrid(objective: Objective | Hybrid) -> Hybrid:
+    """A plain objective is distillation alone."""
+    return objective if isinstance(objective, Hybrid) else Hybrid(distill=objective)
