@@ -71,7 +71,7 @@ class Ensemble:
 
     def route(self, prompt: Prompt) -> str:
         """The name of this prompt's teacher. Raises DataError when there is none of that name."""
-        if prompt.teacher in self.members:
+        if prompt.teacher is not None and prompt.teacher in self.members:
             return prompt.teacher
         named = (
             "names no teacher"

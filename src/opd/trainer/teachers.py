@@ -94,14 +94,14 @@ def build_faculty(config: Config, student: Side, pad_id: int, model: PreTrainedM
             side.renderer,
             vocabulary=vocabulary,
             pad_id=pad_id,
-            name=sections[name].model or f"the student ({sections[name].source})",
-            tokens_per_batch=sections[name].tokens_per_batch,
+            name=section.model or f"the student ({section.source})",
+            tokens_per_batch=section.tokens_per_batch,
             layout=config.train.layout,
-            supply=None if sections[name].supply == "auto" else sections[name].supply,
+            supply=None if section.supply == "auto" else section.supply,
             frozen=side.model is not model,
-            **_presence(sections[name], side),
+            **_presence(section, side),
         )
-        for name, side in sides.items()
+        for (name, section), side in zip(sections.items(), sides.values(), strict=True)
     }
     scorer = _as_one(config, teachers)
     if scorer is not None:
