@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-
 from benchmarks.gradient_variance import RESULTS, enumerated, measure, methods, problems, simulated, wanted_gradient
 from benchmarks.losses import README
 

@@ -32,9 +32,22 @@ def test_leave_one_out_advantage_by_hand():
     assert three.tolist() == pytest.approx([-3.0, -1.5, 4.5])
 
 
-def test_equal_rewards_give_no_advantage_even_when_they_round():
-    rewards = torch.full((7,), 0.1)
-    assert group_relative_advantage(rewards, torch.zeros(7, dtype=torch.long)).abs().max() < 1e-9
+@pytest.mark.parametrize("count", range(1, 12))
+def test_equal_rewards_give_exactly_no_advantage_even_when_their_mean_rounds(count):
+    rewards, group = torch.full((count,), 0.1, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
+    for found in (
+        group_relative_advantage(rewards, group),
+        group_relative_advantage(rewards, group, normalize_std=False),
+        leave_one_out_advantage(rewards, group),
+    ):
+        assert (found == 0).all()
+
+
+def test_a_spread_of_rounding_is_not_scaled_up():
+    values = torch.tensor([1e-8, -1e-8])
+    assert torch.equal(match_scale(values), values)
+    assert torch.equal(match_scale(values, std=1e-8), values)
+    assert match_scale(torch.tensor([1e-3, -1e-3])).tolist() == pytest.approx([1.0, -1.0])
 
 
 def test_group_advantages_ignore_a_shift_and_a_scale_of_the_rewards():

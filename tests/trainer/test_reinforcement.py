@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,10 +19,12 @@ from opd.losses import Hybrid, Objective
 from opd.models import response_logits
 from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
+from opd.teachers.local import LocalTeacher
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.mixing import preview
 from opd.trainer.reinforce import NO_SIGNAL
 from opd.trainer.run import train
+from opd.trainer.scoring import scored_batches
 from opd.trainer.setup import build_parts
 from worlds import settings
 
@@ -53,6 +56,14 @@ def same(one: Path, other: Path) -> bool:
 
 def constant(prompt, response):
     return 0.5
+
+
+def a_tenth(prompt, response):
+    return 0.1
+
+
+def leaving(prompt, response):
+    raise SystemExit(0)
 
 
 def hanging(prompt, response):
@@ -251,6 +262,39 @@ def test_matched_losses_have_the_spread_one(rewarded):
     assert seen.objective.distill_weight == pytest.approx(2.0 / float(losses.std(correction=0)), rel=1e-5)
 
 
+def test_the_preview_keeps_no_whole_logits(rewarded):
+    parts, _, scored = rewarded(rl__scale="match", teacher__supply="dense")
+    assert scored.batches[0].target is not None
+    assert all(
+        batch.target is None for batch, _ in preview(parts.student.token_loss, scored.batches, scored.objective).losses
+    )
+
+
+@pytest.mark.parametrize("combine", ["losses", "advantages"])
+def test_a_term_that_varies_by_rounding_alone_is_not_scaled_up(rewarded, combine):
+    """The mean of six rewards of 0.1 is not 0.1, and a teacher with the student's weights is not exactly at 0."""
+    more = {**(K1 if combine == "advantages" else {}), "rl__combine": combine, "rl__scale": "match"}
+    parts, rollouts, _ = rewarded(**more, train__samples_per_prompt=6, rl__reward=f"{__name__}:a_tenth")
+    assert sum([0.1] * 6) / 6 != 0.1
+    seen = preview(parts.student.token_loss, (scored := parts.scorer.score(rollouts, 0)).batches, scored.objective)
+    assert seen.metrics["rl/advantage_std"] == 0.0
+    assert seen.objective.rl_weight == 1.0
+    own = LocalTeacher(
+        copy.deepcopy(parts.student.model), parts.renderer, vocabulary=parts.student.vocabulary, pad_id=parts.pad_id
+    )
+    own.serve(scored.objective.distill)
+    alike = scored_batches(
+        rollouts, own, own.kind, advantages=[torch.randn(len(r.response_ids)) for r in rollouts], **parts.scorer.layout
+    )
+    seen = preview(parts.student.token_loss, alike, scored.objective)
+    before = torch.cat([b.advantages for b in alike])
+    if combine == "losses":
+        assert seen.objective.distill_weight == 1.0
+    else:
+        after = torch.cat([b.advantages for b in seen.batches])
+        torch.testing.assert_close(after, before / before.std(correction=0), rtol=1e-4, atol=1e-5)
+
+
 def test_advantages_compare_the_samples_of_one_prompt(rewarded):
     parts, rollouts, _ = rewarded(rl__advantage="rloo")
     said = parts.scorer.reinforcement.advantages(rollouts)
@@ -298,6 +342,12 @@ def test_a_reward_that_hangs_ends_the_run_with_the_prompt_it_hung_on(world, tmp_
         DataError, match=r"reward 'hanging' gave no answer within 0.2 s for prompt \d+.*raise reward.timeout"
     ):
         run(without_teacher(values | {"eval.every": 0}))
+
+
+def test_a_reward_that_leaves_does_not_end_the_process(world, tmp_path):
+    values = settings(world, tmp_path / "run", **{**PURE, "rl__reward": f"{__name__}:leaving", "eval__every": 0})
+    with pytest.raises(DataError, match=r"reward 'leaving' failed on prompt .*SystemExit"):
+        run(without_teacher(values))
 
 
 def test_failed_rewards_count_as_0_on_request_and_are_told(world, tmp_path, capsys):

@@ -186,6 +186,13 @@ def test_a_row_without_the_field_is_named_before_the_run(world, tmp_path, row):
         train(build(merge({}, values | {"prompts.path": str(tmp_path / "p.jsonl")})))
 
 
+@pytest.mark.parametrize("template", ["{{ answer + 1 }}", "{{ 1 / 0 }}", "{{ answer.lower(1, 2) }}"])
+def test_whatever_goes_wrong_in_a_template_names_the_row(template):
+    renderer = PrivilegedRenderer(digit_tokenizer(), template, name="teacher")
+    with pytest.raises(DataError, match="teacher_prompt cannot be filled in for prompt 4"):
+        renderer.prompt_ids(Prompt(index=4, text="1>", answer="2"))
+
+
 def test_a_template_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="not a Jinja template"):
         PrivilegedRenderer(digit_tokenizer(), "{{ answer", name="teacher")

@@ -63,13 +63,11 @@ class PrivilegedRenderer(Renderer):
         return replace(prompt, messages=tuple(messages))
 
     def _filled(self, prompt: Prompt, text: str) -> str:
-        from jinja2 import TemplateError
-
         own = {"answer": prompt.answer, "response": prompt.response, "teacher": prompt.teacher}
         fields = {name: value for name, value in {**prompt.metadata, **own}.items() if value is not None}
         try:
             return self._template.render({**fields, "prompt": text})
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # somebody else's template: anything that Python can raise
             raise DataError(
                 f"prompts.teacher_prompt cannot be filled in for prompt {prompt.index}: {error}. The row has "
                 f"{', '.join(sorted({*fields, 'prompt'}))}; add the field to every row, or guard it with {{% if … is defined %}}."

@@ -27,6 +27,7 @@ from opd.losses.divergences import (
     total_variation,
 )
 from opd.losses.hybrid import (
+    NO_SPREAD,
     Combine,
     Hybrid,
     Scale,
@@ -65,6 +66,7 @@ from opd.losses.sampled import (
 from opd.losses.targets import dense_from_hidden
 
 __all__ = [
+    "NO_SPREAD",
     "WEIGHT_SUM_TOLERANCE",
     "Combine",
     "Divergence",

@@ -20,7 +20,8 @@ Scale = Literal["none", "match"]
 
 Combine = Literal["losses", "advantages"]
 
-STD_FLOOR = 1e-6  # arXiv 2402.03300 divides by the group's standard deviation; this keeps equal rewards at advantage 0
+STD_FLOOR = 1e-6  # added to a group's standard deviation before dividing, as arXiv 2402.03300's implementations do
+NO_SPREAD = 1e-6  # a term that varies less over the batch is rounding (of float32 nats), and rounding is not scaled up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,13 @@ def group_relative_advantage(
 ) -> Float[Tensor, " sequences"]:
     """Reward minus the mean of its group, divided by the group's standard deviation when `normalize_std`.
 
-    arXiv 2402.03300; without the division arXiv 2503.20783. The standard deviation is over n − 1; a group of one gets 0.
+    arXiv 2402.03300; without the division arXiv 2503.20783. The standard deviation is over n − 1; a group of one, or of equal
+    rewards, gets exactly 0.
     """
     groups = int(group_index.max()) + 1 if group_index.numel() else 0
     wide = rewards.double()
+    lowest = wide.new_zeros(groups).scatter_reduce(0, group_index, wide, "amin", include_self=False)
+    wide = wide - lowest[group_index]  # equal rewards are exactly 0, whatever the rounding of their mean
     zeros = torch.zeros(groups, dtype=wide.dtype, device=wide.device)
     size = zeros.index_add(0, group_index, torch.ones_like(wide))
     mean = zeros.index_add(0, group_index, wide) / size.clamp(min=1)
@@ -80,11 +84,12 @@ def leave_one_out_advantage(
 
 
 def match_scale(values: Float[Tensor, " tokens"], std: float | Tensor | None = None) -> Float[Tensor, " tokens"]:
-    """values / sg[std]. Give `std` when the batch is split, so that every part divides by the same number."""
+    """values / sg[std], or as they are where the spread is mere rounding. Give `std` when the batch is split, so that every part divides
+    by the same number."""
     if std is None:
         std = values.detach().std(correction=0) if values.numel() else 1.0
     std = torch.as_tensor(std, dtype=values.dtype, device=values.device).detach()
-    return values / torch.where(std > 0, std, 1.0)
+    return values / torch.where(std > NO_SPREAD, std, 1.0)
 
 
 def combine_advantages(

@@ -51,7 +51,7 @@ def score_reward(reward: Reward, prompt: Prompt, response: str, *, timeout: floa
             f"reward {name!r} gave {error} for prompt {prompt.index}. The response was {_excerpt(response)!r}. Mend the function, "
             "raise reward.timeout, or set reward.on_error=zero to count such a response as 0; a run resumes where it stopped."
         ) from error
-    except Exception as error:  # somebody else's function
+    except (Exception, SystemExit) as error:  # somebody else's function
         raise DataError(
             f"reward {name!r} failed on prompt {prompt.index}: {type(error).__name__}: {error}. "
             f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."

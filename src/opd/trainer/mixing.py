@@ -10,6 +10,7 @@ import torch
 from opd.kernels import PolicyTerm
 from opd.kernels.terms import policy_loss, policy_loss_by_autograd
 from opd.losses import (
+    NO_SPREAD,
     Hybrid,
     Objective,
     TokenLoss,
@@ -43,7 +44,8 @@ def preview(loss_of: LossOf, batches: Sequence[Batch], hybrid: Hybrid) -> Previe
     """
     # Seen from the student itself the ratio is 1 and cannot be clipped: the loss is −advantage.
     alone = Hybrid(distill=replace(hybrid.distill, clip_range=None))
-    losses = [(batch, loss_of(replace(batch, sampler_logp=None), alone)[1]) for batch in batches]
+    # Whole logits are not kept: `batches` may make them anew when they are used.
+    losses = [(replace(batch, target=None), loss_of(replace(batch, sampler_logp=None), alone)[1]) for batch in batches]
     counted = [batch.token_weights != 0 for batch, _ in losses]
     distill = _spread([out.loss[kept] for (_, out), kept in zip(losses, counted, strict=True)])
     rl = _spread([_advantages(batch)[kept] for (batch, _), kept in zip(losses, counted, strict=True)])
@@ -52,14 +54,13 @@ def preview(loss_of: LossOf, batches: Sequence[Batch], hybrid: Hybrid) -> Previe
         objective = replace(
             hybrid,
             scale="none",
-            rl_weight=hybrid.rl_weight / (rl or 1.0),
-            distill_weight=hybrid.distill_weight / (distill or 1.0),
+            rl_weight=hybrid.rl_weight / _divisor(rl),
+            distill_weight=hybrid.distill_weight / _divisor(distill),
         )
         return Preview(batches=batches, objective=objective, losses=losses, metrics=metrics)
     joined = [
         replace(
             batch,
-            target=None,
             advantages=combine_advantages(
                 _advantages(batch),
                 -out.loss,
@@ -83,6 +84,11 @@ def preview(loss_of: LossOf, batches: Sequence[Batch], hybrid: Hybrid) -> Previe
 def _advantages(batch: Batch) -> torch.Tensor:
     assert batch.advantages is not None
     return batch.advantages
+
+
+def _divisor(spread: float) -> float:
+    """As `match_scale` divides: a term without a spread keeps its size."""
+    return spread if spread > NO_SPREAD else 1.0
 
 
 def _spread(parts: Sequence[torch.Tensor]) -> float:
