@@ -6,6 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from opd.algorithm import (
+    MixtureConfig,
+    RewardConfig,
+    RlConfig,
+    RolloutConfig,
+    check_on_policy,
+    check_rewarded_rollouts,
+)
 from opd.errors import ConfigError
 from opd.losses import Objective
 
@@ -74,15 +82,38 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(ModelConfig):
     """The frozen model that scores the student's samples, in this process. It has the student's vocabulary."""
 
+    model: str = ""
+    """Local folder or hub name of a causal language model; not read where `source` is the student itself."""
+    source: Literal["model", "adapter_off", "ema", "student"] = "model"
+    """Self-distillation: the student without its adapter, the moving average of its weights, or the student as it is at every step,
+    each of them best with prompts.teacher_prompt, which shows the teacher more than the student sees."""
+    ema_decay: float = 0.99
+    """source=ema: average ← ema_decay · average + (1 − ema_decay) · student after every step."""
     dtype: DType = "auto"
     """'auto' is bfloat16 on CUDA and float32 on CPU."""
     tokens_per_batch: int = 16384
     """Tokens the teacher reads at once (padding included)."""
     supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
     """What it hands to the loss; 'auto' is the most exact kind that the objective can use."""
+    offload: bool = False
+    """Keep it in CPU memory while it is not asked (its output layer stays on the device): slower, and room for more teachers."""
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_batch >= 1, f"teacher.tokens_per_batch must be positive, not {self.tokens_per_batch}")
+        _require(
+            bool(self.model) or self.source != "model",
+            "'teacher.model' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; teacher.source=ema, "
+            "adapter_off or student teaches the student by itself.",
+        )
+        _require(
+            not self.model or self.source == "model",
+            f"teacher.source={self.source} takes the student's own weights, so teacher.model='{self.model}' is not read; drop one.",
+        )
+        _require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), not {self.ema_decay}")
+        _require(
+            self.source == "model" or not self.offload,
+            f"teacher.offload=true would take the student itself off its device with teacher.source={self.source}; drop it.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,49 +138,12 @@ class PromptsConfig:
     """Name of the teacher of each prompt (optional)."""
     system: str | None = None
     """System message put before chat prompts that have none."""
+    teacher_prompt: str | None = None
+    """Jinja template of what the teacher reads in place of the prompt; may use any column, e.g. "{{ prompt }} (answer: {{ answer }})"."""
     shuffle: bool = True
     """A new order every epoch, from the seed."""
     limit: int | None = None
     """Use only the first rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How the student's answers are drawn."""
-
-    max_new_tokens: int = 256
-    """Length limit of a response, EOS included. A response cut here does not supervise EOS."""
-    temperature: float = 1.0
-    """Sampling temperature. 1.0 keeps the samples on-policy for a loss at temperature 1."""
-    top_p: float = 1.0
-    """Nucleus sampling; 1.0 is off."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is off."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response."""
-    batch_size: int = 256
-    """Rows generated at once; lower it when generation runs out of memory."""
-    lmbda: float = 1.0
-    """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
-    off_policy: Literal["dataset", "teacher"] = "dataset"
-    """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
-
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        _require(
-            math.isfinite(self.temperature) and self.temperature > 0,
-            f"rollout.temperature must be a positive number, not {self.temperature}: training needs samples of the "
-            "student's own distribution, and greedy decoding is not one. Use 1.0.",
-        )
-        _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], not {self.top_p}; 1.0 switches it off")
-        _require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
-        _require(self.batch_size >= 1, f"rollout.batch_size must be at least 1, not {self.batch_size}")
-        _require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
-        _require(
-            self.lmbda < 1 or self.off_policy == "dataset",
-            "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
-        )
-        _require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +203,9 @@ class TrainConfig:
     tokens_per_microbatch: int = 8192
     """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step. What grows
     with it is the student's activations: the loss takes logits in chunks of its own."""
+    token_fraction: float = 1.0
+    """Train on this share of a step's response tokens, those where the student was least sure (highest entropy, arXiv 2506.01939).
+    The others cost no product with an output layer."""
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
     """How sequences share a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"
@@ -217,6 +214,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        _require(0 < self.token_fraction <= 1, f"train.token_fraction must lie in (0, 1], not {self.token_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +285,14 @@ class Config:
     """A whole run."""
 
     student: StudentConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Several teachers by name, in place of `teacher`: --teachers.math.model PATH --teachers.code.model PATH."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     prompts: PromptsConfig
     objective: Objective = field(default_factory=Objective)
+    rl: RlConfig = field(default_factory=RlConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -308,34 +311,70 @@ class Config:
             "something else; set objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
         )
         _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
-        _check_on_policy(self.objective, self.rollout)
+        self._check_teachers()
+        self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
+        part = self.train.token_fraction < 1
+        _require(
+            not part or self.rollout.lmbda == 1,
+            f"train.token_fraction={self.train.token_fraction} needs the entropy of the student that drew each token, and rollout.lmbda="
+            f"{self.rollout.lmbda} takes some from elsewhere; set one of them to 1.",
+        )
+        _require(
+            not part or self.objective.discount == 0,
+            f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
+            f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
+        )
+        check_on_policy(self.objective, self.rollout)
+        if self.rl.rewarded:
+            check_rewarded_rollouts(self.objective, self.rollout)
 
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """Every teacher by name; one alone is called 'teacher'."""
+        return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
 
-def _check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
-    """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
-    sampled = f"estimator={objective.estimator}" if objective.support == "sampled" else "tail=sampled"
-    if objective.support != "sampled" and objective.tail != "sampled":
-        return
-    reweighted = objective.estimator in ("k1", "exact")
-    if objective.discount > 0 and (rollout.lmbda < 1 or rollout.temperature != objective.student_temperature):
-        raise ConfigError(
-            f"objective.discount={objective.discount} adds what later tokens earn, and a token's own ratio cannot reweight those to the "
-            "student's distribution. Set rollout.lmbda=1 and rollout.temperature to objective.student_temperature, or discount=0."
+    def _check_teachers(self) -> None:
+        there = self.all_teachers
+        _require(
+            bool(there) or not self.rl.distilled,
+            "'teacher' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; learning from a reward alone "
+            "(rl.weight=1, rl.distill_weight=0) needs none.",
         )
-    if rollout.lmbda < 1 and (rollout.off_policy == "dataset" or not reweighted):
-        raise ConfigError(
-            f"objective {sampled} has the right gradient only for tokens that the student sampled, and rollout.lmbda="
-            f"{rollout.lmbda} mixes in {rollout.off_policy} responses. Set rollout.lmbda=1, or use objective.support=full."
+        _require(
+            bool(there) or self.rollout.off_policy == "dataset",
+            "rollout.off_policy=teacher draws samples from the teacher, and there is none; set teacher.model, or drop it.",
         )
-    filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.temperature != objective.student_temperature
-    if filtered and not reweighted:
-        raise ConfigError(
-            f"objective {sampled} needs tokens drawn from the very distribution it trains, and rollout.temperature, top_p or top_k "
-            "draw from another one. Set rollout.temperature=1, top_p=1, top_k=0, or use estimator=k1 (delivery=advantage), which "
-            "reweights."
+        _require(
+            self.teacher is None or not self.teachers,
+            f"teacher is one teacher, and teachers ({', '.join(self.teachers)}) are several; put it among teachers under a name of its "
+            "own, or drop one of the two sections.",
         )
-    if rollout.top_p < 1 or rollout.top_k > 0:
-        raise ConfigError(
-            f"objective {sampled} cannot make up for tokens that rollout.top_p={rollout.top_p} or top_k={rollout.top_k} never draw. "
-            "Set top_p=1 and top_k=0, or use objective.support=full."
+        _require(
+            len(there) > 1 or self.mixture == MixtureConfig(),
+            "mixture says how several teachers make one, and there are not several; add the section teachers, or drop mixture.",
+        )
+        wrong = [name for name in self.teachers if not name or any(c in name for c in "./ ")]
+        _require(
+            not wrong,
+            f"teachers.{wrong and wrong[0]!r}: a teacher's name is a plain word, without dots, slashes and spaces.",
+        )
+        self.mixture.check_names(list(there))
+        self._check_self_teaching()
+
+    def _check_self_teaching(self) -> None:
+        there = self.all_teachers.values()
+        _require(
+            self.student.lora is not None or all(t.source != "adapter_off" for t in there),
+            "teacher.source=adapter_off is the student without its adapter, and it has none; set student.lora.rank, or use source=ema.",
+        )
+        _require(
+            bool(there) or self.prompts.teacher_prompt is None,
+            "prompts.teacher_prompt is what a teacher reads, and there is none; set teacher.model or teacher.source, or drop it.",
+        )
+        same = self.objective.student_temperature == self.objective.teacher_temperature
+        alone = bool(there) and all(t.source != "model" for t in there) and not self.rl.rewarded
+        _require(
+            not (alone and same and self.prompts.teacher_prompt is None),
+            "A teacher with the student's own first weights agrees with it everywhere, so nothing would ever be learnt. Show it more with "
+            "prompts.teacher_prompt, give it an objective.teacher_temperature below 1, or add a reward (rl.weight).",
         )

@@ -171,8 +171,18 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def _sections_by_name(annotation: Any) -> type | None:
+    """The dataclass in `dict[str, Section]`."""
+    if get_origin(annotation) is not dict:
+        return None
+    section = get_args(annotation)[1]
+    return section if dataclasses.is_dataclass(section) and isinstance(section, type) else None
+
+
 def _section_of(annotation: Any) -> type | None:
     """The dataclass in `Section` or `Section | None`."""
+    if get_origin(annotation) is dict:
+        return None
     candidates = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
     return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
 
@@ -185,8 +195,16 @@ def _refuse_unknown_keys(section: type, data: Any, prefix: str) -> None:
     for key, value in data.items():
         if key not in names:
             raise ConfigError(_unknown(f"{prefix}{key}", str(key), names, prefix))
-        child = _section_of(hints[key])
-        if child is not None:
+        child, named = _section_of(hints[key]), _sections_by_name(hints[key])
+        if named is not None and isinstance(value, Mapping):
+            for name, section_of_it in value.items():
+                if not isinstance(section_of_it, (Mapping, named)):
+                    example = f"{prefix}{key}.{name}.{dataclasses.fields(named)[0].name}"
+                    raise ConfigError(
+                        f"'{prefix}{key}.{name}' is a section and cannot be {section_of_it!r}; set its keys, e.g. --{example} VALUE."
+                    )
+                _refuse_unknown_keys(named, section_of_it, f"{prefix}{key}.{name}.")
+        elif child is not None:
             optional = child is not hints[key]
             if not isinstance(value, (Mapping, child)) and not (optional and value is None):
                 what = "is empty" if value is None else f"cannot be {value!r}"
@@ -201,8 +219,11 @@ def _all_keys(section: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(section)
     keys = []
     for item in dataclasses.fields(section):
-        child = _section_of(hints[item.name])
-        keys += _all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
+        child, named = _section_of(hints[item.name]), _sections_by_name(hints[item.name])
+        if named is not None:
+            keys += _all_keys(named, f"{prefix}{item.name}.NAME.")
+        else:
+            keys += _all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
     return keys
 
 
@@ -225,9 +246,11 @@ def _lists_to_tuples(section: type, data: Any) -> Any:
     hints = get_type_hints(section)
     out: dict[str, Any] = {}
     for key, value in data.items():
-        child = _section_of(hints[key])
+        child, named = _section_of(hints[key]), _sections_by_name(hints[key])
         if child is not None:
             out[key] = _lists_to_tuples(child, value)
+        elif named is not None and isinstance(value, Mapping):
+            out[key] = {name: _lists_to_tuples(named, section_of_it) for name, section_of_it in value.items()}
         elif get_origin(hints[key]) is tuple and not isinstance(value, (list, tuple)) and value is not None:
             out[key] = (value,)
         else:

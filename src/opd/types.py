@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 TargetKind = Literal["sampled", "top_k", "dense", "hidden"]
@@ -46,6 +46,8 @@ class Rollout:
     """Response tokens; a finished response ends with its EOS (or stop) token, a truncated one does not."""
     sampler_logp: tuple[float, ...] | None
     """Log-probability (nats) of each response token under the distribution it was drawn from (after temperature, top-p, top-k); None for data-set responses."""
+    sampler_entropy: tuple[float, ...] | None = None
+    """Entropy (nats) of the distribution that each response token was drawn from; None where nobody asked for it."""
     finished: bool
     """True when the response ended by itself (EOS or stop string) rather than at the length limit."""
     policy_version: int
@@ -113,7 +115,22 @@ class HiddenTarget:
         return self.hidden.shape[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherMixture:
+    """Several teachers of one student: their distributions are mixed (probability, logit), or their losses added (loss)."""
+
+    kind: ClassVar[str] = "mixture"
+    targets: tuple[HiddenTarget | DenseTarget, ...]
+    weights: Float[Tensor, "tokens teachers"] | Float[Tensor, " teachers"]
+    """≥ 0 and 1 in sum, for all tokens or for each."""
+    mixture: Literal["probability", "logit", "loss"] = "probability"
+
+    def __len__(self) -> int:
+        return len(self.targets[0])
+
+
 Target = SampledTarget | TopKTarget | DenseTarget | HiddenTarget
+AnyTarget = Target | TeacherMixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +154,14 @@ class Batch:
     sequence_index: Int[Tensor, " tokens"]
     """Which rollout of this micro-batch each response token belongs to."""
     rollouts: tuple[Rollout, ...]
-    target: Target | None
+    target: AnyTarget | None
     token_weights: Float[Tensor, " tokens"]
     """mask × 1/global count (× importance weight): the loss is Σ token_weights · per-token loss."""
     sampler_logp: Float[Tensor, " tokens"] | None = None
+    advantages: Float[Tensor, " tokens"] | None = None
+    """What the reward says about each response token, without gradient; None where no reward is asked."""
+    kept: Bool[Tensor, " response_tokens"] | None = None
+    """Which of the rollouts' response tokens `tokens` are; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ SOURCE = Path(opd.__file__).parent
 
 GROUND = {"errors", "types", "seeding"}
 ROOMS = {"teachers", "rollouts", "rewards", "data", "reporting"}
-BELOW_TRAINER = {"config", "recipe", "models", "losses", "kernels", *GROUND, *ROOMS}
+BELOW_TRAINER = {"algorithm", "config", "recipe", "models", "losses", "kernels", *GROUND, *ROOMS}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"types", "errors"},
     "kernels": {"types", "errors", "losses"},
     "models": {"types", "errors"},
-    "config": {"types", "errors"},
+    "algorithm": {"errors"},
+    "config": {"algorithm", "types", "errors"},
     "recipe": {"config", "types", "errors"},
     **{room: {"types", "errors"} for room in ROOMS},
     "trainer": BELOW_TRAINER,
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 CROSS_EDGES = {
+    ("algorithm", "losses"): "a reward's section makes the hybrid of every step",
     ("config", "losses"): "the objective is a section of the recipe",
     ("recipe", "losses"): "an objective explains its own refusals",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",

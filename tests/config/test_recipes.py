@@ -114,7 +114,8 @@ def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
 
 def test_every_field_of_every_section_has_a_help_text():
     """tyro and readers of the source both live from the string under each field."""
-    source = (ROOT / "src/opd/config.py").read_text() + (ROOT / "src/opd/losses/objective.py").read_text()
+    files = ("config.py", "algorithm.py", "losses/objective.py")
+    source = "".join((ROOT / "src/opd" / name).read_text() for name in files)
     lines = [line.strip() for line in source.splitlines()]
     for name in to_dict(config(student__lora__rank=1)):
         section = getattr(config(student__lora__rank=1), name)
@@ -189,3 +190,11 @@ def test_an_override_that_cannot_be_read_says_how_they_look(arguments):
 def test_a_recipe_that_is_missing_is_an_opd_error():
     with pytest.raises(OpdError, match=r"No recipe at"):
         read_recipe("nowhere.yaml")
+
+
+def test_several_teachers_and_their_weights_can_be_given_on_the_command_line():
+    words = "--teachers.math.model m --teachers.code.model c --mixture.kind loss --mixture.weights.math 0.7 --mixture.weights.code 0.3"
+    made = build(merge({}, {"student.model": "s", "prompts.path": "p"} | parse_overrides(words.split())))
+    assert {name: teacher.model for name, teacher in made.all_teachers.items()} == {"math": "m", "code": "c"}
+    assert made.mixture.weights == {"math": 0.7, "code": 0.3}
+    assert build(yaml.safe_load(to_yaml(made))) == made

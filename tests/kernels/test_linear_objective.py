@@ -189,6 +189,53 @@ def test_a_token_of_weight_0_whose_loss_is_infinite_spoils_neither_sum_nor_gradi
         assert grad.isfinite().all() and not grad[2].any()
 
 
+@pytest.mark.parametrize("kind", ["hidden", "probability", "logit", "loss", "top_k", "sampled"])
+@pytest.mark.parametrize("clip_range", [None, (0.1, 0.3)])
+def test_a_policy_term_adds_its_loss_and_its_gradient(kind, clip_range):
+    """λ · distillation + policy is the sum of the two calls that compute one each; and every implementation agrees."""
+    objective = {"top_k": PARTIAL[0], "sampled": SAMPLED[0]}.get(kind, FULL[0])
+    target, policy = WORLD.target(kind), WORLD.policy(clip_range=clip_range)
+    alone = fused(target, objective, impl="reference")
+    rewarded = fused(None, objective, impl="reference", policy=policy)
+    for impl in ("chunked", "reference"):
+        for chunk in (4, None):
+            both = fused(target, objective, impl=impl, chunk_tokens=chunk, policy=policy, distill_weight=0.25)
+            for name in ("sum", "loss", "d_hidden", "d_weight", "d_bias"):
+                torch.testing.assert_close(
+                    both[name], 0.25 * alone[name] + rewarded[name], rtol=0, atol=1e-10, msg=name
+                )
+            for name in ("policy_loss", "clipped", "student_entropy", "student_logp", "eos_prob"):
+                torch.testing.assert_close(both[name], rewarded[name], rtol=0, atol=1e-10, check_dtype=False)
+            for name in alone.keys() - {"sum", "loss", "d_hidden", "d_weight", "d_bias"}:
+                torch.testing.assert_close(both[name], alone[name], rtol=0, atol=1e-10, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["probability", "logit", "loss"])
+@pytest.mark.parametrize("objective", [FULL[0], FULL[1], FULL[2], FULL[4], CHOSEN[0], SAMPLED[3]], ids=described)
+def test_the_diagnostics_of_several_teachers_are_the_same_from_every_implementation(kind, objective):
+    for masked in ((), (3, 11)):
+        wanted = fused(WORLD.target(kind), objective, impl="reference", masked_ids=masked)
+        assert {"reverse_kl", "forward_kl", "teacher_logp", "overlap", "eos_prob"} <= wanted.keys()
+        for chunk in (4, None):
+            settings = {"masked_ids": masked, "impl": "chunked", "chunk_tokens": chunk}
+            assert_alike(fused(WORLD.target(kind), objective, **settings), wanted)
+
+
+def test_without_a_teacher_only_the_temperature_of_the_objective_is_read():
+    policy = WORLD.policy()
+    for impl in ("chunked", "reference"):
+        plain = fused(None, Objective(), impl=impl, policy=policy)
+        for objective in (FULL[4], CHOSEN[0], SAMPLED[5]):
+            other = fused(None, objective, impl=impl, policy=policy)
+            assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_returns_and_a_policy_term_do_not_share_a_pass():
+    for impl in ("chunked", "reference"):
+        with pytest.raises(ObjectiveError, match=r"discount=0\.9 makes the distillation a policy gradient"):
+            fused(WORLD.target("sampled"), SAMPLED[5], impl=impl, policy=WORLD.policy())
+
+
 @pytest.mark.parametrize(
     ("kind", "objective", "products"),
     [("hidden", FULL[0], 4), ("hidden", FULL[1], 4), ("hidden", FULL[4], 4), ("dense", FULL[0], 3), ("top_k", PARTIAL[0], 3),

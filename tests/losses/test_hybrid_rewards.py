@@ -5,7 +5,14 @@ import torch
 from loss_oracles import random_logits
 
 from opd.errors import ObjectiveError
-from opd.losses import Schedule, combine_advantages, combine_losses, group_relative_advantage, match_scale
+from opd.losses import (
+    Schedule,
+    combine_advantages,
+    combine_losses,
+    group_relative_advantage,
+    leave_one_out_advantage,
+    match_scale,
+)
 
 COMBINE = [combine_advantages, combine_losses]
 GROUPS = torch.tensor([0, 1, 0, 1, 2])
@@ -18,9 +25,29 @@ def test_group_relative_advantage_by_hand():
     assert group_relative_advantage(rewards, GROUPS).tolist() == pytest.approx([-wanted, 0, wanted, 0, 0], abs=1e-6)
 
 
-def test_equal_rewards_give_no_advantage_even_when_they_round():
-    rewards = torch.full((7,), 0.1)
-    assert group_relative_advantage(rewards, torch.zeros(7, dtype=torch.long)).abs().max() < 1e-9
+def test_leave_one_out_advantage_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 3.0, 0.0, 7.0])
+    assert leave_one_out_advantage(rewards, GROUPS).tolist() == [-2.0, 0.0, 2.0, 0.0, 0.0]
+    three = leave_one_out_advantage(torch.tensor([1.0, 2.0, 6.0]), torch.zeros(3, dtype=torch.long))
+    assert three.tolist() == pytest.approx([-3.0, -1.5, 4.5])
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_equal_rewards_give_exactly_no_advantage_even_when_their_mean_rounds(count):
+    rewards, group = torch.full((count,), 0.1, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
+    for found in (
+        group_relative_advantage(rewards, group),
+        group_relative_advantage(rewards, group, normalize_std=False),
+        leave_one_out_advantage(rewards, group),
+    ):
+        assert (found == 0).all()
+
+
+def test_a_spread_of_rounding_is_not_scaled_up():
+    values = torch.tensor([1e-8, -1e-8])
+    assert torch.equal(match_scale(values), values)
+    assert torch.equal(match_scale(values, std=1e-8), values)
+    assert match_scale(torch.tensor([1e-3, -1e-3])).tolist() == pytest.approx([1.0, -1.0])
 
 
 def test_group_advantages_ignore_a_shift_and_a_scale_of_the_rewards():

@@ -1,12 +1,17 @@
+import re
+import signal
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError, DataError
-from opd.rewards import exact_match, load_reward, numeric_answer, regex_answer, score_reward
+from opd.rewards import Scorer, exact_match, load_reward, numeric_answer, regex_answer, score_reward
 from opd.types import Prompt
 
 
@@ -249,3 +254,60 @@ def test_numpy_and_torch_scalars_become_floats():
 
     for value in (numpy.float32(0.5), torch.tensor(0.5)):
         assert score_reward(lambda prompt, response, value=value: value, prompt("1"), "a") == 0.5
+
+
+# Time
+
+
+def endless(prompt, response):
+    while True:
+        pass
+
+
+def stubborn(prompt, response):
+    """Swallows what an alarm in the form of an Exception would be."""
+    while True:
+        with suppress(Exception):
+            time.sleep(1)
+
+
+def backtracking(prompt, response):
+    return float(bool(re.match(r"(a+)+$", "a" * 40 + "b")))
+
+
+@pytest.mark.parametrize("reward", [endless, stubborn, backtracking])
+def test_a_reward_that_hangs_is_interrupted_and_named(reward):
+    began = time.monotonic()
+    with pytest.raises(DataError, match=rf"'{reward.__name__}' gave no answer within 0.1 s for prompt 7"):
+        score_reward(reward, prompt("1"), "a", timeout=0.1)
+    assert time.monotonic() - began < 5
+
+
+def test_a_time_limit_puts_back_the_timer_it_found():
+    before = signal.setitimer(signal.ITIMER_REAL, 50)
+    try:
+        assert score_reward(lambda prompt, response: 1.0, prompt("1"), "a", timeout=5) == 1.0
+        assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] <= 50
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+def test_a_time_limit_outside_the_main_thread_is_refused():
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(score_reward, exact_match, prompt("1"), "1", timeout=1.0)
+        with pytest.raises(ConfigError, match=r"main thread only.*reward.timeout=0"):
+            asked.result()
+        assert pool.submit(score_reward, exact_match, prompt("1"), "1").result() == 1.0
+
+
+def test_failures_are_counted_as_0_only_where_that_is_asked_for():
+    def picky(prompt, response):
+        return 1 / len(response)
+
+    answered = [(prompt("1"), "a"), (prompt("1"), ""), (prompt("1"), "ab")]
+    scores = Scorer(reward=picky, on_error="zero").score(answered)
+    assert scores.values == (1.0, 0.0, 0.5)
+    (failure,) = scores.failures
+    assert "ZeroDivisionError" in failure
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        Scorer(reward=picky).score(answered)

@@ -257,7 +257,7 @@ def test_recorded_samples_are_the_first_ones_and_not_the_longest(world, tmp_path
     assert [line["prompt"] for line in lines] == [p.text for p in prompts]
 
 
-# --- what a run cannot do yet -----------------------------------------------------------------------------------------
+# --- what one teacher cannot do ------------------------------------------------------------------------------------------
 
 
 def test_prompts_for_several_teachers_are_not_scored_by_one_in_silence(world, tmp_path):

@@ -47,6 +47,7 @@ def print_help(usage: str) -> None:
     shown = Config(
         student=StudentConfig(model=tyro.MISSING, lora=LoraConfig()),
         teacher=TeacherConfig(model=tyro.MISSING),
+        teachers={},
         prompts=PromptsConfig(path=tyro.MISSING),
     )
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
@@ -61,4 +62,8 @@ MORE_HELP = """--resume      continue the run in run_dir from its last checkpoin
 --debug       show the traceback of an error
 --student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE
               arguments of each model's chat template, e.g. --student.chat_template_kwargs.enable_thinking false
+--teachers.NAME.KEY VALUE
+              several teachers, each with every key of --teacher, e.g. --teachers.math.model PATH --teachers.code.model PATH
+--mixture.weights.NAME VALUE, --mixture.weights_end.NAME VALUE
+              the weight of each of them, e.g. --mixture.weights.math 0.7 --mixture.weights.code 0.3
 Names may be written with - or _. Paths are relative to where the command runs."""

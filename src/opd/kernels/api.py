@@ -169,11 +169,13 @@ def linear_divergence(
 def linear_objective(
     student_hidden: Float[Tensor, "tokens hidden"],
     student_weight: Float[Tensor, "vocab hidden"],
-    target: AnyTarget,
+    target: AnyTarget | None,
     response_ids: Int[Tensor, " tokens"],
     objective: Objective,
     *,
     token_weights: Float[Tensor, " tokens"],
+    policy: PolicyTerm | None = None,
+    distill_weight: float = 1.0,
     bias: Float[Tensor, " vocab"] | None = None,
     valid_vocab: int | None = None,
     masked_ids: tuple[int, ...] = (),
@@ -185,12 +187,20 @@ def linear_objective(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Any `Objective` from hidden states: its weighted sum, the loss of every token, and `Objective.per_token`'s metrics.
 
-    What a trainer calls. Metrics are at temperature 1, together with `eos_prob`, the probability of `eos_ids`. Only the sum can be
-    differentiated. Inputs are not searched for NaN: the losses show it. With discount > 0 the later tokens' advantages are
-    needed first, so log-probs take a pass of their own (one product more).
+    What a trainer calls. `policy` adds reinforcement learning to the same row pass (and `policy_loss` and `clipped` to the metrics),
+    `distill_weight` is λ of the distillation; with target None the policy term is alone. Metrics are at temperature 1, together with
+    `eos_prob`, the probability of `eos_ids`. Only the sum can be differentiated. Inputs are not searched for NaN: the losses show it.
+    With discount > 0 the later tokens' advantages are needed first, so log-probs take a pass of their own (one product more).
     """
+    if target is None:  # of the objective, only the temperature is about the student alone
+        objective = Objective(student_temperature=objective.student_temperature)
     objective.check_given(sampler_logp, sequence_index)
-    check_shapes(student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, None)
+    check_shapes(student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, policy)
+    if policy is not None and objective.discount > 0:
+        raise ObjectiveError(
+            f"discount={objective.discount} makes the distillation a policy gradient of its own, which cannot share a pass with `policy`; "
+            "add the advantages, or set discount=0."
+        )
     shards = Shards(student_weight.shape[0])
     squared = objective.student_temperature**2 if objective.scale_by_t2 else 1.0
     request = Request(
@@ -202,7 +212,8 @@ def linear_objective(
         token_weights=token_weights.detach().to(torch.promote_types(student_hidden.dtype, torch.float32)),
         response_ids=response_ids,
         sampler_logp=None if sampler_logp is None else sampler_logp.detach(),
-        distill_weight=squared,
+        policy=policy,
+        distill_weight=squared * distill_weight,
         vocab=common_vocabulary(shards, target, valid_vocab),
         masked_ids=masked_ids,
         needs=wanted(student_hidden, student_weight, bias),
@@ -217,6 +228,8 @@ def linear_objective(
         request, seen = _with_returns(request, sequence_index, run)
     rows = {**seen, **_apply(run, request, student_hidden, student_weight, bias)}
     metrics = {name.removeprefix("watch/"): rows[name].detach() for name in rows if name.startswith("watch/")}
+    if policy is not None:
+        metrics |= {name: rows[name].detach() for name in ("policy_loss", "clipped")}
     metrics["clamped"] = rows["clamped"].detach() if "clamped" in rows else torch.zeros_like(rows["loss"])
     return rows["sum"], rows["loss"].detach(), metrics
 
@@ -257,13 +270,20 @@ def _with_returns(
     def advantage(**changes: Any) -> dict[str, Tensor]:
         plain = replace(objective, discount=0.0, clip_range=None, **changes)
         fed = _fitting(request.target, plain)
-        return run(replace(request, objective=plain, target=fed, sampler_logp=None, needs=Needs())).rows
+        return run(
+            replace(request, objective=plain, target=fed, sampler_logp=None, needs=Needs(), distill_weight=1.0)
+        ).rows
 
     seen = advantage(baseline="none")
     returns = discounted_return(-seen["loss"], sequence_index, objective.discount)
     if objective.baseline == "value":
         returns = returns + (seen["loss"] - advantage(baseline="value")["loss"])
-    policy = PolicyTerm(advantages=returns, old_log_prob=request.sampler_logp, clip_range=objective.clip_range)
+    policy = PolicyTerm(
+        advantages=returns,
+        old_log_prob=request.sampler_logp,
+        clip_range=objective.clip_range,
+        weight=request.distill_weight,
+    )
     bare = Objective(student_temperature=objective.student_temperature)
     return replace(request, target=None, objective=bare, policy=policy, watch=None), seen
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opd.kernels.parallel import Shards
-from opd.losses import Mixture, Objective
+from opd.losses import Objective
 from opd.losses._shapes import Float
-from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TopKTarget
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
 
 Impl = Literal["auto", "reference", "chunked", "triton"]
 Memory = Literal["fast", "minimal"]
@@ -39,19 +39,6 @@ class PolicyTerm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherMixture:
-    """Several teachers of one student: their distributions are mixed (probability, logit), or their losses added (loss)."""
-
-    targets: tuple[HiddenTarget | DenseTarget, ...]
-    weights: Float[Tensor, "tokens teachers"] | Float[Tensor, " teachers"]
-    """≥ 0 and 1 in sum, for all tokens or for each."""
-    mixture: Mixture | Literal["loss"] = "probability"
-
-
-AnyTarget = Target | TeacherMixture
-
-
-@dataclass(frozen=True, kw_only=True)
 class Needs:
     """Which gradients are wanted; a product that feeds none of them is not run."""
 
@@ -68,8 +55,8 @@ class Needs:
 class Watch:
     """Diagnostics that a trainer wants beside the loss, at temperature 1."""
 
-    target: AnyTarget
-    """With all its top-k, where the loss reads the first few."""
+    target: AnyTarget | None
+    """With all its top-k, where the loss reads the first few; None: the student's own numbers alone."""
     eos_ids: tuple[int, ...] = ()
 
 

@@ -27,14 +27,19 @@ from opd.losses.divergences import (
     total_variation,
 )
 from opd.losses.hybrid import (
+    NO_SPREAD,
+    Combine,
+    Hybrid,
     Scale,
     Schedule,
+    as_hybrid,
     combine_advantages,
     combine_losses,
     group_relative_advantage,
+    leave_one_out_advantage,
     match_scale,
 )
-from opd.losses.mixtures import Mixture, mix_losses, mix_teachers, route
+from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE, Mixture, mix_losses, mix_teachers, route
 from opd.losses.objective import Objective, TokenLoss
 from opd.losses.partial import (
     SampledToken,
@@ -61,7 +66,11 @@ from opd.losses.sampled import (
 from opd.losses.targets import dense_from_hidden
 
 __all__ = [
+    "NO_SPREAD",
+    "WEIGHT_SUM_TOLERANCE",
+    "Combine",
     "Divergence",
+    "Hybrid",
     "Mixture",
     "Objective",
     "Reduction",
@@ -72,6 +81,7 @@ __all__ = [
     "Tail",
     "TokenLoss",
     "alpha_beta_divergence",
+    "as_hybrid",
     "combine_advantages",
     "combine_losses",
     "dense_diagnostics",
@@ -88,6 +98,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "leave_one_out_advantage",
     "likeliest",
     "log_mixture_ratio",
     "mass_coefficient",

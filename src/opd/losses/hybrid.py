@@ -6,7 +6,7 @@ A term whose weight is 0 is not computed with, so that the result is bit for bit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,10 +14,14 @@ from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Float, Int
+from opd.losses.objective import Objective
 
 Scale = Literal["none", "match"]
 
-STD_FLOOR = 1e-6  # arXiv 2402.03300 divides by the group's standard deviation; this keeps equal rewards at advantage 0
+Combine = Literal["losses", "advantages"]
+
+STD_FLOOR = 1e-6  # added to a group's standard deviation before dividing, as arXiv 2402.03300's implementations do
+NO_SPREAD = 1e-6  # a term that varies less over the batch is rounding (of float32 nats), and rounding is not scaled up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +57,13 @@ def group_relative_advantage(
 ) -> Float[Tensor, " sequences"]:
     """Reward minus the mean of its group, divided by the group's standard deviation when `normalize_std`.
 
-    arXiv 2402.03300; without the division arXiv 2503.20783. The standard deviation is over n − 1; a group of one gets 0.
+    arXiv 2402.03300; without the division arXiv 2503.20783. The standard deviation is over n − 1; a group of one, or of equal
+    rewards, gets exactly 0.
     """
     groups = int(group_index.max()) + 1 if group_index.numel() else 0
     wide = rewards.double()
+    lowest = wide.new_zeros(groups).scatter_reduce(0, group_index, wide, "amin", include_self=False)
+    wide = wide - lowest[group_index]  # equal rewards are exactly 0, whatever the rounding of their mean
     zeros = torch.zeros(groups, dtype=wide.dtype, device=wide.device)
     size = zeros.index_add(0, group_index, torch.ones_like(wide))
     mean = zeros.index_add(0, group_index, wide) / size.clamp(min=1)
@@ -67,12 +74,22 @@ def group_relative_advantage(
     return centred.to(rewards.dtype)
 
 
+def leave_one_out_advantage(
+    rewards: Float[Tensor, " sequences"], group_index: Int[Tensor, " sequences"]
+) -> Float[Tensor, " sequences"]:
+    """Reward minus the mean of the *other* rewards of its group (RLOO, arXiv 2402.14740): n / (n − 1) times the centred reward."""
+    centred = group_relative_advantage(rewards, group_index, normalize_std=False)
+    size = torch.bincount(group_index, minlength=1).to(centred)[group_index]
+    return centred * size / (size - 1).clamp(min=1)
+
+
 def match_scale(values: Float[Tensor, " tokens"], std: float | Tensor | None = None) -> Float[Tensor, " tokens"]:
-    """values / sg[std]. Give `std` when the batch is split, so that every part divides by the same number."""
+    """values / sg[std], or as they are where the spread is mere rounding. Give `std` when the batch is split, so that every part divides
+    by the same number."""
     if std is None:
         std = values.detach().std(correction=0) if values.numel() else 1.0
     std = torch.as_tensor(std, dtype=values.dtype, device=values.device).detach()
-    return values / torch.where(std > 0, std, 1.0)
+    return values / torch.where(std > NO_SPREAD, std, 1.0)
 
 
 def combine_advantages(
@@ -127,3 +144,54 @@ def _combine(
     if scale == "match":
         rl, distill = match_scale(rl, rl_std), match_scale(distill, distill_std)
     return rl_weight * rl + distill_weight * distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """What one update minimises: λ_distill · distillation + λ_rl · clipped policy gradient. A term of weight 0 is not computed."""
+
+    distill: Objective = field(default_factory=Objective)
+    distill_weight: float = 1.0
+    """λ_distill."""
+    rl_weight: float = 0.0
+    """λ_rl."""
+    combine: Combine = "losses"
+    """Add the two losses, or the two per-token advantages (then `distill` delivers one)."""
+    scale: Scale = "none"
+    """match divides each term by its standard deviation over the batch first."""
+    clip_range: float | tuple[float, float] | None = None
+    """Of the policy gradient: ε, or (low, high)."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rl_weight) and math.isfinite(self.distill_weight)):
+            raise ObjectiveError(
+                f"weights must be finite, but got rl_weight={self.rl_weight}, distill_weight={self.distill_weight}."
+            )
+        if self.rl_weight == 0.0 and self.distill_weight == 0.0:
+            raise ObjectiveError(
+                "rl_weight and distill_weight are both 0: nothing is left to train on; make one of them positive."
+            )
+        if self.combine == "advantages" and self.mixed and self.distill.delivery != "advantage":
+            raise ObjectiveError(
+                "combine='advantages' adds the distillation advantage to the reward's, but the objective has delivery='loss'; set "
+                "delivery=advantage with support=sampled and estimator=k1, or combine=losses."
+            )
+        if self.combine == "losses" and self.mixed and self.distill.discount > 0:
+            raise ObjectiveError(
+                f"discount={self.distill.discount} makes the distillation a policy gradient of its own; beside a reward set "
+                "combine=advantages, or discount=0."
+            )
+
+    @property
+    def mixed(self) -> bool:
+        return self.rl_weight != 0.0 and self.distill_weight != 0.0
+
+    @property
+    def needs_preview(self) -> bool:
+        """Whether the distillation term has to be seen over the whole batch before the update."""
+        return self.mixed and (self.scale == "match" or self.combine == "advantages")
+
+
+def as_hybrid(objective: Objective | Hybrid) -> Hybrid:
+    """A plain objective is distillation alone."""
+    return objective if isinstance(objective, Hybrid) else Hybrid(distill=objective)

@@ -66,7 +66,7 @@ class Objective:
     delivery: Literal["loss", "advantage"] = "loss"
     """Differentiate the number, or use it as a per-token advantage of a policy gradient."""
     baseline: Literal["none", "value"] = "none"
-    """value subtracts the advantage's expectation −KL(S‖T): same mean, less variance."""
+    """value subtracts the advantage's expectation −KL(S‖T): same mean, mostly less variance."""
     discount: float = 0.0
     """How much of the later tokens' advantage a token gets: 0 nothing, 1 all of it."""
     student_temperature: float = 1.0

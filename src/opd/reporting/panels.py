@@ -94,6 +94,7 @@ LEARNING = PanelGroup(
             percent=True,
             teacher_level="accuracy",
         ),
+        _one("reward/mean", "Reward", "Mean over the samples of the step."),
         Panel(
             title="Divergence from the teacher",
             note="Nats per response token, on the samples of the step. Should fall.",

@@ -28,6 +28,7 @@ REFRESH_PER_S = 4
 SHOWN = (
     ("loss", "loss", "{:.4g}"),
     ("reverse_kl", "reverse KL", "{:.4g}"),
+    ("reward/mean", "reward", "{:.3g}"),
     ("student_entropy", "entropy", "{:.3g}"),
     ("time/tokens_per_second", "tokens/s", "{:,.0f}"),
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from opd.errors import ConfigError, DataError, OpdError
 from opd.rewards.exact import exact_match
+from opd.rewards.limit import TimeLimitError, call_within
 from opd.rewards.numeric import numeric_answer
 from opd.rewards.regex import regex_answer
 from opd.types import Prompt, Reward
@@ -36,14 +39,19 @@ def load_reward(spec: str) -> Reward:
     return reward
 
 
-def score_reward(reward: Reward, prompt: Prompt, response: str) -> float:
-    """The reward as a finite float, or a DataError that names the prompt it went wrong on."""
+def score_reward(reward: Reward, prompt: Prompt, response: str, *, timeout: float = 0.0) -> float:
+    """The reward as a finite float, or a DataError that names the prompt it went wrong on. `timeout` is in seconds; 0 is none."""
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
-        value: Any = reward(prompt, response)
+        value: Any = call_within(timeout, reward, prompt, response)
     except OpdError:
         raise
-    except Exception as error:  # somebody else's function
+    except TimeLimitError as error:
+        raise DataError(
+            f"reward {name!r} gave {error} for prompt {prompt.index}. The response was {_excerpt(response)!r}. Mend the function, "
+            "raise reward.timeout, or set reward.on_error=zero to count such a response as 0; a run resumes where it stopped."
+        ) from error
+    except (Exception, SystemExit) as error:  # somebody else's function
         raise DataError(
             f"reward {name!r} failed on prompt {prompt.index}: {type(error).__name__}: {error}. "
             f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."
@@ -55,6 +63,38 @@ def score_reward(reward: Reward, prompt: Prompt, response: str) -> float:
             f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."
         )
     return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A reward together with how it is called."""
+
+    reward: Reward
+    timeout: float = 0.0
+    """Seconds that one call may take; 0 sets no limit."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """What a call that raises, hangs or returns no finite number does: end the run, or count as 0."""
+
+    def score(self, answered: Sequence[tuple[Prompt, str]]) -> Scores:
+        """One reward per (prompt, response). Raises DataError where `on_error` is stop."""
+        values, failures = [], []
+        for prompt, response in answered:
+            try:
+                values.append(score_reward(self.reward, prompt, response, timeout=self.timeout))
+            except DataError as error:
+                if self.on_error == "stop":
+                    raise
+                values.append(0.0)
+                failures.append(str(error))
+        return Scores(values=tuple(values), failures=tuple(failures))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Rewards in the order of the responses, and what went wrong with those that count as 0."""
+
+    values: tuple[float, ...]
+    failures: tuple[str, ...] = ()
 
 
 def _import(spec: str, module_name: str, function_name: str) -> Any:

@@ -41,8 +41,13 @@ class HfSampler:
         source: RolloutSource = "student",
         student_renderer: Renderer | None = None,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        presence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        record_entropy: bool = False,
     ) -> None:
-        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher."""
+        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher; `presence` is what has
+        to hold while the model is used."""
+        self.presence = presence
+        self.record_entropy = record_entropy
         self.model = model
         self.renderer = renderer
         self.student_renderer = student_renderer
@@ -58,6 +63,10 @@ class HfSampler:
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order. The same weights, prompts and seed give the same rollouts; the global random state is
         left as it was. Raises DataError for a prompt longer than the context."""
+        with self.presence():
+            return self._sample(prompts, seed)
+
+    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         limit = context_length(self.model)
         prompt_ids = []
         for prompt in prompts:
@@ -72,11 +81,18 @@ class HfSampler:
             members = order[start : start + self.batch_size]
             with seeded(derive_seed(seed, start, "generate"), self.model.device):
                 drawn = self._generate([prompt_ids[i] for i in members])
-            for i, (response, logp) in zip(members, drawn, strict=True):
-                rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp)
+            for i, (response, logp, entropy) in zip(members, drawn, strict=True):
+                rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp, entropy)
         return [rollouts[i] for i in range(len(prompts))]
 
-    def _rollout(self, prompt: Prompt, prompt_ids: tuple[int, ...], response: list[int], logp: list[float]) -> Rollout:
+    def _rollout(
+        self,
+        prompt: Prompt,
+        prompt_ids: tuple[int, ...],
+        response: list[int],
+        logp: list[float],
+        entropy: list[float],
+    ) -> Rollout:
         length, finished = self._end(response)
         kept = tuple(response[:length])
         greedy = self.sampling.temperature == 0
@@ -87,6 +103,7 @@ class HfSampler:
             prompt_ids=prompt_ids,
             response_ids=kept,
             sampler_logp=None if greedy else tuple(logp[:length]),
+            sampler_entropy=tuple(entropy[:length]) if self.record_entropy else None,
             finished=finished,
             policy_version=self.policy_version,
             source=self.source,
@@ -108,12 +125,13 @@ class HfSampler:
         return bool(self.sampling.stop) and any(s in self.renderer.decode(response) for s in self.sampling.stop)
 
     @torch.no_grad()
-    def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float]]]:
+    def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float], list[float]]]:
+        """Per row: token ids, their log-probs, and the entropies where they are recorded."""
         device = self.model.device
         width = max(map(len, prompt_ids))
         rows = [[self.pad_id] * (width - len(p)) + list(p) for p in prompt_ids]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
-        recorder = _Recorder(width)
+        recorder = _Recorder(width, entropy=self.record_entropy)
         with _plain_generation_config(self.model), self.autocast():
             output = self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=torch.tensor(rows, device=device),
@@ -126,8 +144,9 @@ class HfSampler:
             )
         assert isinstance(output, torch.Tensor)
         responses = output[:, width:]
-        logp = recorder.finish(output)
-        return list(zip(responses.tolist(), logp.tolist(), strict=True))
+        logp = recorder.finish(output).tolist()
+        entropy = recorder.entropies().tolist() if self.record_entropy else [[] for _ in logp]
+        return list(zip(responses.tolist(), logp, entropy, strict=True))
 
     def _generation_config(self) -> GenerationConfig:
         # The warpers in _processors do all of it, so that the recorder sees the result.
@@ -187,14 +206,18 @@ class _Recorder(LogitsProcessor):
     """Log-prob of every sampled token, without keeping a [steps, rows, vocab] stack: step t's distribution is looked up when step
     t + 1 shows which token was drawn."""
 
-    def __init__(self, prompt_width: int) -> None:
+    def __init__(self, prompt_width: int, *, entropy: bool = False) -> None:
         self.width = prompt_width
+        self.entropy = entropy
+        self.entropy_columns: list[torch.Tensor] = []
         self.last: torch.Tensor | None = None
         self.columns: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._take(input_ids)
         self.last = scores
+        if self.entropy:
+            self.entropy_columns.append(torch.special.entr(scores.float().softmax(-1)).sum(-1))
         return scores
 
     def _take(self, ids: torch.Tensor) -> None:
@@ -202,6 +225,10 @@ class _Recorder(LogitsProcessor):
             drawn = ids[:, self.width + len(self.columns)].unsqueeze(-1)
             scores = self.last.float()
             self.columns.append(scores.gather(-1, drawn).squeeze(-1) - scores.logsumexp(-1))
+
+    def entropies(self) -> torch.Tensor:
+        """[rows, steps], nats."""
+        return torch.stack(self.entropy_columns, dim=1)
 
     def finish(self, ids: torch.Tensor) -> torch.Tensor:
         self._take(ids)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from opd.data.rendering import Renderer
 from opd.errors import DataError
-from opd.rollouts.base import Sampler
+from opd.rollouts.base import Sampling
+from opd.rollouts.hf import HfSampler
 from opd.seeding import derive_seed
 from opd.types import Prompt, Rollout
 
@@ -48,10 +50,23 @@ class DatasetResponses:
 class MixedSampler:
     """Each sample is on-policy with probability `lmbda`."""
 
-    def __init__(self, on_policy: Sampler, off_policy: Sampler | None, lmbda: float) -> None:
+    def __init__(
+        self,
+        on_policy: HfSampler,
+        off_policy: HfSampler | ChosenSampler | DatasetResponses | None,
+        lmbda: float,
+    ) -> None:
         self.on_policy = on_policy
         self.off_policy = off_policy
         self.lmbda = lmbda
+
+    def limit(self, max_new_tokens: int) -> None:
+        """Responses from now on end at this length."""
+        for sampler in (self.on_policy, self.off_policy):
+            if isinstance(sampler, DatasetResponses):
+                sampler.max_new_tokens = max_new_tokens
+            elif sampler is not None:
+                sampler.sampling = replace(sampler.sampling, max_new_tokens=max_new_tokens)
 
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order; a pure function of weights, prompts and seed."""
@@ -65,5 +80,37 @@ class MixedSampler:
             if members:
                 purpose = "on_policy" if wanted else "off_policy"
                 drawn = sampler.sample([prompts[i] for i in members], seed=derive_seed(seed, 1, purpose))
+                merged |= zip(members, drawn, strict=True)
+        return [merged[i] for i in range(len(prompts))]
+
+
+class ChosenSampler:
+    """Each prompt is answered by one of several samplers: the one that `weights` gives it, drawn where it gives more than one."""
+
+    def __init__(self, samplers: Mapping[str, HfSampler], weights: Callable[[Prompt], Mapping[str, float]]) -> None:
+        self.samplers = dict(samplers)
+        self.weights = weights
+
+    @property
+    def sampling(self) -> Sampling:
+        return next(iter(self.samplers.values())).sampling
+
+    @sampling.setter
+    def sampling(self, value: Sampling) -> None:
+        for sampler in self.samplers.values():
+            sampler.sampling = value
+
+    def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
+        """One rollout per prompt, in order; a pure function of weights, prompts and seed."""
+        draw = random.Random(derive_seed(seed, 0, "which"))
+        chosen = []
+        for prompt in prompts:
+            weights = self.weights(prompt)
+            chosen.append(draw.choices(list(weights), weights=list(weights.values()))[0])
+        merged: dict[int, Rollout] = {}
+        for name, sampler in self.samplers.items():
+            members = [i for i, choice in enumerate(chosen) if choice == name]
+            if members:
+                drawn = sampler.sample([prompts[i] for i in members], seed=derive_seed(seed, 1, name))
                 merged |= zip(members, drawn, strict=True)
         return [merged[i] for i in range(len(prompts))]

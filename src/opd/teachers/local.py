@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +47,14 @@ class LocalTeacher:
         tokens_per_batch: int = 16384,
         layout: Layout = "right_padded",
         supply: TargetKind | None = None,
+        presence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        frozen: bool = True,
     ) -> None:
-        self.model = model.requires_grad_(False).eval()
+        """`presence` is what has to hold while the model is used, such as that it is on its device. `frozen=False` leaves the weights
+        trainable, for a model that somebody else trains."""
+        self.model = model.requires_grad_(False).eval() if frozen else model
+        self._presence = presence
+        self._depth = 0
         self.renderer = renderer
         self.name = name
         self.vocabulary = vocabulary
@@ -75,11 +82,30 @@ class LocalTeacher:
         self.top_k = min(objective.top_k, self.vocabulary.size)
         return self.kind
 
-    @torch.no_grad()
+    def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
+        """Which rollouts may share a micro-batch: all."""
+        return {"": list(range(len(rollouts)))}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The model is there to be used inside; blocks may be nested."""
+        if self._depth:
+            yield
+            return
+        with self._presence():
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+
     def score(self, rollouts: Sequence[Rollout], kind: TargetKind | None = None) -> list[Target]:
         """One target per rollout, in order; row t is the teacher's view of response token t. `kind` is what `serve` settled unless
         another is asked for. Raises DataError when a prompt and its response do not fit the teacher's context."""
-        kind = kind or self.kind
+        with torch.no_grad(), self.active():
+            return self._score(rollouts, kind or self.kind)
+
+    def _score(self, rollouts: Sequence[Rollout], kind: TargetKind) -> list[Target]:
         prompts = [self.renderer.prompt_ids(r.prompt) for r in rollouts]
         self._check_context(prompts, rollouts)
         lengths = [len(p) + len(r.response_ids) - 1 for p, r in zip(prompts, rollouts, strict=True)]
@@ -137,6 +163,17 @@ class LocalTeacher:
         """Teacher logits of a hidden target, in float32 and masked like the dense ones."""
         return linear_logits(target.hidden, target.head, **self._common)
 
+    @torch.no_grad()
+    def sampled_logp(self, target: HiddenTarget | DenseTarget, ids: torch.Tensor) -> torch.Tensor:
+        """This teacher's log-prob (nats) of one token per row of a whole distribution of its own, on the device of `ids`."""
+        if isinstance(target, DenseTarget):
+            return (
+                to_logp(target.logits).gather(-1, ids.to(target.logits.device).unsqueeze(-1)).squeeze(-1).to(ids.device)
+            )
+        top = linear_top_k(target.hidden, target.head, ids.to(target.hidden.device), 1, **self._common)
+        assert top.sampled_logp is not None
+        return top.sampled_logp.to(ids.device)
+
     def _check_context(self, prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout]) -> None:
         limit = context_length(self.model)
         for prompt, rollout in zip(prompts, rollouts, strict=True):
@@ -155,3 +192,13 @@ def mask_vocabulary(logits: torch.Tensor, vocabulary: VocabularyMatch) -> torch.
         invalid = torch.tensor(vocabulary.invalid_ids, device=logits.device)
         logits = logits.index_fill(-1, invalid, float("-inf"))
     return logits
+
+
+@contextmanager
+def on_device_meanwhile(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """The model on its device inside, and in CPU memory outside."""
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
+    try:
+        yield
+    finally:
+        model.to("cpu")  # pyright: ignore[reportArgumentType]

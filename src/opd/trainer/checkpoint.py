@@ -37,6 +37,9 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
         temporary.mkdir(parents=True)
         weights = {n: p.detach().cpu().contiguous() for n, p in student.model.named_parameters() if p.requires_grad}
         save_file(weights, temporary / "weights.safetensors")
+        if student.ema is not None:
+            averages = {name: value.detach().cpu().contiguous() for name, value in student.ema.weights().items()}
+            save_file(averages, temporary / "ema.safetensors")
         torch.save([o.state_dict() for o in student.optimizers], temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "version": student.version, **state}))
         _sync(temporary)
@@ -88,6 +91,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
         weights = load_file(path / "weights.safetensors", device=str(student.device))
+        averages = load_file(path / "ema.safetensors", device=str(student.device)) if student.ema is not None else {}
         optimizers = torch.load(path / "optimizer.pt", map_location=student.device, weights_only=True)
         written_by, version = state["format"], int(state["version"])
     except DAMAGED as error:
@@ -107,6 +111,8 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+        for name, average in student.ema.weights().items() if student.ema is not None else ():
+            average.copy_(averages[name])
     for optimizer, saved in zip(student.optimizers, optimizers, strict=True):
         optimizer.load_state_dict(saved)
     student.version = version

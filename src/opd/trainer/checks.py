@@ -18,19 +18,22 @@ PACKING_TOLERANCE = 0.02  # of the spread of the logits; bfloat16 rounding stays
 
 def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
     """What a later step would look for in a row is looked for in every row now."""
-    reward = config.eval.reward
-    if reward in ("exact_match", "numeric_answer") or reward.startswith("regex:"):
-        missing = next((p for p in held_out if p.answer is None), None)
+    asked = [("eval.reward", config.eval.reward, held_out, config.prompts.eval_path)]
+    if config.rl.rewarded:
+        asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
+    for key, reward, rows, path in asked:
+        compares = reward in ("exact_match", "numeric_answer") or reward.startswith("regex:")
+        missing = next((p for p in rows if p.answer is None), None) if compares else None
         if missing is not None:
             raise DataError(
-                f"Row {missing.index} of '{config.prompts.eval_path}' has no answer, and eval.reward={reward} compares "
-                f"with one. Add an '{config.prompts.answer_column}' column, or set eval.reward to a function of your own."
+                f"Row {missing.index} of '{path}' has no answer, and {key}={reward} compares "
+                f"with one. Add an '{config.prompts.answer_column}' column, or set {key} to a function of your own."
             )
     teachers = {p.teacher for p in prompts if p.teacher is not None}
-    if len(teachers) > 1:
+    if len(teachers) > 1 and len(config.all_teachers) == 1:
         raise DataError(
-            f"The prompts name {len(teachers)} teachers ({', '.join(sorted(teachers)[:3])}, …), and a run has one. Split the file by "
-            f"teacher, or rename the column '{config.prompts.teacher_column}' if it means something else."
+            f"The prompts name {len(teachers)} teachers ({', '.join(sorted(teachers)[:3])}, …), and a run has one. Give all of them "
+            f"in the section teachers, or rename the column '{config.prompts.teacher_column}' if it means something else."
         )
     if config.rollout.lmbda < 1 and config.rollout.off_policy == "dataset":
         missing = next((p for p in prompts if p.response is None), None)

@@ -11,10 +11,11 @@ import torch
 from opd.data.pack import Layout
 from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
-from opd.rewards import Reward, score_reward
+from opd.rewards import Scorer
 from opd.rollouts.hf import HfSampler
+from opd.rollouts.mix import ChosenSampler
 from opd.seeding import derive_seed
-from opd.teachers.local import LocalTeacher
+from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
 from opd.trainer.student import Policy
@@ -39,8 +40,10 @@ class Evaluator:
 
     prompts: Sequence[Prompt]
     samples_per_prompt: int
-    reward: Reward
-    teacher: LocalTeacher
+    scorer: Scorer
+    teacher: AnyTeacher | None
+    """None: nobody to compare with, so only the reward is told."""
+    max_new_tokens: int
     teacher_logp_floor: float | None
     temperature: float
     extra_temperatures: tuple[float, ...]
@@ -49,16 +52,23 @@ class Evaluator:
     pad_id: int
     seed: int
 
-    def run(self, sampler: HfSampler, model: Policy, *, extra: bool) -> Evaluation:
-        """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's. `extra` adds accuracies at
-        the extra temperatures."""
+    def run(self, sampler: HfSampler | ChosenSampler, model: Policy | None, *, extra: bool) -> Evaluation:
+        """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's (None: they are not). `extra`
+        adds accuracies at the extra temperatures."""
         began = time.perf_counter()
         rollouts, rewards = self._sample(sampler, self.temperature)
-        kl = self._reverse_kl(rollouts, model)
-        metrics, intervals = {}, {}
-        metrics["accuracy"], intervals["accuracy"] = _reward_interval(rewards, self.samples_per_prompt)
-        per_sample = [sum(row) / len(row) for row in kl]
-        metrics["reverse_kl"], intervals["reverse_kl"] = _mean_over_prompts(per_sample, self.samples_per_prompt)
+        kl: list[list[float]] = [[] for _ in rollouts]
+        metrics: dict[str, float] = {}
+        intervals: dict[str, Interval] = {}
+        self._tell("accuracy", rewards, rollouts, metrics, intervals)
+        if self.teacher is not None and model is not None:
+            kl = self._reverse_kl(rollouts, model, self.teacher)
+            self._tell("reverse_kl", [sum(row) / len(row) for row in kl], rollouts, metrics, intervals)
+            if isinstance(self.teacher, Ensemble) and self.teacher.mixture != "routing":
+                for name, member in self.teacher.members.items():
+                    apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
+                    key = f"teacher/{name}/reverse_kl"
+                    metrics[key], intervals[key] = _mean_over_prompts(apart, self.samples_per_prompt)
         metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
         metrics["truncated"] = sum(not r.finished for r in rollouts) / len(rollouts)
         for temperature in self.extra_temperatures if extra else ():
@@ -69,23 +79,42 @@ class Evaluator:
         metrics["time/eval"] = time.perf_counter() - began
         return Evaluation(metrics=metrics, intervals=intervals, rollouts=list(zip(rollouts, kl, rewards, strict=True)))
 
-    def _sample(self, sampler: HfSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
+    def _tell(
+        self,
+        name: str,
+        values: list[float],
+        rollouts: list[Rollout],
+        metrics: dict[str, float],
+        intervals: dict[str, Interval],
+    ) -> None:
+        """The mean and its interval, over all prompts and, where prompts have teachers of their own, over those of each."""
+        interval = _reward_interval if name == "accuracy" else _mean_over_prompts
+        metrics[name], intervals[name] = interval(values, self.samples_per_prompt)
+        if not isinstance(self.teacher, Ensemble) or self.teacher.mixture != "routing":
+            return
+        for teacher, members in self.teacher.groups(rollouts).items():
+            key = f"teacher/{teacher}/{name}"
+            metrics[key], intervals[key] = interval([values[i] for i in members], self.samples_per_prompt)
+
+    def _sample(self, sampler: HfSampler | ChosenSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
         kept = sampler.sampling
-        sampler.sampling = replace(kept, temperature=temperature, top_p=1.0, top_k=0)
+        sampler.sampling = replace(
+            kept, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=self.max_new_tokens
+        )
         try:
             repeated = [p for p in self.prompts for _ in range(self.samples_per_prompt)]
             rollouts = sampler.sample(repeated, seed=derive_seed(self.seed, 0, f"eval at {temperature}"))
         finally:
             sampler.sampling = kept
-        return rollouts, [score_reward(self.reward, r.prompt, r.text) for r in rollouts]
+        return rollouts, list(self.scorer.score([(r.prompt, r.text) for r in rollouts]).values)
 
     @torch.no_grad()
-    def _reverse_kl(self, rollouts: list[Rollout], model: Policy) -> list[list[float]]:
+    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: AnyTeacher) -> list[list[float]]:
         """Per rollout, per response token."""
         batches = scored_batches(
             rollouts,
-            self.teacher,
-            self.teacher.exact_kind,
+            teacher,
+            teacher.exact_kind,
             layout=self.layout,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_id=self.pad_id,

@@ -14,7 +14,6 @@ from opd.trainer.checkpoint import save_checkpoint
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.records import record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
-from opd.trainer.scoring import scored_batches
 from opd.trainer.setup import Parts
 from opd.types import LossOutput
 
@@ -27,29 +26,22 @@ def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder,
     for step in range(student.version, train.steps):
         clock = Clock(progress)
         prompts = parts.order.take(step, train.prompts_per_step)
+        parts.sampler.limit(config.rollout.horizon(step, train.steps))
         with clock.phase("rollout"):
             rollouts = parts.sampler.sample(
                 [p for p in prompts for _ in range(train.samples_per_prompt)],
                 seed=derive_seed(config.seed, step, "rollout"),
             )
         with clock.phase("teacher"):
-            batches = scored_batches(
-                rollouts,
-                parts.teacher,
-                parts.teacher.kind,
-                layout=train.layout,
-                tokens_per_microbatch=train.tokens_per_microbatch,
-                pad_id=parts.pad_id,
-                reduction=config.objective.reduction,
-                global_count=config.objective.fixed_count,
-                device=student.device,
-            )
+            scored = parts.scorer.score(rollouts, step)
         with clock.phase("update"):
-            out = student.update(batches, config.objective)
+            out = student.update(scored.batches, scored.objective)
         parts.student_sampler.policy_version = student.version  # the next rollouts are on-policy again
-        metrics = {**out.metrics, **clock.times(out)}
+        metrics = {**out.metrics, **scored.metrics, **clock.times(out)}
         run.step(step, metrics)
-        record_samples(run, step, rollouts, out, parts.renderer, config.log)
+        record_samples(run, step, rollouts, out, scored.rewards, parts.renderer, config.log)
+        for note in scored.notes:
+            progress.message(f"warning: step {step}: {note}")
         progress.update(step, metrics)
         if due(step + 1, config.eval.every) or (config.eval.every and step + 1 == train.steps):
             evaluate(config, parts, run, progress, first=False)
@@ -67,13 +59,13 @@ def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress,
         progress.phase("eval")
         student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
         record_evaluation(run, version, "student", student, parts.renderer, config.log)
-        if first:
-            teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
+        if first and parts.teacher is not None and parts.teacher_sampler is not None:
+            with parts.teacher.active():
+                teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
             record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log)
     reached = student.metrics
-    progress.message(
-        f"step {version}: held-out accuracy {reached['accuracy']:.3f}, reverse KL {reached['reverse_kl']:.4f}"
-    )
+    apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
+    progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}")
 
 
 def due(completed: int, every: int) -> bool:

@@ -11,6 +11,8 @@ import torch
 from opd.losses import TokenLoss
 from opd.types import Batch, Rollout
 
+POLICY_MEANS = ("policy_loss", "clipped")
+"""Of the policy gradient: λ_rl · its loss, and the share of tokens whose ratio is clipped."""
 MEANS = (
     "reverse_kl",
     "forward_kl",
@@ -23,6 +25,7 @@ MEANS = (
     "teacher_logp",
     "student_logp",
     "sampler_student_gap",
+    *POLICY_MEANS,
 )
 REPETITION_NGRAM = 4  # shorter ones repeat in ordinary text
 
@@ -38,6 +41,7 @@ class TokenMetrics:
             list
         )  # name → per rollout → float64 on the CPU, per token
         self._clamped = 0.0
+        self._partial = False  # some tokens are left out, so that a value's place is not its position in the response
 
     def add(self, batch: Batch, out: TokenLoss) -> None:
         """Take one micro-batch's per-token numbers."""
@@ -45,12 +49,14 @@ class TokenMetrics:
         if (
             self._plain_sampling
             and batch.sampler_logp is not None
+            and "student_logp" in values  # not where no token of the micro-batch is kept
             and all(r.source == "student" for r in batch.rollouts)
         ):
             values["sampler_student_gap"] = (values["student_logp"] - batch.sampler_logp).abs()
         if "clamped" in values:
             self._clamped += float(values["clamped"].sum())
-        sizes = [len(r.response_ids) for r in batch.rollouts]
+        sizes = torch.bincount(batch.sequence_index, minlength=len(batch.rollouts)).tolist()
+        self._partial |= batch.kept is not None
         self._rollouts.extend(batch.rollouts)
         for name in MEANS:
             known = name in values
@@ -59,7 +65,9 @@ class TokenMetrics:
             )
 
     def per_rollout(self, name: str) -> list[tuple[Rollout, torch.Tensor]]:
-        """The per-token values of one metric beside their rollouts; empty where the target could not tell."""
+        """The per-token values of one metric beside their rollouts; empty where the target could not tell, or not for every token."""
+        if self._partial:
+            return [(rollout, torch.empty(0)) for rollout in self._rollouts]
         return list(zip(self._rollouts, self._values[name], strict=True))
 
     def summary(self) -> dict[str, float]:
@@ -71,10 +79,11 @@ class TokenMetrics:
         on_means = self._means(on) if off else dict(metrics)
         if on:
             metrics |= _perplexity(on_means)
-        metrics |= self._by_position()
+        metrics |= {} if self._partial else self._by_position()
         if on and off:
             metrics |= {f"on_policy/{name}": value for name, value in on_means.items()}
             metrics |= {f"off_policy/{name}": value for name, value in self._means(off).items()}
+        metrics |= self._by_teacher()
         metrics["clamped_tokens"] = self._clamped
         metrics["off_policy_share"] = len(off) / max(1, len(self._rollouts))
         return metrics
@@ -92,6 +101,15 @@ class TokenMetrics:
         means["truncated"] = sum(not r.finished for r in rollouts) / count
         means["repetition"] = sum(repetition(r.response_ids) for r in rollouts) / count
         return means
+
+    def _by_teacher(self) -> dict[str, float]:
+        """The same means for the prompts of every teacher, where the prompts name several."""
+        names = sorted({r.prompt.teacher for r in self._rollouts if r.prompt.teacher is not None})
+        found = {}
+        for name in names if len(names) > 1 else ():
+            members = [i for i, r in enumerate(self._rollouts) if r.prompt.teacher == name]
+            found |= {f"teacher/{name}/{metric}": value for metric, value in self._means(members).items()}
+        return found
 
     def _by_position(self) -> dict[str, float]:
         """Reverse KL by position in the response, in buckets that double: 0, 1, 2–3, 4–7, …"""

@@ -14,16 +14,23 @@ from opd.types import LossOutput, Rollout
 
 
 def record_samples(
-    run: RunRecorder, step: int, rollouts: Sequence[Rollout], out: LossOutput, renderer: Renderer, config: LogConfig
+    run: RunRecorder,
+    step: int,
+    rollouts: Sequence[Rollout],
+    out: LossOutput,
+    rewards: Sequence[float] | None,
+    renderer: Renderer,
+    config: LogConfig,
 ) -> None:
-    """The first training rollouts (micro-batches have them by length) with their per-token reverse KL, on the steps that the recipe
-    keeps."""
+    """The first training rollouts (micro-batches have them by length) with their per-token reverse KL and their reward, on the steps
+    that the recipe keeps."""
     if step % config.samples_every:
         return
     by_rollout = {id(rollout): kl for rollout, kl in out.per_token}
-    for rollout in rollouts[: config.samples]:
+    for index, rollout in enumerate(rollouts[: config.samples]):
         kl = by_rollout[id(rollout)]
-        run.sample(_sample(step, "train", "student", rollout, kl.tolist(), None, renderer))
+        reward = None if rewards is None else rewards[index]
+        run.sample(_sample(step, "train", "student", rollout, kl.tolist(), reward, renderer))
 
 
 def record_evaluation(
@@ -65,15 +72,15 @@ def _sample(
 
 
 def summarize(run_dir: Path) -> dict[str, Any] | None:
-    """Student before, student after and teacher, from the records; None when nothing was evaluated."""
+    """Student before, student after and teacher (where there is one), from the records; None when nothing was evaluated."""
     records = read_metrics(run_dir)
     student = [r for r in records if r.kind == "eval" and r.who == "student"]
     teacher = [r for r in records if r.kind == "eval" and r.who == "teacher"]
-    if not student or not teacher:
+    if not student:
         return None
     seconds = sum(r.metrics.get("time/step", 0.0) + r.metrics.get("time/eval", 0.0) for r in records)
     return {
-        "teacher": _row(teacher[0]),
+        **({"teacher": _row(teacher[0])} if teacher else {}),
         "student_before": _row(student[0]),
         "student_after": _row(student[-1]),
         "steps": student[-1].step,
@@ -85,9 +92,10 @@ def _row(record: MetricsRecord) -> dict[str, Any]:
     row: dict[str, Any] = {
         "accuracy": record.metrics["accuracy"],
         "interval": list(record.intervals["accuracy"]),
-        "reverse_kl": record.metrics["reverse_kl"],
-        "reverse_kl_interval": list(record.intervals["reverse_kl"]),
     }
+    if "reverse_kl" in record.metrics:
+        row["reverse_kl"] = record.metrics["reverse_kl"]
+        row["reverse_kl_interval"] = list(record.intervals["reverse_kl"])
     for name, value in record.metrics.items():
         if name.startswith("accuracy_"):
             row[name] = value

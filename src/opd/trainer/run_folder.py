@@ -97,10 +97,11 @@ def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
     """A run writes these names and --overwrite deletes them; a model or prompts there would be lost."""
     inputs = {
         "student.model": config.student.model,
-        "teacher.model": config.teacher.model,
         "prompts.path": config.prompts.path,
         "prompts.eval_path": config.prompts.eval_path,
     }
+    for name, teacher in config.all_teachers.items():
+        inputs["teacher.model" if config.teacher else f"teachers.{name}.model"] = teacher.model or None
     for key, value in inputs.items():
         for name in OWN_NAMES if value else ():
             own = (folder.path / name).resolve()

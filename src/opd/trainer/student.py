@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,16 +14,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
 from opd.errors import ConfigError, MissingDependencyError
-from opd.kernels import linear_objective
-from opd.losses import Objective, TokenLoss, to_logp, weighted_sum
+from opd.kernels import PolicyTerm, linear_objective
+from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
 from opd.seeding import seeded
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
+from opd.trainer.ema import Ema
 from opd.trainer.guardrails import check_gradient, check_loss
-from opd.trainer.metrics import TokenMetrics
+from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
+from opd.trainer.mixing import preview, whole_logits_loss
 from opd.trainer.optim import build_optimizer, learning_rate_factor
-from opd.types import Batch, DenseTarget, HiddenTarget, LossOutput
+from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, TeacherMixture
 
 if TYPE_CHECKING:
     from opd.config import LoraConfig
@@ -62,20 +65,21 @@ class Policy:
         with self.autocast():
             return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
 
-    def loss(self, batch: Batch, objective: Objective, metrics: TokenMetrics) -> torch.Tensor:
+    def loss(self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics) -> torch.Tensor:
         """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""
-        fused = self._fused if self.head_is_a_product else self._materialized
-        total, out = fused(batch, objective)
-        check_loss(out.loss, batch, objective)
+        total, out = self.token_loss(batch, objective)
+        check_loss(out.loss, batch, as_hybrid(objective).distill)
         metrics.add(batch, out)
         return total
 
-    def _fused(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, TokenLoss]:
+    def token_loss(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
+        """The weighted sum, which can be differentiated, and what it is made of."""
+        return (self._fused if self.head_is_a_product else self._materialized)(batch, objective)
+
+    def _fused(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
         """From hidden states: neither model's logits exist for more than a chunk of tokens."""
-        target = batch.target
-        assert target is not None
-        if isinstance(target, HiddenTarget) and target.head.weight.device != self.device:
-            target = DenseTarget(logits=self.teacher_logits(target).to(self.device))
+        hybrid = as_hybrid(objective)
+        target = self._target(batch, hybrid, dense=False)
         with self.autocast():
             hidden = response_hidden(self.model, batch.sequences)
         head = output_layer(self.model)
@@ -84,8 +88,10 @@ class Policy:
             head.weight,
             target,
             batch.response_ids,
-            objective,
+            hybrid.distill,
             token_weights=batch.token_weights,
+            policy=_policy(batch, hybrid),
+            distill_weight=hybrid.distill_weight,
             bias=head.bias,
             valid_vocab=self.vocabulary.size,
             masked_ids=self.vocabulary.invalid_ids,
@@ -95,25 +101,43 @@ class Policy:
         )
         return total, TokenLoss(loss=per_token, metrics=metrics)
 
-    def _materialized(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, TokenLoss]:
+    def _materialized(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
         """From whole logits, for a model that does more than a product after its last hidden state (a soft-cap, a scale)."""
-        target = batch.target
-        assert target is not None
-        if isinstance(target, HiddenTarget):
-            target = DenseTarget(logits=self.teacher_logits(target).to(self.device))
-        logits = self.logits(batch)
-        out = objective.per_token(
-            logits,
-            target,
-            batch.response_ids,
-            sampler_logp=batch.sampler_logp,
-            sequence_index=batch.sequence_index,
-        )
-        eos = torch.tensor([i for i in self.eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
-        eos_prob = to_logp(logits.detach())[:, eos].exp().sum(-1)
-        return weighted_sum(out.loss, batch.token_weights), TokenLoss(
-            loss=out.loss, metrics={**out.metrics, "eos_prob": eos_prob}
-        )
+        hybrid = as_hybrid(objective)
+        target = self._target(batch, hybrid, dense=True)
+        out = whole_logits_loss(self.logits(batch), target, batch, hybrid, _policy(batch, hybrid), self.eos_ids)
+        return weighted_sum(out.loss, batch.token_weights), out
+
+    def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> AnyTarget | None:
+        """The batch's target, where distillation has a say; hidden states as logits where they are on another device, or `dense`."""
+        if hybrid.distill_weight == 0.0:
+            return None
+        assert batch.target is not None
+        return self._here(batch.target, dense)
+
+    def _here(self, target: AnyTarget, dense: bool) -> AnyTarget:
+        if isinstance(target, TeacherMixture):
+            return replace(target, targets=tuple(self._here(member, dense) for member in target.targets))
+        if isinstance(target, HiddenTarget) and (dense or target.head.weight.device != self.device):
+            return DenseTarget(logits=self.teacher_logits(target).to(self.device))
+        return target
+
+
+def no_teacher(_target: HiddenTarget) -> torch.Tensor:
+    """The `teacher_logits` of a student that has no teacher."""
+    raise AssertionError("a run without a teacher has no hidden targets")
+
+
+def _policy(batch: Batch, hybrid: Hybrid) -> PolicyTerm | None:
+    if hybrid.rl_weight == 0.0:
+        return None
+    assert batch.advantages is not None
+    return PolicyTerm(
+        advantages=batch.advantages,
+        old_log_prob=batch.sampler_logp,
+        clip_range=hybrid.clip_range,
+        weight=hybrid.rl_weight,
+    )
 
 
 class Student(Policy):
@@ -131,6 +155,7 @@ class Student(Policy):
         autocast: bool = False,
         gradient_checkpointing: bool = False,
         plain_sampling: bool = False,
+        ema: Ema | None = None,
     ) -> None:
         super().__init__(
             disable_dropout(model),
@@ -142,6 +167,7 @@ class Student(Policy):
         self.config = config
         self.total_steps = total_steps
         self.plain_sampling = plain_sampling
+        self.ema = ema
         self.version = 0
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -149,14 +175,23 @@ class Student(Policy):
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizers = build_optimizer(model, config)
 
-    def update(self, batches: Sequence[Batch], objective: Objective) -> LossOutput:
+    def update(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> LossOutput:
         """One optimizer step. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before."""
         metrics = TokenMetrics(plain_sampling=self.plain_sampling)
+        numbers: dict[str, float] = {}
+        hybrid, during = as_hybrid(objective), metrics
+        if hybrid.needs_preview:
+            seen = preview(self.token_loss, batches, hybrid)
+            batches, objective, numbers = seen.batches, seen.objective, seen.metrics
+            if hybrid.combine == "advantages":  # the update itself sees no teacher
+                for batch, out in seen.losses:
+                    metrics.add(batch, out)
+                during = TokenMetrics()
         self.zero_grad()
         total = 0.0
         with self._training():
             for batch in batches:
-                loss = self.loss(batch, objective, metrics)
+                loss = self.loss(batch, objective, during)
                 loss.backward()
                 total += loss.item()
         norm = self.gradient_norm()
@@ -165,9 +200,10 @@ class Student(Policy):
         if self.config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters(), self.config.max_grad_norm, norm)
         lr = self._step()
+        policy = {name: value for name, value in during.summary().items() if name in POLICY_MEANS}
         return LossOutput(
             loss=total,
-            metrics={"loss": total, **metrics.summary(), "grad_norm": norm.item(), "lr": lr},
+            metrics={"loss": total, **metrics.summary(), **policy, **numbers, "grad_norm": norm.item(), "lr": lr},
             per_token=metrics.per_rollout("reverse_kl"),
         )
 
@@ -178,6 +214,8 @@ class Student(Policy):
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
         self.zero_grad()
+        if self.ema is not None:
+            self.ema.follow()
         self.version += 1
         return self.config.lr * factor
 
@@ -191,7 +229,7 @@ class Student(Policy):
         """Global 2-norm of the gradient."""
         return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
-    def _explain_gradient(self, batches: Sequence[Batch], objective: Objective) -> None:
+    def _explain_gradient(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> None:
         """The gradient of the whole batch is not finite: find the first sample whose own gradient is not, and raise."""
 
         def gradient_is_finite(batch: Batch) -> bool:

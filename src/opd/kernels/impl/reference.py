@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from opd.kernels.request import Answer, Request, TeacherMixture
 from opd.kernels.terms import policy_loss, policy_loss_by_autograd
-from opd.losses import entropy, mix_losses, mix_teachers, to_logp, token_diagnostics, weighted_sum
+from opd.losses import entropy, mix_losses, mix_teachers, student_diagnostics, to_logp, token_diagnostics, weighted_sum
 from opd.types import DenseTarget, HiddenTarget, Target
 
 
@@ -61,6 +61,8 @@ def _token_loss(request: Request, logits: Tensor, rows: dict[str, Tensor]) -> Te
         divergence = _divergence(request, logits, rows)
         rows["divergence"] = divergence.detach()
         loss = loss + request.distill_weight * divergence
+    elif request.watch is not None and ids is not None:
+        rows |= _seen(request, student_diagnostics(to_logp(logits.detach()), ids), logits)
     student_entropy = entropy(logp)
     rows["student_entropy"] = student_entropy.detach()
     if ids is not None:
@@ -85,30 +87,57 @@ def _divergence(request: Request, logits: Tensor, rows: dict[str, Tensor]) -> Te
         return loss
 
     if isinstance(request.target, TeacherMixture):
-        return _of_mixture(request, request.target, one, rows)
+        return _of_mixture(request, request.target, logits, one, rows)
     target = _plain(request, request.target)
     if isinstance(target, DenseTarget):
         rows["teacher_entropy"] = entropy(to_logp(target.logits, objective.teacher_temperature))
     if request.watch is not None and request.response_ids is not None:
         logp = to_logp(logits.detach())
         seen = token_diagnostics(logp, _plain(request, request.watch.target), ids, objective.top_k)
-        eos = torch.tensor([i for i in request.watch.eos_ids if i < request.vocab], device=ids.device, dtype=torch.long)
-        rows |= {f"watch/{name}": value for name, value in seen.items()}
-        rows["watch/eos_prob"] = logp[:, eos].exp().sum(-1)
+        rows |= _seen(request, seen, logits)
     return one(target)
 
 
+def _seen(request: Request, found: Mapping[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+    """Diagnostics under the names that a trainer looks for, with the probability of an end."""
+    assert request.watch is not None
+    eos = [i for i in request.watch.eos_ids if i < request.vocab]
+    ends = to_logp(logits.detach())[:, eos].exp().sum(-1)
+    return {"watch/eos_prob": ends, **{f"watch/{name}": value for name, value in found.items()}}
+
+
 def _of_mixture(
-    request: Request, mixture: TeacherMixture, one: Callable[[Target], Tensor], rows: dict[str, Tensor]
+    request: Request,
+    mixture: TeacherMixture,
+    logits: Tensor,
+    one: Callable[[Target], Tensor],
+    rows: dict[str, Tensor],
 ) -> Tensor:
     members = [_plain(request, member) for member in mixture.targets]
+    watched = request.watch is not None and request.response_ids is not None
     if mixture.mixture == "loss":
+        if watched:
+            rows |= _seen(request, _weighted_diagnostics(request, members, mixture.weights, logits), logits)
         return mix_losses([one(member) for member in members], mixture.weights)
     temperature = request.objective.teacher_temperature
     logps = [to_logp(member.logits, temperature) for member in members]
     mixed = mix_teachers(logps, mixture.weights, mixture.mixture)
     rows["teacher_entropy"] = entropy(to_logp(mixed))
+    if watched and request.response_ids is not None:
+        at_one = DenseTarget(logits=mixed * temperature)
+        k = request.objective.top_k
+        rows |= _seen(request, token_diagnostics(to_logp(logits.detach()), at_one, request.response_ids, k), logits)
     return one(DenseTarget(logits=mixed * temperature))  # which is divided by the temperature again
+
+
+def _weighted_diagnostics(
+    request: Request, members: Sequence[DenseTarget], weights: Tensor, logits: Tensor
+) -> dict[str, Tensor]:
+    """Σ w of each teacher's, where losses are added."""
+    assert request.response_ids is not None
+    logp, k = to_logp(logits.detach()), request.objective.top_k
+    seen = [token_diagnostics(logp, member, request.response_ids, k) for member in members]
+    return {name: mix_losses([one[name].to(request.dtype) for one in seen], weights) for name in seen[0]}
 
 
 def _plain(request: Request, target: Any) -> Any:

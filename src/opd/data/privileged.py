@@ -1,0 +1,74 @@
+"""A teacher's own wording of every prompt: a template that may use any field of the row, such as the reference answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from opd.data.rendering import Renderer
+from opd.errors import ConfigError, DataError
+from opd.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PrivilegedRenderer(Renderer):
+    """Rewrites a prompt before it is rendered: its text, or the last message of the user."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        name: str,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        system: str | None = None,
+    ) -> None:
+        """`template` is Jinja. It sees `prompt` (the text it takes the place of), `answer`, `response`, `teacher`, and every other
+        column of the row by its name. Raises ConfigError when it cannot be read."""
+        from jinja2 import StrictUndefined, TemplateSyntaxError
+        from jinja2.sandbox import SandboxedEnvironment
+
+        super().__init__(tokenizer, name=name, chat_template_kwargs=chat_template_kwargs, system=system)
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        try:
+            self._template = environment.from_string(template)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"prompts.teacher_prompt is not a Jinja template: {error}. Write fields of the row as {{{{ answer }}}}."
+            ) from error
+        self._rewritten: dict[int, tuple[Prompt, Prompt]] = {}
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of the rewritten prompt. Raises DataError for a row that lacks a field of the template."""
+        kept = self._rewritten.get(prompt.index)
+        if kept is None or kept[0] is not prompt:
+            kept = (prompt, self.rewritten(prompt))
+            self._rewritten[prompt.index] = kept
+        return super().prompt_ids(kept[1])
+
+    def rewritten(self, prompt: Prompt) -> Prompt:
+        """The prompt as the teacher gets it."""
+        if prompt.messages is None:
+            return replace(prompt, text=self._filled(prompt, prompt.text or ""))
+        asked = [i for i, message in enumerate(prompt.messages) if message.get("role") == "user"]
+        if not asked:
+            raise DataError(
+                f"prompt {prompt.index} has no message of the user, whose place prompts.teacher_prompt would take; remove the row."
+            )
+        messages = [dict(message) for message in prompt.messages]
+        messages[asked[-1]]["content"] = self._filled(prompt, str(messages[asked[-1]].get("content") or ""))
+        return replace(prompt, messages=tuple(messages))
+
+    def _filled(self, prompt: Prompt, text: str) -> str:
+        own = {"answer": prompt.answer, "response": prompt.response, "teacher": prompt.teacher}
+        fields = {name: value for name, value in {**prompt.metadata, **own}.items() if value is not None}
+        try:
+            return self._template.render({**fields, "prompt": text})
+        except Exception as error:  # somebody else's template: anything that Python can raise
+            raise DataError(
+                f"prompts.teacher_prompt cannot be filled in for prompt {prompt.index}: {error}. The row has "
+                f"{', '.join(sorted({*fields, 'prompt'}))}; add the field to every row, or guard it with {{% if … is defined %}}."
+            ) from error
