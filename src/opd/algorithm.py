@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opd.errors import ConfigError
-from opd.losses import WEIGHT_SUM_TOLERANCE, Combine, Hybrid, Objective, Scale, Schedule
+from opd.losses import WEIGHT_SUM_TOLERANCE, Combine, Hybrid, Objective, Scale, Schedule, moving
 
 
 def _require(ok: bool, what: str) -> None:
@@ -173,8 +173,8 @@ class RlConfig:
         steps = self.schedule_steps or max(1, total_steps - 1)
         return Hybrid(
             distill=objective,
-            rl_weight=_weight(self.weight, self.weight_end, steps).at(step),
-            distill_weight=_weight(self.distill_weight, self.distill_weight_end, steps).at(step),
+            rl_weight=moving(self.weight, self.weight_end, steps).at(step),
+            distill_weight=moving(self.distill_weight, self.distill_weight_end, steps).at(step),
             combine=self.combine,
             scale=self.scale,
             clip_range=self.clip,
@@ -198,10 +198,6 @@ class RlConfig:
             Hybrid(
                 distill=objective, rl_weight=1.0, combine=self.combine, scale=self.scale
             )  # refuses what cannot be mixed
-
-
-def _weight(start: float, end: float | None, steps: int) -> Schedule:
-    return Schedule(start=start) if end is None else Schedule(kind="linear", start=start, end=end, steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +263,7 @@ class MixtureConfig:
         if not self.weights_end:
             return {name: start[name] for name in names}
         steps = self.schedule_steps or max(1, total_steps - 1)
-        return {name: _weight(start[name], self.weights_end[name], steps).at(step) for name in names}
+        return {name: moving(start[name], self.weights_end[name], steps).at(step) for name in names}
 
 
 def check_weights(what: str, weights: Mapping[str, float]) -> None:

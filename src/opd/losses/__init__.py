@@ -38,6 +38,7 @@ from opd.losses.hybrid import (
     group_relative_advantage,
     leave_one_out_advantage,
     match_scale,
+    moving,
 )
 from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE, Mixture, mix_losses, mix_teachers, route
 from opd.losses.objective import Objective, TokenLoss
@@ -105,6 +106,7 @@ __all__ = [
     "match_scale",
     "mix_losses",
     "mix_teachers",
+    "moving",
     "overlap",
     "partial_divergence",
     "policy_gradient_loss",

@@ -52,6 +52,11 @@ class Schedule:
         return self.start + (self.end - self.start) * step / self.steps
 
 
+def moving(start: float, end: float | None, steps: int) -> Schedule:
+    """From `start` to `end` in so many steps; without an end, `start` for good."""
+    return Schedule(start=start) if end is None else Schedule(kind="linear", start=start, end=end, steps=steps)
+
+
 def group_relative_advantage(
     rewards: Float[Tensor, " sequences"], group_index: Int[Tensor, " sequences"], normalize_std: bool = True
 ) -> Float[Tensor, " sequences"]:

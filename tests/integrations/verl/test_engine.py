@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from verl.trainer.ppo.core_algos import agg_loss
-from verl_engines import RESPONSE_LENGTHS, batch, engine, policy_loss, step
+from verl_engines import RESPONSE_LENGTHS, batch, engine, policy_loss, same, step
 
 from opd.errors import ModelError, NonFiniteError
 from opd.integrations.verl.head import run_to_head
@@ -20,7 +21,6 @@ from opd.losses import Objective
 from opd.types import DenseTarget
 
 TOKENS = 258  # of the byte tokenizer
-ROUNDING = 1e-5  # of the largest entry: float32 sums in another order
 
 
 def plainly(
@@ -57,13 +57,6 @@ def plainly(
     )
     total.backward()
     return total.item(), {name: p.grad for name, p in learner.named_parameters()}
-
-
-def same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        bound = ROUNDING * float(expected[name].abs().max())
-        assert float((gradient - expected[name]).abs().max()) <= bound, name
 
 
 @pytest.mark.parametrize(
@@ -242,8 +235,9 @@ ADVANTAGES = {"support": "sampled", "estimator": "k1", "delivery": "advantage", 
         ("sequence", {"lambda_rl": 0.5, "divergence": "generalized_jsd", "beta": 0.3}),
         ("sequence", {"lambda_rl": 0.5, **ADVANTAGES}),
         ("sequence", {"lambda_rl": 0.0}),
+        ("sequence", {"lambda_rl": 0.5, "scale": "match"}),
     ],
-    ids=["data", "FSDP1", "sequence", "sequence, advantages", "sequence, distillation alone"],
+    ids=["data", "FSDP1", "sequence", "sequence, advantages", "sequence, distillation alone", "sequence, scale=match"],
 )
 def test_two_ranks_make_the_step_of_one(models: Path, tmp_path: Path, way: str, settings: dict[str, object]):
     """Over gloo, both models sharded, several micro-batches: half of the batch each (FSDP2, FSDP1), or half of each packed sequence."""
@@ -253,6 +247,74 @@ def test_two_ranks_make_the_step_of_one(models: Path, tmp_path: Path, way: str, 
     same(out["gradients"], gradients)
     ours = {name: value for name, value in metrics.items() if name.startswith("actor/opd/")}
     assert {name: out["metrics"][name] for name in ours} == pytest.approx(ours, rel=1e-5)
+
+
+@torch.no_grad()
+def sampled_gap(models: Path, data) -> torch.Tensor:
+    """log q − log p of every response token, by plain transformers."""
+    read = {
+        name: AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+        for name in ("student", "teacher")
+    }
+    gaps = []
+    for prompt, response in zip(*(data[name].unbind() for name in ("prompts", "responses")), strict=True):
+        ids = torch.cat([prompt, response]).unsqueeze(0)
+        p, q = (
+            read[name](input_ids=ids).logits[0, len(prompt) - 1 : -1, :TOKENS].log_softmax(-1)
+            for name in ("student", "teacher")
+        )
+        gaps.append((q - p).gather(-1, response.unsqueeze(-1)).squeeze(-1))
+    return torch.cat(gaps)
+
+
+@pytest.mark.parametrize("settings", [{}, ADVANTAGES], ids=["losses", "advantages"])
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_scale_match_divides_each_term_by_its_own_spread(
+    models: Path, tmp_path: Path, settings: dict[str, object], micro_batch_size: int
+):
+    """Spreads over the counted response tokens of the whole mini-batch, taken here from the batch and from a trace."""
+    data = batch(hide=((2, 3),), micro_batch_size=micro_batch_size)
+    counted = data["response_mask"].values().bool()
+    if settings:
+        term = sampled_gap(models, data)[counted]
+    else:
+        step(engine(models, trace=str(tmp_path)), data)
+        term = torch.cat([load_file(part)["loss"] for part in tmp_path.iterdir()])
+    by_hand = {
+        "advantage_std": float(data["advantages"].values()[counted].std(correction=0)),
+        "distill_std": float(term.std(correction=0)),
+    }
+    weights = {"lambda_rl": 0.5, "lambda_distill": 2.0}
+    loss, gradients, metrics = step(engine(models, scale="match", **weights, **settings), data)
+    assert {name: metrics[f"actor/opd/{name}"] for name in by_hand} == pytest.approx(by_hand, rel=1e-5)
+    divided = {"lambda_rl": 0.5 / by_hand["advantage_std"], "lambda_distill": 2.0 / by_hand["distill_std"]}
+    expected, by_hand_gradients, _ = step(engine(models, **divided, **settings), data)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    same(gradients, by_hand_gradients)
+
+
+def test_the_two_weights_move_with_verls_steps(models: Path):
+    """From distillation alone, bit for bit, to the reward alone; verl's scheduler counts the steps, so a resumed run goes on."""
+    moves = {
+        "lambda_rl": 0.0,
+        "lambda_rl_end": 1.0,
+        "lambda_distill": 1.0,
+        "lambda_distill_end": 0.0,
+        "lambda_steps": 3,
+    }
+    built = engine(models, **moves)
+    for reached, weights in enumerate([(0.0, 1.0), (1 / 3, 2 / 3), (2 / 3, 1 / 3), (1.0, 0.0), (1.0, 0.0)]):
+        loss, gradients, metrics = step(built, batch())
+        assert (metrics["actor/opd/lambda_rl"], metrics["actor/opd/lambda_distill"]) == pytest.approx(
+            weights, abs=1e-12
+        )
+        fixed, fixed_gradients, _ = step(engine(models, lambda_rl=weights[0], lambda_distill=weights[1]), batch())
+        assert loss == pytest.approx(fixed, rel=1e-6)
+        same(gradients, fixed_gradients)
+        if reached == 0:
+            assert loss == fixed
+            assert all(torch.equal(gradients[name], fixed_gradients[name]) for name in gradients)
+        built.lr_scheduler_step()
 
 
 def test_in_bfloat16_the_loss_is_off_by_rounding_only(models: Path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.replica import get_rollout_replica_class
-from verl_engines import batch, engine, jagged, step
+from verl_engines import batch, engine, jagged, same, step
 
 from opd.errors import ConfigError, ModelError, NonFiniteError
 from opd.integrations.verl.checks import Pool, Run, check_run
@@ -19,7 +19,6 @@ from opd.integrations.verl.hidden import load_head
 from opd.integrations.verl.hidden_server import hidden_states
 from opd.integrations.verl.settings import parse
 
-ROUNDING = 1e-5
 HIDDEN = {"placement": "hidden"}
 
 
@@ -49,9 +48,7 @@ def test_the_loss_and_every_gradient_are_those_of_a_teacher_in_the_worker(models
     loss, gradients, metrics = step(engine(models, **HIDDEN, **path, **settings), served(models, teacher=teacher))
     expected, others, their_metrics = step(engine(models, **path, **settings), batch())
     assert loss == pytest.approx(expected, rel=1e-6)
-    assert gradients.keys() == others.keys()
-    for name, gradient in gradients.items():
-        assert float((gradient - others[name]).abs().max()) <= ROUNDING * float(others[name].abs().max()), name
+    same(gradients, others)
     assert metrics == pytest.approx(their_metrics, rel=1e-4, abs=1e-6)
 
 

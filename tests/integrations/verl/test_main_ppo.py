@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from verl_runs import Done, main_ppo, make_folder
+from verl_runs import Done, main_ppo, make_folder, recomputed, reverse_kl
 
 from opd.losses import full_divergence
 
 STEPS = 3
-TOKENS = 258
 FALL = 0.93
 """Of the reverse KL after two updates, as a share of the first: 0.77, 0.83, 0.87, 0.80, 0.87 with rollout.seed 1, 2, 3, 5, 6."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-Loss = Callable[..., Tensor]
-
-
-def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def recomputed(folder: Path, trace: Path, loss: Loss, *teachers: str) -> tuple[Tensor, Tensor]:
-    """The loss of each traced response token, sequence by sequence from whole logits in float64; and what the run said it was."""
-    files = sorted(trace.glob("rank*_000001.safetensors"))
-    assert files
-    student, *experts = (
-        AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="eager", dtype=torch.float64)
-        for name in ("student", *teachers)
-    )
-    ours, said = [], []
-    for file in files:
-        data = load_file(file)
-        losses = []
-        with torch.no_grad():
-            for start, end in pairwise(data["offsets"].tolist()):
-                ids = data["input_ids"][start:end].unsqueeze(0)
-                rows = [m(input_ids=ids).logits[0, :, :TOKENS].log_softmax(-1) for m in (student, *experts)]
-                losses.append(loss(*rows))
-        ours.append(torch.cat(losses)[data["predict_index"]])
-        said.append(data["loss"].double())
-    return torch.cat(ours), torch.cat(said)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +146,32 @@ def test_two_ranks_two_teachers_and_a_reward(folder: Path):
     assert done.metrics[0]["actor/opd/loss"] == pytest.approx(mean, abs=1e-5)
     # the first update has ratio 1 everywhere, so that GRPO's loss is minus the mean advantage
     assert done.metrics[0]["actor/loss"] == pytest.approx(mean + 0.5 * done.metrics[0]["actor/pg_loss"], abs=1e-5)
+
+
+def test_two_ranks_share_each_sequence(folder: Path):
+    """Ulysses: verl cuts packed sequences, its passes for old log-probs included; GRPO beside distillation."""
+    trace = folder / "shared"
+    actor = "actor_rollout_ref.actor"
+    done = trained(
+        folder,
+        trace,
+        f"opd.teacher.model_path={folder}/teacher",
+        "opd.lambda_rl=0.5",
+        "trainer.n_gpus_per_node=2",
+        f"{actor}.fsdp_config.ulysses_sequence_parallel_size=2",
+        f"{actor}.ulysses_sequence_parallel_size=2",
+        "actor_rollout_ref.model.override_config.attn_implementation=ulysses_sdpa",
+    )
+    parts = [load_file(trace / f"rank{rank}_000001.safetensors") for rank in range(2)]
+    assert all(len(part["loss"]) for part in parts)
+    assert torch.equal(parts[0]["input_ids"], parts[1]["input_ids"])
+    assert int(parts[0]["predict_index"].max()) < int(parts[1]["predict_index"].min())
+    per_token, said = recomputed(folder, trace, reverse_kl, "teacher")
+    torch.testing.assert_close(said, per_token, atol=1e-5, rtol=0)
+    mean = float(per_token.mean())
+    assert done.metrics[0]["actor/opd/loss"] == pytest.approx(mean, abs=1e-5)
+    assert done.metrics[0]["actor/loss"] == pytest.approx(mean + 0.5 * done.metrics[0]["actor/pg_loss"], abs=1e-5)
+    assert done.metrics[0]["training/rollout_probs_diff_max"] < 1e-5
 
 
 def test_routing_by_a_field_of_the_data(folder: Path):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.config import omega_conf_to_dataclass
-from verl_engines import RESPONSE_LENGTHS, batch, engine, jagged, policy_loss, step
+from verl_engines import RESPONSE_LENGTHS, batch, engine, jagged, policy_loss, same, step
 
 from opd.errors import ConfigError, ModelError, NonFiniteError, ObjectiveError
 from opd.integrations.verl.checks import Pool, Run, check_run
@@ -23,7 +23,6 @@ from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget, SampledTarget, Target, TopKTarget
 
-ROUNDING = 1e-5  # of the largest entry: float32 sums in another order
 TOKENS = 258  # of the byte tokenizer
 POOL = {"placement": "pool", "support": "teacher_top_k"}
 K1 = {"support": "sampled", "estimator": "k1", "delivery": "advantage"}
@@ -78,13 +77,6 @@ def _target(teacher_logp: torch.Tensor, response: torch.Tensor, objective: Objec
         return SampledTarget(teacher_logp=teacher_logp.gather(-1, response.unsqueeze(-1)).squeeze(-1))
     top = teacher_logp.topk(objective.top_k, dim=-1)
     return TopKTarget(ids=top.indices, teacher_logp=top.values)
-
-
-def same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        bound = ROUNDING * float(expected[name].abs().max())
-        assert float((gradient - expected[name]).abs().max()) <= bound, name
 
 
 @pytest.mark.parametrize(

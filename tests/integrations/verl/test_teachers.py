@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
-from verl_engines import batch, engine, step
+from verl_engines import batch, engine, same, step
 
 from opd.errors import ConfigError, ModelError
 from opd.integrations.verl.canary import check_teacher
@@ -53,12 +53,6 @@ def plainly(models: Path, data, mixture: str, routes: tuple[str, ...] = ()) -> t
     loss = torch.cat(losses).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
-
-
-def same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        assert float((gradient - expected[name]).abs().max()) <= 1e-5 * float(expected[name].abs().max()), name
 
 
 @pytest.mark.parametrize("mixture", ["probability", "logit", "loss"])

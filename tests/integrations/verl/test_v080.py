@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_main_ppo import recomputed, reverse_kl
 from verl.utils.device import get_device_name
 from verl.workers.engine import BaseEngine, EngineRegistry
-from verl_runs import main_ppo, make_folder
+from verl_runs import main_ppo, make_folder, recomputed, reverse_kl
 
 from opd.integrations.verl.v080 import register_engine
 

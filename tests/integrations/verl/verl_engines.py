@@ -21,6 +21,8 @@ from opd.integrations.verl.targets import OpdEngineConfig
 attention.register()
 PROMPT_LENGTHS = (5, 9, 1, 7)
 RESPONSE_LENGTHS = (6, 1, 8, 4)
+ROUNDING = 1e-5
+"""Of a gradient's largest entry."""
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
@@ -146,3 +148,11 @@ def step(built: Any, data: Any, loss: Any = None) -> tuple[float, dict[str, torc
         gradients,
         {k: v.aggregate() if hasattr(v, "aggregate") else v for k, v in out["metrics"].items()},
     )
+
+
+def same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal but for the rounding of float32 sums in another order."""
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        bound = ROUNDING * float(expected[name].abs().max())
+        assert float((gradient - expected[name]).abs().max()) <= bound, name

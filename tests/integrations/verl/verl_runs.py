@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 from verl_world import REWARD, make_models, make_prompts, read_metrics
 
 from opd.integrations.verl.launch import cpu_environment, launch, ray_folder
 
+TOKENS = 258  # of the byte tokenizer
+Loss = Callable[..., Tensor]
 LIMIT_SECONDS = 420.0  # a run of 3 steps takes about 60 on two idle cores
 
 
@@ -73,3 +81,29 @@ def main_ppo(
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
     log = log_path.read_text(encoding="utf-8", errors="replace")
     return Done(code=-1 if ended.code is None else ended.code, log=log, metrics=metrics)
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def recomputed(folder: Path, trace: Path, loss: Loss, *teachers: str) -> tuple[Tensor, Tensor]:
+    """The loss of each traced response token, sequence by sequence from whole logits in float64; and what the run said it was."""
+    files = sorted(trace.glob("rank*_000001.safetensors"))
+    assert files
+    student, *experts = (
+        AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="eager", dtype=torch.float64)
+        for name in ("student", *teachers)
+    )
+    ours, said = [], []
+    for file in files:
+        data = load_file(file)
+        losses = []
+        with torch.no_grad():
+            for start, end in pairwise(data["offsets"].tolist()):
+                ids = data["input_ids"][start:end].unsqueeze(0)
+                rows = [m(input_ids=ids).logits[0, :, :TOKENS].log_softmax(-1) for m in (student, *experts)]
+                losses.append(loss(*rows))
+        ours.append(torch.cat(losses)[data["predict_index"]])
+        said.append(data["loss"].double())
+    return torch.cat(ours), torch.cat(said)

@@ -12,7 +12,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from opd.integrations.verl.settings import Settings
+from opd.integrations.verl.weights import Weights
 from opd.losses._shapes import Float, Int
 
 
@@ -75,13 +75,18 @@ def _in_rows(offsets: Tensor) -> Tensor:
     return row * int(lengths.max()) + column
 
 
-def with_advantages(micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, settings: Settings) -> Any:
+def advantages_of(micro_batch: Any, tokens: ResponseTokens) -> Float[Tensor, " tokens"]:
+    """verl's advantage of each response token."""
+    return _padded(micro_batch, "advantages")[tokens.sequence_index, tokens.position]
+
+
+def with_advantages(micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, weights: Weights) -> Any:
     """The micro-batch with λ_rl A + λ_distill (log q − log p) in place of verl's advantages A."""
     theirs = micro_batch["advantages"]
     padded = _padded(micro_batch, "advantages")
-    added = settings.lambda_distill * advantage.to(padded.dtype)
+    added = weights.distill * advantage.to(padded.dtype)
     at = (tokens.sequence_index, tokens.position)
-    combined = (settings.lambda_rl * padded).index_put(at, added, accumulate=True)
+    combined = (weights.rl * padded).index_put(at, added, accumulate=True)
     if theirs.is_nested:  # V1; the older trainer pads
         lengths = theirs.offsets().diff().tolist()
         rows = [row[:length] for row, length in zip(combined, lengths, strict=True)]

@@ -78,12 +78,12 @@ def _selection(settings: Settings, run: Run) -> Iterator[str]:
             "distillation.enabled=false: with opd.placement=actor the teacher runs in the actor's workers. For opd's losses from verl's "
             "teacher servers use +opd=pool."
         )
-    if run.loss_mode == "on_policy_distillation" and settings.lambda_rl > 0:
+    if run.loss_mode == "on_policy_distillation" and settings.rewards:
         yield (
             f"actor.policy_loss.loss_mode=on_policy_distillation names no policy loss, but opd.lambda_rl={settings.lambda_rl:g} asks for "
             "one; set loss_mode to verl's own (vanilla, gspo, …), or opd.lambda_rl=0."
         )
-    if settings.lambda_rl > 0:
+    if settings.rewards:
         return
     idle = [f"actor.entropy_coeff={run.entropy_coeff:g}"] if run.entropy_coeff != 0 else []
     idle += ["actor.use_kl_loss=true"] if run.use_kl_loss else []
@@ -149,7 +149,7 @@ def _scores(settings: Settings, pool: Pool) -> Iterator[str]:
     objective.check_supplies((supplies,), str(pool.model_path), objective.top_k)
     if objective.support == "sampled":
         return
-    if settings.hybrid == "advantages" and settings.lambda_rl > 0:
+    if settings.hybrid == "advantages" and settings.rewards:
         yield (
             "opd.hybrid=advantages needs the teacher's log-prob of every sampled token, and a server of top-k gives it for few; use "
             "opd.support=sampled with estimator=k1 and delivery=advantage, or opd.hybrid=losses."

@@ -8,6 +8,7 @@ verl's engine, unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.alignment import ResponseTokens, response_tokens, with_advantages
+from opd.integrations.verl.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
 from opd.integrations.verl.canary import check_teacher
 from opd.integrations.verl.checks import end_ids
 from opd.integrations.verl.head import output_layer, run_to_head
@@ -30,6 +31,7 @@ from opd.integrations.verl.tally import Tally
 from opd.integrations.verl.targets import OpdEngineConfig, start_line
 from opd.integrations.verl.trace import write_trace
 from opd.integrations.verl.v080 import register_engine
+from opd.integrations.verl.weights import Spread, Weights, matched, scheduled
 from opd.kernels import linear_log_prob, linear_objective
 
 PREFIX = "actor/opd/"
@@ -48,6 +50,10 @@ class OpdEngine(FSDPEngineWithLMHead):
     """Where the teacher's side comes from; None without distillation."""
     updates = 0
     traced = 0
+    weights = Weights(0.0, 0.0)
+    """Of the update at hand."""
+    spread: Spread | None = None
+    """While both terms are looked at before an update."""
 
     def initialize(self) -> None:
         """Build the student as verl does, then the teacher."""
@@ -67,49 +73,68 @@ class OpdEngine(FSDPEngineWithLMHead):
 
     def forward_backward_batch(self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
         """One mini-batch. Its metrics are joined by every rank at its end, because means of ratios are no ratios of means."""
-        if self.source is None or forward_only:
+        settings = self.settings
+        if settings is None or forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only)
+        self.weights = scheduled(settings, self)
+        told = {"lambda_rl": self.weights.rl, "lambda_distill": self.weights.distill}
+        if self.source is None:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        self.canary_due = settings.canary_every > 0 and self.updates % settings.canary_every == 0
+        if settings.scale == "match" and self.weights.mixed:
+            told["advantage_std"], told["distill_std"] = stds = self._spreads(data, loss_function)
+            self.weights = matched(self.weights, stds)
         self.tally = Tally()
-        every = self.settings.canary_every if self.settings is not None else 0
-        self.canary_due = every > 0 and self.updates % every == 0
         output = super().forward_backward_batch(data, loss_function, forward_only)
         self.updates += 1
-        means = self.tally.means(whole_group(self))
+        means = self.tally.means(whole_group(self)) | told
         output["metrics"] |= {PREFIX + name: Metric(AggregationType.MEAN, value) for name, value in means.items()}
         return output
+
+    def _spreads(self, data: Any, loss_function: Callable[..., Any]) -> tuple[float, float]:
+        """The spread of both terms over the mini-batch, by a pass without gradients."""
+        self.tally, self.spread = Tally(), Spread()
+        try:
+            super().forward_backward_batch(data, loss_function, True)
+            return self.spread.of_all(whole_group(self))
+        finally:
+            self.spread = None
 
     def forward_step(
         self, micro_batch: Any, loss_function: Callable[..., Any] | None, forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """One micro-batch. Only training steps of an actor that distils differ from verl's."""
-        settings = self.settings
-        if settings is None or forward_only or loss_function is None:
+        looks = self.spread is not None
+        if self.settings is None or loss_function is None or (forward_only and not looks):
             return super().forward_step(micro_batch, loss_function, forward_only)
+        rl, distill = self.weights
         if self.source is None:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-            return loss * settings.lambda_rl, {**output, "loss": output["loss"] * settings.lambda_rl}
+            return loss * rl, {**output, "loss": output["loss"] * rl}
         micro_batch = micro_batch.to(get_device_id())
         inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
         tokens = response_tokens(micro_batch, packed=packed, reduction=self.reduction)
         shard = shard_of(self, micro_batch, output_args)
-        total, whole, values = self._distil(settings, micro_batch, inputs, shard.own(tokens), shard)
+        total, whole, values = self._distil(self.settings, micro_batch, inputs, shard.own(tokens), shard)
+        if looks:
+            return total, {"model_output": {}, "loss": 0.0, "metrics": {}}
         # Gradients are averaged over all ranks; those of one sequence add up.
-        loss, told = total * (settings.lambda_distill * shard.ranks), whole * settings.lambda_distill
+        loss, told = total * (distill * shard.ranks), whole * distill
         metrics: dict[str, Any] = {}
         model_output: dict[str, Tensor] = {}
-        if settings.lambda_rl > 0:
+        if rl > 0:
             advantage = values.pop("advantage", None)
             if advantage is not None:
-                micro_batch = with_advantages(micro_batch, advantage[tokens.packed_index], tokens, settings)
+                micro_batch = with_advantages(micro_batch, advantage[tokens.packed_index], tokens, self.weights)
             offsets = micro_batch["input_ids"].offsets()
             model_output = {n: torch.nested.nested_tensor_from_jagged(v, offsets) for n, v in values.items()}
             theirs, metrics = policy_loss(loss_function)(
                 model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
             )
             both = advantage is None
-            loss = loss + settings.lambda_rl * theirs if both else theirs
-            told = told + settings.lambda_rl * theirs.detach() if both else theirs.detach()
+            loss = loss + rl * theirs if both else theirs
+            told = told + rl * theirs.detach() if both else theirs.detach()
         plain = {name: value.detach() for name, value in model_output.items()}
         return loss, {"model_output": plain, "loss": told.item(), "metrics": metrics}
 
@@ -122,15 +147,16 @@ class OpdEngine(FSDPEngineWithLMHead):
         """
         assert self.source is not None
         seen: dict[str, Tensor] = {}
-        wants_rl = settings.lambda_rl > 0
-        as_advantage = wants_rl and settings.hybrid == "advantages"
-        said = self.source.look(inputs, micro_batch, own)
+        wants_rl = self.weights.rl > 0
+        distils = self.weights.distill > 0
+        as_advantage = wants_rl and distils and settings.hybrid == "advantages"
+        said = self.source.look(inputs, micro_batch, own) if distils else nullcontext(())
 
         def at_head(hidden: Tensor, layer: nn.Linear) -> Tensor:
             hidden = hidden.index_select(0, own.model_index).to(layer.weight.dtype)
             with said as parts, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
-                total = sum(self._divergence(settings, hidden, layer, part, own, seen) for part in parts)
-            assert isinstance(total, Tensor)
+                each = [self._divergence(settings, hidden, layer, part, own, seen) for part in parts]
+                total = sum(each, start=hidden.new_zeros((), dtype=torch.float32))
             if not wants_rl:
                 return total.view(1)
             logp, entropy = self._log_probs(hidden, layer, own, micro_batch["temperature"])
@@ -148,11 +174,16 @@ class OpdEngine(FSDPEngineWithLMHead):
                 wanted["entropy"] = entropy
         if as_advantage:
             wanted["advantage"] = seen["teacher_logp"] - seen["student_logp"]
-        if settings.trace is not None:
+        if self.spread is not None:
+            term = wanted["advantage"] if as_advantage else seen["per_token"]
+            self.spread.see(advantages_of(micro_batch, own), term)
+            return total, whole, {}
+        if distils:
+            self.tally.add_total("loss", whole)
+            self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, own)
+        if distils and settings.trace is not None:
             self.traced += 1
             write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], own, seen["per_token"])
-        self.tally.add_total("loss", whole)
-        self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, own)
         length = len(micro_batch["input_ids"].values())
         return total, whole, {name: shard.everywhere(value, own, length) for name, value in wanted.items()}
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from opd.errors import ConfigError, ObjectiveError
-from opd.losses import Objective
+from opd.losses import Objective, moving
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -51,7 +51,16 @@ class Settings:
     """Weight of verl's own loss (policy, entropy bonus, KL to the reference)."""
     lambda_distill: float = 1.0
     """Weight of the distillation loss; 0 is stock verl, and no teacher is loaded."""
+    lambda_rl_end: float | None = None
+    """λ_rl moves from `lambda_rl` to this, linearly; None keeps it."""
+    lambda_distill_end: float | None = None
+    """λ_distill moves from `lambda_distill` to this, linearly; None keeps it."""
+    lambda_steps: int | None = None
+    """Steps of verl's trainer that both moves take; None is the whole run."""
 
+    scale: Literal["none", "match"] = "none"
+    """With both weights > 0: match divides verl's loss by the standard deviation of its advantages over the mini-batch, and the
+    distillation by that of its own per-token term, before they are weighed: one more forward pass of both models."""
     hybrid: Literal["losses", "advantages"] = "losses"
     """With both weights > 0: add the two losses, or add the two advantages of each token and let verl's policy loss clip the sum."""
     mixture: Literal["probability", "logit", "loss", "routing"] = "probability"
@@ -64,21 +73,41 @@ class Settings:
     """Folder for what was trained on: token ids and losses of every micro-batch, as safetensors. None writes nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("lambda_rl", "lambda_distill"):
+        for name in ("lambda_rl", "lambda_distill", "lambda_rl_end", "lambda_distill_end"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(
                     f"opd.{name}={value} must be a finite number ≥ 0; a negative weight would push away from the goal."
                 )
-        if self.lambda_rl == 0 and self.lambda_distill == 0:
-            raise ConfigError("opd.lambda_rl and opd.lambda_distill are both 0: nothing is left to train on; set one.")
+        self._check_weights()
         if self.canary_every < 0:
             raise ConfigError(f"opd.canary_every={self.canary_every} must be ≥ 0; 0 switches the check off.")
         self._check_teachers()
         self._check_hybrid()
 
+    def _check_weights(self) -> None:
+        if self.lambda_rl == 0 and self.lambda_distill == 0:
+            raise ConfigError("opd.lambda_rl and opd.lambda_distill are both 0: nothing is left to train on; set one.")
+        if self.lambda_rl_end is None and self.lambda_distill_end is None:
+            if self.lambda_steps is not None:
+                raise ConfigError(
+                    f"opd.lambda_steps={self.lambda_steps} is how long a weight moves, and none does; set opd.lambda_rl_end or "
+                    "opd.lambda_distill_end, or drop it."
+                )
+        elif self.lambda_steps is not None and self.lambda_steps < 1:
+            raise ConfigError(f"opd.lambda_steps={self.lambda_steps} must be at least 1.")
+        elif self.weights(1, 1) == (0.0, 0.0):
+            raise ConfigError(
+                "opd.lambda_rl and opd.lambda_distill are both 0 at the end: nothing is left to train on; keep one."
+            )
+        if self.scale == "match" and not (self.rewards and self.distils):
+            raise ConfigError(
+                "opd.scale=match brings two terms to one size, and one of them has weight 0; set opd.lambda_rl and opd.lambda_distill, or "
+                "opd.scale=none."
+            )
+
     def _check_hybrid(self) -> None:
-        if self.hybrid == "losses" or not (self.lambda_rl and self.lambda_distill):
+        if self.hybrid == "losses" or not (self.rewards and self.distils):
             return
         one = self.objective
         if (
@@ -119,7 +148,21 @@ class Settings:
 
     @property
     def distils(self) -> bool:
-        return self.lambda_distill > 0
+        """Whether a teacher has a say at any step."""
+        return max(self.lambda_distill, self.lambda_distill_end or 0.0) > 0
+
+    @property
+    def rewards(self) -> bool:
+        """Whether verl's own loss has a say at any step."""
+        return max(self.lambda_rl, self.lambda_rl_end or 0.0) > 0
+
+    def weights(self, step: int, steps: int) -> tuple[float, float]:
+        """λ_rl and λ_distill at a step, from 0, of a run of so many."""
+        over = self.lambda_steps or max(1, steps - 1)
+        return (
+            moving(self.lambda_rl, self.lambda_rl_end, over).at(step),
+            moving(self.lambda_distill, self.lambda_distill_end, over).at(step),
+        )
 
     @property
     def served(self) -> bool:
@@ -129,15 +172,17 @@ class Settings:
     def describe(self) -> str:
         """The resolved objective in one line: the divergence, and every setting that is not its default."""
         if not self.distils:
-            return f"lambda_distill=0: verl's own loss times lambda_rl={self.lambda_rl:g}, no teacher"
+            return f"lambda_distill=0: verl's own loss times lambda_rl={_moves(self.lambda_rl, self.lambda_rl_end)}, no teacher"
         told = [f"{key}={value}" for key, value in changed(self.objective).items() if key != "divergence"]
-        if self.hybrid == "advantages" and self.lambda_rl > 0:
+        if self.hybrid == "advantages" and self.rewards:
             told.append("hybrid=advantages")
+        if self.scale != "none":
+            told.append(f"scale={self.scale}")
         parts = [
             self.objective.divergence,
             *told,
-            f"lambda_distill={self.lambda_distill:g}",
-            f"lambda_rl={self.lambda_rl:g}",
+            f"lambda_distill={_moves(self.lambda_distill, self.lambda_distill_end)}",
+            f"lambda_rl={_moves(self.lambda_rl, self.lambda_rl_end)}",
         ]
         if len(self.teachers) > 1:
             parts.append(f"mixture={self.mixture}" + (f" by {self.teacher_key}" if self.mixture == "routing" else ""))
@@ -153,6 +198,10 @@ class Settings:
         """A teacher's weight in the mixture."""
         weight = self.teachers[name].weight
         return 1.0 / len(self.teachers) if weight is None else weight
+
+
+def _moves(start: float, end: float | None) -> str:
+    return f"{start:g}" if end is None else f"{start:g}→{end:g}"
 
 
 SOLE = "teacher"

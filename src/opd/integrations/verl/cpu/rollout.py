@@ -19,6 +19,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 
 from opd.errors import ConfigError
+from opd.integrations.verl.cpu.attention import NAME as ULYSSES
 from opd.integrations.verl.cpu.sampling import Sampling, sample, score, seed_of
 
 NAME = "transformers"
@@ -38,10 +39,11 @@ class Server:
         torch.set_num_threads(1)
         self.config = omega_conf_to_dataclass(config)
         model = omega_conf_to_dataclass(model_config)
+        trained_with = model.hf_config._attn_implementation
         self.model = AutoModelForCausalLM.from_pretrained(
             model.local_path,
             dtype=torch.float32,
-            attn_implementation=attention or model.hf_config._attn_implementation,
+            attn_implementation=attention or ("sdpa" if trained_with == ULYSSES else trained_with),
         ).eval()
         ends = [model.tokenizer.eos_token_id, self.model.generation_config.eos_token_id]
         self.stop_ids = {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
