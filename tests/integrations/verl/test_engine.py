@@ -311,6 +311,8 @@ def test_the_two_weights_move_with_verls_steps(models: Path):
         fixed, fixed_gradients, _ = step(engine(models, lambda_rl=weights[0], lambda_distill=weights[1]), batch())
         assert loss == pytest.approx(fixed, rel=1e-6)
         same(gradients, fixed_gradients)
+        if reached == 1:  # a second mini-batch of the same step of verl's trainer
+            assert step(built, batch())[0] == loss
         if reached == 0:
             assert loss == fixed
             assert all(torch.equal(gradients[name], fixed_gradients[name]) for name in gradients)
