@@ -58,8 +58,8 @@ def constant(prompt, response):
     return 0.5
 
 
-def a_tenth(prompt, response):
-    return 0.1
+def of_the_prompt_alone(prompt, response):
+    return 0.1 * (1 + prompt.index % 7)
 
 
 def leaving(prompt, response):
@@ -274,8 +274,10 @@ def test_the_preview_keeps_no_whole_logits(rewarded):
 def test_a_term_that_varies_by_rounding_alone_is_not_scaled_up(rewarded, combine):
     """The mean of six rewards of 0.1 is not 0.1, and a teacher with the student's weights is not exactly at 0."""
     more = {**(K1 if combine == "advantages" else {}), "rl__combine": combine, "rl__scale": "match"}
-    parts, rollouts, _ = rewarded(**more, train__samples_per_prompt=6, rl__reward=f"{__name__}:a_tenth")
+    parts, _, _ = rewarded(**more, train__samples_per_prompt=6, rl__reward=f"{__name__}:of_the_prompt_alone")
+    rollouts = parts.sampler.sample([p for p in parts.order.take(0, 6) for _ in range(6)], seed=3)
     assert sum([0.1] * 6) / 6 != 0.1
+    assert len({r.prompt.index % 7 for r in rollouts}) > 2
     seen = preview(parts.student.token_loss, (scored := parts.scorer.score(rollouts, 0)).batches, scored.objective)
     assert seen.metrics["rl/advantage_std"] == 0.0
     assert seen.objective.rl_weight == 1.0

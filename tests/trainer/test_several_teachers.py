@@ -156,6 +156,17 @@ def test_a_teacher_whose_tokens_weigh_nothing_leaves_the_balance_of_the_others(s
     assert sums["even"] == 0.0 and sums["odd"] == pytest.approx(1.0, rel=1e-5)
 
 
+def test_tokens_of_weight_0_move_nothing_even_where_a_step_has_no_others(school, tmp_path):
+    rows = [{"prompt": f"{i}>", "answer": str(i), "teacher": "even"} for i in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"mixture__balance_tokens": True, "mixture__weights": {"even": 0.0, "odd": 1.0}}
+    more |= {"prompts__path": str(tmp_path / "p.jsonl"), "eval__every": 0, "train__steps": 2}
+    train(build(merge({}, taught(school, tmp_path / "run", **more))))
+    assert all(row["grad_norm"] == 0 and row["loss"] == 0 for row in steps(tmp_path / "run"))
+    before, after = (load_file(f / "model.safetensors") for f in (school / "student", tmp_path / "run" / "student"))
+    assert all(torch.equal(before[name], value) for name, value in after.items() if name in before)
+
+
 def test_accuracy_is_told_for_every_teachers_own_prompts(school, tmp_path):
     more = {"eval__prompts": 40, "train__steps": 1, "eval__reward": "worlds:first_digit"}
     train(build(merge({}, taught(school, tmp_path / "run", **more))))
