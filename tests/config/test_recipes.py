@@ -36,6 +36,27 @@ def test_the_recipe_in_the_readme_is_valid():
     assert made.train.autocast == "bfloat16" and made.objective == Objective()
 
 
+def test_every_way_to_learn_in_the_readme_is_valid_and_differs_from_the_recipe():
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    (section,) = re.findall(r"## A reward, several teachers, or none\n(.*?)\n## ", readme, re.S)
+    rows = re.findall(r"^\| [^|]+ \| (`.*`) \|$", section, re.M)
+    assert len(rows) == 13
+    plain = build(yaml.safe_load(block))
+    seen = set()
+    for row in rows:
+        recipe = yaml.safe_load(block)
+        for line in re.findall(r"`([^`]+)`", row):
+            for key, value in yaml.safe_load(line).items():
+                recipe[key] = value if key.startswith("teacher") else {**recipe.get(key, {}), **value}
+        if "teachers" in recipe or recipe.get("rl", {}).get("distill_weight") == 0:
+            del recipe["teacher"]
+        made = build(recipe)
+        assert made != plain
+        seen.add(to_yaml(made))
+    assert len(seen) == len(rows)
+
+
 def test_the_losses_snippet_in_the_readme_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict[str, object] = {}
