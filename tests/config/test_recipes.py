@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from opd.algorithm import MixtureConfig, RlConfig, RolloutConfig
 from opd.config import Config
 from opd.errors import ConfigError, OpdError
 from opd.losses import Objective
@@ -20,6 +21,24 @@ NEEDED = {"student.model": "s", "teacher.model": "t", "prompts.path": "p"}
 
 def config(**overrides: object) -> Config:
     return build(merge({}, NEEDED | {key.replace("__", "."): value for key, value in overrides.items()}))
+
+
+def test_what_a_step_takes_from_the_sections_by_hand():
+    """Moves take the whole run (its last step is at the end), or half of it for the horizon, unless a number of steps is given."""
+    rl = RlConfig(
+        weight=0.0, weight_end=1.0, distill_weight=3.0, distill_weight_end=1.0, clip_range=0.2, clip_high=0.28
+    )
+    seen = [rl.at(step, 5, Objective()) for step in range(6)]
+    assert [one.rl_weight for one in seen] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [one.distill_weight for one in seen] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
+    assert seen[0].clip_range == (0.2, 0.28)
+    assert RlConfig(weight=1.0, clip_range=0.1).at(0, 5, Objective()).clip_range == 0.1
+    assert RlConfig(weight=1.0, clip_range=None).at(0, 5, Objective()).clip_range is None
+    mixture = MixtureConfig(kind="loss", weights={"a": 1.0, "b": 0.0}, weights_end={"b": 1.0, "a": 0.0})
+    assert [mixture.at(step, 3, ("a", "b")) for step in range(3)] == [{"a": 1 - s / 2, "b": s / 2} for s in range(3)]
+    assert MixtureConfig().at(0, 3, ("a", "b")) == {"a": 0.5, "b": 0.5}
+    rollout = RolloutConfig(horizon_start=2, max_new_tokens=10)
+    assert [rollout.horizon(step, 8) for step in range(8)] == [2, 4, 6, 8, 10, 10, 10, 10]
 
 
 def test_every_recipe_in_the_repository_is_valid():
@@ -34,6 +53,27 @@ def test_the_recipe_in_the_readme_is_valid():
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     made = build(yaml.safe_load(block))
     assert made.train.autocast == "bfloat16" and made.objective == Objective()
+
+
+def test_every_way_to_learn_in_the_readme_is_valid_and_differs_from_the_recipe():
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    (section,) = re.findall(r"## A reward, several teachers, or none\n(.*?)\n## ", readme, re.S)
+    rows = re.findall(r"^\| [^|]+ \| (`.*`) \|$", section, re.M)
+    assert len(rows) == 13
+    plain = build(yaml.safe_load(block))
+    seen = set()
+    for row in rows:
+        recipe = yaml.safe_load(block)
+        for line in re.findall(r"`([^`]+)`", row):
+            for key, value in yaml.safe_load(line).items():
+                recipe[key] = value if key.startswith("teacher") else {**recipe.get(key, {}), **value}
+        if "teachers" in recipe or recipe.get("rl", {}).get("distill_weight") == 0:
+            del recipe["teacher"]
+        made = build(recipe)
+        assert made != plain
+        seen.add(to_yaml(made))
+    assert len(seen) == len(rows)
 
 
 def test_the_losses_snippet_in_the_readme_runs():

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import statistics
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -58,8 +59,8 @@ def constant(prompt, response):
     return 0.5
 
 
-def a_tenth(prompt, response):
-    return 0.1
+def of_the_prompt_alone(prompt, response):
+    return 0.1 * (1 + prompt.index % 7)
 
 
 def leaving(prompt, response):
@@ -132,14 +133,34 @@ HYBRIDS = {
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_both_terms_are_learnt_from(world, tmp_path, name):
-    more = {"train__steps": 20, "train__prompts_per_step": 12, "eval__every": 0, "optimizer__lr": 0.01}
-    run(settings(world, tmp_path / "run", **{**RL, **more, **HYBRIDS[name]}))
+def test_a_hybrid_run_tells_of_both_terms_at_every_step(world, tmp_path, name):
+    """What the update computes is below."""
+    run(settings(world, tmp_path / "run", **{**RL, "train__steps": 4, "eval__every": 0, **HYBRIDS[name]}))
     rows = steps(tmp_path / "run")
+    assert len(rows) == 4
     for row in rows:
         assert {"reverse_kl", "policy_loss", "clipped", "reward/mean", "rl/weight"} <= row.keys()
-    assert sum(r["reward/mean"] for r in rows[-4:]) > sum(r["reward/mean"] for r in rows[:4])
+        assert all(math.isfinite(value) for value in row.values())
     assert not same_start(world, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_gradient_is_linear_in_either_weight(rewarded, name):
+    """While no ratio is clipped, in every form of the sum; and neither term is absent."""
+    parts, rollouts, _ = rewarded(**HYBRIDS[name])
+
+    def gradient(**weights: float) -> torch.Tensor:
+        hybrid = dataclasses.replace(parts.scorer.score(rollouts, 0).objective, **weights)
+        batches = parts.scorer.score(rollouts, 0).batches
+        if hybrid.needs_preview:
+            seen = preview(parts.student.token_loss, batches, hybrid)
+            batches, hybrid = seen.batches, seen.objective
+        return torch.cat([g.flatten() for g in gradients(parts.student, batches, hybrid).values()])
+
+    for which in ("rl_weight", "distill_weight"):
+        one, two, three = (gradient(**{which: weight}) for weight in (1.0, 2.0, 3.0))
+        assert (two - one).norm() > 1e-3 * one.norm()
+        assert ((three - two) - (two - one)).norm() < 1e-3 * (two - one).norm()
 
 
 def same_start(world: Path, run_dir: Path) -> bool:
@@ -226,16 +247,34 @@ def test_a_sum_of_losses_has_the_sum_of_their_gradients(rewarded, fused):
     assert_close(both, {name: 0.3 * distill[name] + 0.7 * rl[name] for name in both})
 
 
-def test_combined_advantages_are_those_of_reward_and_teacher_weighed(rewarded):
-    parts, _, scored = rewarded(**K1, rl__combine="advantages", rl__weight=2.0, rl__distill_weight=0.5)
+@pytest.mark.parametrize("scale", ["none", "match"])
+def test_combined_advantages_are_those_of_reward_and_teacher_weighed(rewarded, scale):
+    more = {"rl__combine": "advantages", "rl__weight": 2.0, "rl__distill_weight": 0.5, "rl__scale": scale}
+    parts, _, scored = rewarded(**K1, **more)
     seen = preview(parts.student.token_loss, scored.batches, scored.objective)
     assert seen.objective.distill_weight == 0 and seen.objective.rl_weight == 1
-    for before, after in zip(scored.batches, seen.batches, strict=True):
-        logits = response_logits(parts.student.model, before.sequences)
-        teacher = parts.teacher.logits(before.target)
-        gap = [x.log_softmax(-1).gather(-1, before.response_ids[:, None]).squeeze(-1) for x in (logits, teacher)]
-        expected = 2.0 * before.advantages + 0.5 * (gap[1] - gap[0]).detach()
-        torch.testing.assert_close(after.advantages, expected, rtol=1e-4, atol=1e-5)
+    gaps = []
+    for batch in scored.batches:
+        logits = response_logits(parts.student.model, batch.sequences).detach()
+        teacher = parts.teacher.logits(batch.target)
+        p, q = (x.log_softmax(-1).gather(-1, batch.response_ids[:, None]).squeeze(-1) for x in (logits, teacher))
+        gaps.append(q - p)
+    terms = torch.cat([b.advantages for b in scored.batches]), torch.cat(gaps)
+    rl, distill = (x / x.std(correction=0) for x in terms) if scale == "match" else terms
+    found = torch.cat([b.advantages for b in seen.batches])
+    torch.testing.assert_close(found, 2.0 * rl + 0.5 * distill, rtol=1e-4, atol=1e-5)
+
+
+def test_the_distillation_advantage_is_the_student_s_own_whatever_drew_the_tokens(rewarded):
+    """Ratio and clip belong to the update, once: they are not in the advantage as well."""
+    parts, _, scored = rewarded(**K1, rl__combine="advantages", objective__clip_range=0.2)
+    found = []
+    for shift in (0.0, 1.0):
+        batches = [dataclasses.replace(b, sampler_logp=b.sampler_logp - shift) for b in scored.batches]
+        seen = preview(parts.student.token_loss, batches, scored.objective)
+        found.append(torch.cat([b.advantages for b in seen.batches]))
+        assert all(torch.equal(a.sampler_logp, b.sampler_logp) for a, b in zip(batches, seen.batches, strict=True))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("combine", ["losses", "advantages"])
@@ -262,6 +301,15 @@ def test_matched_losses_have_the_spread_one(rewarded):
     assert seen.objective.distill_weight == pytest.approx(2.0 / float(losses.std(correction=0)), rel=1e-5)
 
 
+def test_tokens_of_weight_0_have_no_part_in_the_spread(rewarded):
+    parts, _, scored = rewarded(rl__scale="match")
+    some = [dataclasses.replace(b, token_weights=b.token_weights * (b.advantages > 0)) for b in scored.batches]
+    seen = preview(parts.student.token_loss, some, scored.objective)
+    a = torch.cat([b.advantages for b in scored.batches])
+    assert 0 < int((a > 0).sum()) < len(a)
+    assert seen.metrics["rl/advantage_std"] == pytest.approx(float(a[a > 0].std(correction=0)), rel=1e-5)
+
+
 def test_the_preview_keeps_no_whole_logits(rewarded):
     parts, _, scored = rewarded(rl__scale="match", teacher__supply="dense")
     assert scored.batches[0].target is not None
@@ -274,8 +322,10 @@ def test_the_preview_keeps_no_whole_logits(rewarded):
 def test_a_term_that_varies_by_rounding_alone_is_not_scaled_up(rewarded, combine):
     """The mean of six rewards of 0.1 is not 0.1, and a teacher with the student's weights is not exactly at 0."""
     more = {**(K1 if combine == "advantages" else {}), "rl__combine": combine, "rl__scale": "match"}
-    parts, rollouts, _ = rewarded(**more, train__samples_per_prompt=6, rl__reward=f"{__name__}:a_tenth")
+    parts, _, _ = rewarded(**more, train__samples_per_prompt=6, rl__reward=f"{__name__}:of_the_prompt_alone")
+    rollouts = parts.sampler.sample([p for p in parts.order.take(0, 6) for _ in range(6)], seed=3)
     assert sum([0.1] * 6) / 6 != 0.1
+    assert len({r.prompt.index % 7 for r in rollouts}) > 2
     seen = preview(parts.student.token_loss, (scored := parts.scorer.score(rollouts, 0)).batches, scored.objective)
     assert seen.metrics["rl/advantage_std"] == 0.0
     assert seen.objective.rl_weight == 1.0
@@ -295,14 +345,23 @@ def test_a_term_that_varies_by_rounding_alone_is_not_scaled_up(rewarded, combine
         torch.testing.assert_close(after, before / before.std(correction=0), rtol=1e-4, atol=1e-5)
 
 
-def test_advantages_compare_the_samples_of_one_prompt(rewarded):
-    parts, rollouts, _ = rewarded(rl__advantage="rloo")
+ADVANTAGES = {
+    "grpo": ({}, lambda r, rest: (r - statistics.mean([r, *rest])) / (statistics.stdev([r, *rest]) + 1e-6)),
+    "grpo, not normalised": ({"rl__normalize_std": False}, lambda r, rest: r - statistics.mean([r, *rest])),
+    "rloo": ({"rl__advantage": "rloo"}, lambda r, rest: r - statistics.mean(rest)),
+}
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_compare_the_samples_of_one_prompt(rewarded, name):
+    more, advantage = ADVANTAGES[name]
+    parts, rollouts, _ = rewarded(**more)
     said = parts.scorer.reinforcement.advantages(rollouts)
+    assert len(set(said.rewards)) > 1
     for start in range(0, len(rollouts), 4):
         rewards = said.rewards[start : start + 4]
         for i in range(4):
-            others = [r for j, r in enumerate(rewards) if j != i]
-            expected = rewards[i] - sum(others) / 3
+            expected = advantage(rewards[i], [r for j, r in enumerate(rewards) if j != i])
             assert said.per_token[start + i].tolist() == pytest.approx(
                 [expected] * len(rollouts[start + i].response_ids), abs=1e-6
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,9 +18,10 @@ from opd.recipe import build, load, merge, to_yaml
 from opd.reporting.record import read_metrics
 from opd.testing import byte_tokenizer, digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.checkpoint import checkpoints
+from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
 from opd.trainer.setup import build_parts
-from opd.types import Prompt
+from opd.types import DenseTarget, Prompt
 from worlds import settings
 
 HINT = {"prompts__teacher_prompt": "{{ answer }}{{ prompt }}"}
@@ -49,17 +52,89 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_student_that_sees_less_learns_from_itself_that_sees_more(world, tmp_path, name):
-    more = {"train__steps": 40, "train__prompts_per_step": 12, "eval__every": 40, "checkpoint__every": 0}
-    more["optimizer__lr"] = 0.003 if "student__lora__rank" in SOURCES[name] else 0.01
-    values = values_of(world, tmp_path / "run", **{**more, **HINT, **SOURCES[name]})
-    summary = train(build(merge({}, values)))
+def test_a_run_is_evaluated_against_the_teacher_with_the_hint(world, tmp_path, name):
+    more = {"train__steps": 4, "eval__every": 4, "checkpoint__every": 0, **HINT, **SOURCES[name]}
+    summary = train(build(merge({}, values_of(world, tmp_path / "run", **more))))
     assert summary is not None
-    assert summary["student_after"]["reverse_kl"] < 0.8 * summary["student_before"]["reverse_kl"]
+    assert summary["student_before"]["reverse_kl"] > 0.1, "without the hint the student is another one"
     assert summary["teacher"]["reverse_kl"] == pytest.approx(0, abs=1e-6), (
         "the teacher is at 0 from itself, hint and all"
     )
     assert all(math.isfinite(value) for row in steps(tmp_path / "run") for value in row.values())
+
+
+def test_a_student_that_sees_less_comes_to_agree_with_itself_that_sees_more(world, tmp_path):
+    """Of seeds 0 to 4, none ended above 0.01 of where it began. A teacher that lags behind (ema) or stays (adapter_off) is not reached
+    that soon; what those runs compute is in the tests of their gradients below."""
+    more = {"train__steps": 40, "train__prompts_per_step": 12, "eval__every": 40, "optimizer__lr": 0.01}
+    values = values_of(world, tmp_path / "run", **{**more, **HINT, **SOURCES["student"]}, checkpoint__every=0)
+    summary = train(build(merge({}, values)))
+    assert summary is not None
+    assert summary["student_after"]["reverse_kl"] < 0.2 * summary["student_before"]["reverse_kl"]
+
+
+def loss_and_gradient(parts, scored) -> tuple[float, dict[str, torch.Tensor]]:
+    model, total = parts.student.model, 0.0
+    parts.student.zero_grad()
+    for batch in scored.batches:
+        loss = parts.student.loss(batch, scored.objective, TokenMetrics())
+        loss.backward()
+        total += loss.item()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    parts.student.zero_grad()
+    return total, found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_gradient_is_that_of_the_reverse_kl_to_the_teacher_of_this_step(world, name):
+    """Two updates in, when the sources have parted. The teacher's logits are of a model of its own, fed token by token."""
+    parts, rollouts = parts_of(world, **HINT, **SOURCES[name])
+    model = parts.student.model
+    first = copy.deepcopy(model)
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        step_once(parts, rollouts)
+        average = {n: 0.9 * average[n] + 0.1 * p.detach() for n, p in model.named_parameters()}
+    teacher = copy.deepcopy(first if name == "adapter off" else model).requires_grad_(False)
+    if "ema" in name:
+        teacher.load_state_dict(average, strict=False)
+    _, found = loss_and_gradient(parts, parts.scorer.score(rollouts, 2))
+    assert found and all(value.isfinite().all() for value in found.values())
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    for rollout in rollouts:
+        seen = parts.renderer.tokenizer(rollout.prompt.answer + rollout.prompt.text)["input_ids"]
+        logp = [
+            m(input_ids=torch.tensor([[*ids, *rollout.response_ids]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            for m, ids in ((model, rollout.prompt_ids), (teacher, seen))
+        ]
+        ((logp[0].exp() * (logp[0] - logp[1])).sum() / tokens).backward()
+    for key, gradient in found.items():
+        expected = dict(model.named_parameters())[key].grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_update_comes_closer_to_the_teacher_that_it_saw(world, name):
+    """The same targets before and after; a small step, so that this holds whatever the landscape."""
+    parts, rollouts = parts_of(world, **HINT, **SOURCES[name])
+    for _ in range(2):
+        step_once(parts, rollouts)
+    for optimizer in parts.student.optimizers:
+        optimizer.state.clear()
+    parts.student.config = dataclasses.replace(parts.student.config, lr=1e-5, warmup_steps=0)
+    for group in (g for o in parts.student.optimizers for g in o.param_groups):
+        group["peak_lr"] = 1e-5
+    scored = parts.scorer.score(rollouts, 2)
+    # as whole logits: hidden states would meet the student's own head, which moves
+    fixed = [
+        dataclasses.replace(b, target=DenseTarget(logits=parts.teacher.logits(b.target).clone()))
+        for b in scored.batches
+    ]
+    scored = dataclasses.replace(scored, batches=fixed)
+    before, _ = loss_and_gradient(parts, scored)
+    parts.student.update(scored.batches, scored.objective)
+    after, _ = loss_and_gradient(parts, scored)
+    assert after < before
 
 
 def test_a_student_without_its_adapter_is_the_model_it_started_from(world, tmp_path):

@@ -19,6 +19,7 @@ from opd.reporting.record import read_metrics
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
+from opd.trainer.scoring import least_sure
 from opd.trainer.setup import build_parts
 from worlds import make_world, settings
 
@@ -154,6 +155,29 @@ def test_a_teacher_whose_tokens_weigh_nothing_leaves_the_balance_of_the_others(s
     for batch in scored.batches:
         sums[batch.rollouts[0].prompt.teacher] += float(batch.token_weights.sum())
     assert sums["even"] == 0.0 and sums["odd"] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_routed_rollouts_keep_their_own_advantages_and_tokens(school):
+    more = {"rl__weight": 1.0, "rl__reward": "worlds:first_digit", "train__token_fraction": 0.5}
+    parts, rollouts, scored = parts_of(school, **more)
+    said = parts.scorer.reinforcement.advantages(rollouts).per_token
+    own = {id(r): (a, kept) for r, a, kept in zip(rollouts, said, least_sure(rollouts, 0.5), strict=True)}
+    assert len({float(a[0]) for a in said}) > 1
+    for batch in scored.batches:
+        kept = torch.cat([own[id(r)][1] for r in batch.rollouts])
+        assert torch.equal(batch.kept, kept)
+        assert torch.equal(batch.advantages, torch.cat([own[id(r)][0] for r in batch.rollouts])[kept])
+
+
+def test_tokens_of_weight_0_move_nothing_even_where_a_step_has_no_others(school, tmp_path):
+    rows = [{"prompt": f"{i}>", "answer": str(i), "teacher": "even"} for i in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"mixture__balance_tokens": True, "mixture__weights": {"even": 0.0, "odd": 1.0}}
+    more |= {"prompts__path": str(tmp_path / "p.jsonl"), "eval__every": 0, "train__steps": 2}
+    train(build(merge({}, taught(school, tmp_path / "run", **more))))
+    assert all(row["grad_norm"] == 0 and row["loss"] == 0 for row in steps(tmp_path / "run"))
+    before, after = (load_file(f / "model.safetensors") for f in (school / "student", tmp_path / "run" / "student"))
+    assert all(torch.equal(before[name], value) for name, value in after.items() if name in before)
 
 
 def test_accuracy_is_told_for_every_teachers_own_prompts(school, tmp_path):

@@ -86,6 +86,27 @@ def test_the_gradient_is_that_of_the_kept_tokens_alone(world, tmp_path, supply, 
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_the_kept_tokens_of_a_reward_alone_weigh_one_in_sum(world, tmp_path, reduction):
+    more = {
+        "rl__weight": 1.0,
+        "rl__distill_weight": 0.0,
+        "rl__reward": "worlds:first_digit",
+        "objective__reduction": reduction,
+    }
+    _, _, scored = parts_of(world, tmp_path, train__token_fraction=0.3, **more)
+    assert sum(float(b.token_weights.sum()) for b in scored.batches) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rl", [{}, {"rl__weight": 1.0, "rl__distill_weight": 0.0, "rl__reward": "worlds:first_digit"}], ids=str
+)
+def test_a_fixed_count_divides_every_token(world, tmp_path, rl):
+    _, rollouts, scored = parts_of(world, tmp_path, objective__reduction="fixed", objective__fixed_count=40.0, **rl)
+    weights = torch.cat([b.token_weights for b in scored.batches])
+    torch.testing.assert_close(weights, torch.full((sum(len(r.response_ids) for r in rollouts),), 1 / 40))
+
+
 LEARNS = {
     "distillation": {},
     "packed": {"train__layout": "packed"},
