@@ -16,6 +16,7 @@ speed. Beside them five vectors of the size of the trained parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,10 @@ ROUNDING = 1e-5  # float32, in sums that cancel
 _NOT_TWICE = (
     "A natural-gradient step differentiates the student twice, and some of its operations cannot be: {} Use "
     "student.attn_implementation=sdpa or eager and no custom kernels, or another optimizer."
+)
+_NOT_FINITE = (
+    "The natural-gradient step is not finite though the gradient is. The weights were not changed. Raise "
+    "optimizer.natural_gradient.damping, and look for infinite logits in the student."
 )
 
 
@@ -87,10 +92,7 @@ def natural_gradient_step(
     scale = 1.0 if kl <= trust_region else (trust_region / kl) ** 0.5
     step = solved.x * scale
     if not step.isfinite().all():
-        raise NonFiniteError(
-            "The natural-gradient step is not finite though the gradient is. The weights were not changed. Raise "
-            "optimizer.natural_gradient.damping, and look for infinite logits in the student."
-        )
+        raise NonFiniteError(_NOT_FINITE)
     return NaturalStep(
         step=unflatten(step, parameters),
         predicted_kl=kl * scale**2,
@@ -209,7 +211,7 @@ def conjugate_gradient(
     tolerance: float = RESIDUAL_TOLERANCE,
 ) -> Solution:
     """Conjugate gradients from x = 0 for a positive semidefinite A given by `product`. Ends early when the residual is under
-    `tolerance`, or a direction has no curvature left. Every iterate descends: xᵀb > 0."""
+    `tolerance`, or a direction has no curvature left. Every iterate descends: xᵀb > 0. Raises NonFiniteError."""
     x, ax = torch.zeros_like(b), torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
     start = square = float(b @ b)
@@ -217,7 +219,9 @@ def conjugate_gradient(
     while done < iterations and square > tolerance**2 * start:
         a_direction = product(direction)
         curvature = float(direction @ a_direction) + damping * float(direction @ direction)
-        if not curvature > 0:
+        if not math.isfinite(curvature):
+            raise NonFiniteError(_NOT_FINITE)
+        if curvature <= 0:
             break
         length = square / curvature
         x.add_(direction, alpha=length)
