@@ -125,13 +125,18 @@ class Fisher:
     def __call__(self, vector: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
         direction = unflatten(vector, self.parameters)
         total, curvature = torch.zeros_like(vector), 0.0
-        for piece in self._kept or (make() for make in self._pieces):
-            product, along = piece.fisher_product(direction)
+        for index in range(len(self._pieces)):
+            product, along = self._piece(index).fisher_product(
+                direction
+            )  # unkept, it is gone before the next one is made
             total += flatten(product)
             curvature += along
         if not self._checked:
             self._check(float(vector @ total), curvature, slack=float(vector.norm() * total.norm()))
         return total
+
+    def _piece(self, index: int) -> Linearized:
+        return self._pieces[index]() if self._kept is None else self._kept[index]
 
     def _check(self, by_transpose: float, by_jvp: float, *, slack: float) -> None:
         """vᵀFv once from the gradient's own graph and once from its derivative, which a custom kernel can cut off in silence."""
