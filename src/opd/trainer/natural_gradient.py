@@ -5,13 +5,13 @@ tokens of a whole step, J_t the Jacobian of the logits z_t by the trained parame
 as a matrix: a product F v is J v, a row operation, and Jᵀ of that (Martens, arXiv 1412.1193; the trust region as in arXiv 1502.05477).
 
 J v is found by differentiating Jᵀu, which is linear in u, by u. The graphs of z and of Jᵀu stay in memory, so that a product costs no
-forward pass; forward-mode differentiation repeats it and was slower. A model of which only the last layers are trained has graphs, and
-pays, for those alone.
+forward pass; forward-mode differentiation would repeat it for every product, and took longer (benchmarks/LOG.md). Where only the last
+layers are trained, the graphs hold those alone.
 
-Cost of a step: per micro-batch one forward and two backward passes, then per iteration one pass back through Jᵀu and one through z:
-with 10 iterations, 8 to 15 times an AdamW update. Memory: the graphs hold 2 to 3 times the activations of an ordinary backward pass,
-and [tokens, vocabulary] logits a few times over; of all micro-batches with `keep_graphs`, and without of one at a time, at half the
-speed. Beside them five vectors of the size of the trained parameters.
+Cost of a step: one forward and one backward pass for the graphs, then per iteration one pass back through Jᵀu and one through z, about
+a forward and a backward pass again: with 10 iterations, 9 to 14 AdamW updates on the CPU. Memory: 3 to 3.5 times that of a backward pass over all
+micro-batches at once, whole [tokens, vocabulary] logits among it; without `keep_graphs` 3 to 4 times that of one micro-batch, at 1.4 to
+1.6 times the time. Beside it six vectors of the size of the trained parameters.
 """
 
 from __future__ import annotations
