@@ -253,8 +253,8 @@ def test_on_the_demo_ten_steps_beat_adamw_s_best_rate(tmp_path):
     places |= {"prompts.path": str(tmp_path / "train.jsonl"), "prompts.eval_path": str(tmp_path / "eval.jsonl")}
     quick = {"train.steps": 10, "eval.every": 0, "checkpoint.every": 0, "optimizer.schedule": "constant"}
 
-    def last_loss(name: str, **optimizer: object) -> float:
-        own = {f"optimizer.{key}": value for key, value in optimizer.items()} | {"run_dir": str(tmp_path / name)}
+    def last_loss(run: str, **optimizer: object) -> float:
+        own = {f"optimizer.{key}": value for key, value in optimizer.items()} | {"run_dir": str(tmp_path / run)}
         config = build(merge(read_recipe(recipe_path()), places | quick | own | {"log.progress": "off"}))
         return run_steps(config)[-1]["loss"]
 
