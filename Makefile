@@ -8,7 +8,7 @@ VERL_VENV := .venv-verl
 VERL_BIN := $(VERL_VENV)/bin
 VERL_READY := $(VERL_VENV)/.ready
 
-.PHONY: demo test verl check lint fast bench clean
+.PHONY: demo test verl check lint fast bench patches dist clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -17,7 +17,7 @@ test: $(READY)  ## every test
 	$(BIN)/python -m pytest
 
 verl: $(VERL_READY)  ## the tests of the verl plugin: real runs of verl on the CPU
-	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/integrations/verl
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/integrations/verl tests/integrations/verl_patch
 
 fast: $(READY)  ## the tests that end in under two minutes
 	$(BIN)/python -m pytest -m "not slow"
@@ -44,6 +44,12 @@ $(VERL_READY): pyproject.toml constraints-verl.txt
 	@echo 'Installing verl, Ray and PyTorch into $(VERL_VENV): a few minutes, once.'
 	$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e '.[verl]' pytest pytest-timeout psutil
 	@touch $(VERL_READY)
+
+patches: $(READY)  ## the patches for verl's own tree, again: after any change to what they carry
+	for version in 0.8.0 0.9.0 0.9.1; do $(BIN)/opd verl patch build --verl $$version || exit 1; done
+
+dist: $(READY)  ## the patches for verl as one archive with checksums
+	$(BIN)/opd verl patch pack --out dist
 
 clean:  ## remove the virtual environments and run folders
 	rm -rf $(VENV) $(VERL_VENV) runs
