@@ -62,6 +62,13 @@ def make_checkout(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
+def program(path: Path, text: str) -> Path:
+    """An executable bash script."""
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 def git(folder: Path, *words: str, check: bool = True) -> str:
     done = subprocess.run(
         ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False, env={**os.environ, **QUIET}
@@ -70,7 +77,7 @@ def git(folder: Path, *words: str, check: bool = True) -> str:
     return done.stdout
 
 
-def script(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+def script(*words: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """apply_patch.sh; its tests after applying are left out unless --python is among the words."""
     options = [] if "--python" in words else ["--no-verify"]
     return subprocess.run(
@@ -79,6 +86,7 @@ def script(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         timeout=300,
+        cwd=cwd,
         env={**os.environ, **QUIET, **env},
     )
 

@@ -42,23 +42,24 @@ def _downloaded(version: str) -> Path:
     if kept:
         return kept[0]
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        f"verl=={version}",
-        "--no-deps",
-        "--quiet",
-        "--dest",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    try:
+        done = subprocess.run(
+            [*pip, "--dest", str(folder), f"verl=={version}"],
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_SECONDS,
+            check=False,
+        )
+        said = (done.stderr or done.stdout).strip()
+    except subprocess.TimeoutExpired:
+        said = f"nothing came in {DOWNLOAD_SECONDS} s"
     kept = sorted(folder.glob(f"verl-{version}*"))
-    if done.returncode or not kept:
+    if not kept:
+        reason = next((line for line in said.splitlines() if line.startswith("ERROR")), said[-300:])
         raise ConfigError(
-            f"verl {version} could not be downloaded: {(done.stderr or done.stdout).strip().splitlines()[-1:]}. Pass --archive FILE with a "
-            "wheel or source archive that you have."
+            f"verl {version} could not be downloaded into {folder} ({reason}). Is the package index reachable? Else pass --archive FILE "
+            "with a wheel or source archive that you have, or put one there."
         )
     return kept[0]
 
@@ -71,6 +72,8 @@ def _unpacked(archive: Path) -> dict[str, bytes]:
                 if not name.endswith("/"):
                     files[name] = held.read(name)
         return files
+    if not tarfile.is_tarfile(archive):
+        raise ConfigError(f"{archive} is neither a wheel nor a source archive; remove it, or give another.")
     with tarfile.open(archive) as held:
         for member in held.getmembers():
             content = held.extractfile(member) if member.isfile() else None

@@ -15,6 +15,7 @@
 # Exit codes: 0 done, or nothing to do; 1 refused or failed; 2 wrong command line.
 set -euo pipefail
 export LC_ALL=C GIT_TERMINAL_PROMPT=0
+unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX CDPATH
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 patch_name=0001-on-policy-distillation.patch
@@ -30,6 +31,7 @@ work=
 tree=
 journal=
 started=0
+drafting=0
 
 say() { printf '%s\n' "$*"; }
 refuse() {
@@ -44,10 +46,12 @@ usage() {
 
 write_journal() {
   local kind path part draft=$tree/$journal_name.tmp
+  drafting=1
   rm -rf "$draft"
   mkdir "$draft" 2>/dev/null || refuse "$tree is read-only; nothing was changed. Make it writable, or copy it and patch the copy."
   : >"$draft/changed" && : >"$draft/new" && : >"$draft/folders"
   printf '%s\n' "$mode" >"$draft/mode"
+  printf '%s\n' "$$" >"$draft/process"
   while read -r kind path; do
     if [ -e "$tree/$path" ] || [ -L "$tree/$path" ]; then
       mkdir -p "$draft/copy/$(dirname "$path")"
@@ -68,17 +72,17 @@ write_journal() {
   fi
   mv "$draft" "$tree/$journal_name"
   journal=$tree/$journal_name
-  started=1
+  started=1 drafting=0
 }
 
 restore() {
   local from=$1 path
   if [ -f "$from/head" ] && is_checkout; then
-    if [ -d "$(git_path rebase-apply)" ]; then
-      git -C "$tree" am --abort >/dev/null 2>&1 || true
-    fi
+    case $(cat "$from/mode") in # check_git saw that neither was there before
+      3way | am) rm -rf "$(git_path rebase-apply)" "$(git_path index.lock)" ;;
+    esac
     if [ "$(git -C "$tree" rev-parse HEAD)" != "$(cat "$from/head")" ]; then
-      git -C "$tree" reset -q "$(cat "$from/head")" || true
+      git -C "$tree" reset -q "$(cat "$from/head")" || refuse "git cannot go back to commit $(cat "$from/head"); see above, then run this again."
     fi
   fi
   while IFS= read -r path; do
@@ -97,7 +101,14 @@ restore() {
     cp -p "$from/index" "$(git_path index)"
     [ "$(cat "$from/mode")" != 3way ] || rm -f "$(git_path "$merged_name")"
   fi
-  rm -rf "$from"
+  drop_journal "$from"
+}
+
+# A journal that is half removed must not look like one.
+drop_journal() {
+  rm -rf "$tree/$journal_name.tmp"
+  mv "$1" "$tree/$journal_name.tmp"
+  rm -rf "$tree/$journal_name.tmp"
 }
 
 # shellcheck disable=SC2329  # the trap invokes it
@@ -109,6 +120,7 @@ finish() {
     say "The tree is as it was before." >&2
   fi
   [ -z "$work" ] || rm -rf "$work"
+  [ "$drafting" = 0 ] || rm -rf "$tree/$journal_name.tmp"
   exit "$code"
 }
 
@@ -161,7 +173,7 @@ find_tree() {
   local where up
   if [ "$installed" = 1 ]; then
     [ -z "$target" ] || refuse "--installed finds the folder itself; leave out '$target', or leave out --installed."
-    where=$("$python" -c 'import importlib.util as u; s = u.find_spec("verl"); print(list(s.submodule_search_locations)[0])' 2>/dev/null) ||
+    where=$(cd "$work" && "$python" -c 'import importlib.util as u; s = u.find_spec("verl"); print(list(s.submodule_search_locations)[0])' 2>/dev/null) ||
       refuse "$python has no verl; give another with --python."
     tree=$(cd "$where/.." && pwd -P)
     return
@@ -174,6 +186,41 @@ find_tree() {
     up=$(dirname "$up")
   done
   tree=$up
+}
+
+# `--python` may be a path from where we are; the tests run elsewhere.
+find_python() {
+  case $python in
+    */*)
+      [ -x "$python" ] && [ ! -d "$python" ] || refuse "--python $python is not a program."
+      python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+      ;;
+    *) [ "$mode" = check ] || [ "$mode" = reverse ] || [ "$verify" = 0 ] || command -v "$python" >/dev/null ||
+      refuse "there is no program $python to run the added tests with; name one with --python, or give --no-verify." ;;
+  esac
+}
+
+# Whether git, where it is needed, can do what is asked of it.
+check_git() {
+  if have_git && [ -e "$tree/.git" ] && ! is_checkout; then
+    git -C "$tree" rev-parse --git-dir >/dev/null 2>"$work/git.log" || true
+    refuse "git does not take $tree for a checkout, so whether it is clean cannot be said: $(head -1 "$work/git.log")
+Mend that (of another user's folder: git config --global --add safe.directory '$tree'), or set OPD_PATCH_WITHOUT_GIT=1 to use patch alone."
+  fi
+  case $mode in 3way | am) ;; *) return 0 ;; esac
+  have_git || refuse "--$mode needs git, which is not on this machine; leave --$mode out."
+  is_checkout || refuse "--$mode needs a git checkout, and $tree is not the top of one; leave --$mode out."
+  [ "$installed" = 0 ] || refuse "--$mode is for git checkouts, not for --installed."
+}
+
+# git's own unfinished business.
+check_idle() {
+  local part
+  case $mode in 3way | am) ;; *) return 0 ;; esac
+  for part in rebase-apply rebase-merge MERGE_HEAD CHERRY_PICK_HEAD REVERT_HEAD index.lock; do
+    [ ! -e "$(git_path "$part")" ] ||
+      refuse "git is in the middle of something in $tree ($(git_path "$part") is there); end that first (git status says how)."
+  done
 }
 
 supported() {
@@ -212,15 +259,22 @@ select_files() {
   done < <(grep -v '^#' "$folder/FILES.txt")
 }
 
+is_running() {
+  [ "$1" != "$$" ] && kill -0 "$1" 2>/dev/null || return 1
+  ! command -v ps >/dev/null || ps -p "$1" -o args= 2>/dev/null | grep -q apply_patch
+}
+
 repair() {
-  rm -rf "$tree/$journal_name.tmp"
-  [ -d "$tree/$journal_name" ] || return 0
-  if [ "$mode" = check ] || [ "$mode" = verify ]; then
-    say "An earlier run was interrupted half way; the next run that applies or reverses restores the tree first."
-    exit 1
-  fi
+  local earlier=$tree/$journal_name changes=1
+  case $mode in check | verify) changes=0 ;; esac
+  [ "$changes" = 0 ] || rm -rf "$earlier.tmp"
+  [ -d "$earlier" ] || return 0
+  ! is_running "$(cat "$earlier/process")" ||
+    refuse "another apply_patch.sh is at work in $tree (process $(cat "$earlier/process"))."
+  [ "$changes" = 1 ] ||
+    refuse "an earlier run was interrupted half way; the next run that applies or reverses restores the tree first."
   say "An earlier run was interrupted half way; restoring the tree to what it was before that."
-  restore "$tree/$journal_name"
+  restore "$earlier"
 }
 
 # Whether the patch is in; then $work/inside.patch is what to take out.
@@ -280,7 +334,9 @@ explain_misfit() {
     printf 'refused: the patch does not fit %s: %d files are in the way. Nothing was changed.\n' "$tree" "$stuck" >&2
   fi
   cat "$work/misfit" >&2
-  is_checkout && [ "$mode" = apply ] && say "git may be able to merge it: apply_patch.sh --3way" >&2
+  case $mode in
+    apply | check) ! is_checkout || [ "$has" -gt 0 ] || say "git may be able to merge it: apply_patch.sh --3way" >&2 ;;
+  esac
   exit 1
 }
 
@@ -310,7 +366,7 @@ apply_as_asked() {
 }
 
 verify_tree() {
-  local test=tests/test_on_policy_distillation.py
+  local lacking test=tests/test_on_policy_distillation.py
   if ! grep -q 'import verl.trainer.ppo.on_policy_distillation' "$tree/verl/trainer/ppo/core_algos.py" ||
     ! grep -q '^@register_policy_loss(LOSS_MODE)' "$tree/verl/trainer/ppo/on_policy_distillation.py"; then
     say "failed: the registration of the policy loss is not in the tree." >&2
@@ -318,10 +374,6 @@ verify_tree() {
   fi
   say "verified: the policy loss is registered in verl/trainer/ppo/on_policy_distillation.py"
   [ "$verify" = 1 ] || return 0
-  if ! "$python" -c 'import torch, tensordict, ray, omegaconf' >/dev/null 2>&1; then
-    say "not verified: $python lacks torch, tensordict, ray or omegaconf, so the added tests were not run; name a Python that has them with --python."
-    return 0
-  fi
   if [ "$installed" = 1 ]; then
     section_of "$folder/$patch_name" "$test" | awk '/^\+/ && !/^\+\+\+ / { print substr($0, 2) }' >"$work/test.py"
     test=$work/test.py
@@ -330,6 +382,11 @@ verify_tree() {
   fi
   if (cd "$work" && PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} "$python" "$test") >"$work/verify.log" 2>&1; then
     say "verified: $(grep -c '^ok ' "$work/verify.log") added tests pass"
+    return 0
+  fi
+  lacking=$(sed -n "s/^ModuleNotFoundError: No module named '\([^'.]*\).*/\1/p" "$work/verify.log" | tail -1)
+  if [ -n "$lacking" ] && [ ! -d "$tree/$lacking" ]; then
+    say "not verified: $python lacks $lacking, which verl needs, so the added tests were not run; name the Python of your verl with --python."
   else
     say "failed: the added tests do not pass in the patched tree:" >&2
     tail -30 "$work/verify.log" >&2
@@ -342,17 +399,11 @@ do_apply() {
     say "Already applied to verl $version in $tree; nothing to do."
     exit 0
   fi
-  case $mode in
-    3way | am)
-      have_git || refuse "--$mode needs git, which is not on this machine; leave --$mode out."
-      is_checkout || refuse "--$mode needs a git checkout, and $tree is not the top of one; leave --$mode out."
-      [ "$installed" = 0 ] || refuse "--$mode is for git checkouts, not for --installed."
-      ;;
-  esac
   if ! fits "$work/selected.patch" forward; then
     if [ "$mode" != 3way ] || grep -q 'already exists' "$work/fits.log"; then explain_misfit; fi
   fi
   check_clean
+  check_idle
   if [ "$mode" = check ]; then
     say "verl $version in $tree: the patch applies ($(wc -l <"$work/paths" | tr -d ' ') files); nothing was changed."
     exit 0
@@ -377,10 +428,10 @@ Next: python -m verl.trainer.main_ppo … \\
     actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation \\
     actor_rollout_ref.actor.policy_loss.teacher_path=TEACHER"
   if [ "$installed" = 1 ]; then
-    say "PATCH_README.md explains the keys. Take it out again: apply_patch.sh --installed --reverse --python $python"
+    say "PATCH_README.md explains the keys. Take it out again, before another verl is installed: apply_patch.sh --installed --reverse --python $(printf %q "$python")"
   else
     say "ON_POLICY_DISTILLATION.md explains every key, and examples/on_policy_distillation has whole command lines.
-Take it out again: apply_patch.sh --reverse $tree"
+Take it out again: apply_patch.sh --reverse $(printf %q "$tree")"
   fi
 }
 
@@ -408,9 +459,10 @@ do_reverse() {
     exit 1
   fi
   remove_empty_folders
-  if is_checkout; then rm -f "$(git_path "$merged_name")"; fi
-  rm -rf "$journal" "${tree:?}/$backup_name"
+  drop_journal "$journal"
   started=0
+  rm -rf "${tree:?}/$backup_name"
+  if is_checkout; then rm -f "$(git_path "$merged_name")"; fi
   say "Taken out of verl $version in $tree."
   if is_checkout && git -C "$tree" log -1 --format=%s 2>/dev/null | grep -q 'on-policy distillation as a policy loss'; then
     say "The commit that brought it is still in the history: commit this, or git revert it instead."
@@ -440,11 +492,12 @@ done_with_journal() {
   if [ "$installed" = 1 ]; then
     rm -rf "${tree:?}/$backup_name"
     mv "$journal" "$tree/$backup_name"
+    started=0
     say "The files as they were are in $tree/$backup_name"
   else
-    rm -rf "$journal"
+    drop_journal "$journal"
+    started=0
   fi
-  started=0
 }
 
 list_files() {
@@ -491,13 +544,16 @@ list_files() {
     shift
   done
 
-  have_git || command -v patch >/dev/null 2>&1 || refuse "neither git nor patch is on this machine; install one of them."
+  have_git || patch --version 2>/dev/null | grep -q GNU || refuse "neither git nor GNU patch is on this machine; install one of them."
   work=$(mktemp -d)
   trap finish EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
+  trap 'exit 141' PIPE
+  find_python
   find_tree
   find_patch
+  check_git
   select_files
   repair
   case $mode in
