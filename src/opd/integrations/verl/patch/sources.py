@@ -28,7 +28,7 @@ def new_name(module: str) -> str:
     """The name in verl's tree of a module of ours."""
     if module == f"{TREE}.face":
         return FACE
-    if module.startswith(f"{TREE}."):
+    if module == TREE or module.startswith(f"{TREE}."):
         return CORE + module.removeprefix(TREE)
     if module == "opd.teachers.vocabulary":
         return f"{CORE}.vocabulary"
