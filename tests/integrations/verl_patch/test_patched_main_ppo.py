@@ -115,7 +115,7 @@ def test_main_ppo_trains_and_its_first_loss_is_that_of_plain_transformers(tree: 
     losses = [step["actor/distillation/loss"] for step in done.metrics]
     assert losses[-1] < losses[0]
     drift = [step["training/rollout_probs_diff_max"] for step in done.metrics]
-    assert max(drift) < 1e-5, drift
+    assert max(drift) < (0.05 if OLD else 1e-5), drift  # 0.8 sends the rollout its weights in bfloat16
 
 
 def test_two_ranks_padded_micro_batches_two_teachers_and_a_policy_loss(tree: Path, folder: Path):

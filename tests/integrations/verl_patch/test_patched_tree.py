@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from patch_trees import NEWEST, PATCHES, VERSIONS, make_tree, release, script, state
 
+from opd.integrations.verl.launch import NOT_INHERITED
+
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed, so a tree of it cannot be imported", allow_module_level=True)
 
@@ -19,6 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 INSTALLED = importlib.metadata.version("verl")
 RUNNABLE = [version for version in VERSIONS if version.split(".")[:2] == INSTALLED.split(".")[:2]]
 """The releases whose dependencies this environment has."""
+
+HERE = Path(__file__).parent
+HARNESS = (HERE.parents[2] / "src", HERE.parent / "verl", HERE)
+"""For a platform on a CPU and tiny models, which are no part of the patch."""
+MODULES = "verl080_cpu" if INSTALLED.startswith("0.8.") else "opd.integrations.verl.cpu.platform"
 
 COMPOSE = """
 import sys
@@ -34,9 +41,8 @@ print(settings_of(actor.policy_loss))
 
 def python(tree: Path, *words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     """This environment's Python with the tree's verl, and without the plugin."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")
-    }
+    left_out = ("PYTHONPATH", "VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", *NOT_INHERITED)
+    clean = {k: v for k, v in os.environ.items() if k not in left_out}
     env = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "VERL_USE_EXTERNAL_PLUGINS": "none", **env}
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=tree, env={**clean, **env}, capture_output=True, text=True, check=False
@@ -66,6 +72,18 @@ def test_it_is_the_trees_own_verl_and_no_part_of_opd(tree: Path):
     done = python(tree, "-c", code)
     path, has_opd, _ = done.stdout.split()[-3:]
     assert Path(path).is_relative_to(tree) and has_opd == "False"
+
+
+def test_a_step_of_the_trees_own_engine_equals_plain_transformers(tree: Path, tmp_path: Path):
+    """Loss and every gradient: packed and padded, micro-batches, masks, temperatures, PPO beside it, two teachers."""
+    sys.path.append(str(HERE.parent / "verl"))
+    from verl_world import make_models
+
+    path = os.pathsep.join(map(str, (tree, *HARNESS)))
+    env = {"PYTHONPATH": path, "VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": MODULES, "OMP_NUM_THREADS": "1"}
+    done = python(tree, HERE / "engine_in_tree.py", make_models(tmp_path), **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("\nok ") + done.stdout.startswith("ok ") == 4, done.stdout
 
 
 @pytest.mark.parametrize("name", ["run_distillation.sh", "run_hybrid.sh", "run_two_teachers.sh"])
