@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from verl_engines import RESPONSE_LENGTHS, batch, join, step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from verl.trainer.ppo.on_policy_distillation import OnPolicyDistillation
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
 from verl.workers.engine import EngineRegistry
+from verl_engines import RESPONSE_LENGTHS, batch, join, step
 
 import opd.integrations.verl.cpu.register
 
