@@ -334,6 +334,9 @@ explain_misfit() {
     printf 'refused: the patch does not fit %s: %d files are in the way. Nothing was changed.\n' "$tree" "$stuck" >&2
   fi
   cat "$work/misfit" >&2
+  if [ "$stuck" = 0 ] && [ "$has" = "$(grep -c '^new ' "$work/paths")" ]; then
+    say "Only the added files are there, as after pip replaced a patched verl. Remove them (PATCH_README.md says which), then run this again." >&2
+  fi
   case $mode in
     apply | check) ! is_checkout || [ "$has" -gt 0 ] || say "git may be able to merge it: apply_patch.sh --3way" >&2 ;;
   esac

@@ -330,6 +330,10 @@ def test_an_installed_copy_is_patched_with_a_backup_and_restored(tmp_path: Path)
     assert state(site) == before
     assert script("--installed", "--python", "./python", cwd=tmp_path).returncode == 0
     assert script("--installed", "--reverse", "--python", "./python", cwd=tmp_path).returncode == 0
+    assert script("--installed", "--python", python).returncode == 0
+    make_tree(site, small_files(NEWEST))  # as pip does with another release: files that it does not know stay
+    left = script("--installed", "--python", python)
+    assert left.returncode == 1 and "Only the added files are there" in left.stderr
     nothing = program(tmp_path / "other", f'exec "{sys.executable}" -S "$@"')
     here = make_tree(tmp_path / "checkout", small_files(NEWEST))
     assert "has no verl" in script("--installed", "--python", nothing, cwd=here).stderr
