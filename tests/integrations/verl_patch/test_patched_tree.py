@@ -121,7 +121,7 @@ def test_the_example_scripts_are_command_lines_that_verl_takes(newest: Path, nam
 
 @pytest.mark.parametrize("who", ["ours", "definition"])
 def test_the_benchmark_of_the_readme_measures(newest: Path, who: str):
-    words = ("examples/on_policy_distillation/benchmark.py", "--one", who, "generalized_jsd", "8", "100", "float32")
+    words = ("examples/on_policy_distillation/benchmark.py", "--one", who, "generalized_jsd", "128", "8000", "float32")
     done = python(newest, *words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     seconds, mib = done.stdout.split()[-2:]
