@@ -57,7 +57,7 @@ $(VERL080_READY): pyproject.toml constraints-verl080.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "verl 0.8's environment needs Python 3.11 or 3.12 (numpy < 2); set PYTHON=/path/to/python3"; exit 1; }
 	test -x $(VERL080_BIN)/python || $(PYTHON) -m venv $(VERL080_VENV)
 	@echo 'Installing verl 0.8.0, Ray and PyTorch into $(VERL080_VENV): a few minutes, once.'
-	$(VERL080_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl080.txt verl==0.8.0 -e . pytest pytest-timeout psutil
+	$(VERL080_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl080.txt verl==0.8.0 cachetools fastapi uvicorn msgspec pyzmq -e . pytest pytest-timeout psutil
 	@touch $(VERL080_READY)
 
 patches: $(READY)  ## the patches for verl's own tree, again: after any change to what they carry
