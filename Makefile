@@ -7,8 +7,12 @@ READY := $(VENV)/.ready
 VERL_VENV := .venv-verl
 VERL_BIN := $(VERL_VENV)/bin
 VERL_READY := $(VERL_VENV)/.ready
+VERL080_VENV := .venv-verl080
+VERL080_BIN := $(VERL080_VENV)/bin
+VERL080_READY := $(VERL080_VENV)/.ready
+IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 
-.PHONY: demo test verl check lint fast bench clean
+.PHONY: demo test verl verl-patch check lint fast bench patches dist clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -16,8 +20,12 @@ demo: $(READY)  ## a student learns from a teacher on its own samples, on the CP
 test: $(READY)  ## every test
 	$(BIN)/python -m pytest
 
-verl: $(VERL_READY)  ## the tests of the verl plugin: real runs of verl on the CPU
+verl: $(VERL_READY) $(VERL080_READY)  ## the tests of the verl plugin: real runs of verl on the CPU
 	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/integrations/verl
+
+verl-patch: $(VERL_READY) $(VERL080_READY)  ## the tests inside patched trees of verl, with real runs; `make test` has those of the builder and the installer
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest $(IN_VERL)
+	OMP_NUM_THREADS=1 $(VERL080_BIN)/python -m pytest $(IN_VERL) -k 'not two_ranks'
 
 fast: $(READY)  ## the tests that end in under two minutes
 	$(BIN)/python -m pytest -m "not slow"
@@ -45,5 +53,18 @@ $(VERL_READY): pyproject.toml constraints-verl.txt
 	$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e '.[verl]' pytest pytest-timeout psutil
 	@touch $(VERL_READY)
 
+$(VERL080_READY): pyproject.toml constraints-verl080.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "verl 0.8's environment needs Python 3.11 or 3.12 (numpy < 2); set PYTHON=/path/to/python3"; exit 1; }
+	test -x $(VERL080_BIN)/python || $(PYTHON) -m venv $(VERL080_VENV)
+	@echo 'Installing verl 0.8.0, Ray and PyTorch into $(VERL080_VENV): a few minutes, once.'
+	$(VERL080_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl080.txt verl==0.8.0 cachetools fastapi uvicorn msgspec pyzmq -e . pytest pytest-timeout psutil
+	@touch $(VERL080_READY)
+
+patches: $(READY)  ## the patches for verl's own tree, again: after any change to what they carry
+	for version in 0.8.0 0.9.0 0.9.1; do $(BIN)/opd verl patch build --verl $$version || exit 1; done
+
+dist: $(READY)  ## the patches for verl as one archive with checksums
+	$(BIN)/opd verl patch pack --out dist
+
 clean:  ## remove the virtual environments and run folders
-	rm -rf $(VENV) $(VERL_VENV) runs
+	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV) runs dist

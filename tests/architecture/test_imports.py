@@ -55,6 +55,7 @@ CROSS_EDGES = {
     ("rollouts", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
     ("demo", "testing"): "the demo's models are the tiny ones",
     ("integrations", "testing"): "the stand-ins of a dry run are tiny models",
+    ("integrations", ""): "the patch for verl says which version of the package it was made from",
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 

@@ -34,8 +34,8 @@ def test_a_dry_run_says_how_to_install_verl(capsys: pytest.CaptureFixture[str]):
     [
         (["doctor"], "Name the plugin to look at: opd doctor verl"),
         (["doctor", "trl"], "Name the plugin to look at: opd doctor verl"),
-        (["verl"], "There is one command here: opd verl smoke"),
-        (["verl", "train"], "There is one command here: opd verl smoke"),
+        (["verl"], "There are two commands here: opd verl smoke"),
+        (["verl", "train"], "There are two commands here: opd verl smoke"),
         (["verl", "smoke"], "Give your verl overrides"),
         (["verl", "smoke", "--steps", "two", "a=1"], "--steps takes a number, not 'two'"),
         (["verl", "smoke", "--steps"], "--steps takes a number, not ''"),

@@ -22,11 +22,15 @@ INTERRUPTED = 130
 
 
 def run(args: Sequence[str]) -> int:
+    if args and args[0] == "patch":
+        from opd.cli.verl_patch import run as patch
+
+        return patch(args[1:])
     if "-h" in args or "--help" in args:
-        print(f"usage: {USAGE}\n{HELP}")
+        print(f"usage: {USAGE}\n{HELP}\n\nopd verl patch --help: on-policy distillation inside verl's own tree.")
         return 0
     if not args or args[0] != "smoke":
-        raise ConfigError(f"There is one command here: {USAGE}")
+        raise ConfigError(f"There are two commands here: {USAGE}; and opd verl patch, see opd verl patch --help")
     options, words = _split(args[1:])
     if not words:
         raise ConfigError(f"Give your verl overrides: {USAGE}")

@@ -1,0 +1,279 @@
+"""On-policy distillation as a policy loss of verl: `actor_rollout_ref.actor.policy_loss.loss_mode=on_policy_distillation`.
+
+The student is trained on its own samples to say what a frozen teacher would say at every token. Functions take whole logits, student
+first; log-probs and divergences are in nats and in float32 (float64 when given it). ON_POLICY_DISTILLATION.md explains the rest.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
+
+from opd.errors import ConfigError, NonFiniteError, ObjectiveError
+from opd.integrations.verl.patch.tree.logits import TokenLosses, token_losses
+from opd.integrations.verl.patch.tree.settings import LOSS_MODE, Settings, check_config, settings_of
+from opd.losses import Objective
+
+__all__ = [
+    "LOSS_MODE",
+    "Settings",
+    "check_config",
+    "compute_hybrid_distillation_loss",
+    "compute_multi_teacher_distillation_loss",
+    "compute_on_policy_distillation_loss",
+    "forward_kl_loss",
+    "generalized_jsd_loss",
+    "gkd",
+    "policy_loss_on_policy_distillation",
+    "reverse_kl_loss",
+    "settings_of",
+]
+
+PREFIX = "actor/distillation/"
+"""Of this loss's metrics."""
+Losses = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(loss, clip fraction, KL, lower clip fraction), each a scalar; only the loss can be differentiated."""
+
+
+def reverse_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(student ‖ teacher) = Σ p (log p − log q) at each position: [..., vocab] logits in, [...] nats out. Mode-seeking."""
+    return _per_token(student_logits, teacher_logits, "reverse_kl", temperature)
+
+
+def forward_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) = Σ q (log q − log p) at each position: [..., vocab] logits in, [...] nats out. Mean-seeking."""
+    return _per_token(student_logits, teacher_logits, "forward_kl", temperature)
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    normalize: bool = True,
+) -> Tensor:
+    """β KL(teacher ‖ M) + (1−β) KL(student ‖ M), M = β teacher + (1−β) student, at each position; arXiv 2306.13649.
+
+    Divided by β(1−β) when `normalize`, so that β → 0 is forward KL and β → 1 reverse KL; the published form fades at both ends.
+    """
+    return _per_token(student_logits, teacher_logits, "generalized_jsd", temperature, beta=beta, normalize=normalize)
+
+
+def gkd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """KL(student ‖ β·teacher + (1−β)·student) at each position: reverse KL at β = 1, identically 0 at β = 0."""
+    return _per_token(student_logits, teacher_logits, "skew_reverse_kl", temperature, beta=beta)
+
+
+def compute_on_policy_distillation_loss(
+    old_log_prob: Tensor | None,
+    log_prob: Tensor | None,
+    advantages: Tensor | None,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+    *,
+    teacher_logits: Tensor | Sequence[Tensor] | None = None,
+    student_logits: Tensor | None = None,
+) -> Losses:
+    """λ_rl · policy loss + λ_distill · divergence, as `config.policy_loss` says (an ActorConfig; None is pure reverse KL).
+
+    Logits are [sequences, response, vocab], raw, and row t predicts response token t; the others are [sequences, response]. With
+    λ_rl = 0 the first three are not read and may be None. The KL returned is the mean KL(student ‖ teacher) at temperature 1,
+    whatever is trained; the clip fractions are those of the policy loss, 0 without one. A sequence of teachers is mixed by
+    `config.policy_loss.teacher_weights` and `teacher_mixture`. Raises ObjectiveError for missing or misshapen logits, NonFiniteError
+    for a NaN or infinite loss.
+    """
+    settings = settings_of(None if config is None else config.policy_loss)
+    return _total(
+        settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
+        teacher_logits, student_logits,
+    )  # fmt: skip
+
+
+def compute_hybrid_distillation_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+    *,
+    teacher_logits: Tensor | Sequence[Tensor],
+    student_logits: Tensor,
+    lambda_rl: float = 1.0,
+    lambda_distill: float = 1.0,
+) -> Losses:
+    """`compute_on_policy_distillation_loss` with both weights given here. verl's policy loss reads its clip ratios in `config`."""
+    told = settings_of(None if config is None else config.policy_loss)
+    settings = Settings(**{**vars(told), "hybrid_lambda_rl": lambda_rl, "hybrid_lambda_distill": lambda_distill})
+    return _total(
+        settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
+        teacher_logits, student_logits,
+    )  # fmt: skip
+
+
+def compute_multi_teacher_distillation_loss(
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    *,
+    teacher_logits: Sequence[Tensor],
+    student_logits: Tensor,
+    teacher_weights: Sequence[float] | None = None,
+    mixture: str = "probability",
+) -> Losses:
+    """Pure distillation from several teachers: q = Σ w q_i (probability), log q ∝ Σ w log q_i (logit), or Σ w D(student, q_i) (loss)."""
+    told = settings_of(None if config is None else config.policy_loss)
+    weights = tuple(float(w) for w in teacher_weights or ())
+    names = tuple(f"teacher {i}" for i in range(len(teacher_logits)))
+    changed = {"teacher_path": names, "teacher_weights": weights, "teacher_mixture": mixture, "hybrid_lambda_rl": 0.0}
+    settings = Settings(**{**vars(told), **changed})
+    return _total(
+        settings, (None, None, None), response_mask, loss_agg_mode, config, None, teacher_logits, student_logits
+    )
+
+
+@register_policy_loss(LOSS_MODE)
+def policy_loss_on_policy_distillation(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+    *,
+    teacher_logits: Tensor | Sequence[Tensor] | None = None,
+    student_logits: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """`compute_on_policy_distillation_loss` in the form of verl's registry: the loss and its metrics.
+
+    verl's trainers hand a policy loss no logits; in training `OnPolicyDistillation` takes its place. Without logits this raises.
+    """
+    loss, clipped, kl, clipped_lower = compute_on_policy_distillation_loss(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
+        teacher_logits=teacher_logits, student_logits=student_logits,
+    )  # fmt: skip
+    return loss, {
+        "actor/pg_clipfrac": clipped.item(),
+        f"{PREFIX}reverse_kl": kl.item(),
+        "actor/pg_clipfrac_lower": clipped_lower.item(),
+    }
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer's side is loaded when it is asked for: it needs verl's workers, and the losses do not."""
+    if name == "OnPolicyDistillation":
+        from opd.integrations.verl.patch.tree.step import OnPolicyDistillation
+
+        return OnPolicyDistillation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _per_token(student: Tensor, teacher: Tensor, name: str, temperature: float, **shape: Any) -> Tensor:
+    objective = Objective(divergence=name, student_temperature=temperature, teacher_temperature=temperature, **shape)  # pyright: ignore[reportArgumentType]
+    _check_logits(student, [teacher])
+    flat, others = student.flatten(0, -2), [teacher.flatten(0, -2)]
+    return token_losses(flat, others, objective, watch=False).loss.view(student.shape[:-1])
+
+
+def _total(
+    settings: Settings,
+    rl: tuple[Tensor | None, Tensor | None, Tensor | None],
+    response_mask: Tensor,
+    loss_agg_mode: str,
+    config: Any,
+    rollout_is_weights: Tensor | None,
+    teacher_logits: Tensor | Sequence[Tensor] | None,
+    student_logits: Tensor | None,
+) -> Losses:
+    if student_logits is None or teacher_logits is None:
+        raise ObjectiveError(
+            f"the policy loss {LOSS_MODE} was called without teacher_logits and student_logits. In training, verl's FSDP engine hands "
+            "them over; is the patch applied whole (apply_patch.sh --check), and actor.strategy fsdp or fsdp2?"
+        )
+    info = {} if config is None else dict(config.global_batch_info)
+    found, mask = _divergences(settings, response_mask, teacher_logits, student_logits)
+
+    def mean(values: Tensor) -> Tensor:
+        everywhere = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return agg_loss(loss_mat=everywhere, loss_mask=mask.to(values.dtype), loss_agg_mode=loss_agg_mode, **info)
+
+    loss = settings.hybrid_lambda_distill * mean(found.loss)
+    if not loss.isfinite():
+        raise NonFiniteError(
+            f"the distillation loss is not finite, at {int((~found.loss.isfinite()).sum())} of {len(found.loss)} response tokens: student "
+            "or teacher gives NaN, or the teacher rules out a token that the student gives some probability."
+        )
+    clipped = clipped_lower = loss.detach().new_zeros(())
+    if settings.trains_rl:
+        policy, metrics = _policy_loss(settings, rl, response_mask, loss_agg_mode, config, rollout_is_weights)
+        loss = loss + settings.hybrid_lambda_rl * policy
+        clipped, clipped_lower = (
+            torch.as_tensor(metrics.get(f"actor/{name}", 0.0), device=loss.device, dtype=loss.dtype).detach()
+            for name in ("pg_clipfrac", "pg_clipfrac_lower")
+        )
+    return loss, clipped, mean(found.metrics["reverse_kl"]).detach(), clipped_lower
+
+
+def _divergences(
+    settings: Settings, response_mask: Tensor, teacher_logits: Tensor | Sequence[Tensor], student_logits: Tensor
+) -> tuple[TokenLosses, Tensor]:
+    teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
+    _check_logits(student_logits, teachers)
+    mask = response_mask.bool()
+    if mask.shape != student_logits.shape[:-1]:
+        raise ObjectiveError(
+            f"response_mask is {tuple(mask.shape)}, but student_logits are {tuple(student_logits.shape)}; cut the logits to the responses "
+            "first: row t predicts response token t."
+        )
+    found = token_losses(
+        student_logits.flatten(0, -2),
+        [t.flatten(0, -2) for t in teachers],
+        settings.objective(),
+        positions=mask.flatten().nonzero().squeeze(-1),
+        teacher_weights=torch.tensor(settings.shares(len(teachers)), dtype=torch.float64),
+        mixture=settings.teacher_mixture,
+    )
+    return found, mask
+
+
+def _policy_loss(
+    settings: Settings,
+    rl: tuple[Tensor | None, Tensor | None, Tensor | None],
+    response_mask: Tensor,
+    loss_agg_mode: str,
+    config: Any,
+    rollout_is_weights: Tensor | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    if config is None or any(value is None for value in rl):
+        raise ConfigError(
+            "a hybrid loss (hybrid_lambda_rl > 0) needs old_log_prob, log_prob, advantages and verl's actor config, where the clip ratios "
+            "are; pass them, or set hybrid_lambda_rl=0."
+        )
+    old_log_prob, log_prob, advantages = rl
+    return get_policy_loss_fn(settings.hybrid_loss_mode)(
+        old_log_prob=old_log_prob,
+        log_prob=log_prob,
+        advantages=advantages,
+        response_mask=response_mask,
+        loss_agg_mode=loss_agg_mode,
+        config=config,
+        rollout_is_weights=rollout_is_weights,
+    )
+
+
+def _check_logits(student: Tensor, teachers: Sequence[Tensor]) -> None:
+    for teacher in teachers:
+        if student.dim() < 2 or teacher.shape[:-1] != student.shape[:-1]:
+            raise ObjectiveError(
+                f"student_logits are {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}; both must be [..., vocab] at the "
+                "same positions."
+            )

@@ -1,0 +1,78 @@
+"""A frozen teacher beside the student, in the same worker: loaded and sharded by verl's FSDP engine, without an optimizer."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from verl.workers.config import FSDPEngineConfig, HFModelConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from opd.integrations.verl.patch.tree.settings import Settings
+from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+
+DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
+
+
+class Teacher(FSDPEngineWithLMHead):
+    """Every worker holds a shard; a forward pass gathers one layer at a time."""
+
+    def __init__(self, path: str, student: Any, settings: Settings) -> None:
+        """`student` is the actor's engine, whose precision and sharding the teacher shares. Raises VocabularyError."""
+        model = _model_config(path, student.model_config, settings)
+        self.vocabulary = _common_vocabulary(student.model_config, model)
+        super().__init__(model, _engine_config(student.engine_config, settings.teacher_offload), None, None)
+        module = self._build_module().requires_grad_(False)
+        self.module: Any = self._build_fsdp_module(module).eval()
+
+    @torch.no_grad()
+    def logits(self, model_inputs: Mapping[str, Any]) -> Tensor:
+        """[tokens, vocab] at every token of the micro-batch, padding left out."""
+        device_type = model_inputs["input_ids"].device.type
+        with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
+            logits = self.module(**model_inputs, use_cache=False).logits
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()  # FSDP2 keeps the root gathered for a backward pass, which never comes
+        mask = model_inputs.get("attention_mask")
+        return logits.squeeze(0) if mask is None else logits[mask.bool()]
+
+
+def _common_vocabulary(student: Any, teacher: Any) -> VocabularyMatch:
+    rows = [config.hf_config.get_text_config().vocab_size for config in (student, teacher)]
+    match = check_vocabularies(
+        student.tokenizer, teacher.tokenizer, *rows, student_name=student.path, teacher_name=teacher.path
+    )
+    for warning in match.warnings:
+        print(f"on-policy distillation: warning: {warning}", flush=True)
+    return match
+
+
+def _model_config(path: str, student: Any, settings: Settings) -> HFModelConfig:
+    attention = student.override_config.get("attn_implementation")
+    return HFModelConfig(
+        path=path,
+        trust_remote_code=settings.teacher_trust_remote_code,
+        override_config={} if attention is None else {"attn_implementation": attention},
+        use_remove_padding=student.use_remove_padding,
+        enable_gradient_checkpointing=False,
+    )
+
+
+def _engine_config(actor: Any, offload: bool) -> FSDPEngineConfig:
+    mixed = dict(actor.mixed_precision or {})
+    dtype = mixed.get("param_dtype", DEFAULT_PRECISION)
+    return FSDPEngineConfig(
+        strategy=actor.strategy,
+        forward_only=offload,  # verl keeps the shards of a forward-only model in CPU memory
+        model_dtype=dtype,
+        mixed_precision={**mixed, "param_dtype": dtype},
+        reshard_after_forward=actor.reshard_after_forward,
+        fsdp_size=actor.fsdp_size,
+        wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
+        use_torch_compile=False,
+    )

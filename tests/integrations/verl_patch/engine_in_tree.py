@@ -1,0 +1,146 @@
+"""One training step of a patched tree's own FSDP engine in this very process: loss and every gradient against plain transformers.
+
+`python engine_in_tree.py MODELS`, with the tree first on PYTHONPATH; test_patched_tree.py starts it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from verl.trainer.ppo.on_policy_distillation import OnPolicyDistillation
+from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
+from verl.workers.engine import EngineRegistry
+from verl_engines import RESPONSE_LENGTHS, batch, join, step
+
+import opd.integrations.verl.cpu.register
+
+TOKENS = 258  # of the byte tokenizer
+ROUNDING = 1e-5  # of the largest entry: float32 sums in another order
+FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+HIDDEN = ((0, 2), (2, 0), (3, 3))
+CASES: dict[str, dict[str, Any]] = {
+    "reverse KL, packed, at a rollout temperature": {"rollout": 0.7},
+    "gkd, padded, two micro-batches": {
+        "packed": False,
+        "micro": 2,
+        "distillation_type": "gkd",
+        "distillation_beta": 0.3,
+    },
+    "forward KL at temperature 2 beside PPO, rollouts at 0.5": {
+        "rollout": 0.5,
+        "micro": 2,
+        "distillation_type": "forward_kl",
+        "distillation_temperature": 2.0,
+        "hybrid_lambda_rl": 0.5,
+        "hybrid_lambda_distill": 3.0,
+    },
+    "JSD to a mixture of two teachers, one with rows to spare": {
+        "distillation_type": "generalized_jsd",
+        "distillation_beta": 0.25,
+        "teachers": ("teacher", "wide"),
+        "teacher_weights": [0.3, 0.7],
+        "micro": 1,
+    },
+}
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def divergence(name: str, p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """The definition."""
+    m = (beta * q.exp() + (1 - beta) * p.exp()).log()
+    if name == "generalized_jsd":
+        return kl(q, m) / (1 - beta) + kl(p, m) / beta
+    return {"reverse_kl": lambda: kl(p, q), "forward_kl": lambda: kl(q, p), "gkd": lambda: kl(p, m)}[name]()
+
+
+def ppo(logp: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+    """Clipped at 0.2, and at 3 where the advantage is negative: verl's defaults."""
+    ratio = (logp - old).exp()
+    clipped = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    return torch.where(advantage < 0, torch.minimum(clipped, -3.0 * advantage), clipped)
+
+
+def plainly(models: Path, data: Any, teachers: tuple[str, ...], policy: dict[str, Any], rollout: float):
+    """Sequence by sequence, from whole logits, by autograd."""
+    learner, *experts = (
+        AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager", dtype=torch.float32)
+        for name in ("student", *teachers)
+    )
+    temperature, beta = policy.get("distillation_temperature", 1.0), policy.get("distillation_beta", 0.5)
+    terms = []
+    columns = (data[name].unbind() for name in ("prompts", "responses", "old_log_probs", "advantages", "response_mask"))
+    for prompt, response, old, advantage, mask in zip(*columns, strict=True):
+        ids = torch.cat([prompt, response]).unsqueeze(0)
+        at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        whole = learner(input_ids=ids).logits[0, at]
+        p = (whole[:, :TOKENS] / temperature).log_softmax(-1)
+        with torch.no_grad():
+            said = [
+                (e(input_ids=ids).logits[0, at, :TOKENS] / temperature).log_softmax(-1).double().exp() for e in experts
+            ]
+        weights = policy.get("teacher_weights", [1.0])
+        q = sum(w * x for w, x in zip(weights, said, strict=True)).log().float()  # pyright: ignore[reportAttributeAccessIssue]
+        loss = policy.get("hybrid_lambda_distill", 1.0) * divergence(
+            policy.get("distillation_type", "reverse_kl"), p, q, beta
+        )
+        if policy.get("hybrid_lambda_rl"):
+            logp = (whole / rollout).log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+            loss = loss + policy["hybrid_lambda_rl"] * ppo(logp, old, advantage)
+        terms.append(loss[mask.bool()])
+    total = torch.cat(terms).mean()
+    total.backward()
+    return total.item(), {name: p.grad for name, p in learner.named_parameters()}
+
+
+def main(models: Path) -> None:
+    assert opd.integrations.verl.cpu.register
+    join()
+    for told, case in CASES.items():
+        case = dict(case)
+        rollout, packed, micro = case.pop("rollout", 1.0), case.pop("packed", True), case.pop("micro", 4)
+        teachers = case.pop("teachers", ("teacher",))
+        paths = [str(models / name) for name in teachers]
+        config = FSDPActorConfig(
+            strategy="fsdp2",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=micro,
+            policy_loss=PolicyLossConfig(loss_mode="on_policy_distillation", teacher_path=paths, **case),
+        )
+        built = EngineRegistry.new(
+            model_type="language_model",
+            backend="fsdp2",
+            model_config=HFModelConfig(
+                path=str(models / "student"),
+                override_config={"attn_implementation": "sdpa"},
+                use_remove_padding=packed,
+            ),
+            engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=FP32, use_torch_compile=False),
+            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
+            checkpoint_config=None,
+        )
+        assert type(built).__module__.startswith("verl."), type(built)
+        built.initialize()
+        data = batch(micro_batch_size=micro, remove_padding=packed, temperature=rollout, hide=HIDDEN)
+        value, gradients, metrics = step(built, data, OnPolicyDistillation(config=config, engine=built))
+        expected, wanted = plainly(models, data, teachers, case, rollout)
+        assert abs(value - expected) < 1e-5 * max(1.0, abs(expected)), f"{told}: {value}, not {expected}"
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            bound = ROUNDING * float(gradient.abs().max())
+            torch.testing.assert_close(
+                gradients[name], gradient, atol=bound, rtol=1e-4, msg=lambda m, n=name, t=told: f"{t}: {n}: {m}"
+            )
+        tokens = sum(RESPONSE_LENGTHS) - len(HIDDEN)
+        print(f"ok {told}: {value:.6f} over {tokens} tokens, {sorted(metrics)[:3]}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
