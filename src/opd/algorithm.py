@@ -7,13 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, require
 from opd.losses import WEIGHT_SUM_TOLERANCE, Combine, Hybrid, Objective, Scale, Schedule, moving
-
-
-def _require(ok: bool, what: str) -> None:
-    if not ok:
-        raise ConfigError(what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,31 +37,31 @@ class RolloutConfig:
     """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, not {self.max_new_tokens}")
         start = self.horizon_start
-        _require(
+        require(
             start is None or 1 <= start <= self.max_new_tokens,
             f"rollout.horizon_start must lie between 1 and rollout.max_new_tokens={self.max_new_tokens}, not {start}",
         )
-        _require(
+        require(
             self.horizon_steps is None or (start is not None and self.horizon_steps >= 1),
             f"rollout.horizon_steps={self.horizon_steps} is how long the horizon grows from rollout.horizon_start, which is not set or "
             "takes no step; set both (steps ≥ 1), or neither.",
         )
-        _require(
+        require(
             math.isfinite(self.temperature) and self.temperature > 0,
             f"rollout.temperature must be a positive number, not {self.temperature}: training needs samples of the "
             "student's own distribution, and greedy decoding is not one. Use 1.0.",
         )
-        _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], not {self.top_p}; 1.0 switches it off")
-        _require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
-        _require(self.batch_size >= 1, f"rollout.batch_size must be at least 1, not {self.batch_size}")
-        _require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
-        _require(
+        require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], not {self.top_p}; 1.0 switches it off")
+        require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
+        require(self.batch_size >= 1, f"rollout.batch_size must be at least 1, not {self.batch_size}")
+        require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
+        require(
             self.lmbda < 1 or self.off_policy == "dataset",
             "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
         )
-        _require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
+        require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
 
     def horizon(self, step: int, total_steps: int) -> int:
         """The length limit of this step's responses."""
@@ -88,7 +83,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         ok = math.isfinite(self.timeout) and self.timeout >= 0
-        _require(ok, f"reward.timeout must be 0 (no limit) or a positive number of seconds, not {self.timeout}")
+        require(ok, f"reward.timeout must be 0 (no limit) or a positive number of seconds, not {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,26 +123,26 @@ class RlConfig:
         for name in ("weight", "weight_end", "distill_weight", "distill_weight_end", "reference_kl"):
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and value >= 0)
-            _require(ok, f"rl.{name} must be 0 or a positive number, not {value}")
+            require(ok, f"rl.{name} must be 0 or a positive number, not {value}")
         for name in ("clip_range", "clip_high"):
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and value > 0)
-            _require(ok, f"rl.{name} must be a positive number, or null for no clipping, not {value}")
-        _require(
+            require(ok, f"rl.{name} must be a positive number, or null for no clipping, not {value}")
+        require(
             self.clip_high is None or self.clip_range is not None,
             "rl.clip_high is the upper end of a clipped ratio, and rl.clip_range=null does not clip; set both or neither.",
         )
         steps = self.schedule_steps
-        _require(steps is None or steps >= 1, f"rl.schedule_steps must be at least 1, not {steps}")
+        require(steps is None or steps >= 1, f"rl.schedule_steps must be at least 1, not {steps}")
         ends = [self.weight if self.weight_end is None else self.weight_end]
         ends.append(self.distill_weight if self.distill_weight_end is None else self.distill_weight_end)
-        _require(
+        require(
             max(self.weight, self.distill_weight) > 0 and max(ends) > 0,
             "rl.weight and rl.distill_weight are both 0 at the start or at the end, so there is nothing to train on; make one of them "
             "positive.",
         )
         moves = self.weight_end is not None or self.distill_weight_end is not None
-        _require(
+        require(
             steps is None or moves,
             f"rl.schedule_steps={steps} is how long a weight moves, and none does; set rl.weight_end or rl.distill_weight_end, or drop it.",
         )
@@ -184,12 +179,12 @@ class RlConfig:
         """Raise ConfigError for settings of other sections that a reward cannot work with."""
         if not self.rewarded:
             return
-        _require(
+        require(
             samples_per_prompt > 1,
             f"rl.advantage={self.advantage} compares a sample with the others of its prompt, and train.samples_per_prompt=1 leaves "
             "nothing to compare with, so every advantage would be 0. Use 4 or more.",
         )
-        _require(
+        require(
             self.reference_kl == 0 or objective.student_temperature == 1,
             f"rl.reference_kl compares log-probs at temperature 1, and objective.student_temperature is {objective.student_temperature}; "
             "set it and rollout.temperature to 1, or rl.reference_kl=0.",
@@ -224,24 +219,24 @@ class MixtureConfig:
             if given:
                 check_weights(f"mixture.{name}", given)
         steps = self.schedule_steps
-        _require(steps is None or steps >= 1, f"mixture.schedule_steps must be at least 1, not {steps}")
-        _require(
+        require(steps is None or steps >= 1, f"mixture.schedule_steps must be at least 1, not {steps}")
+        require(
             steps is None or bool(self.weights_end),
             f"mixture.schedule_steps={steps} is how long the weights move, and they do not; set mixture.weights_end, or drop it.",
         )
-        _require(
+        require(
             not self.balance_tokens or self.kind == "routing",
             f"mixture.balance_tokens is about prompts that have a teacher each, and mixture.kind={self.kind} asks all teachers about "
             "all prompts; use kind=routing, or mixture.weights.",
         )
         read = self.kind != "routing" or self.balance_tokens
         for name in ("weights", "weights_end", "weights_column"):
-            _require(
+            require(
                 read or not getattr(self, name),
                 f"mixture.{name} would change nothing: with mixture.kind=routing a prompt has one teacher. Set balance_tokens=true to "
                 "weigh the teachers' tokens, or another kind.",
             )
-        _require(
+        require(
             self.weights_column is None or self.kind != "routing",
             "mixture.weights_column gives a prompt several teachers, and mixture.kind=routing gives it one; use kind=probability, logit "
             "or loss.",
@@ -251,7 +246,7 @@ class MixtureConfig:
         """Raise ConfigError for weights of teachers that are not there, or teachers without one."""
         for key in ("weights", "weights_end"):
             given = getattr(self, key)
-            _require(
+            require(
                 not given or sorted(given) == sorted(names),
                 f"mixture.{key} names {', '.join(sorted(given))}, and the teachers are {', '.join(sorted(names))}; give every teacher one "
                 "weight (0 is allowed).",
@@ -271,7 +266,7 @@ def check_weights(what: str, weights: Mapping[str, float]) -> None:
     total = sum(weights.values())
     ok = all(math.isfinite(w) and w >= 0 for w in weights.values()) and abs(total - 1.0) <= WEIGHT_SUM_TOLERANCE
     shown = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items())
-    _require(ok, f"{what} must be ≥ 0 and sum to 1, but {{{shown}}} sums to {total:g}; divide them by their sum.")
+    require(ok, f"{what} must be ≥ 0 and sum to 1, but {{{shown}}} sums to {total:g}; divide them by their sum.")
 
 
 def check_on_policy(objective: Objective, rollout: RolloutConfig) -> None:
@@ -315,7 +310,7 @@ def check_rewarded_rollouts(objective: Objective, rollout: RolloutConfig) -> Non
         ),
     }
     for what, wrong in drawn.items():
-        _require(
+        require(
             not wrong,
             f"rl.weight > 0 needs responses that the student itself drew, and rollout.{what}. Set rollout.lmbda=1, top_p=1, top_k=0, "
             "and one temperature for both.",

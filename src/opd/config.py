@@ -14,16 +14,11 @@ from opd.algorithm import (
     check_on_policy,
     check_rewarded_rollouts,
 )
-from opd.errors import ConfigError
+from opd.errors import require
 from opd.losses import Objective
 from opd.optimization import OptimizerConfig
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-def _require(ok: bool, what: str) -> None:
-    if not ok:
-        raise ConfigError(what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +33,8 @@ class LoraConfig:
     """'all-linear', or a comma-separated list of module names."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"student.lora.rank must be at least 1, not {self.rank}")
-        _require(self.alpha > 0, f"student.lora.alpha must be positive, not {self.alpha}")
+        require(self.rank >= 1, f"student.lora.rank must be at least 1, not {self.rank}")
+        require(self.alpha > 0, f"student.lora.alpha must be positive, not {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +67,7 @@ class StudentConfig(ModelConfig):
     """Train low-rank adapters instead of all weights; set lora.rank to switch it on."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.dtype != "float16" or self.lora is not None,
             "student.dtype=float16 cannot be trained: Adam's second moments underflow in it. Use float32 with "
             "train.autocast=bfloat16, or adapters (student.lora.rank=32).",
@@ -100,18 +95,18 @@ class TeacherConfig(ModelConfig):
     """Keep it in CPU memory while it is not asked (its output layer stays on the device): slower, and room for more teachers."""
 
     def __post_init__(self) -> None:
-        _require(self.tokens_per_batch >= 1, f"teacher.tokens_per_batch must be positive, not {self.tokens_per_batch}")
-        _require(
+        require(self.tokens_per_batch >= 1, f"teacher.tokens_per_batch must be positive, not {self.tokens_per_batch}")
+        require(
             bool(self.model) or self.source != "model",
             "'teacher.model' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; teacher.source=ema, "
             "adapter_off or student teaches the student by itself.",
         )
-        _require(
+        require(
             not self.model or self.source == "model",
             f"teacher.source={self.source} takes the student's own weights, so teacher.model='{self.model}' is not read; drop one.",
         )
-        _require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), not {self.ema_decay}")
-        _require(
+        require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), not {self.ema_decay}")
+        require(
             self.source == "model" or not self.offload,
             f"teacher.offload=true would take the student itself off its device with teacher.source={self.source}; drop it.",
         )
@@ -170,8 +165,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        _require(0 < self.token_fraction <= 1, f"train.token_fraction must lie in (0, 1], not {self.token_fraction}")
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        require(0 < self.token_fraction <= 1, f"train.token_fraction must lie in (0, 1], not {self.token_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +187,15 @@ class EvalConfig:
     """'exact_match', 'numeric_answer', 'regex:<pattern>', or 'package.module:function' of (prompt, response)."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"eval.every must be 0 (off) or positive, not {self.every}")
-        _require(self.prompts >= 1, f"eval.prompts must be at least 1, not {self.prompts}")
-        _require(
+        require(self.every >= 0, f"eval.every must be 0 (off) or positive, not {self.every}")
+        require(self.prompts >= 1, f"eval.prompts must be at least 1, not {self.prompts}")
+        require(
             self.samples_per_prompt >= 1, f"eval.samples_per_prompt must be at least 1, not {self.samples_per_prompt}"
         )
         for name, values in (("temperature", (self.temperature,)), ("extra_temperatures", self.extra_temperatures)):
             for value in values:
                 ok = math.isfinite(value) and value >= 0
-                _require(ok, f"eval.{name} must be 0 (greedy) or positive, not {value}")
+                require(ok, f"eval.{name} must be 0 (greedy) or positive, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +208,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"checkpoint.every must be 0 (off) or positive, not {self.every}")
-        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
+        require(self.every >= 0, f"checkpoint.every must be 0 (off) or positive, not {self.every}")
+        require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +228,8 @@ class LogConfig:
     """Rollouts kept each time."""
 
     def __post_init__(self) -> None:
-        _require(self.samples_every >= 1, f"log.samples_every must be at least 1, not {self.samples_every}")
-        _require(self.samples >= 0, f"log.samples must not be negative, not {self.samples}")
+        require(self.samples_every >= 1, f"log.samples_every must be at least 1, not {self.samples_every}")
+        require(self.samples >= 0, f"log.samples must not be negative, not {self.samples}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,21 +257,21 @@ class Config:
     """Every random draw of the run derives from it."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.objective.top_k == 64 or self.objective.support not in ("full", "sampled"),
             f"objective.top_k={self.objective.top_k} is read by top-k supports, and objective.support={self.objective.support} looks at "
             "something else; set objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
         )
-        _require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
+        require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
         self._check_teachers()
         self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
         part = self.train.token_fraction < 1
-        _require(
+        require(
             not part or self.rollout.lmbda == 1,
             f"train.token_fraction={self.train.token_fraction} needs the entropy of the student that drew each token, and rollout.lmbda="
             f"{self.rollout.lmbda} takes some from elsewhere; set one of them to 1.",
         )
-        _require(
+        require(
             not part or self.objective.discount == 0,
             f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
             f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
@@ -294,18 +289,18 @@ class Config:
 
     def _check_natural_gradient(self) -> None:
         student = self.student
-        _require(
+        require(
             not student.gradient_checkpointing,
             "student.gradient_checkpointing=true recomputes activations once per backward pass, and natural_gradient goes back through "
             "them dozens of times a step. Drop it, and save memory with optimizer.natural_gradient.keep_graphs=false and a smaller "
             "train.tokens_per_microbatch.",
         )
-        _require(
+        require(
             student.attn_implementation in (None, "sdpa", "eager"),
             f"student.attn_implementation={student.attn_implementation} has one derivative, and natural_gradient needs two. Use sdpa or "
             "eager, or optimizer.name=adamw.",
         )
-        _require(
+        require(
             student.dtype in ("auto", "float32") or student.lora is not None,
             f"student.dtype={student.dtype} rounds away most of a natural-gradient step. Use float32, or float32 adapters on such a "
             "student (student.lora.rank=32).",
@@ -313,26 +308,26 @@ class Config:
 
     def _check_teachers(self) -> None:
         there = self.all_teachers
-        _require(
+        require(
             bool(there) or not self.rl.distilled,
             "'teacher' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; learning from a reward alone "
             "(rl.weight=1, rl.distill_weight=0) needs none.",
         )
-        _require(
+        require(
             bool(there) or self.rollout.off_policy == "dataset",
             "rollout.off_policy=teacher draws samples from the teacher, and there is none; set teacher.model, or drop it.",
         )
-        _require(
+        require(
             self.teacher is None or not self.teachers,
             f"teacher is one teacher, and teachers ({', '.join(self.teachers)}) are several; put it among teachers under a name of its "
             "own, or drop one of the two sections.",
         )
-        _require(
+        require(
             len(there) > 1 or self.mixture == MixtureConfig(),
             "mixture says how several teachers make one, and there are not several; add the section teachers, or drop mixture.",
         )
         wrong = [name for name in self.teachers if not name or any(c in name for c in "./ ")]
-        _require(
+        require(
             not wrong,
             f"teachers.{wrong and wrong[0]!r}: a teacher's name is a plain word, without dots, slashes and spaces.",
         )
@@ -341,17 +336,17 @@ class Config:
 
     def _check_self_teaching(self) -> None:
         there = self.all_teachers.values()
-        _require(
+        require(
             self.student.lora is not None or all(t.source != "adapter_off" for t in there),
             "teacher.source=adapter_off is the student without its adapter, and it has none; set student.lora.rank, or use source=ema.",
         )
-        _require(
+        require(
             bool(there) or self.prompts.teacher_prompt is None,
             "prompts.teacher_prompt is what a teacher reads, and there is none; set teacher.model or teacher.source, or drop it.",
         )
         same = self.objective.student_temperature == self.objective.teacher_temperature
         alone = bool(there) and all(t.source != "model" for t in there) and not self.rl.rewarded
-        _require(
+        require(
             not (alone and same and self.prompts.teacher_prompt is None),
             "A teacher with the student's own first weights agrees with it everywhere, so nothing would ever be learnt. Show it more with "
             "prompts.teacher_prompt, give it an objective.teacher_temperature below 1, or add a reward (rl.weight).",

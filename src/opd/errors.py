@@ -11,6 +11,12 @@ class ConfigError(OpdError):
     """A recipe or a command-line value that cannot be used."""
 
 
+def require(ok: bool, what: str) -> None:
+    """Raise ConfigError unless `ok`."""
+    if not ok:
+        raise ConfigError(what)
+
+
 class ObjectiveError(OpdError):
     """A loss that is wrong, undefined, or that this teacher cannot feed."""
 

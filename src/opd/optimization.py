@@ -7,16 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, require
 
 DEFAULT_LR = 1e-5  # of AdamW, and of Muon's matrices
 DEFAULT_WARMUP_STEPS = 10
 DEFAULT_MAX_GRAD_NORM = 1.0
-
-
-def _require(ok: bool, what: str) -> None:
-    if not ok:
-        raise ConfigError(what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +37,8 @@ class NaturalGradientConfig:
         for name in ("damping", "trust_region"):
             value = getattr(self, name)
             ok = math.isfinite(value) and value >= 0 and (value > 0 or name == "damping")
-            _require(ok, f"optimizer.natural_gradient.{name} must be a positive number, not {value}")
-        _require(
+            require(ok, f"optimizer.natural_gradient.{name} must be a positive number, not {value}")
+        require(
             self.iterations >= 1, f"optimizer.natural_gradient.iterations must be at least 1, not {self.iterations}"
         )
         if self.parameters is not None:
@@ -88,19 +83,19 @@ class OptimizerConfig:
         for name in ("lr", "adamw_lr"):
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and value > 0)
-            _require(ok, f"optimizer.{name} must be a positive number, not {value}")
-        _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
-        _require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), not {self.momentum}")
-        _require(
+            require(ok, f"optimizer.{name} must be a positive number, not {value}")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
+        require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), not {self.momentum}")
+        require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             f"optimizer.weight_decay must be 0 or a positive number, not {self.weight_decay}",
         )
-        _require(
+        require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"optimizer.warmup_steps must not be negative, not {self.warmup_steps}",
         )
-        _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must lie in [0, 1], not {self.min_lr_ratio}")
-        _require(
+        require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must lie in [0, 1], not {self.min_lr_ratio}")
+        require(
             self.max_grad_norm is None or self.max_grad_norm >= 0,
             f"optimizer.max_grad_norm must be 0 (off) or positive, not {self.max_grad_norm}",
         )
@@ -108,18 +103,18 @@ class OptimizerConfig:
 
     def _check_natural_gradient(self) -> None:
         if self.name != "natural_gradient":
-            _require(
+            require(
                 self.natural_gradient == NaturalGradientConfig(),
                 f"optimizer.natural_gradient is read with optimizer.name=natural_gradient, and it is {self.name}; set that, or drop the "
                 "section.",
             )
             return
-        _require(
+        require(
             self.peak_lr <= 1,
             f"optimizer.lr={self.lr} would take natural_gradient out of its trust region: there lr is a factor of the step, at most 1. "
             "Raise optimizer.natural_gradient.trust_region instead.",
         )
-        _require(
+        require(
             not self.max_grad_norm,
             f"optimizer.max_grad_norm={self.max_grad_norm} would shorten the gradient before natural_gradient solves for its step, whose "
             "length the trust region bounds; set it to 0, or drop it.",
