@@ -155,6 +155,16 @@ def test_responses_grow_from_the_first_length_to_the_last(world, tmp_path):
     assert max(evaluated) == 6, "evaluation has the whole length from the start"
 
 
+def test_the_teachers_own_samples_keep_to_the_horizon_too(world, tmp_path):
+    more = {"rollout__horizon_start": 2, "rollout__horizon_steps": 4, "log__samples": 100, "log__samples_every": 1}
+    train(build(merge({}, settings(world, tmp_path / "run", rollout__lmbda=0.0, rollout__off_policy="teacher", **more))))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    drawn = [line for line in lines if line["phase"] == "train"]
+    assert {line["source"] for line in drawn} == {"teacher"}
+    assert all(len(line["tokens"]) <= min(6, 2 + line["step"]) for line in drawn)
+    assert {len(line["tokens"]) for line in drawn} >= {2, 3}
+
+
 def test_a_growing_horizon_resumes_bit_for_bit(world, tmp_path):
     from test_resume import assert_same_run, run_in_fork
 
