@@ -93,6 +93,8 @@ restore() {
   fi
   while IFS= read -r path; do
     cmp -s "$from/copy/$path" "$tree/$path" || {
+      parent_of "$path"
+      mkdir -p "$tree/$parent"
       rm -f "$tree/$path"
       cp -pP "$from/copy/$path" "$tree/$path"
     }
