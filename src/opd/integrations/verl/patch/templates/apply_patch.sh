@@ -42,10 +42,15 @@ usage() {
   sed -n '2,15s/^# \{0,1\}//p' "$here/apply_patch.sh"
 }
 
+# `dirname` of a path without a slash at its end, into $parent; a process for each would take most of the time.
+parent_of() {
+  case $1 in */*) parent=${1%/*} ;; *) parent=. ;; esac
+}
+
 # ---- the journal: copies of every file that is about to change, so that anything can be undone ------------------------
 
 write_journal() {
-  local kind path part draft=$tree/$journal_name.tmp
+  local kind path draft=$tree/$journal_name.tmp
   drafting=1
   rm -rf "$draft"
   mkdir "$draft" 2>/dev/null || refuse "$tree is read-only; nothing was changed. Make it writable, or copy it and patch the copy."
@@ -54,15 +59,16 @@ write_journal() {
   printf '%s\n' "$$" >"$draft/process"
   while read -r kind path; do
     if [ -e "$tree/$path" ] || [ -L "$tree/$path" ]; then
-      mkdir -p "$draft/copy/$(dirname "$path")"
+      parent_of "$path"
+      mkdir -p "$draft/copy/$parent"
       cp -pP "$tree/$path" "$draft/copy/$path"
       printf '%s\n' "$path" >>"$draft/changed"
     else
       printf '%s\n' "$path" >>"$draft/new"
-      part=$(dirname "$path")
-      while [ "$part" != . ] && [ ! -d "$tree/$part" ]; do
-        printf '%s\n' "$part" >>"$draft/folders"
-        part=$(dirname "$part")
+      parent_of "$path"
+      while [ "$parent" != . ] && [ ! -d "$tree/$parent" ]; do
+        printf '%s\n' "$parent" >>"$draft/folders"
+        parent_of "$parent"
       done
     fi
   done <"$work/paths"
@@ -87,6 +93,8 @@ restore() {
   fi
   while IFS= read -r path; do
     cmp -s "$from/copy/$path" "$tree/$path" || {
+      parent_of "$path"
+      mkdir -p "$tree/$parent"
       rm -f "$tree/$path"
       cp -pP "$from/copy/$path" "$tree/$path"
     }
@@ -159,13 +167,16 @@ run_patch() {
 
 fits() { run_patch "$1" "$2" check >"$work/fits.log" 2>&1; }
 
-# The part of a patch that is about the path $2.
-section_of() {
-  awk -v head="diff --git a/$2 b/$2" '
-    /^diff --git / { inside = ($0 == head) }
-    /^-- $/ { inside = 0 }
-    inside' "$1"
+# The patch in parts, one for each file that it is about.
+split_patch() {
+  mkdir "$work/sections"
+  into=$work/sections/ awk '
+    /^diff --git / { name = substr($0, index($0, " b/") + 3); gsub("/", "%", name); file = ENVIRON["into"] name }
+    /^-- $/ { file = "" }
+    file != "" { print >file }' "$folder/$patch_name"
 }
+
+section_of() { printf '%s\n' "$work/sections/${1//\//%}"; }
 
 # ---- looking -----------------------------------------------------------------------------------------------------------
 
@@ -249,14 +260,15 @@ find_patch() {
 }
 
 select_files() {
-  local kind path
-  : >"$work/paths"
+  local kind path sections=()
+  split_patch
   while read -r kind _ path; do
     if [ "$installed" = 0 ] || [ "${path#verl/}" != "$path" ]; then
-      printf '%s %s\n' "$kind" "$path" >>"$work/paths"
-      section_of "$folder/$patch_name" "$path" >>"$work/selected.patch"
+      printf '%s %s\n' "$kind" "$path"
+      sections+=("$work/sections/${path//\//%}")
     fi
-  done < <(grep -v '^#' "$folder/FILES.txt")
+  done < <(grep -v '^#' "$folder/FILES.txt") >"$work/paths"
+  cat "${sections[@]}" >"$work/selected.patch"
 }
 
 is_running() {
@@ -303,7 +315,7 @@ check_writable() {
   while read -r kind path; do
     part=$tree/$path
     [ ! -e "$part" ] || [ -w "$part" ] || refuse "$part is read-only; nothing was changed."
-    while part=$(dirname "$part") && [ ! -d "$part" ]; do :; done
+    while part=${part%/*} && [ ! -d "$part" ]; do :; done
     [ -w "$part" ] || refuse "$part is read-only; nothing was changed."
   done <"$work/paths"
 }
@@ -312,7 +324,12 @@ check_writable() {
 explain_misfit() {
   local kind path has=0 lacks=0 stuck=0
   while read -r kind path; do
-    section_of "$folder/$patch_name" "$path" >"$work/one.patch"
+    if [ "$kind" = new ] && [ ! -e "$tree/$path" ] && [ ! -L "$tree/$path" ]; then
+      lacks=$((lacks + 1))
+      printf '  lacks the change    %s\n' "$path" >>"$work/lacking"
+      continue
+    fi
+    cp "$(section_of "$path")" "$work/one.patch"
     if fits "$work/one.patch" reverse; then
       has=$((has + 1))
       [ "$kind" = new ] || printf '  has the change      %s\n' "$path" >>"$work/misfit"
@@ -378,7 +395,7 @@ verify_tree() {
   say "verified: the policy loss is registered in verl/trainer/ppo/on_policy_distillation.py"
   [ "$verify" = 1 ] || return 0
   if [ "$installed" = 1 ]; then
-    section_of "$folder/$patch_name" "$test" | awk '/^\+/ && !/^\+\+\+ / { print substr($0, 2) }' >"$work/test.py"
+    awk '/^\+/ && !/^\+\+\+ / { print substr($0, 2) }' "$(section_of "$test")" >"$work/test.py"
     test=$work/test.py
   else
     test=$tree/$test
@@ -474,19 +491,22 @@ do_reverse() {
 
 # Folders that only the patch had filled, and the byte code that Python left in them.
 remove_empty_folders() {
-  local kind path part
+  local kind path name
   while read -r kind path; do
     [ "$kind" = new ] || continue
-    part=$(dirname "$path")
-    while [ "$part" != . ] && [ -d "$tree/$part" ]; do
-      if [ -z "$(find "$tree/$part" ! -type d ! -path '*/__pycache__/*' | head -1)" ]; then
-        rm -rf "${tree:?}/$part"
+    name=${path##*/}
+    parent_of "$path"
+    while [ "$parent" != . ] && [ -d "$tree/$parent" ]; do
+      if [ -z "$(find "$tree/$parent" ! -type d ! -path '*/__pycache__/*' | head -1)" ]; then
+        rm -rf "${tree:?}/$parent"
       else
-        rm -f "$tree/$part/__pycache__/$(basename "$path" .py)".*.pyc
-        rmdir "$tree/$part/__pycache__" 2>/dev/null || true
+        if [ -d "$tree/$parent/__pycache__" ]; then
+          rm -f "$tree/$parent/__pycache__/${name%.py}".*.pyc
+          rmdir "$tree/$parent/__pycache__" 2>/dev/null || true
+        fi
         break
       fi
-      part=$(dirname "$part")
+      parent_of "$parent"
     done
   done <"$work/paths"
 }
