@@ -100,6 +100,10 @@ class OptimizerConfig:
             f"optimizer.max_grad_norm must be 0 (off) or positive, not {self.max_grad_norm}",
         )
         self._check_natural_gradient()
+        # What None stands for is said in the run's config.yaml, and when another recipe would resume it.
+        resolved = {"lr": self.peak_lr, "warmup_steps": self.warmup, "max_grad_norm": self.gradient_limit}
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
 
     def _check_natural_gradient(self) -> None:
         if self.name != "natural_gradient":

@@ -157,7 +157,9 @@ def test_responses_grow_from_the_first_length_to_the_last(world, tmp_path):
 
 def test_the_teachers_own_samples_keep_to_the_horizon_too(world, tmp_path):
     more = {"rollout__horizon_start": 2, "rollout__horizon_steps": 4, "log__samples": 100, "log__samples_every": 1}
-    train(build(merge({}, settings(world, tmp_path / "run", rollout__lmbda=0.0, rollout__off_policy="teacher", **more))))
+    train(
+        build(merge({}, settings(world, tmp_path / "run", rollout__lmbda=0.0, rollout__off_policy="teacher", **more)))
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     drawn = [line for line in lines if line["phase"] == "train"]
     assert {line["source"] for line in drawn} == {"teacher"}

@@ -67,7 +67,13 @@ def test_a_signal_restores_the_tree(tmp_path: Path, number: signal.Signals, code
     python, started = waiting_python(tmp_path)
     before = state(tree)
     words = ["bash", str(SCRIPT), "--python", str(python), str(tree)]
-    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+
+    def heard() -> None:
+        """A shell cannot trap what it was started to ignore, as under nohup."""
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(words, preexec_fn=heard, **quietly) as run:
         wait_for(started)
         os.killpg(run.pid, number)
         assert run.wait(timeout=30) == code
