@@ -1,0 +1,108 @@
+"""Which runs there are: the learning-rate grid on seeds of its own, then the best of each on the reporting seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from statistics import fmean
+
+from benchmarks._convergence_methods import METHODS
+from benchmarks._convergence_store import Row, Setting, Store
+from benchmarks._convergence_train import NATURAL
+from benchmarks._convergence_world import Cell
+
+MAIN = Cell(name="main")
+TUNING_SEEDS = (100,)
+SEEDS = (0, 1, 2, 3, 4)
+GRID: Mapping[str, tuple[float, ...]] = {
+    "adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
+    "muon": (0.003, 0.006, 0.012, 0.024, 0.048),
+    NATURAL: (0.0125, 0.025, 0.05, 0.1, 0.2),
+}
+"""Learning rates; of natural_gradient trust regions in nats per token. The same for every method."""
+FIRST_ORDER = ("adamw", "muon")
+RL = ("grpo4", "grpo16")
+SECOND = (
+    "forward_kl",
+    "jsd",
+    "top_k",
+    "sampled",
+    "sampled_baseline",
+    "hybrid",
+    "hybrid_match",
+    "off_policy_kd",
+    "seq_kd",
+)
+ARMS: tuple[tuple[str, str], ...] = (
+    *((method, optimizer) for method in (*RL, "reverse_kl") for optimizer in FIRST_ORDER),
+    ("reverse_kl", NATURAL),
+    ("grpo16", NATURAL),
+    *((method, "muon") for method in SECOND),
+)
+"""Method and optimizer, the most important first."""
+SELECT = (50, 80, 90)  # levels whose steps choose a learning rate
+
+_TUNING_CAP = {"rl": 160, "opd": 60, "rl natural": 40, "opd natural": 12}
+_CAP = {"rl": 320, "opd": 160, "rl natural": 100, "opd natural": 30}
+
+
+def _kind(method: str, optimizer: str) -> str:
+    pure_rl = METHODS[method].objective is None and METHODS[method].rl is not None
+    return ("rl" if pure_rl else "opd") + (" natural" if optimizer == NATURAL else "")
+
+
+def grid(arms: Iterable[tuple[str, str]] = ARMS, cell: Cell = MAIN) -> list[Setting]:
+    """Every learning rate of every arm, on the tuning seeds."""
+    return [
+        Setting(
+            cell=cell,
+            method=method,
+            optimizer=optimizer,
+            lr=lr,
+            seed=seed,
+            max_steps=_TUNING_CAP[_kind(method, optimizer)],
+        )
+        for method, optimizer in arms
+        for lr in GRID[optimizer]
+        for seed in TUNING_SEEDS
+    ]
+
+
+def score(row: Row) -> float:
+    """Smaller is better: steps to the selecting levels, a level that was not reached counting twice the cap less what was gained."""
+    cap = row.number("max_steps")
+    span = row.number("teacher_accuracy") - row.number("base_accuracy")
+    gained = (max(row.curve.values) - row.number("base_accuracy")) / span
+    return sum(cap * (2 - gained) if (s := row.steps(level)) is None else s for level in SELECT)
+
+
+def chosen(store: Store, method: str, optimizer: str, cell: Cell = MAIN) -> float | None:
+    """The learning rate with the best mean score over the tuning seeds; None while the grid is incomplete."""
+    settings = grid([(method, optimizer)], cell)
+    if store.missing(settings):
+        return None
+    by_lr = {lr: fmean(score(row) for row in store.of([s for s in settings if s.lr == lr])) for lr in GRID[optimizer]}
+    return min(by_lr, key=lambda lr: by_lr[lr])
+
+
+def report(tuned: Store, arms: Iterable[tuple[str, str]] = ARMS, cell: Cell = MAIN) -> list[Setting]:
+    """The chosen learning rate of every arm on the reporting seeds."""
+    settings = []
+    for method, optimizer in arms:
+        lr = chosen(tuned, method, optimizer)
+        if lr is not None:
+            cap = _CAP[_kind(method, optimizer)]
+            settings += [
+                Setting(cell=cell, method=method, optimizer=optimizer, lr=lr, seed=seed, max_steps=cap)
+                for seed in SEEDS
+            ]
+    return settings
+
+
+def by_seed(settings: Iterable[Setting]) -> list[Setting]:
+    """One seed after the other, so that a stopped run leaves whole seeds."""
+    return sorted(settings, key=lambda s: s.seed)
+
+
+def smaller(setting: Setting, **changes: object) -> Setting:
+    return replace(setting, **changes)  # pyright: ignore[reportArgumentType]
