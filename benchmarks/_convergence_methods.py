@@ -24,6 +24,8 @@ class Method:
     """Of the distillation; None: no teacher is asked."""
     rl: RlConfig | None = None
     """Of the reward; None: no reward is asked."""
+    warmup: int = 3
+    """Updates in which the learning rate grows; without any, the first Adam steps wreck so small a model."""
     imitates: bool = False
     """Every token of the samples is right: maximum likelihood, which is a policy gradient with advantage 1."""
 
@@ -47,10 +49,11 @@ class Method:
         )
 
 
-def _grpo(samples: int) -> Method:
+def _grpo(samples: int, warmup: int = 3, note: str = "") -> Method:
     return Method(
-        title=f"GRPO, groups of {samples}",
+        title=f"GRPO, groups of {samples}{note}",
         samples=samples,
+        warmup=warmup,
         objective=None,
         rl=RlConfig(weight=1.0, distill_weight=0.0),
     )
@@ -64,6 +67,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "grpo4": _grpo(4),
         "grpo16": _grpo(16),
+        "grpo4_warm": _grpo(4, 20, ", warm-up of 20 updates"),
         "rloo4": Method(
             title="RLOO, groups of 4",
             samples=4,

@@ -16,7 +16,7 @@ TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 GRID: Mapping[str, tuple[float, ...]] = {
     "adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
-    "muon": (0.003, 0.006, 0.012, 0.024, 0.048),
+    "muon": (0.003, 0.006, 0.0085, 0.012, 0.024, 0.048),
     NATURAL: (0.0125, 0.025, 0.05, 0.1, 0.2),
 }
 """Learning rates; of natural_gradient trust regions in nats per token. The same for every method."""
@@ -36,14 +36,15 @@ SECOND = (
 ARMS: tuple[tuple[str, str], ...] = (
     *((method, optimizer) for method in (*RL, "reverse_kl") for optimizer in FIRST_ORDER),
     ("reverse_kl", NATURAL),
+    ("grpo4_warm", "muon"),
     ("grpo16", NATURAL),
     *((method, "muon") for method in SECOND),
 )
 """Method and optimizer, the most important first."""
 SELECT = (50, 80, 90)  # levels whose steps choose a learning rate
 
-_TUNING_CAP = {"rl": 160, "opd": 60, "rl natural": 40, "opd natural": 12}
-_CAP = {"rl": 320, "opd": 160, "rl natural": 100, "opd natural": 30}
+_TUNING_CAP = {"rl": 160, "opd": 60, "rl natural": 30, "opd natural": 12}
+_CAP = {"rl": 240, "opd": 160, "rl natural": 80, "opd natural": 24}
 
 
 def _kind(method: str, optimizer: str) -> str:
@@ -104,5 +105,57 @@ def by_seed(settings: Iterable[Setting]) -> list[Setting]:
     return sorted(settings, key=lambda s: s.seed)
 
 
-def smaller(setting: Setting, **changes: object) -> Setting:
-    return replace(setting, **changes)  # pyright: ignore[reportArgumentType]
+ENDING_STEPS = 160
+ENDINGS: tuple[tuple[str, str], ...] = tuple((m, "muon") for m in ("grpo4", "reverse_kl", "hybrid", "hybrid_match"))
+"""The hybrid beside its two parts, all of them for the same number of steps."""
+
+
+def endings(tuned: Store) -> list[Setting]:
+    return [
+        replace(s, cell=replace(MAIN, name="endings"), stop_level=0, max_steps=ENDING_STEPS)
+        for s in report(tuned, ENDINGS)
+    ]
+
+
+TWO = replace(MAIN, name="two teachers", domains=(0, 1))
+
+
+def two_teachers(tuned: Store) -> list[Setting]:
+    """One student, prompts of two domains in turn, each with the teacher that learnt it."""
+    arms = (("reverse_kl", "muon"), ("reverse_kl", NATURAL))
+    return [replace(s, cell=TWO, stop_level=0, max_steps=_TWO_STEPS[s.optimizer]) for s in report(tuned, arms)]
+
+
+_TWO_STEPS = {"muon": 120, NATURAL: 20}
+MAP_ARMS: tuple[tuple[str, str], ...] = (
+    ("grpo4", "muon"),
+    ("grpo4_warm", "muon"),
+    ("reverse_kl", "muon"),
+    ("reverse_kl", NATURAL),
+)
+MAP_SEEDS = SEEDS[:3]
+MAP = tuple(
+    Cell(name=f"{digits} digits, {base} base, {rollouts} rollouts", digits=digits, wrong=wrong, rollouts=rollouts)
+    for digits in (8, 4)
+    for base, wrong in (("hard", 1.0), ("easy", 0.6))
+    for rollouts in (256, 64)
+)
+
+
+def ratio_map(tuned: Store) -> list[Setting]:
+    """Every cell at the main cell's rates and at half of them; the better one counts."""
+    settings = []
+    for cell in MAP:
+        for s in report(tuned, MAP_ARMS):
+            if s.seed in MAP_SEEDS:
+                settings += [replace(s, cell=cell), replace(s, cell=cell, lr=s.lr / 2)]
+    return settings
+
+
+SMALL_BATCH = replace(MAIN, name="64 rollouts", rollouts=64)
+
+
+def small_batch(tuned: Store) -> list[Setting]:
+    """A quarter of the rollouts per step, at the main cell's rates and at half of them."""
+    found = report(tuned, MAP_ARMS)
+    return [replace(s, cell=SMALL_BATCH, lr=lr, max_steps=2 * s.max_steps) for s in found for lr in (s.lr, s.lr / 2)]

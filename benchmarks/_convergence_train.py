@@ -32,7 +32,6 @@ from opd.trainer.optim import build_optimizer, learning_rate_factor
 from opd.types import Batch, DenseTarget, Sequences
 
 NATURAL = "natural_gradient"
-WARMUP = 3  # without it the first Adam steps wreck so small a model
 DAMPING, ITERATIONS = 0.03, 20  # of natural_gradient; benchmarks/LOG.md has what else was tried
 EVALUATE_EVERY = 16  # a step number s is evaluated when s is a multiple of max(1, s // 16): to 6 % of the step
 
@@ -92,7 +91,7 @@ class Job:
 
 def train(job: Job, student: TinyDecoder, teachers: Sequence[TinyDecoder], held: Prompts) -> Run:
     """Trains `student` in place."""
-    update = (_natural if job.optimizer == NATURAL else _first_order)(student, job)
+    update = updater(student, job)
     curve = Curve()
     curve.add(0, accuracy(student, held)[0])
     spent = 0.0
@@ -211,9 +210,14 @@ def total_loss(batch: Batch, logits: Tensor, hybrid: Hybrid) -> Tensor:
     return loss_of(batch, logits, hybrid)[0]
 
 
+def updater(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Tensor]], None]:
+    """What turns a batch, and the student's logits on it, into new weights."""
+    return (_natural if job.optimizer == NATURAL else _first_order)(student, job)
+
+
 def _first_order(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Tensor]], None]:
     """opd's AdamW or Muon: warm-up, gradients clipped to norm 1, then a constant rate."""
-    config = OptimizerConfig(name=job.optimizer, lr=job.lr, warmup_steps=WARMUP)  # pyright: ignore[reportArgumentType]
+    config = OptimizerConfig(name=job.optimizer, lr=job.lr, warmup_steps=job.method.warmup)  # pyright: ignore[reportArgumentType]
     optimizers = build_optimizer(cast(PreTrainedModel, student), config)
     parameters = list(student.parameters())
     hybrid = job.method.hybrid
