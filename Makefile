@@ -8,7 +8,7 @@ VERL_VENV := .venv-verl
 VERL_BIN := $(VERL_VENV)/bin
 VERL_READY := $(VERL_VENV)/.ready
 
-.PHONY: demo test verl check lint fast bench clean
+.PHONY: demo test verl check lint fast bench evidence clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -29,6 +29,9 @@ check: $(READY)  ## ruff and pyright
 
 bench: $(READY)  ## the fused loss against other libraries', in an environment made for them; an hour
 	$(BIN)/python -m benchmarks kernels
+
+evidence: $(READY)  ## distillation beside reinforcement learning: what is missing of the runs, then tables and figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks convergence
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opd needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }

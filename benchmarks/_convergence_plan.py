@@ -17,7 +17,7 @@ SEEDS = (0, 1, 2, 3, 4)
 GRID: Mapping[str, tuple[float, ...]] = {
     "adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
     "muon": (0.003, 0.006, 0.0085, 0.012, 0.024, 0.048),
-    NATURAL: (0.0125, 0.025, 0.05, 0.1, 0.2),
+    NATURAL: (0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
 }
 """Learning rates; of natural_gradient trust regions in nats per token. The same for every method."""
 FIRST_ORDER = ("adamw", "muon")
