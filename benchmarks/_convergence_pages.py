@@ -43,13 +43,16 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     in_main = compare(main, seconds, measures=timed_main)
     across = _across(main, small, seconds)
     in_map = compare(mapped, seconds, measures=timed[:2])
-    write_ratios(folder / "ratios.csv", [*in_main, *compare(small, seconds, measures=timed[:2]), *in_map])
+    in_small = compare(small, seconds, measures=timed[:2])
+    write_ratios(folder / "ratios.csv", [*in_main, *in_small, *in_map])
     parts = [_main(main, in_main, seconds), _batch(across), _endings(tuned, runs), _teachers(tuned, runs)]
-    parts += [_map_table(in_map, mapped), _signal(read_signals(folder / "signal.csv")), _grid(tuned)]
+    everywhere = [*main, *small, *mapped] if mapped else []
+    in_all = [*in_main, *in_small, *in_map]
+    parts += [_map_table(in_all, everywhere), _signal(read_signals(folder / "signal.csv")), _grid(tuned)]
     (folder / "tables.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     if timed_main == timed and main:
         (folder / "curves.svg").write_text(curves(main, DRAWN, seconds))
-    if cells := _map_cells(in_map, mapped):
+    if cells := _map_cells(in_all, everywhere):
         (folder / "map.svg").write_text(ratio_map(cells))
 
 
@@ -153,7 +156,7 @@ def _teachers(tuned: Store, runs: Store) -> str:
 def _map_cells(compared: Sequence[Comparison], mapped: Sequence[Group]) -> list[tuple[str, str, str, str, float]]:
     """Column, row, two lines of text and the ratio to 80 % of the best distillation arm."""
     cells = []
-    for cell in plan.MAP:
+    for cell in (plan.MAIN, plan.SMALL_BATCH, *plan.MAP):
         ratios = [
             c
             for c in compared
@@ -178,12 +181,15 @@ def _map_table(compared: Sequence[Comparison], mapped: Sequence[Group]) -> str:
     if not mapped:
         return ""
     lines = [
-        "## Where the ratio is what\n\nUpdates to 80 % of the teacher's gain, mean over 3 seeds. Every arm at the main cell's rate and at "
-        "half of it, the better one counting.\n",
+        "## Where the ratio is what\n\nUpdates to 80 % of the teacher's gain, mean over the seeds. Outside the main cell every arm ran at "
+        "the main cell's rate and at half of it, the better one counting.\n",
         "| cell | base | teacher | method | updates | best GRPO | ratio |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
+    arms = set(plan.MAP_ARMS)
     for g in mapped:
+        if g.arm not in arms:
+            continue
         found = next((c for c in compared if c.group is g and c.level == 80 and c.measure == "steps"), None)
         if is_rl(g.method):
             continue

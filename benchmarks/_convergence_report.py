@@ -136,7 +136,7 @@ def compare(found: Sequence[Group], seconds: Seconds, *, measures: Sequence[str]
     return out
 
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "cell", "method", "optimizer", "lr", "rollouts_per_step", "level", "seeds", "steps", "reference", "reference_steps", "reference_reached",
     "step_ratio", "step_ratio_low", "step_ratio_high", "rollout_ratio", "rollout_ratio_low", "rollout_ratio_high",
     "compute_ratio", "compute_ratio_low", "compute_ratio_high",

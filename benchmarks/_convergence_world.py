@@ -93,7 +93,7 @@ def _make(path: Path, cell: Cell, shape: Shape, teacher_shape: Shape, seed: int,
     start = base
     if teacher_shape != shape:
         start = fitted(teacher_shape, cell.digits, cell.wrong, cell.domains, derive_seed(seed, 0, "larger"))
-    teachers, seconds = [], 0.0
+    teachers, curves, seconds = [], [], 0.0
     for domain in cell.domains:
         job = Job(
             method=METHODS[TEACHER_METHOD],
@@ -107,8 +107,12 @@ def _make(path: Path, cell: Cell, shape: Shape, teacher_shape: Shape, seed: int,
         )
         run = train(job, copy.deepcopy(start), (), held.at(held.domain == domain))
         teachers.append(run.model.state_dict())
+        curves.append(run.curve)
         seconds += run.seconds_per_step * cell.teacher_steps
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    torch.save({"base": base.state_dict(), "teachers": teachers, "seconds": seconds}, temporary)
+    torch.save(
+        {"base": base.state_dict(), "teachers": teachers, "curves": [vars(c) for c in curves], "seconds": seconds},
+        temporary,
+    )
     temporary.rename(path)

@@ -92,8 +92,8 @@ def _signals(path: Path, tuned: Store) -> None:
     one_thread()
     rate = plan.chosen(tuned, "reverse_kl", "muon")
     there = {s.seed for s in read_signals(path)}
-    for seed in plan.SEEDS[:3] if rate is not None else ():
-        if seed not in there:
+    for seed in plan.SEEDS[:3]:
+        if rate is not None and seed not in there:
             new = not path.exists()
             with path.open("a", newline="") as file:
                 writer = csv.writer(file)
