@@ -23,10 +23,10 @@ from benchmarks._convergence_report import (
     write_ratios,
 )
 from benchmarks._convergence_store import LEVELS, Row, Setting, Store
-from benchmarks._convergence_train import NATURAL
+from benchmarks._convergence_train import DAMPED, NATURAL, NATURALS
 
 DRAWN = (
-    ("grpo4", "adamw"), ("grpo4", "muon"), ("grpo16", NATURAL), ("reverse_kl", "adamw"), ("reverse_kl", "muon"),
+    ("grpo4", "adamw"), ("grpo4_warm", "muon"), ("grpo16", DAMPED), ("reverse_kl", "adamw"), ("reverse_kl", "muon"),
     ("reverse_kl", NATURAL), ("sampled", "muon"), ("off_policy_kd", "muon"), ("seq_kd", "muon"),
 )  # fmt: skip
 LAST = 5  # evaluations whose mean is where a run ended
@@ -170,7 +170,7 @@ def _map_cells(compared: Sequence[Comparison], mapped: Sequence[Group]) -> list[
         if ratios:
             best = max(ratios, key=lambda c: c.interval.value)
             first = max(
-                (c for c in ratios if c.group.optimizer != NATURAL), key=lambda c: c.interval.value, default=None
+                (c for c in ratios if c.group.optimizer not in NATURALS), key=lambda c: c.interval.value, default=None
             )
             second = "" if first is None else f"first order: {first.bound}{first.interval}"
             cells.append((column, row, f"{best.bound}{best.interval}", second, best.interval.value))

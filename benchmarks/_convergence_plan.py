@@ -8,7 +8,7 @@ from statistics import fmean
 
 from benchmarks._convergence_methods import METHODS
 from benchmarks._convergence_store import Row, Setting, Store
-from benchmarks._convergence_train import NATURAL
+from benchmarks._convergence_train import DAMPED, NATURAL, NATURALS
 from benchmarks._convergence_world import Cell
 
 MAIN = Cell(name="main")
@@ -17,39 +17,40 @@ SEEDS = (0, 1, 2, 3, 4)
 GRID: Mapping[str, tuple[float, ...]] = {
     "adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
     "muon": (0.003, 0.006, 0.0085, 0.012, 0.024, 0.048),
-    NATURAL: (0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2),
+    **dict.fromkeys(NATURALS, (0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2)),
 }
 """Learning rates; of natural_gradient trust regions in nats per token. The same for every method."""
 FIRST_ORDER = ("adamw", "muon")
 RL = ("grpo4", "grpo16")
 SECOND = (
-    "forward_kl",
-    "jsd",
-    "top_k",
+    "seq_kd",
+    "off_policy_kd",
     "sampled",
     "sampled_baseline",
     "hybrid",
+    "forward_kl",
+    "jsd",
+    "top_k",
     "hybrid_match",
-    "off_policy_kd",
-    "seq_kd",
 )
 ARMS: tuple[tuple[str, str], ...] = (
     *((method, optimizer) for method in (*RL, "reverse_kl") for optimizer in FIRST_ORDER),
     ("reverse_kl", NATURAL),
     ("grpo4_warm", "muon"),
-    ("grpo16", NATURAL),
+    ("grpo16", DAMPED),
+    ("reverse_kl", DAMPED),
     *((method, "muon") for method in SECOND),
 )
 """Method and optimizer, the most important first."""
 SELECT = (50, 80, 90)  # levels whose steps choose a learning rate
 
-_TUNING_CAP = {"rl": 160, "opd": 60, "rl natural": 30, "opd natural": 12}
-_CAP = {"rl": 240, "opd": 160, "rl natural": 80, "opd natural": 24}
+_TUNING_CAP = {"rl": 160, "opd": 60, "rl natural": 40, "opd natural": 12}
+_CAP = {"rl": 240, "opd": 160, "rl natural": 90, "opd natural": 24}
 
 
 def _kind(method: str, optimizer: str) -> str:
     pure_rl = METHODS[method].objective is None and METHODS[method].rl is not None
-    return ("rl" if pure_rl else "opd") + (" natural" if optimizer == NATURAL else "")
+    return ("rl" if pure_rl else "opd") + (" natural" if optimizer in NATURALS else "")
 
 
 def grid(arms: Iterable[tuple[str, str]] = ARMS, cell: Cell = MAIN) -> list[Setting]:
@@ -105,7 +106,7 @@ def by_seed(settings: Iterable[Setting]) -> list[Setting]:
     return sorted(settings, key=lambda s: s.seed)
 
 
-ENDING_STEPS = 160
+ENDING_STEPS = 100
 ENDINGS: tuple[tuple[str, str], ...] = tuple((m, "muon") for m in ("grpo4", "reverse_kl", "hybrid", "hybrid_match"))
 """The hybrid beside its two parts, all of them for the same number of steps."""
 

@@ -80,7 +80,12 @@ class Group:
         return fmean(self.steps(level).values())
 
 
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "natural_gradient": "natural gradient"}
+OPTIMIZERS = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "natural_gradient": "natural gradient",
+    "natural_gradient_damped": "natural gradient, more damping",
+}
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:

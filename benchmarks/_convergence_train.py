@@ -31,8 +31,9 @@ from opd.trainer.natural_gradient import natural_gradient_step
 from opd.trainer.optim import build_optimizer, learning_rate_factor
 from opd.types import Batch, DenseTarget, Sequences
 
-NATURAL = "natural_gradient"
-DAMPING, ITERATIONS = 0.03, 20  # of natural_gradient; benchmarks/LOG.md has what else was tried
+NATURAL, DAMPED = "natural_gradient", "natural_gradient_damped"
+NATURALS = {NATURAL: (0.03, 20), DAMPED: (0.3, 10)}
+"""Damping and iterations: what suited distillation's clean gradient, and what suited GRPO's noisy one (benchmarks/LOG.md)."""
 EVALUATE_EVERY = 16  # a step number s is evaluated when s is a multiple of max(1, s // 16): to 6 % of the step
 
 
@@ -212,7 +213,7 @@ def total_loss(batch: Batch, logits: Tensor, hybrid: Hybrid) -> Tensor:
 
 def updater(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Tensor]], None]:
     """What turns a batch, and the student's logits on it, into new weights."""
-    return (_natural if job.optimizer == NATURAL else _first_order)(student, job)
+    return (_natural if job.optimizer in NATURALS else _first_order)(student, job)
 
 
 def _first_order(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Tensor]], None]:
@@ -242,6 +243,7 @@ def _natural(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Te
     """opd's natural gradient on the whole batch, a constant trust region being the rate."""
     parameters = list(student.parameters())
     hybrid = job.method.hybrid
+    damping, iterations = NATURALS[job.optimizer]
 
     def update(batch: Batch, logits: Callable[[], Tensor]) -> None:
         gradient = torch.autograd.grad(total_loss(batch, logits(), hybrid), parameters)
@@ -252,8 +254,8 @@ def _natural(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Te
             lambda _: logits(),
             [batch.token_weights],
             trust_region=job.lr,
-            damping=DAMPING,
-            iterations=ITERATIONS,
+            damping=damping,
+            iterations=iterations,
         ).apply(parameters)
 
     return update
