@@ -118,7 +118,7 @@ def endings(tuned: Store) -> list[Setting]:
     ]
 
 
-TWO = replace(MAIN, name="two teachers", domains=(0, 1))
+TWO = replace(MAIN, name="two teachers", domains=(0, 1), teacher_steps=200)
 TWO_SEEDS = SEEDS[:3]
 
 
@@ -132,13 +132,8 @@ def two_teachers(tuned: Store) -> list[Setting]:
     ]
 
 
-_TWO_STEPS = {"muon": 120, NATURAL: 20}
-MAP_ARMS: tuple[tuple[str, str], ...] = (
-    ("grpo4", "muon"),
-    ("grpo4_warm", "muon"),
-    ("reverse_kl", "muon"),
-    ("reverse_kl", NATURAL),
-)
+_TWO_STEPS = {"muon": 100, NATURAL: 12}
+MAP_ARMS: tuple[tuple[str, str], ...] = (("grpo4_warm", "muon"), ("reverse_kl", "muon"), ("reverse_kl", NATURAL))
 MAP_SEEDS = SEEDS[:3]
 MAP = tuple(
     Cell(name=f"{digits} digits, {base} base, {rollouts} rollouts", digits=digits, wrong=wrong, rollouts=rollouts)

@@ -103,7 +103,7 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against the best arm of reinforcement learning in the same measure."""
+    """An arm against the best arm of reinforcement learning in the same measure, of those that got there with every seed."""
 
     group: Group
     level: int
@@ -111,7 +111,7 @@ class Comparison:
     reference: Group
     interval: Interval
     bound: str
-    """'' for a ratio, '≥' where the reference did not get there in every seed."""
+    """'' for a ratio, '≥' where no arm of reinforcement learning got there with every seed."""
 
 
 def comparison(group: Group, pool: Sequence[Group], level: int, measure: str, seconds: Seconds) -> Comparison | None:
@@ -122,9 +122,12 @@ def comparison(group: Group, pool: Sequence[Group], level: int, measure: str, se
             return 1.0
         return float(g.rollouts) if measure == "rollouts" else seconds[g.cell, g.method, g.optimizer]
 
-    if group.reached(level) < len(group.rows) or not pool:
+    full = [g for g in pool if len(g.rows) == len(group.rows)]
+    if group.reached(level) < len(group.rows) or not full:
         return None
-    reference = min(pool, key=lambda g: g.mean(level) * factor(g))
+    reference = min(
+        [g for g in full if g.reached(level) == len(g.rows)] or full, key=lambda g: g.mean(level) * factor(g)
+    )
     above = {s: n * factor(reference) for s, n in reference.steps(level).items()}
     below = {s: n * factor(group) for s, n in group.steps(level).items()}
     bound = "" if reference.reached(level) == len(reference.rows) else "≥"
