@@ -182,7 +182,7 @@ def _map_table(compared: Sequence[Comparison], mapped: Sequence[Group]) -> str:
         return ""
     lines = [
         "## Where the ratio is what\n\nUpdates to 80 % of the teacher's gain, mean over the seeds. Outside the main cell every arm ran at "
-        "the main cell's rate and at half of it, the better one counting.\n",
+        "the main cell's rate, half of it and, GRPO, a quarter; the best counts.\n",
         "| cell | base | teacher | method | updates | best GRPO | ratio |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
     ]

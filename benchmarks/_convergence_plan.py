@@ -87,8 +87,8 @@ def chosen(store: Store, method: str, optimizer: str, cell: Cell = MAIN) -> floa
     return min(by_lr, key=lambda lr: by_lr[lr])
 
 
-def report(tuned: Store, arms: Iterable[tuple[str, str]] = ARMS, cell: Cell = MAIN) -> list[Setting]:
-    """The chosen learning rate of every arm on the reporting seeds."""
+def _at_chosen(tuned: Store, arms: Iterable[tuple[str, str]], cell: Cell = MAIN) -> list[Setting]:
+    """The chosen learning rate of every arm on the reporting seeds; arms whose grid is incomplete are left out."""
     settings = []
     for method, optimizer in arms:
         lr = chosen(tuned, method, optimizer)
@@ -101,20 +101,30 @@ def report(tuned: Store, arms: Iterable[tuple[str, str]] = ARMS, cell: Cell = MA
     return settings
 
 
+def report(tuned: Store, arms: Iterable[tuple[str, str]] = ARMS) -> list[Setting]:
+    """The main cell. GRPO with AdamW and Muon also at half its chosen rate, and the better one counts: one tuning seed may have been
+    lucky with a rate at which others collapse."""
+    found = _at_chosen(tuned, arms)
+    halved = [replace(s, lr=s.lr / 2) for s in found if _kind(s.method, s.optimizer) == "rl"]
+    return [*found, *halved]
+
+
 def by_seed(settings: Iterable[Setting]) -> list[Setting]:
     """One seed after the other, so that a stopped run leaves whole seeds."""
     return sorted(settings, key=lambda s: s.seed)
 
 
 ENDING_STEPS = 100
-ENDINGS: tuple[tuple[str, str], ...] = tuple((m, "muon") for m in ("grpo4", "reverse_kl", "hybrid", "hybrid_match"))
+ENDINGS: tuple[tuple[str, str], ...] = tuple(
+    (m, "muon") for m in ("grpo4_warm", "reverse_kl", "hybrid", "hybrid_match")
+)
 """The hybrid beside its two parts, all of them for the same number of steps."""
 
 
 def endings(tuned: Store) -> list[Setting]:
     return [
         replace(s, cell=replace(MAIN, name="endings"), stop_level=0, max_steps=ENDING_STEPS)
-        for s in report(tuned, ENDINGS)
+        for s in _at_chosen(tuned, ENDINGS)
     ]
 
 
@@ -127,7 +137,7 @@ def two_teachers(tuned: Store) -> list[Setting]:
     arms = (("reverse_kl", "muon"), ("reverse_kl", NATURAL))
     return [
         replace(s, cell=TWO, stop_level=0, max_steps=_TWO_STEPS[s.optimizer])
-        for s in report(tuned, arms)
+        for s in _at_chosen(tuned, arms)
         if s.seed in TWO_SEEDS
     ]
 
@@ -144,19 +154,26 @@ MAP = tuple(
 
 
 def ratio_map(tuned: Store) -> list[Setting]:
-    """Every cell at the main cell's rates and at half of them; the better one counts."""
-    settings = []
-    for cell in MAP:
-        for s in report(tuned, MAP_ARMS):
-            if s.seed in MAP_SEEDS:
-                settings += [replace(s, cell=cell), replace(s, cell=cell, lr=s.lr / 2)]
-    return settings
+    """Every cell at the main cell's rates and at smaller ones; the best counts."""
+    return [
+        replace(s, cell=cell, lr=lr)
+        for cell in MAP
+        for s in _at_chosen(tuned, MAP_ARMS)
+        if s.seed in MAP_SEEDS
+        for lr in _rates(s)
+    ]
 
 
 SMALL_BATCH = replace(MAIN, name="64 rollouts", rollouts=64)
 
 
 def small_batch(tuned: Store) -> list[Setting]:
-    """A quarter of the rollouts per step, at the main cell's rates and at half of them."""
-    found = report(tuned, MAP_ARMS)
-    return [replace(s, cell=SMALL_BATCH, lr=lr, max_steps=2 * s.max_steps) for s in found for lr in (s.lr, s.lr / 2)]
+    """A quarter of the rollouts per step, at the main cell's rates and at smaller ones; the best counts."""
+    found = _at_chosen(tuned, MAP_ARMS)
+    return [replace(s, cell=SMALL_BATCH, lr=lr, max_steps=2 * s.max_steps) for s in found for lr in _rates(s)]
+
+
+def _rates(setting: Setting) -> tuple[float, ...]:
+    """Less data a step wants smaller steps, of GRPO most."""
+    pure_rl = METHODS[setting.method].objective is None
+    return tuple(setting.lr / part for part in ((1, 2, 4) if pure_rl else (1, 2)))
