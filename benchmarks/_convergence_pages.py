@@ -29,6 +29,8 @@ DRAWN = (
     ("grpo4", "adamw"), ("grpo4_warm", "muon"), ("grpo16", DAMPED), ("reverse_kl", "adamw"), ("reverse_kl", "muon"),
     ("reverse_kl", NATURAL), ("sampled", "muon"), ("off_policy_kd", "muon"), ("seq_kd", "muon"),
 )  # fmt: skip
+README = Path(__file__).parent / "README.md"
+START, END = "<!-- written by make evidence -->\n", "<!-- end -->\n"
 LAST = 5  # evaluations whose mean is where a run ended
 
 
@@ -49,11 +51,20 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     everywhere = [*main, *small, *mapped] if mapped else []
     in_all = [*in_main, *in_small, *in_map]
     parts += [_map_table(in_all, everywhere), _signal(read_signals(folder / "signal.csv")), _grid(tuned)]
-    (folder / "tables.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / "tables.md").write_text(text)
+    _into_readme(README, text)
     if timed_main == timed and main:
         (folder / "curves.svg").write_text(curves(main, DRAWN, seconds))
     if cells := _map_cells(in_all, everywhere):
         (folder / "map.svg").write_text(ratio_map(cells))
+
+
+def _into_readme(readme: Path, text: str) -> None:
+    """Between its two marks; headings one level down."""
+    before, rest = readme.read_text(encoding="utf-8").split(START)
+    after = rest.split(END)[1]
+    readme.write_text(before + START + "\n" + text.replace("## ", "### ") + "\n" + END + after, encoding="utf-8")
 
 
 def _main(main: Sequence[Group], compared: Sequence[Comparison], seconds: Seconds) -> str:
@@ -121,8 +132,8 @@ def _endings(tuned: Store, runs: Store) -> str:
         return ""
     seeds = [int(r["seed"]) for r in found[0].rows]
     lines = [
-        f"## Where a hybrid ends\n\nAccuracy after {plan.ENDING_STEPS} updates (mean of the last {LAST} evaluations), Muon, each at its own "
-        "tuned rate.\n",
+        f"## Where a hybrid ends\n\nAccuracy after {plan.ENDING_STEPS} updates (mean of the last {LAST} evaluations), Muon, each from its own "
+        "tuned rate linearly to 0.\n",
         "| method | " + " | ".join(f"seed {s}" for s in seeds) + " | mean |",
         "| --- |" + " ---: |" * (len(seeds) + 1),
     ]

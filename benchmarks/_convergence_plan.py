@@ -15,7 +15,7 @@ MAIN = Cell(name="main")
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 GRID: Mapping[str, tuple[float, ...]] = {
-    "adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
+    "adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3),
     "muon": (0.003, 0.006, 0.0085, 0.012, 0.024, 0.048),
     **dict.fromkeys(NATURALS, (0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2)),
 }
@@ -38,7 +38,6 @@ ARMS: tuple[tuple[str, str], ...] = (
     ("reverse_kl", NATURAL),
     ("grpo4_warm", "muon"),
     ("grpo16", DAMPED),
-    ("reverse_kl", DAMPED),
     *((method, "muon") for method in SECOND),
 )
 """Method and optimizer, the most important first."""

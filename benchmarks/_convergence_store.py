@@ -33,7 +33,7 @@ class Setting:
     seed: int
     max_steps: int
     stop_level: int = 95
-    """The run ends when this level is reached; 0: at max_steps."""
+    """The run ends when this level is reached; 0: at max_steps, with a rate that falls linearly to 0."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -96,6 +96,7 @@ def perform(setting: Setting) -> Row:
         domains=cell.domains,
         seed=setting.seed,
         max_steps=setting.max_steps,
+        schedule="constant" if setting.stop_level else "linear",
         stop_at=there.level(setting.stop_level / 100) if setting.stop_level else float("inf"),
     )
     run = train(job, copy.deepcopy(there.base), there.teachers, there.held)

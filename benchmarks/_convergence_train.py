@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class Job:
     domains: tuple[int, ...]
     seed: int
     max_steps: int
+    schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up; linear ends at 0."""
     stop_at: float = math.inf
     """Accuracy that ends the run."""
 
@@ -218,7 +220,7 @@ def updater(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Ten
 
 def _first_order(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Tensor]], None]:
     """opd's AdamW or Muon: warm-up, gradients clipped to norm 1, then a constant rate."""
-    config = OptimizerConfig(name=job.optimizer, lr=job.lr, warmup_steps=job.method.warmup)  # pyright: ignore[reportArgumentType]
+    config = OptimizerConfig(name=job.optimizer, lr=job.lr, warmup_steps=job.method.warmup, schedule=job.schedule)  # pyright: ignore[reportArgumentType]
     optimizers = build_optimizer(cast(PreTrainedModel, student), config)
     parameters = list(student.parameters())
     hybrid = job.method.hybrid
@@ -240,13 +242,16 @@ def _first_order(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[]
 
 
 def _natural(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Tensor]], None]:
-    """opd's natural gradient on the whole batch, a constant trust region being the rate."""
+    """opd's natural gradient on the whole batch, the trust region being the rate."""
     parameters = list(student.parameters())
     hybrid = job.method.hybrid
     damping, iterations = NATURALS[job.optimizer]
+    done = 0
 
     def update(batch: Batch, logits: Callable[[], Tensor]) -> None:
+        nonlocal done
         gradient = torch.autograd.grad(total_loss(batch, logits(), hybrid), parameters)
+        factor = 1.0 if job.schedule == "constant" else 1.0 - done / job.max_steps
         natural_gradient_step(
             parameters,
             gradient,
@@ -256,6 +261,7 @@ def _natural(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Te
             trust_region=job.lr,
             damping=damping,
             iterations=iterations,
-        ).apply(parameters)
+        ).apply(parameters, factor)
+        done += 1
 
     return update
