@@ -16,6 +16,7 @@ from opd.algorithm import (
 )
 from opd.errors import ConfigError
 from opd.losses import Objective
+from opd.optimization import OptimizerConfig
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -144,50 +145,6 @@ class PromptsConfig:
     """A new order every epoch, from the seed."""
     limit: int | None = None
     """Use only the first rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """How the weights move."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the hidden matrices with AdamW for embeddings, head, norms and biases."""
-    lr: float = 1e-5
-    """Peak learning rate of AdamW, or of Muon's matrices."""
-    adamw_lr: float | None = None
-    """With muon: the learning rate of what AdamW keeps; None is lr / 6."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decays."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    momentum: float = 0.95
-    """Muon's momentum."""
-    warmup_steps: int = 10
-    """Linear warm-up. Without one the first Adam steps can wreck a small model."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up."""
-    min_lr_ratio: float = 0.0
-    """Where linear and cosine end, as a share of lr."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        _require(math.isfinite(self.lr) and self.lr > 0, f"optimizer.lr must be a positive number, not {self.lr}")
-        _require(
-            self.adamw_lr is None or (math.isfinite(self.adamw_lr) and self.adamw_lr > 0),
-            f"optimizer.adamw_lr must be a positive number, not {self.adamw_lr}",
-        )
-        _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
-        _require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), not {self.momentum}")
-        _require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            f"optimizer.weight_decay must be 0 or a positive number, not {self.weight_decay}",
-        )
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, not {self.warmup_steps}")
-        _require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must lie in [0, 1], not {self.min_lr_ratio}")
-        _require(
-            self.max_grad_norm >= 0, f"optimizer.max_grad_norm must be 0 (off) or positive, not {self.max_grad_norm}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +281,8 @@ class Config:
             f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
             f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
         )
+        if self.optimizer.name == "natural_gradient":
+            self._check_natural_gradient()
         check_on_policy(self.objective, self.rollout)
         if self.rl.rewarded:
             check_rewarded_rollouts(self.objective, self.rollout)
@@ -332,6 +291,25 @@ class Config:
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """Every teacher by name; one alone is called 'teacher'."""
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+    def _check_natural_gradient(self) -> None:
+        student = self.student
+        _require(
+            not student.gradient_checkpointing,
+            "student.gradient_checkpointing=true recomputes activations once per backward pass, and natural_gradient goes back through "
+            "them dozens of times a step. Drop it, and save memory with optimizer.natural_gradient.keep_graphs=false and a smaller "
+            "train.tokens_per_microbatch.",
+        )
+        _require(
+            student.attn_implementation in (None, "sdpa", "eager"),
+            f"student.attn_implementation={student.attn_implementation} has one derivative, and natural_gradient needs two. Use sdpa or "
+            "eager, or optimizer.name=adamw.",
+        )
+        _require(
+            student.dtype in ("auto", "float32") or student.lora is not None,
+            f"student.dtype={student.dtype} rounds away most of a natural-gradient step. Use float32, or float32 adapters on such a "
+            "student (student.lora.rank=32).",
+        )
 
     def _check_teachers(self) -> None:
         there = self.all_teachers

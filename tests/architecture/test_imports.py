@@ -18,7 +18,7 @@ SOURCE = Path(opd.__file__).parent
 
 GROUND = {"errors", "types", "seeding"}
 ROOMS = {"teachers", "rollouts", "rewards", "data", "reporting"}
-BELOW_TRAINER = {"algorithm", "config", "recipe", "models", "losses", "kernels", *GROUND, *ROOMS}
+BELOW_TRAINER = {"algorithm", "optimization", "config", "recipe", "models", "losses", "kernels", *GROUND, *ROOMS}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"types", "errors", "losses"},
     "models": {"types", "errors"},
     "algorithm": {"errors"},
-    "config": {"algorithm", "types", "errors"},
+    "optimization": {"errors"},
+    "config": {"algorithm", "optimization", "types", "errors"},
     "recipe": {"config", "types", "errors"},
     **{room: {"types", "errors"} for room in ROOMS},
     "trainer": BELOW_TRAINER,

@@ -114,7 +114,7 @@ def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
 
 def test_every_field_of_every_section_has_a_help_text():
     """tyro and readers of the source both live from the string under each field."""
-    files = ("config.py", "algorithm.py", "losses/objective.py")
+    files = ("config.py", "algorithm.py", "optimization.py", "losses/objective.py")
     source = "".join((ROOT / "src/opd" / name).read_text() for name in files)
     lines = [line.strip() for line in source.splitlines()]
     for name in to_dict(config(student__lora__rank=1)):

@@ -156,6 +156,14 @@ MACHINE = PanelGroup(
         _one("grad_norm", "Gradient norm", "Before clipping.", color=NEUTRAL, log=True),
         _one("lr", "Learning rate", "", color=NEUTRAL, from_zero=True),
         _one(
+            "natural/predicted_kl",
+            "Natural-gradient step",
+            "Nats per token that it moves the student, by the second-order estimate.",
+            color=NEUTRAL,
+            log=True,
+        ),
+        _one("natural/residual", "Unsolved part", "Relative residual of the conjugate gradients.", color=NEUTRAL),
+        _one(
             "clamped_tokens",
             "Clamped tokens",
             "Tokens whose contribution hit the clamp. Should be rare.",

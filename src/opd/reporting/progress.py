@@ -29,6 +29,7 @@ SHOWN = (
     ("loss", "loss", "{:.4g}"),
     ("reverse_kl", "reverse KL", "{:.4g}"),
     ("reward/mean", "reward", "{:.3g}"),
+    ("natural/predicted_kl", "step KL", "{:.2g}"),
     ("student_entropy", "entropy", "{:.3g}"),
     ("time/tokens_per_second", "tokens/s", "{:,.0f}"),
 )

@@ -14,6 +14,7 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt
 
 PACKING_TOLERANCE = 0.02  # of the spread of the logits; bfloat16 rounding stays under it, a leak does not
+SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 
 
 def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
@@ -98,5 +99,31 @@ def notices(config: Config) -> list[str]:
         found.append(
             "student.dtype=bfloat16 rounds away updates smaller than 1/256 of a weight; at usual learning rates most weights never "
             "move. float32 with train.autocast=bfloat16 trains as fast."
+        )
+    return [*found, *_natural_gradient_notices(config)]
+
+
+def _natural_gradient_notices(config: Config) -> list[str]:
+    optimizer, objective, rl = config.optimizer, config.objective, config.rl
+    if optimizer.name != "natural_gradient":
+        return []
+    found = []
+    sampled = objective.support == "sampled" or objective.tail == "sampled" or objective.delivery == "advantage"
+    if rl.rewarded or sampled:
+        what = "a reward" if rl.rewarded else "the sampled token"
+        found.append(
+            f"optimizer.name=natural_gradient with {what}: the solver magnifies the noise of a sampled gradient in the directions where F "
+            "is small, and stalled on both rewards and sampled-token losses. Use an exact divergence (objective.support=full), or muon "
+            "or adamw."
+        )
+    if optimizer.peak_lr < SMALL_NATURAL_LR:
+        found.append(
+            f"optimizer.lr={optimizer.peak_lr:g} is a factor of every natural-gradient step, not AdamW's rate, and leaves little of it. "
+            "Drop it, or set it to 1 and choose optimizer.natural_gradient.trust_region."
+        )
+    if config.train.token_fraction < 1:
+        found.append(
+            f"train.token_fraction={config.train.token_fraction}: natural_gradient's trust region counts the kept tokens alone, so the "
+            "others may move further."
         )
     return found

@@ -16,7 +16,8 @@ OUT_OF_MEMORY_ADVICE = {
     "rollout": "rollout.batch_size or rollout.max_new_tokens",
     "teacher": "teacher.tokens_per_batch",
     "update": "train.tokens_per_microbatch (gradients accumulate, so the result is the same), or set "
-    "student.gradient_checkpointing=true or student.lora.rank=32",
+    "student.gradient_checkpointing=true or student.lora.rank=32 (with natural_gradient: "
+    "optimizer.natural_gradient.keep_graphs=false, or fewer optimizer.natural_gradient.parameters)",
     "load": "the models' size: teacher.dtype=bfloat16, another teacher.device, or smaller models",
     "eval": "rollout.batch_size, teacher.tokens_per_batch or rollout.max_new_tokens",
 }

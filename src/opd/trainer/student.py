@@ -24,7 +24,7 @@ from opd.trainer.ema import Ema
 from opd.trainer.guardrails import check_gradient, check_loss
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
 from opd.trainer.mixing import preview, whole_logits_loss
-from opd.trainer.optim import build_optimizer, learning_rate_factor
+from opd.trainer.optim import NaturalGradient, build_optimizer, learning_rate_factor
 from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, TeacherMixture
 
 if TYPE_CHECKING:
@@ -188,36 +188,45 @@ class Student(Policy):
                     metrics.add(batch, out)
                 during = TokenMetrics()
         self.zero_grad()
-        total = 0.0
+        total, seen_batches = 0.0, []
         with self._training():
             for batch in batches:
                 loss = self.loss(batch, objective, during)
                 loss.backward()
                 total += loss.item()
+                seen_batches.append(replace(batch, target=None))
         norm = self.gradient_norm()
         if not norm.isfinite():
             self._explain_gradient(batches, objective)
-        if self.config.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.config.max_grad_norm, norm)
-        lr = self._step()
+        if self.config.gradient_limit > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.config.gradient_limit, norm)
+        numbers |= self._step(seen_batches, hybrid.distill.student_temperature)
         policy = {name: value for name, value in during.summary().items() if name in POLICY_MEANS}
         return LossOutput(
             loss=total,
-            metrics={"loss": total, **metrics.summary(), **policy, **numbers, "grad_norm": norm.item(), "lr": lr},
+            metrics={"loss": total, **metrics.summary(), **policy, **numbers, "grad_norm": norm.item()},
             per_token=metrics.per_rollout("reverse_kl"),
         )
 
-    def _step(self) -> float:
+    def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:
         factor = learning_rate_factor(self.version, self.total_steps, self.config)
+        numbers = {"lr": self.config.peak_lr * factor}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            optimizer.step()
+            if isinstance(optimizer, NaturalGradient):
+                numbers |= optimizer.step_on(batches, lambda batch: self._exact_logits(batch) / temperature)
+            else:
+                optimizer.step()
         self.zero_grad()
         if self.ema is not None:
             self.ema.follow()
         self.version += 1
-        return self.config.lr * factor
+        return numbers
+
+    def _exact_logits(self, batch: Batch) -> torch.Tensor:
+        """`logits` without autocast: conjugate gradients need products that agree with each other."""
+        return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
