@@ -1,4 +1,4 @@
-"""Two minutes for CI: on a small cell the orderings hold, by margins that held over ten seeds."""
+"""Two minutes for CI: on a small cell the orderings hold, by margins that held over five seeds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ CELL = Cell(name="quick", digits=4, teacher_steps=120)
 LEVEL = 80
 RATES = {("grpo4", "muon"): 0.006, ("reverse_kl", "muon"): 0.024, ("reverse_kl", NATURAL): 0.1}
 CAPS = {("grpo4", "muon"): 120, ("reverse_kl", "muon"): 60, ("reverse_kl", NATURAL): 12}
-MARGINS = (1.5, 1.5)
-"""GRPO's updates over distillation's with Muon, and those over distillation's with the natural gradient: at least."""
+MARGINS = (2.0, 2.5)
+"""GRPO's updates over those of distillation with Muon, and these over those with the natural gradient, at least. Seeds 0 to 4 have 2.8 to
+3.7, and 3.7 to 4.7."""
 
 
 def quick(seed: int = 0) -> int:
