@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             wanted = plan.report(tuned, arms) if name == "main" else settings(tuned)
             _fill(runs, plan.by_seed(wanted), options.workers)
     if "costs" in parts:
-        _costs(RESULTS / "costs.csv", tuned)
+        _costs(RESULTS / "costs.csv")
     if "signal" in parts:
         _signals(RESULTS / "signal.csv", tuned)
     if "report" in parts:
@@ -75,12 +75,11 @@ def _line(row: Row) -> str:
     )
 
 
-def _costs(path: Path, tuned: Store) -> None:
+def _costs(path: Path) -> None:
     """Timed in one process, after the runs, so that the arms meet the same machine."""
     one_thread()
     costs = read_costs(path)
     for cell, arms in ((plan.MAIN, plan.ARMS), (plan.SMALL_BATCH, plan.MAP_ARMS)):
-        arms = [(m, o) for m, o in arms if plan.chosen(tuned, m, o) is not None]
         missing = [(m, o) for m, o in arms if (cell.name, m, o) not in costs]
         if missing:  # all of them again: only what is timed together can be compared
             measured = seconds_per_step(cell, arms, plan.SEEDS[0])
