@@ -70,7 +70,7 @@ def _into_readme(readme: Path, text: str) -> None:
 def _main(main: Sequence[Group], compared: Sequence[Comparison], seconds: Seconds) -> str:
     if not main:
         return ""
-    rows = main[0].rows
+    rows = max((g.rows for g in main), key=len)
     base, teacher = ([r.number(n) for r in rows] for n in ("base_accuracy", "teacher_accuracy"))
     made = fmean(r.number("teacher_seconds") for r in rows)
     return (

@@ -184,7 +184,7 @@ def write_ratios(path: Path, compared: Iterable[Comparison]) -> None:
         writer.writerows(lines.values())
 
 
-def steps_table(found: Iterable[Group], compared: Sequence[Comparison], seconds: Seconds) -> str:
+def steps_table(found: Sequence[Group], compared: Sequence[Comparison], seconds: Seconds) -> str:
     """Markdown: steps to every level, seconds of a step, and the ratios at 80 and 90 %."""
     lines = [
         "| method | rate | "
@@ -192,13 +192,15 @@ def steps_table(found: Iterable[Group], compared: Sequence[Comparison], seconds:
         + " | CPU s per step | fewer steps at 80 % | at 90 % | less CPU at 80 % |",
         "| --- | ---: |" + " ---: |" * len(LEVELS) + " ---: | ---: | ---: | ---: |",
     ]
+    seeds = max((len(g.rows) for g in found), default=0)
     for g in found:
         cells = [_steps(g, level) for level in LEVELS]
+        title = g.title if len(g.rows) == seeds else f"{g.title} ({len(g.rows)} of {seeds} seeds run)"
         by = {(c.level, c.measure): c for c in compared if c.group is g}
         cost = seconds.get((g.cell, g.method, g.optimizer))
         ratios = [_ratio(by.get(k)) for k in ((80, "steps"), (90, "steps"), (80, "seconds"))]
         lines.append(
-            f"| {g.title} | {float(g.rows[0]['lr']):g} | "
+            f"| {title} | {float(g.rows[0]['lr']):g} | "
             + " | ".join(cells)
             + f" | {'' if cost is None else f'{cost:.3f}'} | "
             + " | ".join(ratios)
