@@ -14,7 +14,7 @@ from benchmarks._kernels_figure import STYLE, Axis
 WIDTH, HEIGHT = 380, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 46
 LEGEND_ROW, LEGEND_COLUMNS = 18, 3
-COLOURS = ("#bc4c00", "#e5a100", "#8b0000", "#0969da", "#54aeff", "#1a7f37", "#8250df", "#6e7781", "#bf3989")
+COLOURS = ("#e5a100", "#bc4c00", "#8b0000", "#54aeff", "#0a3069", "#1a7f37", "#8250df", "#6e7781", "#bf3989")
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.9, 1.0)
 
 
