@@ -12,7 +12,7 @@ VERL080_BIN := $(VERL080_VENV)/bin
 VERL080_READY := $(VERL080_VENV)/.ready
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 
-.PHONY: demo test verl verl-patch check lint fast bench patches dist clean
+.PHONY: demo test verl verl-patch check lint fast bench evidence patches dist clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -37,6 +37,9 @@ check: $(READY)  ## ruff and pyright
 
 bench: $(READY)  ## the fused loss against other libraries', in an environment made for them; an hour
 	$(BIN)/python -m benchmarks kernels
+
+evidence: $(READY)  ## distillation beside reinforcement learning: what is missing of the runs, then tables and figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks convergence
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opd needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
