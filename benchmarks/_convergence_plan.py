@@ -143,7 +143,7 @@ def two_teachers(tuned: Store) -> list[Setting]:
 
 _TWO_STEPS = {"muon": 100, NATURAL: 12}
 MAP_ARMS: tuple[tuple[str, str], ...] = (("grpo4_warm", "muon"), ("reverse_kl", "muon"), ("reverse_kl", NATURAL))
-MAP_SEEDS = SEEDS[:2]
+MAP_SEEDS = SEEDS[:3]
 MAP = tuple(
     Cell(name=f"{digits} digits, {base} base, {rollouts} rollouts", digits=digits, wrong=wrong, rollouts=rollouts)
     for digits, base, wrong in ((8, "easier", 0.6), (4, "same", 1.0), (4, "easier", 0.6))
