@@ -148,8 +148,8 @@ MAP = tuple(
     Cell(name=f"{digits} digits, {base} base, {rollouts} rollouts", digits=digits, wrong=wrong, rollouts=rollouts)
     for digits, base, wrong in ((8, "easier", 0.6), (4, "same", 1.0), (4, "easier", 0.6))
     for rollouts in (256, 64)
-)
-"""Beside the main cell and the small batch."""
+) + (replace(MAIN, name="8 digits, same base, 256 rollouts, larger teacher", teacher_hidden=96),)
+"""Beside the main cell and the small batch. The larger teacher learnt from a base of its own size."""
 
 
 def ratio_map(tuned: Store) -> list[Setting]:
