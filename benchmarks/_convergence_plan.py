@@ -144,11 +144,13 @@ def two_teachers(tuned: Store) -> list[Setting]:
 _TWO_STEPS = {"muon": 100, NATURAL: 12}
 MAP_ARMS: tuple[tuple[str, str], ...] = (("grpo4_warm", "muon"), ("reverse_kl", "muon"), ("reverse_kl", NATURAL))
 MAP_SEEDS = SEEDS[:3]
-MAP = tuple(
+_TASKS = tuple(
     Cell(name=f"{digits} digits, {base} base, {rollouts} rollouts", digits=digits, wrong=wrong, rollouts=rollouts)
     for digits, base, wrong in ((8, "easier", 0.6), (4, "same", 1.0), (4, "easier", 0.6))
     for rollouts in (256, 64)
-) + (replace(MAIN, name="8 digits, same base, 256 rollouts, larger teacher", teacher_hidden=96),)
+)
+_LARGER = replace(MAIN, name="8 digits, same base, 256 rollouts, larger teacher", teacher_hidden=96)
+MAP = (*_TASKS, _LARGER)
 """Beside the main cell and the small batch. The larger teacher learnt from a base of its own size."""
 
 
