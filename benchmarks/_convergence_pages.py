@@ -181,7 +181,8 @@ def _map_cells(compared: Sequence[Comparison], mapped: Sequence[Group]) -> list[
         if not here:
             continue
         base = fmean(r.number("base_accuracy") for r in here[0].rows)
-        column, row = f"{cell.rollouts} rollouts a step", f"{cell.digits} digits, base at {base:.2f}"
+        larger = ", larger teacher" if cell.teacher_hidden > cell.hidden else ""
+        column, row = f"{cell.rollouts} rollouts a step", f"{cell.digits} digits, base at {base:.2f}{larger}"
         if ratios:
             best = max(ratios, key=lambda c: c.interval.value)
             first = max(
