@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
+from benchmarks import _convergence_outside as outside
 from benchmarks import _convergence_plan as plan
 from benchmarks._convergence_cost import STAGES, Signal, read_costs, read_signals
 from benchmarks._convergence_figure import curves, ratio_map
@@ -49,7 +50,8 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     parts = [_main(main, in_main, seconds), _batch(across), _endings(tuned, runs), _teachers(tuned, runs)]
     everywhere = [*main, *small, *mapped] if mapped else []
     in_all = [*in_main, *in_small, *in_map]
-    parts += [_map_table(in_all, everywhere), _signal(read_signals(folder / "signal.csv")), _grid(tuned)]
+    parts += [_map_table(in_all, everywhere), _signal(read_signals(folder / "signal.csv"))]
+    parts += [outside.table(outside.read_runs(folder / "trl.csv")), _grid(tuned)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "tables.md").write_text(text)
     _into_readme(README, text)

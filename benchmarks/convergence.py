@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import _convergence_outside as outside
 from benchmarks import _convergence_plan as plan
 from benchmarks._convergence_cost import STAGES, read_costs, read_signals, seconds_per_step, signals, write_costs
 from benchmarks._convergence_pages import write_pages
@@ -33,7 +34,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks convergence", description=__doc__)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument(
-        "--only", nargs="+", choices=("grid", *PARTS, "costs", "signal", "report"), help="these parts; default all"
+        "--only",
+        nargs="+",
+        choices=("grid", *PARTS, "costs", "signal", "trl", "report"),
+        help="these parts; default all but trl, which takes a quarter of an hour and an environment of its own",
     )
     parser.add_argument(
         "--arms", nargs="+", metavar="METHOD:OPTIMIZER", help="these arms of grid and main; default all"
@@ -57,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         _costs(RESULTS / "costs.csv")
     if "signal" in parts:
         _signals(RESULTS / "signal.csv", tuned)
+    if "trl" in parts:
+        _outside(RESULTS / "trl.csv", tuned, runs)
     if "report" in parts:
         write_pages(RESULTS, tuned, runs)
     return 0
@@ -85,6 +91,16 @@ def _costs(path: Path) -> None:
             measured = seconds_per_step(cell, arms, plan.SEEDS[0])
             costs |= {(cell.name, *arm): value for arm, value in measured.items()}
             write_costs(path, costs)
+
+
+def _outside(path: Path, tuned: Store, runs: Store) -> None:
+    found = outside.compare_losses()
+    print(
+        "One update of opd and TRL on the same samples: " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True
+    )
+    for run in outside.fill(path, tuned, runs):
+        steps = ", ".join(f"{level}% {run.steps(level) or '-'}" for level in outside.LEVELS)
+        print(f"{time.strftime('%H:%M')} {run.trainer}, seed {run.seed}: {steps}", flush=True)
 
 
 def _signals(path: Path, tuned: Store) -> None:

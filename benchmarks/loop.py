@@ -147,7 +147,7 @@ def run(case: Case, trainer: str, python: str, repeat: int, folder: Path) -> dic
     """One fresh process; its timed steps as one row."""
     case_path = folder / "case.json"
     case_path.write_text(json.dumps(asdict(case) | {"seed": case.seed + repeat}))
-    result = _worker(python, f"benchmarks._loop_{trainer}", folder, str(case_path), threads=case.threads)
+    result = worker(python, f"benchmarks._loop_{trainer}", folder, str(case_path), threads=case.threads)
     steps = result["steps"][case.warmup_steps :]
     wall, tokens = sum(s["wall"] for s in steps), sum(s["tokens"] for s in steps)
     row: dict[str, Any] = {
@@ -188,7 +188,7 @@ def _minus(pair: Sequence[float]) -> float:
 
 def compare_losses(python: str, folder: Path) -> dict[str, dict[str, float]]:
     """Largest differences between the two libraries' generalised JSD, by β; stops when one exceeds the tolerance."""
-    differences = _worker(python, "benchmarks._loop_trl", folder, "--check", threads=1)
+    differences = worker(python, "benchmarks._loop_trl", folder, "--check", threads=1)
     worst = max(value for entry in differences.values() for value in entry.values())
     if worst > LOSS_TOLERANCE:
         raise SystemExit(
@@ -197,7 +197,8 @@ def compare_losses(python: str, folder: Path) -> dict[str, dict[str, float]]:
     return differences
 
 
-def _worker(python: str, module: str, folder: Path, argument: str, *, threads: int) -> Any:
+def worker(python: str, module: str, folder: Path, argument: str, *, threads: int) -> Any:
+    """What the module writes to the path that is its last argument, as JSON; it runs in that environment and a process of its own."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     environment = os.environ | {
