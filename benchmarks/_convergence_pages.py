@@ -30,6 +30,7 @@ DRAWN = (
     ("grpo16", "adamw"), ("grpo4_warm", "muon"), ("grpo16", DAMPED), ("reverse_kl", "muon"), ("reverse_kl", NATURAL), ("seq_kd", "muon"),
 )  # fmt: skip
 README = Path(__file__).parent / "README.md"
+ROOT_README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- written by make evidence -->\n", "<!-- end -->\n"
 LAST = 5  # evaluations whose mean is where a run ended
 
@@ -54,7 +55,9 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     parts += [outside.table(outside.read_runs(folder / "trl.csv")), _grid(tuned)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "tables.md").write_text(text)
-    _into_readme(README, text)
+    _into_readme(README, text.replace("## ", "### "))
+    if headline := _headline(main, across):
+        _into_readme(ROOT_README, headline)
     if timed_main == timed and main:
         (folder / "curves.svg").write_text(curves(main, DRAWN, seconds))
     if cells := _map_cells(in_all, everywhere):
@@ -62,10 +65,37 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
 
 
 def _into_readme(readme: Path, text: str) -> None:
-    """Between its two marks; headings one level down."""
+    """Between its two marks."""
     before, rest = readme.read_text(encoding="utf-8").split(START)
     after = rest.split(END)[1]
-    readme.write_text(before + START + "\n" + text.replace("## ", "### ") + "\n" + END + after, encoding="utf-8")
+    readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def _headline(main: Sequence[Group], across: Sequence[Comparison]) -> str:
+    """What the project's README quotes: the fewest updates of GRPO to 80 %, and distillation beside it in three measures."""
+    at_80 = _by_arm(c for c in across if c.level == 80)
+    full = [g for g in main if is_rl(g.method) and g.reached(80) == len(g.rows)]
+    if not at_80 or not full:
+        return ""
+    best = min(full, key=lambda g: g.mean(80))
+    lines = [
+        "| to 80 % of the teacher's gain | rollouts a step | updates | fewer updates than the best GRPO | fewer rollouts | less CPU time |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| {best.title}: the best one | {best.rollouts} | {best.mean(80):.0f} | | | |",
+    ]
+    for found in at_80.values():
+        group = found["steps"].group
+        ratios = " | ".join(_ratio(found[m]) for m in ("steps", "rollouts", "seconds"))
+        lines.append(f"| {group.title} | {group.rollouts} | {group.mean(80):.0f} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_arm(compared: Iterable[Comparison]) -> dict[tuple[str, str, str, int], dict[str, Comparison]]:
+    """By measure, of every arm at every level."""
+    rows: dict[tuple[str, str, str, int], dict[str, Comparison]] = {}
+    for c in compared:
+        rows.setdefault((c.group.cell, *c.group.arm, c.level), {})[c.measure] = c
+    return rows
 
 
 def _main(main: Sequence[Group], compared: Sequence[Comparison], seconds: Seconds) -> str:
@@ -108,10 +138,7 @@ def _batch(across: Sequence[Comparison]) -> str:
         "| method | rollouts a step | level | updates | fewer updates | fewer rollouts | less CPU |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    rows: dict[tuple[str, str, str, int], dict[str, Comparison]] = {}
-    for c in across:
-        rows.setdefault((c.group.cell, *c.group.arm, c.level), {})[c.measure] = c
-    for found in rows.values():
+    for found in _by_arm(across).values():
         group, level = found["steps"].group, found["steps"].level
         ratios = [f"{_ratio(c)} [{c.reference.rollouts}]" for c in (found[m] for m in ("steps", "rollouts", "seconds"))]
         lines.append(

@@ -128,10 +128,10 @@ def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
     ("more", "said"),
     [
         (["data.train_batch_size=128"], "train_batch_size (128) must be >= actor.ppo_mini_batch_size (256)"),
-        ([f"{ACTOR}.strategy=fsdp"], "set actor_rollout_ref.actor.strategy=fsdp2"),
+        ([f"{ACTOR}.calculate_sum_pi_squared=true"], "needs the whole logits, which opd does not make"),
         (["opd.teacher.model_path={world}/other"], "teacher '{world}/other' do not read the same token ids"),
     ],
-    ids=["batch", "strategy", "vocabulary"],
+    ids=["batch", "logits", "vocabulary"],
 )
 def test_a_mistake_is_told_before_the_run(world: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(OpdError) as caught:

@@ -78,9 +78,20 @@ def main_ppo(
         command = [python, "-m", "verl.trainer.main_ppo", *overrides(folder), *more]
         command += [f"+ray_kwargs.ray_init._temp_dir={ray_folder(env)}"]
         ended = launch(command, log=log_path, env=env | variables, limit=limit, folder=folder)
+        if ended.code != 0:
+            keep_worker_logs(Path(ray_folder(env)), log_path)
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
     log = log_path.read_text(encoding="utf-8", errors="replace")
     return Done(code=-1 if ended.code is None else ended.code, log=log, metrics=metrics)
+
+
+def keep_worker_logs(ray: Path, log: Path) -> None:
+    """Append what the workers wrote: Ray forwards it late, and not at all from a run that is ending."""
+    with log.open("a", encoding="utf-8") as out:
+        for path in sorted(ray.glob("session_2*/logs/worker-*.err")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if "WorkerDict" in text:
+                out.write(f"\n{path.name}\n{text[-1500:]}\n")
 
 
 def reverse_kl(p: Tensor, q: Tensor) -> Tensor:

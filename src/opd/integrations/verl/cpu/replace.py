@@ -304,5 +304,5 @@ def check_given(config: DictConfig) -> None:
     strategy = config.actor_rollout_ref.actor.strategy
     if engine != "dp" or strategy not in ("fsdp", "fsdp2"):
         raise ConfigError(
-            f"model_engine={engine} with strategy={strategy} is no FSDP, and a CPU runs FSDP2 only; the dry run would show nothing of it."
+            f"model_engine={engine} with strategy={strategy} is no FSDP, and a CPU runs nothing else; the dry run would show nothing of it."
         )
