@@ -15,7 +15,7 @@ from test_smoke_config import ACTOR, CLUSTER
 from verl_world import REWARD, make_prompts
 
 from opd.errors import OpdError
-from opd.integrations.verl.launch import MARK, first_error, launch
+from opd.integrations.verl.launch import MARK, cpu_environment, first_error, launch
 from opd.integrations.verl.smoke import smoke, step_lines
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, digit_tokenizer, save_model, tiny_causal_lm
 
@@ -45,6 +45,17 @@ def test_the_first_error_of_a_log_is_found():
 def test_a_step_shows_its_losses_first():
     said = step_lines(3, {"actor/opd/entropy": 1.0, "actor/opd/loss": 0.123456, "actor/lr": 1.0, "actor/loss": None})
     assert said == "step 3: actor/opd/loss 0.12346  actor/loss nan\n  entropy 1"
+
+
+@pytest.mark.parametrize("name", ["RAY_ADDRESS", "RANK", "WORLD_SIZE", "MASTER_PORT", "DIST_INIT_METHOD"])
+def test_a_run_joins_no_cluster_or_process_group_of_its_parent(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "1")
+    with cpu_environment(tmp_path / "metrics.jsonl") as env:
+        assert name not in env
+        assert env["KEPT"] == "1"
 
 
 ORPHAN = """

@@ -27,10 +27,12 @@ NOT_INHERITED = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "DIST_INIT_METHOD",
 )
-"""They would join a cluster that is already there."""
+"""They would join a cluster or a process group that is already there, or find the addresses of one that is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
