@@ -32,8 +32,9 @@ from opd.trainer.optim import build_optimizer, learning_rate_factor
 from opd.types import Batch, DenseTarget, Sequences
 
 NATURAL, DAMPED = "natural_gradient", "natural_gradient_damped"
-NATURALS = {NATURAL: (0.03, 20), DAMPED: (0.3, 10)}
-"""Damping and iterations: what suited distillation's clean gradient, and what suited GRPO's noisy one (benchmarks/LOG.md)."""
+NATURALS = {NATURAL: 0.03, DAMPED: 0.3}
+"""Damping: what suited distillation's clean gradient, and what suited GRPO's noisy one (benchmarks/LOG.md)."""
+ITERATIONS, PROBES = 10, 4  # of the solver, for both
 EVALUATE_EVERY = 16  # a step number s is evaluated when s is a multiple of max(1, s // 16): to 6 % of the step
 
 
@@ -246,7 +247,6 @@ def _natural(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Te
     """opd's natural gradient on the whole batch, the trust region being the rate."""
     parameters = list(student.parameters())
     hybrid = job.method.hybrid
-    damping, iterations = NATURALS[job.optimizer]
     done = 0
 
     def update(batch: Batch, logits: Callable[[], Tensor]) -> None:
@@ -260,8 +260,9 @@ def _natural(student: TinyDecoder, job: Job) -> Callable[[Batch, Callable[[], Te
             lambda _: logits(),
             [batch.token_weights],
             trust_region=job.lr,
-            damping=damping,
-            iterations=iterations,
+            damping=NATURALS[job.optimizer],
+            iterations=ITERATIONS,
+            probes=PROBES,
         ).apply(parameters, factor)
         done += 1
 

@@ -26,6 +26,10 @@ class NaturalGradientConfig:
     """Nats per token that the student may move in one step, by the second-order estimate ½ xᵀFx; a longer step is cut back to it."""
     iterations: int = 10
     """Of conjugate gradients; each costs one product with F."""
+    probes: int = 0
+    """Random gradients, a backward pass each, that make a Kronecker-factored preconditioner of the solver; 0 is none. Where
+    a step has many more tokens than the Fisher matrix has large eigenvalues, 4 of them and 10 iterations did what 20 to 30 do without;
+    with few tokens they can slow it down (benchmarks/LOG.md). Memory: as many vectors of the size of the trained parameters."""
     keep_graphs: bool = True
     """Keep the autograd graphs of all micro-batches during the solve; false makes them again for every product: 1.4 to 1.6 times the
     time, and the memory of one micro-batch."""
@@ -41,6 +45,7 @@ class NaturalGradientConfig:
         require(
             self.iterations >= 1, f"optimizer.natural_gradient.iterations must be at least 1, not {self.iterations}"
         )
+        require(self.probes >= 0, f"optimizer.natural_gradient.probes must be 0 (none) or more, not {self.probes}")
         if self.parameters is not None:
             try:
                 re.compile(self.parameters)

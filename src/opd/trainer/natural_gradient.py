@@ -9,7 +9,8 @@ forward pass; forward-mode differentiation would repeat it for every product, an
 layers are trained, the graphs hold those alone.
 
 Cost of a step: one forward and one backward pass for the graphs, then per iteration one pass back through Jᵀu and one through z, about
-a forward and a backward pass again: with 10 iterations, 9 to 14 AdamW updates on the CPU. Memory: 3 to 3.5 times that of a backward pass over all
+a forward and a backward pass again: with 10 iterations, 9 to 14 AdamW updates on the CPU. A probe for the preconditioner
+(trainer/preconditioner.py) is one pass back through z. Memory: 3 to 3.5 times that of a backward pass over all
 micro-batches at once, whole [tokens, vocabulary] logits among it; without `keep_graphs` 3 to 4 times that of one micro-batch, at 1.4 to
 1.6 times the time. Beside it six vectors of the size of the trained parameters.
 """
@@ -26,6 +27,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd.errors import ModelError, NonFiniteError
+from opd.trainer.preconditioner import Kronecker
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -79,15 +81,23 @@ def natural_gradient_step(
     damping: float = DAMPING,
     trust_region: float = TRUST_REGION,
     iterations: int = ITERATIONS,
+    probes: int = 0,
     keep_graphs: bool = True,
 ) -> NaturalStep:
     """The step down `gradient`, that of the whole batch. Changes neither parameters nor their `.grad`.
 
     `logits` runs the model on one micro-batch, at the temperature of the loss, and is differentiated twice; `token_weights` has one
-    tensor for each micro-batch. Raises NonFiniteError, and ModelError for a model without second derivatives.
+    tensor for each micro-batch; `probes` random gradients make a preconditioner, the same ones for the same weights and rollouts. Raises
+    NonFiniteError, and ModelError for a model without second derivatives.
     """
     fisher = Fisher(parameters, micro_batches, logits, token_weights, keep_graphs=keep_graphs)
-    solved = conjugate_gradient(fisher, -flatten(gradient), damping=damping, iterations=iterations)
+    solved = conjugate_gradient(
+        fisher,
+        -flatten(gradient),
+        damping=damping,
+        iterations=iterations,
+        precondition=Kronecker(fisher.samples(probes), damping) if probes else None,
+    )
     kl = max(0.0, 0.5 * float(solved.x @ solved.product)) / fisher.total_weight
     scale = 1.0 if kl <= trust_region else (trust_region / kl) ** 0.5
     step = solved.x * scale
@@ -135,6 +145,17 @@ class Fisher:
             self._check(float(vector @ total), curvature, slack=float(vector.norm() * total.norm()))
         return total
 
+    def samples(self, count: int) -> list[tuple[Tensor, ...]]:
+        """Random gradients with mean 0 and covariance F: of log-probs of tokens drawn from p_t, each times √w_t. Always drawn from the
+        same seed, so that a step stays a function of weights and rollouts."""
+        source = torch.Generator(self.parameters[0].device).manual_seed(0)
+        totals = [torch.zeros_like(flatten(self.parameters)) for _ in range(count)]
+        for index in range(len(self._pieces)):
+            piece = self._piece(index)
+            for total in totals:
+                total += flatten(piece.sample(source))
+        return [unflatten(total, self.parameters) for total in totals]
+
     def _piece(self, index: int) -> Linearized:
         return self._pieces[index]() if self._kept is None else self._kept[index]
 
@@ -165,6 +186,11 @@ class Linearized:
         moved = self.jvp(direction)
         pushed = self._weights * self._p * (moved - (self._p * moved).sum(-1, keepdim=True))
         return self.vjp(pushed), float((pushed * moved).sum())
+
+    def sample(self, source: torch.Generator) -> list[Tensor]:
+        """Jᵀu with u_t = √w_t (e_y − p_t), y ~ p_t."""
+        drawn = torch.multinomial(self._p, 1, generator=source)
+        return self.vjp(self._weights.sqrt() * (torch.zeros_like(self._p).scatter_(-1, drawn, 1.0) - self._p))
 
     def jvp(self, direction: Sequence[Tensor]) -> Float[Tensor, "tokens vocab"]:
         """J v: how the logits move when the parameters move in this direction."""
@@ -214,13 +240,17 @@ def conjugate_gradient(
     damping: float,
     iterations: int,
     tolerance: float = RESIDUAL_TOLERANCE,
+    precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
-    """Conjugate gradients from x = 0 for a positive semidefinite A given by `product`. Ends early when the residual is under
-    `tolerance`, or a direction has no curvature left. Every iterate descends: xᵀb > 0. Raises NonFiniteError."""
+    """Conjugate gradients from x = 0 for a positive semidefinite A given by `product`; `precondition` is r ↦ P⁻¹ r for a positive
+    definite P near A + damping·I. Ends early when the residual is under `tolerance`, or a direction has no curvature left. Every iterate
+    descends: xᵀb > 0. Raises NonFiniteError."""
     x, ax = torch.zeros_like(b), torch.zeros_like(b)
-    residual, direction = b.clone(), b.clone()
+    residual = b.clone()
+    near = residual if precondition is None else precondition(residual)
+    direction = near.clone()
     start = square = float(b @ b)
-    done = 0
+    along, done = float(residual @ near), 0
     while done < iterations and square > tolerance**2 * start:
         a_direction = product(direction)
         curvature = float(direction @ a_direction) + damping * float(direction @ direction)
@@ -228,12 +258,14 @@ def conjugate_gradient(
             raise NonFiniteError(_NOT_FINITE)
         if curvature <= 0:
             break
-        length = square / curvature
+        length = along / curvature
         x.add_(direction, alpha=length)
         ax.add_(a_direction, alpha=length)
         residual.sub_(a_direction.add_(direction, alpha=damping), alpha=length)
-        previous, square = square, float(residual @ residual)
-        direction.mul_(square / previous).add_(residual)
+        square = float(residual @ residual)
+        near = residual if precondition is None else precondition(residual)
+        previous, along = along, float(residual @ near)
+        direction.mul_(along / previous).add_(near)
         done += 1
     return Solution(x=x, product=ax, residual=(square / start) ** 0.5 if start else 0.0, iterations=done)
 

@@ -81,6 +81,7 @@ class NaturalGradient(torch.optim.Optimizer):
             damping=self.solver.damping,
             trust_region=self.solver.trust_region,
             iterations=self.solver.iterations,
+            probes=self.solver.probes,
             keep_graphs=self.solver.keep_graphs,
         )
         rate = self.param_groups[0]["lr"]
