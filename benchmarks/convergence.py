@@ -10,11 +10,22 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import _convergence_outside as outside
 from benchmarks import _convergence_plan as plan
-from benchmarks._convergence_cost import STAGES, read_costs, read_signals, seconds_per_step, signals, write_costs
+from benchmarks._convergence_cost import (
+    STAGES,
+    Signal,
+    read_costs,
+    read_signals,
+    seconds_per_step,
+    signals,
+    write_costs,
+)
 from benchmarks._convergence_pages import write_pages
 from benchmarks._convergence_quick import quick
 from benchmarks._convergence_store import Row, Setting, Store, fill, one_thread
@@ -53,14 +64,18 @@ def main(argv: Sequence[str]) -> int:
     tuned, runs = Store(RESULTS / "grid.csv"), Store(RESULTS / "runs.csv")
     if "grid" in parts:
         _fill(tuned, plan.grid(arms), options.workers)
-    for name, settings in PARTS.items():
-        if name in parts:
-            wanted = plan.report(tuned, arms) if name == "main" else settings(tuned)
-            _fill(runs, plan.by_seed(wanted), options.workers)
+    wanted = [
+        setting
+        for name, settings in PARTS.items()
+        if name in parts
+        for setting in plan.by_seed(plan.report(tuned, arms) if name == "main" else settings(tuned))
+    ]
+    if wanted:
+        _fill(runs, wanted, options.workers)
     if "costs" in parts:
         _costs(RESULTS / "costs.csv")
     if "signal" in parts:
-        _signals(RESULTS / "signal.csv", tuned)
+        _signals(RESULTS / "signal.csv", tuned, options.workers)
     if "trl" in parts:
         _outside(RESULTS / "trl.csv", tuned, runs)
     if "report" in parts:
@@ -103,17 +118,22 @@ def _outside(path: Path, tuned: Store, runs: Store) -> None:
         print(f"{time.strftime('%H:%M')} {run.trainer}, seed {run.seed}: {steps}", flush=True)
 
 
-def _signals(path: Path, tuned: Store) -> None:
-    one_thread()
+def _signals(path: Path, tuned: Store, workers: int) -> None:
     rate = plan.chosen(tuned, "reverse_kl", "muon")
     there = {s.seed for s in read_signals(path)}
-    for seed in plan.SEEDS[:3]:
-        if rate is not None and seed not in there:
-            new = not path.exists()
+    missing = [seed for seed in plan.SEEDS[:3] if seed not in there]
+    if rate is None or not missing:
+        return
+    if not path.exists():
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(("method", "stage", "seed", "accuracy", "batch"))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        for seed, found in zip(missing, pool.map(partial(_signals_of, rate), missing), strict=True):
             with path.open("a", newline="") as file:
-                writer = csv.writer(file)
-                if new:
-                    writer.writerow(("method", "stage", "seed", "accuracy", "batch"))
-                found = signals(plan.MAIN, seed, "muon", rate)
-                writer.writerows((s.method, s.stage, s.seed, f"{s.accuracy:.4f}", f"{s.batch:.1f}") for s in found)
+                lines = csv.writer(file)
+                lines.writerows((s.method, s.stage, s.seed, f"{s.accuracy:.4f}", f"{s.batch:.1f}") for s in found)
             print(f"signal: seed {seed}, at {STAGES}", flush=True)
+
+
+def _signals_of(rate: float, seed: int) -> list[Signal]:
+    return signals(plan.MAIN, seed, "muon", rate)
