@@ -93,7 +93,8 @@ def test_a_reward_alone_raises_itself_and_needs_no_teacher(world, tmp_path, name
     ]
     values = settings(world, tmp_path / "run", eval__every=25, checkpoint__every=0, **{**PURE, **more})
     summary = run(without_teacher(values))
-    assert summary["student_after"]["accuracy"] > summary["student_before"]["accuracy"] + 0.2
+    # five seeds of the run had 0.47 to 0.77
+    assert summary["student_after"]["accuracy"] > summary["student_before"]["accuracy"] + 0.3
     assert "teacher" not in summary and "reverse_kl" not in summary["student_after"]
     rows = steps(tmp_path / "run")
     assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.2

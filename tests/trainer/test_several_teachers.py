@@ -83,6 +83,7 @@ def test_the_student_moves_toward_all_its_teachers(school, tmp_path, name):
     more = {"train__steps": 25, "train__prompts_per_step": 16, "eval__every": 25, "optimizer__lr": 0.01} | LEARNS[name]
     summary = train(build(merge({}, taught(school, tmp_path / "run", checkpoint__every=0, **more))))
     assert summary is not None
+    # five seeds of the run had 0.28 to 0.79
     assert summary["student_after"]["reverse_kl"] < 0.85 * summary["student_before"]["reverse_kl"]
     evaluations = [r for r in read_metrics(tmp_path / "run") if r.kind == "eval" and r.who == "student"]
     for teacher in NAMES:

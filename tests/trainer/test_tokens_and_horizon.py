@@ -121,7 +121,8 @@ def test_a_fraction_of_the_tokens_is_enough_to_learn(world, tmp_path, name):
         build(merge({}, settings(world, tmp_path / "run", train__token_fraction=0.3, **more, **LEARNS[name])))
     )
     assert summary is not None
-    assert summary["student_after"]["reverse_kl"] < 0.85 * summary["student_before"]["reverse_kl"]
+    # five seeds of the run had 0.28 to 0.49
+    assert summary["student_after"]["reverse_kl"] < 0.7 * summary["student_before"]["reverse_kl"]
     rows = steps(tmp_path / "run")
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert not any(key.startswith("kl_by_position") for row in rows for key in row), "places are not positions any more"
