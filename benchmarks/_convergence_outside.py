@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import _convergence_plan as plan
 from benchmarks._convergence_report import Interval, ratio
-from benchmarks._convergence_store import Setting, Store, one_thread, perform
+from benchmarks._convergence_store import Row, Setting, Store, one_thread, perform
 from benchmarks._convergence_train import Curve
 from benchmarks._convergence_world import world
 from benchmarks.loop import trl_python, worker
@@ -43,31 +43,20 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class OutsideRun:
+class OutsideRun(Row):
     """A line of trl.csv."""
-
-    values: dict[str, str]
 
     @property
     def trainer(self) -> str:
-        return self.values["trainer"]
+        return self["trainer"]
 
     @property
     def key(self) -> tuple[str, ...]:
-        return tuple(self.values[name] for name in COLUMNS[:8])
+        return tuple(self[name] for name in COLUMNS[:8])
 
     @property
     def seed(self) -> int:
-        return int(self.values["seed"])
-
-    def steps(self, level: int) -> int | None:
-        value = self.values[f"steps_{level}"]
-        return int(value) if value else None
-
-    @property
-    def curve(self) -> dict[int, float]:
-        points = (point.split(":") for point in self.values["curve"].split())
-        return {int(step): float(value) for step, value in points}
+        return int(self["seed"])
 
 
 def settings(tuned: Store) -> list[Setting]:
@@ -158,7 +147,7 @@ def table(runs: Sequence[OutsideRun]) -> str:
     for trainer, found in by.items():
         if found:
             cells = [_cell(found, by[OPD], level, own=trainer == OPD) for level in LEVELS]
-            cost = fmean(float(r.values["seconds_per_step"]) for r in found)
+            cost = fmean(r.number("seconds_per_step") for r in found)
             lines.append(f"| {trainer} | {len(found)} | " + " | ".join(cells) + f" | {cost:.3f} |")
     lines.append(f"\n{_verdict(by[OPD], by[TRL])}")
     if by[REPLAY]:
@@ -197,11 +186,15 @@ def _verdict(opd: Sequence[OutsideRun], trl: Sequence[OutsideRun]) -> str:
 FAR = 0.01
 
 
+def _points(run: OutsideRun) -> dict[int, float]:
+    return dict(zip(run.curve.steps, run.curve.values, strict=True))
+
+
 def _apart(opd: Sequence[OutsideRun], replay: Sequence[OutsideRun]) -> str:
     """How long TRL on opd's random numbers stays on opd's curve."""
-    own = {r.seed: r.curve for r in opd}
+    own = {r.seed: _points(r) for r in opd}
     differences = [
-        {step: abs(value - own[r.seed][step]) for step, value in r.curve.items() if step in own[r.seed]}
+        {step: abs(value - own[r.seed][step]) for step, value in _points(r).items() if step in own[r.seed]}
         for r in replay
         if r.seed in own
     ]

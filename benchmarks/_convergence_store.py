@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
@@ -38,6 +39,21 @@ class Setting:
     @property
     def key(self) -> tuple[str, ...]:
         return (*(str(v) for v in asdict(self.cell).values()), *(str(getattr(self, n)) for n in _OWN))
+
+    def job(self, stop_at: float = math.inf) -> Job:
+        """For a student of its cell; `stop_at` is an accuracy."""
+        return Job(
+            method=METHODS[self.method],
+            optimizer=self.optimizer,
+            lr=self.lr,
+            rollouts=self.cell.rollouts,
+            digits=self.cell.digits,
+            domains=self.cell.domains,
+            seed=self.seed,
+            max_steps=self.max_steps,
+            schedule="constant" if self.stop_level else "linear",
+            stop_at=stop_at,
+        )
 
 
 _OWN = tuple(f.name for f in fields(Setting) if f.name != "cell")
@@ -87,19 +103,8 @@ def perform(setting: Setting) -> Row:
     """Run it. The world is made when it is not there."""
     cell = setting.cell
     there = world(cell, setting.seed)
-    job = Job(
-        method=METHODS[setting.method],
-        optimizer=setting.optimizer,
-        lr=setting.lr,
-        rollouts=cell.rollouts,
-        digits=cell.digits,
-        domains=cell.domains,
-        seed=setting.seed,
-        max_steps=setting.max_steps,
-        schedule="constant" if setting.stop_level else "linear",
-        stop_at=there.level(setting.stop_level / 100) if setting.stop_level else float("inf"),
-    )
-    run = train(job, copy.deepcopy(there.base), there.teachers, there.held)
+    stop_at = there.level(setting.stop_level / 100) if setting.stop_level else math.inf
+    run = train(setting.job(stop_at), copy.deepcopy(there.base), there.teachers, there.held)
     gains = []
     for part, teacher in zip(there.per_domain, there.teachers, strict=True):
         before, after = accuracy(there.base, part)[0], accuracy(run.model, part)[0]

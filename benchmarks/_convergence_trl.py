@@ -23,6 +23,7 @@ from benchmarks._convergence_store import Setting, one_thread
 from benchmarks._convergence_task import VOCAB, Prompts, accuracy, draw_prompts, fitted, generator
 from benchmarks._convergence_train import EVALUATE_EVERY, MAX_NORM, Curve, Job, collect, loss_of, total_loss
 from benchmarks._convergence_world import Cell, world
+from benchmarks._trl import ON_CPU, versions
 from opd.config import OptimizerConfig
 from opd.kernels import PolicyTerm
 from opd.losses import weighted_sum
@@ -42,33 +43,12 @@ def main(case_path: str, result_path: str) -> None:
     there = world(cell, setting.seed)
     watch = Watch(there.base.shape, there.held, there.level(setting.stop_level / 100))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = grpo_trainer(there.base, job_of(setting), folder, own_draws=case["own_draws"])
+        trainer = grpo_trainer(there.base, setting.job(), folder, own_draws=case["own_draws"])
         trainer.add_callback(watch)
         watch.start(there.base)
         trainer.train()
     result = {"steps": watch.curve.steps, "values": watch.curve.values, "seconds": watch.spent / watch.curve.steps[-1]}
     Path(result_path).write_text(json.dumps(result | {"versions": versions()}))
-
-
-def job_of(setting: Setting) -> Job:
-    cell = setting.cell
-    return Job(
-        method=METHODS[setting.method],
-        optimizer=setting.optimizer,
-        lr=setting.lr,
-        rollouts=cell.rollouts,
-        digits=cell.digits,
-        domains=cell.domains,
-        seed=setting.seed,
-        max_steps=setting.max_steps,
-    )
-
-
-def versions() -> dict[str, str]:
-    import transformers
-    import trl  # pyright: ignore[reportMissingImports]
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
 
 
 # --- the same weights in transformers ---
@@ -229,16 +209,9 @@ def arguments(job: Job, folder: str) -> Any:
         adam_beta1=betas[0],
         adam_beta2=betas[1],
         adam_epsilon=1e-8,
-        weight_decay=0.0,
-        max_grad_norm=MAX_NORM,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=job.seed,
+        max_grad_norm=MAX_NORM,
+        **ON_CPU,
     )
 
 

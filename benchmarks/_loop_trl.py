@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from benchmarks._loop_clock import Case, StepClock, read_case
+from benchmarks._trl import ON_CPU, versions
 from opd.losses import generalized_jsd, reverse_kl, to_logp, token_weights, weighted_sum
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -22,7 +22,6 @@ BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 def main(case_path: str, result_path: str) -> None:
     import datasets
-    import trl  # pyright: ignore[reportMissingImports]
     from trl.experimental.gkd import GKDTrainer  # pyright: ignore[reportMissingImports]
 
     case = read_case(case_path)
@@ -40,8 +39,7 @@ def main(case_path: str, result_path: str) -> None:
         watch = Watch(trainer, clock)
         trainer.add_callback(watch)
         trainer.train()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
-    clock.write(result_path, prompts=watch.prompts, versions=versions, same_batch=watch.same_batch)
+    clock.write(result_path, prompts=watch.prompts, versions=versions(), same_batch=watch.same_batch)
 
 
 def conversations(case: Case) -> list[dict[str, Any]]:
@@ -68,17 +66,10 @@ def arguments(case: Case, run_dir: str) -> Any:
         warmup_steps=0,
         adam_beta1=0.9,
         adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=case.seed,
+        max_grad_norm=1.0,
+        **ON_CPU,
     )
 
 
