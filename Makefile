@@ -10,9 +10,10 @@ VERL_READY := $(VERL_VENV)/.ready
 VERL080_VENV := .venv-verl080
 VERL080_BIN := $(VERL080_VENV)/bin
 VERL080_READY := $(VERL080_VENV)/.ready
+WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 
-.PHONY: demo test verl verl-patch check lint fast bench evidence patches dist clean
+.PHONY: demo test verl verl-patch check lint fast bench evidence gpu gpu-wheels gpu-rehearse patches dist clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -37,6 +38,17 @@ check: $(READY)  ## ruff and pyright
 
 bench: $(READY)  ## the fused loss against other libraries', in an environment made for them; an hour
 	$(BIN)/python -m benchmarks kernels
+
+gpu:  ## everything that only a GPU can show, in nine minutes, with the Python at hand; `make gpu-wheels` first, where it has no network
+	if ls $(WHEELS)/*.whl >/dev/null 2>&1; then $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(WHEELS)/installed $(WHEELS)/*.whl; fi
+	PYTHONPATH=src:$(WHEELS)/installed $(PYTHON) -m benchmarks gpu $(GPU)
+
+gpu-wheels:  ## what `make gpu` needs beyond PyTorch, Triton and transformers, for a machine without network: at most 60 MiB
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -d $(WHEELS) -r benchmarks/gpu/requirements.txt
+	@du -sk $(WHEELS) | awk '{ printf "%s: %.1f MiB\n", $$2, $$1 / 1024; exit $$1 > 61440 }'
+
+gpu-rehearse: $(READY)  ## every part of `make gpu` at tiny sizes on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks gpu --device cpu --rehearse --out runs/gpu-rehearsal
 
 evidence: $(READY)  ## distillation beside reinforcement learning: what is missing of the runs, then tables and figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks convergence

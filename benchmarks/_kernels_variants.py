@@ -259,7 +259,7 @@ def _liger(inputs: Inputs, variant: Variant, load: Workload) -> Step:
         compiled=variant.compiles,
         **chunk,
     )
-    labels = torch.zeros(len(inputs.token_weights), dtype=torch.long)  # every token counts
+    labels = torch.zeros_like(inputs.token_weights, dtype=torch.long)  # every token counts
 
     def step() -> Tensor:
         loss = function(

@@ -2,7 +2,7 @@
 
 `python -m benchmarks kernels` makes the peers' environment if it is missing, measures every variant in turn, each time in a new
 process, and writes benchmarks/results/kernels.csv, kernels.md and kernels.svg. `--quick` runs ours, the products and the plain
-loss at toy shapes in this environment. `--device cuda` measures one GPU instead.
+loss at toy shapes in this environment. `python -m benchmarks gpu` measures a GPU.
 """
 
 from __future__ import annotations
@@ -60,16 +60,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--report", action="store_true", help="measure nothing; write the report of --results' CSV again"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, help="folder for the CSV, the report and the figure")
     args = parser.parse_args(argv)
     if args.report and args.quick and not args.results:
         parser.error("--quick leaves no CSV; say with --results where one is.")
-    if args.device == "cuda":
-        from benchmarks._kernels_cuda import main as cuda_main
-
-        return cuda_main(args.results or RESULTS)
-
     names = args.workloads or (["A", "C"] if args.quick else list(WORKLOADS))
     loads = {name: _adapt((QUICK if args.quick else WORKLOADS)[name], args) for name in names}
     results: Path | None = args.results or (None if args.quick else RESULTS)

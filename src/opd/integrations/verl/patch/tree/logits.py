@@ -189,4 +189,9 @@ class _Differentiable(torch.autograd.Function):
             raise RuntimeError("this loss can be differentiated once; compute it again for a second backward pass.")
         everywhere = torch.zeros(slopes.shape[0], dtype=grad.dtype, device=grad.device)
         everywhere[ctx.positions] = grad
-        return slopes.mul_(everywhere.unsqueeze(-1).to(slopes.dtype)), None
+        size = _rows(slopes)  # a product of two dtypes makes float32 copies of what it is given
+        for rows, factors in zip(slopes.split(size), everywhere.split(size), strict=True):
+            rows.mul_(
+                factors.unsqueeze(-1)
+            )  # in float32: rounded to bfloat16, the weights would change the gradient's length
+        return slopes, None
