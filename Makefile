@@ -40,7 +40,9 @@ bench: $(READY)  ## the fused loss against other libraries', in an environment m
 	$(BIN)/python -m benchmarks kernels
 
 gpu:  ## everything that only a GPU can show, in nine minutes, with the Python at hand; `make gpu-wheels` first, where it has no network
-	if ls $(WHEELS)/*.whl >/dev/null 2>&1; then $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(WHEELS)/installed $(WHEELS)/*.whl; fi
+	@if ls $(WHEELS)/*.whl >/dev/null 2>&1; then \
+		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(WHEELS)/installed $(WHEELS)/*.whl || \
+		{ echo "$(WHEELS) is for Python 3.12 on x86-64: name such a Python (make gpu PYTHON=python3.12), or remove the folder."; exit 1; }; fi
 	PYTHONPATH=src:$(WHEELS)/installed $(PYTHON) -m benchmarks gpu $(GPU)
 
 gpu-wheels:  ## what `make gpu` needs beyond PyTorch, Triton and transformers, for a machine without network: at most 60 MiB
