@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -99,10 +100,12 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name} needs a value, e.g. {name} VALUE.{hint}")
         for value in values[1:]:
-            if value.lstrip("-").partition("=")[0] in _all_keys(Config):
+            if value.lstrip("-").partition("=")[0] in all_keys(Config):
                 raise ConfigError(f"'{value}' after {name} looks like a key of its own; write --{value.lstrip('-')}.")
-        parsed = [_scalar(value) for value in values]
-        overrides[name[2:].replace("-", "_")] = parsed[0] if len(parsed) == 1 else parsed
+        key = name[2:].replace("-", "_")
+        read = _reader(key)
+        parsed = [read(value) for value in values]
+        overrides[key] = parsed[0] if len(parsed) == 1 else parsed
     return overrides
 
 
@@ -115,6 +118,34 @@ def _scalar(text: str) -> Any:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError:
         return text
+
+
+def _reader(dotted: str) -> Callable[[str], Any]:
+    """How the words of a key are read: as YAML, or word for word where it takes text and nothing else: a path may hold what is a list,
+    a comment or a date to YAML."""
+    annotation: Any = Config
+    for part in dotted.split("."):
+        section, named = _section_of(annotation), _sections_by_name(annotation)
+        if named is not None:
+            annotation = named  # `part` is the name of a teacher
+        elif section is not None:
+            annotation = get_type_hints(section).get(part)
+        else:
+            return _scalar
+    kinds = set(get_args(annotation)) or {annotation}
+    if str not in kinds or not kinds <= {str, type(None), Ellipsis}:
+        return _scalar
+    return partial(_text, several=Ellipsis in kinds)
+
+
+def _text(text: str, *, several: bool) -> Any:
+    """The text itself; quotes that are there for YAML, null, and a list where the key takes several texts are read as such. A number
+    or true, which is seldom meant, is refused later, and the refusal says how to mean it."""
+    value = _scalar(text)
+    quoted = text[:1] in ("'", '"') and isinstance(value, str)
+    nothing = value is None and text.strip() in ("null", "Null", "NULL", "~")
+    as_yaml = quoted or nothing or isinstance(value, (bool, int, float)) or (several and isinstance(value, list))
+    return value if as_yaml else text
 
 
 def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,15 +246,15 @@ def _refuse_unknown_keys(section: type, data: Any, prefix: str) -> None:
             raise ConfigError(f"'{prefix}{key}' cannot be {str(value).lower()}: it is a number; write one.")
 
 
-def _all_keys(section: type, prefix: str = "") -> list[str]:
+def all_keys(section: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(section)
     keys = []
     for item in dataclasses.fields(section):
         child, named = _section_of(hints[item.name]), _sections_by_name(hints[item.name])
         if named is not None:
-            keys += _all_keys(named, f"{prefix}{item.name}.NAME.")
+            keys += all_keys(named, f"{prefix}{item.name}.NAME.")
         else:
-            keys += _all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
+            keys += all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
     return keys
 
 
@@ -231,8 +262,8 @@ def _unknown(dotted: str, key: str, names: Sequence[str], prefix: str) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     suggestion = f"{prefix}{near[0]}" if near else None
     if suggestion is None:  # right name, wrong section?
-        elsewhere = [k for k in _all_keys(Config) if k.rsplit(".", 1)[-1] == key]
-        near_all = elsewhere or difflib.get_close_matches(dotted, _all_keys(Config), n=1, cutoff=0.6)
+        elsewhere = [k for k in all_keys(Config) if k.rsplit(".", 1)[-1] == key]
+        near_all = elsewhere or difflib.get_close_matches(dotted, all_keys(Config), n=1, cutoff=0.6)
         suggestion = near_all[0] if near_all else None
     hint = f" Did you mean '{suggestion}'?" if suggestion else ""
     where = f"section '{prefix[:-1]}'" if prefix else "a recipe"
