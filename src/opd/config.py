@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from opd.algorithm import (
@@ -263,6 +263,8 @@ class Config:
             "something else; set objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
         )
         require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
+        warmup = self.optimizer.warmup_within(self.train.steps)
+        object.__setattr__(self, "optimizer", replace(self.optimizer, warmup_steps=warmup))
         self._check_teachers()
         self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
         part = self.train.token_fraction < 1

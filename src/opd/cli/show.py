@@ -21,4 +21,5 @@ def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
             summary_table(rows) if console.is_terminal else summary_text(rows), soft_wrap=not console.is_terminal
         )
     folder = Path(config.run_dir)
-    console.print(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    # Not through the console, which reads brackets as markup and widens tabs.
+    print(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")

@@ -44,6 +44,8 @@ class MetricsRecord:
     """Whose evaluation; None for training steps."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Confidence intervals of evaluation metrics."""
+    measure: str | None = None
+    """The same in evaluations that may be compared; None may be compared with all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,8 @@ class RunRecorder:
 
     `resume_step` is None for a new run, and otherwise the number of updates completed in the checkpoint that the run
     goes on from. Resuming removes what that checkpoint has not seen: training lines of update `resume_step` and later,
-    evaluations after `resume_step` updates, and a last line cut short. An evaluation at exactly `resume_step` stays,
-    because a checkpoint is saved after the evaluation of its step.
+    evaluations after `resume_step` updates, and a last line cut short. An evaluation at exactly `resume_step` stays:
+    the checkpoint is of its weights.
 
     Raises `RunFolderError` when a new run finds another run's lines, and when the folder cannot be written.
     """
@@ -111,11 +113,13 @@ class RunRecorder:
         who: Who,
         metrics: Mapping[str, float],
         intervals: Mapping[str, tuple[float, float]] | None = None,
+        measure: str | None = None,
     ) -> None:
         """Record an evaluation made when `step` updates were completed."""
         values = _floats(metrics)
         bounds = {name: [float(low), float(high)] for name, (low, high) in (intervals or {}).items()}
-        self._metrics.append({"kind": "eval", "step": step, "who": who, "metrics": values, "intervals": bounds})
+        line = {"kind": "eval", "step": step, "who": who, "metrics": values, "intervals": bounds}
+        self._metrics.append(line if measure is None else {**line, "measure": measure})
         for sink in self._sinks:
             sink.evaluation(step, who, values)
 
@@ -142,6 +146,12 @@ class RunRecorder:
 def read_metrics(run_dir: str | Path) -> list[MetricsRecord]:
     """Every line of `metrics.jsonl`, in the order written; no file, no records. Raises `RunFolderError`."""
     return _read(Path(run_dir) / METRICS_FILE, _metrics_record)
+
+
+def comparable(records: Sequence[MetricsRecord]) -> list[MetricsRecord]:
+    """Without the evaluations that measured something else than the last one did: a resumed run may change what is measured."""
+    last = next((r.measure for r in reversed(records) if r.measure is not None), None)
+    return [r for r in records if r.measure in (None, last)]
 
 
 def read_samples(run_dir: str | Path) -> list[SampleRecord]:
@@ -267,6 +277,7 @@ def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
         metrics={name: _number(value) for name, value in line["metrics"].items()},
         who=line.get("who"),
         intervals={name: (_number(low), _number(high)) for name, (low, high) in line.get("intervals", {}).items()},
+        measure=line.get("measure"),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from opd.config import LogConfig
 from opd.data.rendering import Renderer
-from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, read_metrics
+from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, comparable, read_metrics
 from opd.trainer.evaluate import Evaluation
 from opd.types import LossOutput, Rollout
 
@@ -40,9 +40,10 @@ def record_evaluation(
     evaluation: Evaluation,
     renderer: Renderer,
     config: LogConfig,
+    measure: str | None = None,
 ) -> None:
     """Metrics, intervals, and the first samples of an evaluation."""
-    run.evaluation(step, who, evaluation.metrics, evaluation.intervals)
+    run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure)
     for rollout, kl, reward in evaluation.rollouts[: config.samples]:
         run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer))
 
@@ -72,8 +73,9 @@ def _sample(
 
 
 def summarize(run_dir: Path) -> dict[str, Any] | None:
-    """Student before, student after and teacher (where there is one), from the records; None when nothing was evaluated."""
-    records = read_metrics(run_dir)
+    """Student before, student after and teacher (where there is one), from the records; None when nothing was evaluated. There is
+    no row "before" where what is measured now was not measured before the first step."""
+    records = comparable(read_metrics(run_dir))
     student = [r for r in records if r.kind == "eval" and r.who == "student"]
     teacher = [r for r in records if r.kind == "eval" and r.who == "teacher"]
     if not student:
@@ -81,7 +83,7 @@ def summarize(run_dir: Path) -> dict[str, Any] | None:
     seconds = sum(r.metrics.get("time/step", 0.0) + r.metrics.get("time/eval", 0.0) for r in records)
     return {
         **({"teacher": _row(teacher[0])} if teacher else {}),
-        "student_before": _row(student[0]),
+        **({"student_before": _row(student[0])} if student[0].step == 0 else {}),
         "student_after": _row(student[-1]),
         "steps": student[-1].step,
         "seconds": seconds,
