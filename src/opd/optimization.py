@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opd.errors import ConfigError, require
+from opd.sections import Section
 
 DEFAULT_LR = 1e-5  # of AdamW, and of Muon's matrices
 DEFAULT_WARMUP_STEPS = 10
@@ -15,7 +16,7 @@ DEFAULT_MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalGradientConfig:
+class NaturalGradientConfig(Section):
     """(F + damping·I) x = −g by conjugate gradients, F the Fisher matrix of the student's next-token distributions on the step's
     rollouts. For exact divergences, and for small students, adapters or last layers: a step costs several AdamW updates, holds whole
     logits and needs more memory (trainer/natural_gradient.py says how much)."""
@@ -56,7 +57,7 @@ class NaturalGradientConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """How the weights move."""
 
     name: Literal["adamw", "muon", "natural_gradient"] = "adamw"

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from opd.config import Config
 from opd.errors import RunFolderError
-from opd.recipe import all_keys, build, merge
+from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
+from opd.sections import whole_keys
 from opd.trainer.guardrails import OUT_OF_MEMORY_ADVICE
 from opd.trainer.resume import EFFECTS, effect_of, table_key
 from opd.trainer.run import train
@@ -42,7 +42,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_every_key_of_a_recipe_is_classified():
-    keys = {table_key(key) for key in all_keys(Config)}
+    keys = {table_key(key) for key in whole_keys()}
     assert sorted(keys) == sorted(EFFECTS), "classify a new key in trainer/resume.py"
     assert table_key("teachers.math.tokens_per_batch") == "teacher.tokens_per_batch"
     assert table_key("mixture.weights.math") == "mixture.weights"

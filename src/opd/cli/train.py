@@ -45,11 +45,13 @@ def print_help(usage: str) -> None:
     import tyro
 
     shown = Config(
-        student=StudentConfig(model=tyro.MISSING, lora=LoraConfig()),
-        teacher=TeacherConfig(model=tyro.MISSING),
+        student=StudentConfig(model="-", lora=LoraConfig()),
+        teacher=TeacherConfig(model="-"),
         teachers={},
-        prompts=PromptsConfig(path=tyro.MISSING),
+        prompts=PromptsConfig(path="-"),
     )
+    for section, key in ((shown.student, "model"), (shown.teacher, "model"), (shown.prompts, "path")):
+        object.__setattr__(section, key, tyro.MISSING)  # shown as required
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
         tyro.cli(Config, prog=usage, default=shown, args=["--help"], config=as_values)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from opd.config import Config
-from opd.errors import MissingDependencyError, RunFolderError
-from opd.recipe import to_dict
+from opd.errors import ConfigError, MissingDependencyError, RunFolderError
+from opd.recipe import build, to_dict
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, RunRecorder
@@ -30,14 +31,22 @@ from opd.trainer.run_folder import RunFolder, open_run
 from opd.trainer.setup import Parts, build_parts
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """Run a recipe and return its summary (None without evaluation).
+def train(
+    config: Config | Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """Run a recipe, a Config or the dict that would make one, and return its summary (None without evaluation).
 
     Leaves in `config.run_dir`: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/ (a Hugging Face folder),
     summary.json, report.html. Raises OpdError; the run folder then holds everything up to the last completed step. After SIGINT,
     SIGTERM or SIGHUP it finishes the step, saves a checkpoint and raises RunStopped, a KeyboardInterrupt; a second signal ends it at
     once. A handler of the caller's own is left alone.
     """
+    if isinstance(config, Mapping):
+        config = build(config)
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"train() takes an opd.Config or a dict of its sections, not {config!r}; a recipe file is opd.recipe.load(PATH)."
+        )
     with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
         try:
             return _train(config, folder, stop, resume=resume)
