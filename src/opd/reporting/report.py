@@ -16,9 +16,17 @@ from opd.errors import RunFolderError
 from opd.reporting.files import explain_os_errors, strict_json, write_atomically
 from opd.reporting.plots import chart_groups, summary_figure
 from opd.reporting.progress import duration
-from opd.reporting.record import METRICS_FILE, SAMPLES_FILE, MetricsRecord, SampleRecord, read_metrics, read_samples
+from opd.reporting.record import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    MetricsRecord,
+    SampleRecord,
+    comparable,
+    read_metrics,
+    read_samples,
+)
 from opd.reporting.series import Curves
-from opd.reporting.summary import SUMMARY_FILE, SummaryRow, read_summary, summary_cells, summary_rows
+from opd.reporting.summary import SUMMARY_FILE, SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
 from opd.reporting.tokens import (
     DARK_SCALE,
     LIGHT_SCALE,
@@ -79,6 +87,7 @@ def render_report(
     from plotly.offline import get_plotlyjs  # takes a second to import; only a report needs it
 
     rows = summary_rows(summary or {})
+    metrics = comparable(metrics)
     curves = Curves(metrics)
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
@@ -100,7 +109,7 @@ def render_report(
         rows=cells,
         summary_figure=summary_figure(rows),
         groups=groups,
-        notices=_notices(metrics, samples, rows),
+        notices=_notices(metrics, samples, rows) + summary_notes(summary or {}),
         pairs=[_pair_view(pair) for pair in pairs],
         legend=level_labels(),
         config=config,

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opd.config import Config
+from opd.reporting.findings import cut_off
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import save_checkpoint
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.interrupts import Interrupted, StopRequest
-from opd.trainer.records import record_evaluation, record_samples
+from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
 from opd.trainer.setup import Parts
 from opd.types import LossOutput
@@ -54,6 +55,8 @@ def run_steps(
         record_samples(run, step, rollouts, out, scored.rewards, parts.renderer, config.log)
         for note in scored.notes:
             progress.message(f"warning: step {step}: {note}")
+        if config.rollout.horizon(step, train.steps) == config.rollout.max_new_tokens:
+            progress.warn_once(cut_off(out.metrics["truncated"], config.rollout.max_new_tokens), "cut off")
         progress.update(step, metrics)
         finish_step(config, parts, folder, run, progress, stop)
 
@@ -113,13 +116,20 @@ def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress,
         progress.phase("eval")
         student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
         record_evaluation(run, version, "student", student, parts.renderer, config.log, parts.evaluator.measure)
+        teacher = None
         if first and parts.teacher is not None and parts.teacher_sampler is not None:
             with parts.teacher.active():
                 teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
             record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log, parts.evaluator.measure)
     reached = student.metrics
     apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
-    progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}")
+    cut = f", {reached['truncated']:.0%} cut off" if reached["truncated"] else ""
+    progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}{cut}")
+    progress.warn_once(cut_off(reached["truncated"], config.rollout.max_new_tokens), "cut off")
+    if teacher is not None and version == 0:
+        progress.warn_once(
+            nothing_to_gain(student.metrics, student.intervals, teacher.metrics, config), "nothing to gain"
+        )
 
 
 def due(completed: int, every: int) -> bool:

@@ -75,7 +75,7 @@ def _train(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool
                 write_report(folder.path)
                 raise
         save_student(parts, folder)
-        summary = summarize(folder.path)
+        summary = summarize(folder.path, config)
         if summary is not None:
             write_summary(folder.path / "summary.json", summary)
         write_report(folder.path)
