@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from opd_user import User
 
+from opd.errors import RunFolderError
 from opd.reporting.record import read_metrics
 from opd.trainer.run_folder import OWN_NAMES, RunFolder
 
@@ -174,6 +175,20 @@ def test_overwrite_without_room_for_the_new_config_puts_everything_back(user: Us
     before = user.has_finished_run()
     with room_for_files_of(100):
         user.train("--overwrite").refuses("File too large", "Free some space")
+    assert user.files() == before
+
+
+def test_a_logger_that_cannot_start_costs_no_old_run(user: User, monkeypatch: pytest.MonkeyPatch):
+    from opd.trainer import run
+
+    before = user.has_finished_run()
+
+    def refuse(*_: object, **__: object) -> list[object]:
+        (user.run_dir / "tensorboard").write_text("half made")
+        raise RunFolderError("the logger is not there")
+
+    monkeypatch.setattr(run, "open_sinks", refuse)
+    user.train("--overwrite").refuses("the logger is not there")
     assert user.files() == before
 
 

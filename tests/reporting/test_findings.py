@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
-from report_inputs import SUMMARY
+from report_inputs import SUMMARY, write_run
 
 from opd.reporting.findings import cut_off, teacher_no_better
 from opd.reporting.plots import chart_groups
 from opd.reporting.record import MetricsRecord, comparable
-from opd.reporting.report import render_report
+from opd.reporting.report import render_report, write_report
 from opd.reporting.series import Curves
 from opd.reporting.summary import summary_cells, summary_notes, summary_rows
 
@@ -80,3 +81,11 @@ def test_evaluations_of_another_measure_are_left_out_and_training_is_not():
     before, after = [record(0, "a"), record(2, None, "step")], [record(3, "b"), record(4, None)]
     assert comparable([*before, *after]) == [before[1], *after]
     assert comparable([before[1], record(4, None)]) == [before[1], record(4, None)]
+
+
+def test_the_page_tells_what_a_resumed_run_went_on_with(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = [{"step": 0, "changed": {}}, {"step": 2, "changed": {"optimizer.lr": [0.1, 0.01], "run_dir": ["a", "b"]}}]
+    (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "chan')
+    page = write_report(run).read_text()
+    assert "From step 2 on: optimizer.lr 0.1 → 0.01." in page and "From step 0 on" not in page

@@ -140,10 +140,11 @@ def test_a_changed_rate_is_the_rate_of_the_next_step_and_stands_in_the_history(w
 
 
 def test_a_warm_up_that_nobody_chose_does_not_begin_again_when_the_run_grows(world, tmp_path):
-    values = quick(world, tmp_path / "run", optimizer__warmup_steps=None, optimizer__lr=1e-3)
-    stop_after(values, 3)
-    run(values | {"train.steps": 6} | {"optimizer.warmup_steps": None}, resume=True)
-    assert [record.metrics["lr"] for record in read_metrics(tmp_path / "run")] == [5e-4, *[1e-3] * 5]
+    more = {"optimizer__warmup_steps": None, "optimizer__lr": 1e-3, "train__prompts_per_step": 1}
+    values = quick(world, tmp_path / "run", **more)
+    stop_after(values, 2)
+    run(values | {"train.steps": 22}, resume=True)  # from the start, its warm-up would have been of 3 steps
+    assert [record.metrics["lr"] for record in read_metrics(tmp_path / "run")] == [5e-4, *[1e-3] * 21]
 
 
 def test_fewer_steps_than_the_run_has_are_refused_and_as_many_end_it(world, tmp_path):

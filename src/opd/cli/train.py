@@ -59,8 +59,8 @@ def print_help(usage: str) -> None:
         print(MORE_HELP)
 
 
-MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint
---overwrite   delete the run in run_dir and start again
+MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint; what changed since is said and kept in history.jsonl
+--overwrite   delete the run in run_dir and start again; of links, the links alone
 --debug       show the traceback of an error
 --student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE
               arguments of each model's chat template, e.g. --student.chat_template_kwargs.enable_thinking false

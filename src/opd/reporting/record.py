@@ -25,6 +25,7 @@ from opd.types import RolloutSource
 SCHEMA_VERSION = 1
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+HISTORY_FILE = "history.jsonl"
 WALL_CLOCK_PREFIX = "time/"
 
 Who = Literal["student", "teacher"]
@@ -146,6 +147,20 @@ class RunRecorder:
 def read_metrics(run_dir: str | Path) -> list[MetricsRecord]:
     """Every line of `metrics.jsonl`, in the order written; no file, no records. Raises `RunFolderError`."""
     return _read(Path(run_dir) / METRICS_FILE, _metrics_record)
+
+
+def read_history(run_dir: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """From which step on a resumed run went on with which changes: the keys of the recipe, each with its old and new value. A line
+    that cannot be read is left out: it is told, and nothing depends on it."""
+    path = Path(run_dir) / HISTORY_FILE
+    with explain_os_errors("read", path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    starts = [line for raw in lines if (line := _parsed(raw)) is not None]
+    return [
+        (s["step"], s["changed"])
+        for s in starts
+        if isinstance(s.get("step"), int) and isinstance(s.get("changed"), dict)
+    ]
 
 
 def comparable(records: Sequence[MetricsRecord]) -> list[MetricsRecord]:

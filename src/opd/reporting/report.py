@@ -22,6 +22,7 @@ from opd.reporting.record import (
     MetricsRecord,
     SampleRecord,
     comparable,
+    read_history,
     read_metrics,
     read_samples,
 )
@@ -68,6 +69,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
         samples=read_samples(folder),
         summary=read_summary(folder),
         config=_read_config(folder),
+        history=read_history(folder),
     )
     with explain_os_errors("create", destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,7 @@ def render_report(
     samples: Sequence[SampleRecord] = (),
     summary: Mapping[str, Any] | None = None,
     config: str | None = None,
+    history: Sequence[tuple[int, Mapping[str, Any]]] = (),
 ) -> str:
     """The page as HTML text."""
     from plotly.offline import get_plotlyjs  # takes a second to import; only a report needs it
@@ -109,7 +112,7 @@ def render_report(
         rows=cells,
         summary_figure=summary_figure(rows),
         groups=groups,
-        notices=_notices(metrics, samples, rows) + summary_notes(summary or {}),
+        notices=[*_notices(metrics, samples, rows), *summary_notes(summary or {}), *_changes(history)],
         pairs=[_pair_view(pair) for pair in pairs],
         legend=level_labels(),
         config=config,
@@ -211,6 +214,15 @@ def _notices(
     if not samples:
         notices.append("No responses were recorded.")
     return notices
+
+
+def _changes(history: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
+    """What a resumed run went on with; where it lies is no news."""
+    told = []
+    for step, changed in history:
+        values = [f"{key} {change[0]} → {change[1]}" for key, change in changed.items() if key != "run_dir"]
+        told += [f"From step {step} on: {'; '.join(values)}."] if values else []
+    return told
 
 
 def _pair_view(pair: SamplePair) -> Mapping[str, Any]:

@@ -60,11 +60,9 @@ def _train(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool
     parts = build_parts(config)
     start = _restore(folder, parts, config) if resume else None
     with stop.whole_steps():
-        notes = folder.begin(config, step=start)
-        with (
-            Progress(config.train.steps, start or 0, enabled=config.log.progress) as progress,
-            RunRecorder(folder.path, resume_step=start, sinks=_sinks(config, folder, start)) as run,
-        ):
+        with folder.begin(config, step=start) as notes:
+            recorder = RunRecorder(folder.path, resume_step=start, sinks=_sinks(config, folder, start))
+        with recorder as run, Progress(config.train.steps, start or 0, enabled=config.log.progress) as progress:
             for warning in parts.warnings:
                 progress.message(f"warning: {warning}")
             for note in [*notes, *(_resumed(folder, start, config) if resume else ())]:

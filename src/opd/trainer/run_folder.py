@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,10 @@ from opd.config import Config
 from opd.errors import RunFolderError
 from opd.recipe import to_yaml
 from opd.reporting.files import dangling_link, explain_link, explain_os_errors, remove, write_atomically
-from opd.reporting.record import METRICS_FILE, read_metrics
+from opd.reporting.record import HISTORY_FILE, METRICS_FILE, read_metrics
 from opd.trainer.checkpoint import checkpoints
 from opd.trainer.resume import Change, check_same_run, compare, read_saved
 
-HISTORY_FILE = "history.jsonl"
 OWN_NAMES = (
     "config.yaml",
     METRICS_FILE,
@@ -54,16 +53,32 @@ class RunFolder:
         """Files and folders of a run that are already there. An empty folder, or a link to one, holds nothing."""
         return [name for name in OWN_NAMES if _holds_something(self.path / name)]
 
-    def begin(self, config: Config, *, step: int | None) -> list[str]:
-        """Write the resolved config and a line of history. `step` is the number of updates that a resumed run has; None starts
-        afresh, and first removes what an earlier run left. Called when everything else is ready, so that a recipe that cannot run
-        never costs an old run. Returns what a person should be told."""
-        kept = self._links() if step is None else []
-        self.begun = True
-        if step is None:
-            self._replace_old(config)
-        else:
+    @contextmanager
+    def begin(self, config: Config, *, step: int | None) -> Iterator[list[str]]:
+        """Write the resolved config and a line of history, and give what a person should be told. `step` is the number of updates
+        that a resumed run has; None starts afresh, in the place of what an earlier run left.
+
+        The old run steps aside by renames, which are undone if the block raises, and is deleted at its end: the block does what may
+        still fail, such as connecting to a logger, so that nothing that cannot start costs an old run.
+        """
+        told = self._links() if step is None else []
+        aside, moved = (None, []) if step is not None else self._step_aside()
+        try:
+            self.begun = True
             write_atomically(self.config, to_yaml(config).encode())
+            self._write_history(step)
+            yield told
+        except BaseException:
+            if aside is not None:
+                self._step_back(aside, moved)
+                self.begun = False
+            raise
+        if aside is not None:
+            shutil.rmtree(
+                aside, ignore_errors=True
+            )  # of links, the links alone; what stays is deleted by the next start
+
+    def _write_history(self, step: int | None) -> None:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step or 0,
@@ -72,7 +87,6 @@ class RunFolder:
         place = self.path / HISTORY_FILE
         with explain_os_errors("write the history of the run to", place), open(place, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
-        return kept
 
     def _links(self) -> list[str]:
         """What is said about links that an overwriting run takes away."""
@@ -83,26 +97,32 @@ class RunFolder:
             if _holds_something(self.path / name) or dangling_link(self.path / name)
         ]
 
-    def _replace_old(self, config: Config) -> None:
-        """Everything of the old run steps aside by renames, which can be undone; it is deleted when the new config is written."""
+    def _step_aside(self) -> tuple[Path, list[str]]:
+        """Move everything of an old run into a hidden folder beside it; all of it, or nothing."""
+        moved: list[str] = []
         with explain_os_errors("replace the run in", self.path):
             for left in self.path.iterdir():  # of a process that was killed here
                 if left.name.startswith(ASIDE):
                     remove(left)
             aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path))
-            moved: list[str] = []
             try:
                 for name in OWN_NAMES:
                     if _holds_something(self.path / name) or dangling_link(self.path / name):
                         os.rename(self.path / name, aside / name)
                         moved.append(name)
-                write_atomically(self.config, to_yaml(config).encode())
             except BaseException:
-                for name in moved:
-                    os.replace(aside / name, self.path / name)
-                aside.rmdir()
+                self._step_back(aside, moved)
                 raise
-        shutil.rmtree(aside, ignore_errors=True)  # of links, the links alone; what stays is deleted by the next start
+        return aside, moved
+
+    def _step_back(self, aside: Path, moved: Sequence[str]) -> None:
+        """Undo `_step_aside`: what was written meanwhile goes, except into folders that were there and empty."""
+        for name in OWN_NAMES:
+            if name in moved or (self.path / name).is_file():
+                remove(self.path / name)
+        for name in moved:
+            os.rename(aside / name, self.path / name)
+        aside.rmdir()
 
 
 @contextmanager
