@@ -9,10 +9,11 @@ from typing import Literal
 
 from opd.errors import ConfigError, require
 from opd.losses import WEIGHT_SUM_TOLERANCE, Combine, Hybrid, Objective, Scale, Schedule, moving
+from opd.sections import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Section):
     """How the student's answers are drawn."""
 
     max_new_tokens: int = 256
@@ -73,7 +74,7 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(Section):
     """How rewards are called, in training and in evaluation."""
 
     timeout: float = 10.0
@@ -87,7 +88,7 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlConfig:
+class RlConfig(Section):
     """Reinforcement learning on the same rollouts, alone or beside distillation. Off while rl.weight is 0."""
 
     weight: float = 0.0
@@ -196,7 +197,7 @@ class RlConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureConfig:
+class MixtureConfig(Section):
     """How several teachers (section teachers) make one. Read where there are two or more."""
 
     kind: Literal["routing", "probability", "logit", "loss"] = "routing"

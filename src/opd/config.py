@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from opd.algorithm import (
@@ -17,12 +17,13 @@ from opd.algorithm import (
 from opd.errors import require
 from opd.losses import Objective
 from opd.optimization import OptimizerConfig
+from opd.sections import Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685) through peft. Off unless one of these keys is set; needs `pip install 'opd[peft]'`."""
 
     rank: int = 32
@@ -38,7 +39,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A causal language model and how to load it."""
 
     model: str
@@ -113,7 +114,7 @@ class TeacherConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
+class PromptsConfig(Section):
     """Where the prompts come from."""
 
     path: str
@@ -143,7 +144,7 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The size and shape of a step. One step is one batch of rollouts and one optimizer update."""
 
     steps: int = 100
@@ -170,7 +171,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Section):
     """Held-out evaluation: task reward and reverse KL to the teacher, with intervals."""
 
     every: int = 10
@@ -199,7 +200,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """Checkpoints are written beside, then renamed: a kill at any moment leaves the last good one."""
 
     every: int = 20
@@ -213,7 +214,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Section):
     """What is shown and kept. JSONL is always written."""
 
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
@@ -233,7 +234,7 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Section, whole=True):
     """A whole run."""
 
     student: StudentConfig
@@ -263,6 +264,8 @@ class Config:
             "something else; set objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
         )
         require(bool(self.run_dir.strip()), "run_dir is empty; name a folder for this run, e.g. runs/first.")
+        warmup = self.optimizer.warmup_within(self.train.steps)
+        object.__setattr__(self, "optimizer", replace(self.optimizer, warmup_steps=warmup))
         self._check_teachers()
         self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
         part = self.train.token_fraction < 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opd.errors import ConfigError, require
+from opd.sections import Section
 
 DEFAULT_LR = 1e-5  # of AdamW, and of Muon's matrices
 DEFAULT_WARMUP_STEPS = 10
@@ -15,7 +16,7 @@ DEFAULT_MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalGradientConfig:
+class NaturalGradientConfig(Section):
     """(F + damping·I) x = −g by conjugate gradients, F the Fisher matrix of the student's next-token distributions on the step's
     rollouts. For exact divergences, and for small students, adapters or last layers: a step costs several AdamW updates, holds whole
     logits and needs more memory (trainer/natural_gradient.py says how much)."""
@@ -56,7 +57,7 @@ class NaturalGradientConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """How the weights move."""
 
     name: Literal["adamw", "muon", "natural_gradient"] = "adamw"
@@ -75,7 +76,8 @@ class OptimizerConfig:
     natural_gradient: NaturalGradientConfig = field(default_factory=NaturalGradientConfig)
     """With natural_gradient: its solver."""
     warmup_steps: int | None = None
-    """Linear warm-up; None is 10 steps, and none with natural_gradient. Without one the first Adam steps can wreck a small model."""
+    """Linear warm-up; None is a tenth of train.steps but 10 at most, and none with natural_gradient. Without one the first Adam steps
+    can wreck a small model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up."""
     min_lr_ratio: float = 0.0
@@ -105,8 +107,9 @@ class OptimizerConfig:
             f"optimizer.max_grad_norm must be 0 (off) or positive, not {self.max_grad_norm}",
         )
         self._check_natural_gradient()
-        # What None stands for is said in the run's config.yaml, and when another recipe would resume it.
-        resolved = {"lr": self.peak_lr, "warmup_steps": self.warmup, "max_grad_norm": self.gradient_limit}
+        # What None stands for is said in the run's config.yaml, and when another recipe would resume it. What warmup_steps stands for
+        # depends on the length of the run, so the whole Config says that.
+        resolved = {"lr": self.peak_lr, "max_grad_norm": self.gradient_limit}
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
@@ -138,10 +141,14 @@ class OptimizerConfig:
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up."""
+        """Steps of warm-up in a long run."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return 0 if self.name == "natural_gradient" else DEFAULT_WARMUP_STEPS
+
+    def warmup_within(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps`."""
+        return default_warmup(self.name, total_steps) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def gradient_limit(self) -> float:
@@ -149,3 +156,8 @@ class OptimizerConfig:
         if self.max_grad_norm is not None:
             return self.max_grad_norm
         return 0.0 if self.name == "natural_gradient" else DEFAULT_MAX_GRAD_NORM
+
+
+def default_warmup(name: str, total_steps: int) -> int:
+    """Steps of warm-up when the recipe does not say: a tenth of the run, so that a short one reaches its rate too."""
+    return 0 if name == "natural_gradient" else min(DEFAULT_WARMUP_STEPS, math.ceil((total_steps - 1) / 10))

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from opd.config import Config
-from opd.errors import ConfigError, ObjectiveError, OpdError
-from opd.losses import Objective
+from opd.errors import ConfigError
+from opd.sections import explain, hint_of, lists_to_tuples, refuse_unknown_keys, whole_keys
 
 
 class _Yaml(yaml.SafeLoader):
@@ -99,10 +100,12 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name} needs a value, e.g. {name} VALUE.{hint}")
         for value in values[1:]:
-            if value.lstrip("-").partition("=")[0] in _all_keys(Config):
+            if value.lstrip("-").partition("=")[0] in whole_keys():
                 raise ConfigError(f"'{value}' after {name} looks like a key of its own; write --{value.lstrip('-')}.")
-        parsed = [_scalar(value) for value in values]
-        overrides[name[2:].replace("-", "_")] = parsed[0] if len(parsed) == 1 else parsed
+        key = name[2:].replace("-", "_")
+        read = _reader(key)
+        parsed = [read(value) for value in values]
+        overrides[key] = parsed[0] if len(parsed) == 1 else parsed
     return overrides
 
 
@@ -115,6 +118,26 @@ def _scalar(text: str) -> Any:
         return yaml.load(text, _Yaml)
     except yaml.YAMLError:
         return text
+
+
+def _reader(dotted: str) -> Callable[[str], Any]:
+    """How the words of a key are read: as YAML, or word for word where it takes text and nothing else: a path may hold what is a list,
+    a comment or a date to YAML."""
+    annotation = hint_of(dotted)
+    kinds = set(get_args(annotation)) or {annotation}
+    if str not in kinds or not kinds <= {str, type(None), Ellipsis}:
+        return _scalar
+    return partial(_text, several=Ellipsis in kinds)
+
+
+def _text(text: str, *, several: bool) -> Any:
+    """The text itself; quotes that are there for YAML, null, and a list where the key takes several texts are read as such. A number
+    or true, which is seldom meant, is refused later, and the refusal says how to mean it."""
+    value = _scalar(text)
+    quoted = text[:1] in ("'", '"') and isinstance(value, str)
+    nothing = value is None and text.strip() in ("null", "Null", "NULL", "~")
+    as_yaml = quoted or nothing or isinstance(value, (bool, int, float)) or (several and isinstance(value, list))
+    return value if as_yaml else text
 
 
 def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,22 +156,11 @@ def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 def build(data: Mapping[str, Any]) -> Config:
     """A validated Config. Raises ConfigError (or a section's own OpdError) saying what, why and what to do."""
-    _refuse_unknown_keys(Config, data, "")
+    refuse_unknown_keys(Config, data, "")
     try:
-        return TypeAdapter(Config).validate_python(_lists_to_tuples(Config, data))
+        return TypeAdapter(Config).validate_python(lists_to_tuples(Config, data))
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"] == ("objective", "tail") and first["input"] == "ignore":
-            _refuse_ignored_tail()
-        raise _explain(error) from None
-
-
-def _refuse_ignored_tail() -> None:
-    """Not a misspelling but a loss in wide use: the objective itself says why it has none of it."""
-    try:
-        Objective(support="teacher_top_k", tail="ignore")  # pyright: ignore[reportArgumentType]
-    except ObjectiveError as error:
-        raise ObjectiveError(f"objective: {error}") from None
+        raise explain(error) from None
 
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -169,116 +181,3 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def _sections_by_name(annotation: Any) -> type | None:
-    """The dataclass in `dict[str, Section]`."""
-    if get_origin(annotation) is not dict:
-        return None
-    section = get_args(annotation)[1]
-    return section if dataclasses.is_dataclass(section) and isinstance(section, type) else None
-
-
-def _section_of(annotation: Any) -> type | None:
-    """The dataclass in `Section` or `Section | None`."""
-    if get_origin(annotation) is dict:
-        return None
-    candidates = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
-    return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
-
-
-def _refuse_unknown_keys(section: type, data: Any, prefix: str) -> None:
-    if not isinstance(data, Mapping):
-        return  # the type check says what is wrong
-    hints = get_type_hints(section)
-    names = [f.name for f in dataclasses.fields(section)]
-    for key, value in data.items():
-        if key not in names:
-            raise ConfigError(_unknown(f"{prefix}{key}", str(key), names, prefix))
-        child, named = _section_of(hints[key]), _sections_by_name(hints[key])
-        if named is not None and isinstance(value, Mapping):
-            for name, section_of_it in value.items():
-                if not isinstance(section_of_it, (Mapping, named)):
-                    example = f"{prefix}{key}.{name}.{dataclasses.fields(named)[0].name}"
-                    raise ConfigError(
-                        f"'{prefix}{key}.{name}' is a section and cannot be {section_of_it!r}; set its keys, e.g. --{example} VALUE."
-                    )
-                _refuse_unknown_keys(named, section_of_it, f"{prefix}{key}.{name}.")
-        elif child is not None:
-            optional = child is not hints[key]
-            if not isinstance(value, (Mapping, child)) and not (optional and value is None):
-                what = "is empty" if value is None else f"cannot be {value!r}"
-                example = f"{prefix}{key}.{dataclasses.fields(child)[0].name}"
-                raise ConfigError(f"'{prefix}{key}' is a section and {what}; set its keys, e.g. --{example} VALUE.")
-            _refuse_unknown_keys(child, value, f"{prefix}{key}.")
-        elif isinstance(value, bool) and {int, float} & {hints[key], *get_args(hints[key])}:
-            raise ConfigError(f"'{prefix}{key}' cannot be {str(value).lower()}: it is a number; write one.")
-
-
-def _all_keys(section: type, prefix: str = "") -> list[str]:
-    hints = get_type_hints(section)
-    keys = []
-    for item in dataclasses.fields(section):
-        child, named = _section_of(hints[item.name]), _sections_by_name(hints[item.name])
-        if named is not None:
-            keys += _all_keys(named, f"{prefix}{item.name}.NAME.")
-        else:
-            keys += _all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
-    return keys
-
-
-def _unknown(dotted: str, key: str, names: Sequence[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    suggestion = f"{prefix}{near[0]}" if near else None
-    if suggestion is None:  # right name, wrong section?
-        elsewhere = [k for k in _all_keys(Config) if k.rsplit(".", 1)[-1] == key]
-        near_all = elsewhere or difflib.get_close_matches(dotted, _all_keys(Config), n=1, cutoff=0.6)
-        suggestion = near_all[0] if near_all else None
-    hint = f" Did you mean '{suggestion}'?" if suggestion else ""
-    where = f"section '{prefix[:-1]}'" if prefix else "a recipe"
-    return f"Unknown key '{dotted}'.{hint} Keys of {where}: {', '.join(names)}."
-
-
-def _lists_to_tuples(section: type, data: Any) -> Any:
-    """A single value where the field is a tuple becomes a tuple of one: `--rollout.stop END` is `stop: [END]`."""
-    if not isinstance(data, Mapping):
-        return data
-    hints = get_type_hints(section)
-    out: dict[str, Any] = {}
-    for key, value in data.items():
-        child, named = _section_of(hints[key]), _sections_by_name(hints[key])
-        if child is not None:
-            out[key] = _lists_to_tuples(child, value)
-        elif named is not None and isinstance(value, Mapping):
-            out[key] = {name: _lists_to_tuples(named, section_of_it) for name, section_of_it in value.items()}
-        elif get_origin(hints[key]) is tuple and not isinstance(value, (list, tuple)) and value is not None:
-            out[key] = (value,)
-        else:
-            out[key] = value
-    return out
-
-
-def _explain(error: ValidationError) -> OpdError:
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, OpdError):
-        return type(cause)(f"objective: {cause}") if isinstance(cause, ObjectiveError) else cause
-    dotted = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        if isinstance(first["loc"][-1], int):  # a tuple of fixed length
-            whole = ".".join(map(str, first["loc"][:-1]))
-            return ConfigError(
-                f"'{whole}' has too few values, {first['input']!r}; the default shows how many it takes."
-            )
-        section = _section_of(get_type_hints(Config).get(dotted))
-        key = f"{dotted}.{dataclasses.fields(section)[0].name}" if section else dotted
-        return ConfigError(f"'{dotted}' is not set, and has no default. Add it to the recipe or pass --{key} VALUE.")
-    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
-    hint = ""
-    if first["type"] == "literal_error":
-        near = difflib.get_close_matches(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-    elif first["type"] == "string_type":
-        hint = " Put it in quotes if it is meant as text."
-    problem = first["msg"][0].lower() + first["msg"][1:]
-    return ConfigError(f"'{dotted}' cannot be {first['input']!r}: {problem}{more}.{hint}")

@@ -109,10 +109,19 @@ def test_two_processes_cannot_share_a_folder(user: User):
 
 def test_resume_with_another_recipe_shows_what_differs(user: User):
     before = user.has_run_killed_in_step_2()
-    outcome = user.train("--resume", optimizer__lr=0.5, train__steps=3, log__samples=1)
-    outcome.refuses("started with another recipe", "optimizer.lr: 1e-05 → 0.5", "train.steps: 2 → 3", "a new --run_dir")
-    assert "log.samples" not in outcome.message
+    words = {"optimizer__lr": 0.5, "train__steps": 3, "log__samples": 1}
+    outcome = user.train("--resume", seed=7, objective__divergence="forward_kl", **words)
+    outcome.refuses(
+        "started with another recipe",
+        "seed: 0 → 7",
+        "objective.divergence: 'reverse_kl' → 'forward_kl'",
+        "a new --run_dir",
+    )
+    assert "log.samples" not in outcome.message and "optimizer.lr" not in outcome.message
     assert user.files() == before
+    outcome = user.train("--resume", **words)
+    outcome.succeeds()
+    assert "changed from here on: log.samples: 4 → 1; optimizer.lr: 1e-05 → 0.5; train.steps: 2 → 3" in outcome.out
 
 
 @pytest.mark.parametrize("which", ["prompts.path", "prompts.eval_path"])

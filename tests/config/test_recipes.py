@@ -134,6 +134,39 @@ def test_one_value_or_several_make_a_tuple():
     assert build(merge({}, NEEDED | parse_overrides(["--rollout.stop", "A", "B"]))).rollout.stop == ("A", "B")
 
 
+@pytest.mark.parametrize(
+    "text", ["runs/a #1", "[exp]", "{x}", "2026-11-27", "C: x", "*", "&a", "a\nb", "'", "off", " a", "!x"]
+)
+def test_a_path_on_the_command_line_is_taken_word_for_word(text):
+    assert parse_overrides([f"--run_dir={text}", "--teachers.math.model", text]) == {
+        "run_dir": text,
+        "teachers.math.model": text,
+    }
+
+
+def test_a_stop_string_that_is_yaml_is_taken_word_for_word():
+    assert parse_overrides(["--rollout.stop", "###", "A: b"]) == {"rollout.stop": ["###", "A: b"]}
+
+
+def test_null_quotes_and_lists_are_yaml_s_in_texts_too():
+    words = [
+        "--prompts.eval_path",
+        "null",
+        "--run_dir",
+        "'null'",
+        "--rollout.stop",
+        '["A\\n", B]',
+        "--prompts.system",
+        '"a\\tb"',
+    ]
+    assert parse_overrides(words) == {
+        "prompts.eval_path": None,
+        "run_dir": "null",
+        "rollout.stop": ["A\n", "B"],
+        "prompts.system": "a\tb",
+    }
+
+
 def test_negative_numbers_and_dashes_in_names_are_read():
     parsed = parse_overrides(["--objective.teacher-logp-floor", "-20", "--objective.scale_by_t2", "false"])
     assert parsed == {"objective.teacher_logp_floor": -20, "objective.scale_by_t2": False}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from opd import __version__
 from opd.errors import OpdError
@@ -17,7 +20,9 @@ COMMANDS = {
     "verl": "a verl config tried on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
     "doctor": "is the plugin in? opd doctor verl",
 }
-INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
+RUN_FLAGS = ("--resume", "--overwrite")
+SIGNALLED = 128  # plus the signal's number: the shell's code for a process that a signal ended
+INTERRUPTED = SIGNALLED + signal.SIGINT
 
 
 def help_text() -> str:
@@ -53,9 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        facts, number = getattr(stopped, "facts", None), getattr(stopped, "signal_number", None)
+        if facts is None or number is None:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        print(f"{facts} {_next_command(command, rest, stopped)}", file=sys.stderr)
+        return SIGNALLED + number
+
+
+def _next_command(command: str, words: Sequence[str], stopped: Any) -> str:
+    """How a stopped run goes on, as a line for the shell."""
+    flag = {"resume": ["--resume"], "overwrite": ["--overwrite"], "again": [w for w in words if w in RUN_FLAGS]}[
+        stopped.next
+    ]
+    line = shlex.join(["opd", command, *(word for word in words if word not in RUN_FLAGS), *flag])
+    return f"{'Continue with' if stopped.next == 'resume' else 'Start again with'}: {line}"
 
 
 def _wrong_command(command: str) -> int:

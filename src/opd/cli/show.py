@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from opd.config import Config
-from opd.reporting.summary import summary_rows, summary_table, summary_text
+from opd.reporting.summary import summary_notes, summary_rows, summary_table, summary_text
 
 
 def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
@@ -20,5 +20,8 @@ def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
         console.print(
             summary_table(rows) if console.is_terminal else summary_text(rows), soft_wrap=not console.is_terminal
         )
+        for note in summary_notes(summary):
+            print(f"note: {note}")
     folder = Path(config.run_dir)
-    console.print(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    # Not through the console, which reads brackets as markup and widens tabs.
+    print(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")

@@ -45,11 +45,13 @@ def print_help(usage: str) -> None:
     import tyro
 
     shown = Config(
-        student=StudentConfig(model=tyro.MISSING, lora=LoraConfig()),
-        teacher=TeacherConfig(model=tyro.MISSING),
+        student=StudentConfig(model="-", lora=LoraConfig()),
+        teacher=TeacherConfig(model="-"),
         teachers={},
-        prompts=PromptsConfig(path=tyro.MISSING),
+        prompts=PromptsConfig(path="-"),
     )
+    for section, key in ((shown.student, "model"), (shown.teacher, "model"), (shown.prompts, "path")):
+        object.__setattr__(section, key, tyro.MISSING)  # shown as required
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
         tyro.cli(Config, prog=usage, default=shown, args=["--help"], config=as_values)
@@ -57,8 +59,8 @@ def print_help(usage: str) -> None:
         print(MORE_HELP)
 
 
-MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint
---overwrite   delete the run in run_dir and start again
+MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint; what changed since is said and kept in history.jsonl
+--overwrite   delete the run in run_dir and start again; of links, the links alone
 --debug       show the traceback of an error
 --student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE
               arguments of each model's chat template, e.g. --student.chat_template_kwargs.enable_thinking false

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,10 +23,37 @@ def explain_os_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFolderError(f"Cannot {action} {path}: {error.strerror or error}. {_advice(error.errno)}") from error
+        raise RunFolderError(
+            f"Cannot {action} {path}: {error.strerror or error}. {_advice(error.errno, path)}"
+        ) from error
 
 
-def _advice(code: int | None) -> str:
+def dangling_link(path: Path) -> Path | None:
+    """The first of `path` and the folders above it that is a link to nothing."""
+    return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+
+
+def explain_link(link: Path) -> str:
+    """What to do about a link to nothing."""
+    return (
+        f"'{link}' is a link to '{os.readlink(link)}', which is not there: moved, or on a disk that is not mounted? Bring it back, or "
+        "remove the link."
+    )
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with what is in it; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _advice(code: int | None, path: Path) -> str:
+    if (link := dangling_link(path)) is not None:
+        return explain_link(link)
+    if code == errno.EBUSY:
+        return "A disk is mounted there, or another process holds it. Empty it by hand, or choose another folder."
     if code in DISK_FULL:
         return "Free some space on that disk, or choose a run folder on another one; then resume the run."
     if code in NOT_ALLOWED:

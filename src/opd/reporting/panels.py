@@ -17,6 +17,8 @@ SOURCE_COLORS = {"on_policy/": STUDENT, "off_policy/": TEACHER}
 PHASE_COLORS = ("phase-1", "phase-2", "phase-3", "phase-4", "phase-5")
 
 KL_BY_POSITION_PREFIX = "kl_by_position/"
+AT_THE_ENDS = "accuracy_"  # eval.extra_temperatures: measured by the first and the last evaluation alone
+ENDS_NOTE = "Measured at the first and the last evaluation alone. Bars: 95% confidence."
 STEP_TIME = "time/step"
 TOKENS_PER_SECOND = "time/tokens_per_second"
 
@@ -31,6 +33,8 @@ class Curve:
     dash: Dash = "solid"
     who: Who | None = None
     """None draws the training metric; otherwise the evaluation of that model, with its intervals."""
+    ends: bool = False
+    """Measured at the ends of the run alone: drawn as points, which no line joins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +90,11 @@ LEARNING = PanelGroup(
     panels=(
         Panel(
             title="Held-out accuracy",
-            note="Band: 95% confidence. The straight line is the teacher.",
+            note="Band and bars: 95% confidence. The straight line is the teacher; the diamonds are greedy answers, at the first and the "
+            "last evaluation.",
             curves=(
                 Curve(metric="accuracy", label="student", who="student"),
-                Curve(metric="accuracy_greedy", label="student, greedy", dash="dash", who="student"),
+                Curve(metric="accuracy_greedy", label="student, greedy", who="student", ends=True),
             ),
             percent=True,
             teacher_level="accuracy",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.reporting.panels import (
+    AT_THE_ENDS,
+    ENDS_NOTE,
     GROUPS,
     KL_BY_POSITION_PREFIX,
     NEUTRAL,
@@ -86,7 +88,7 @@ def summary_figure(rows: Sequence[SummaryRow]) -> Json | None:
             {
                 "type": "scatter",
                 "x": [accuracy],
-                "y": [row.title],
+                "y": [row.label],
                 "mode": "markers",
                 "marker": {"size": 13, "color": _var(color)},
                 "error_x": {
@@ -98,7 +100,7 @@ def summary_figure(rows: Sequence[SummaryRow]) -> Json | None:
                     "width": 5,
                     "color": _var(color),
                 },
-                "hovertemplate": f"{row.title}: {accuracy:.1%} [{low:.1%}, {high:.1%}]<extra></extra>",
+                "hovertemplate": f"{row.label}: {accuracy:.1%} [{low:.1%}, {high:.1%}]<extra></extra>",
                 "showlegend": False,
             }
         )
@@ -133,8 +135,10 @@ def _panel_chart(panel: Panel, curves: Curves, teacher: SummaryRow | None = None
 
 
 def _curve_traces(curve: Curve, series: Series, *, percent: bool) -> list[Json]:
-    points = thinned(series)
     number = ".1%" if percent else ".4~g"
+    if curve.ends:
+        return [_points(curve, series, number)]
+    points = thinned(series)
     line: Json = {"color": _var(curve.color), "width": 2, "dash": curve.dash}
     trace: Json = {
         "type": "scatter",
@@ -158,6 +162,35 @@ def _curve_traces(curve: Curve, series: Series, *, percent: bool) -> list[Json]:
         del smooth["hovertemplate"]
         return [faint, smooth]
     return [trace]
+
+
+def _points(curve: Curve, series: Series, number: str) -> Json:
+    """Values that were measured at the ends of a run alone, with their intervals; a line between them would be made up."""
+    trace: Json = {
+        "type": "scatter",
+        "name": curve.label,
+        "x": series.steps,
+        "y": rounded(series.values),
+        "mode": "markers",
+        "marker": {"size": 9, "symbol": "diamond", "color": _var(curve.color)},
+        "hovertemplate": f"%{{y:{number}}}",
+        "showlegend": True,
+    }
+    if not any(series.intervals):
+        return trace
+    bounds = [interval or (value, value) for interval, value in zip(series.intervals, series.values, strict=True)]
+    trace["customdata"] = [rounded(pair) for pair in bounds]
+    trace["hovertemplate"] = f"%{{y:{number}}} [%{{customdata[0]:{number}}}, %{{customdata[1]:{number}}}]"
+    trace["error_y"] = {
+        "type": "data",
+        "symmetric": False,
+        "array": rounded(high - value for (_, high), value in zip(bounds, series.values, strict=True)),
+        "arrayminus": rounded(value - low for (low, _), value in zip(bounds, series.values, strict=True)),
+        "thickness": 1.5,
+        "width": 4,
+        "color": _var(curve.color),
+    }
+    return trace
 
 
 def _band(series: Series, color: str) -> list[Json]:
@@ -195,7 +228,7 @@ def _teacher_level(panel: Panel, curves: Curves, teacher: SummaryRow | None) -> 
     x = [curves.first, max(curves.last, curves.first + 1)]
     line: Json = {
         "type": "scatter",
-        "name": "teacher",
+        "name": "teacher" if teacher is None else teacher.label,
         "x": x,
         "y": rounded([level, level]),
         "mode": "lines",
@@ -301,8 +334,10 @@ def _others(curves: Curves) -> Iterable[Chart]:
                 continue
             color = TEACHER if who == "teacher" else STUDENT
             title = name if who is None else f"{name}, held out, {who}"
-            curve = Curve(metric=name, label="training" if who is None else who, color=color, who=who)
-            if chart := _panel_chart(Panel(title=title, note="", curves=(curve,)), curves):
+            ends = who is not None and name.startswith(AT_THE_ENDS)
+            curve = Curve(metric=name, label="training" if who is None else who, color=color, who=who, ends=ends)
+            note = ENDS_NOTE if ends else ""
+            if chart := _panel_chart(Panel(title=title, note=note, curves=(curve,), percent=ends), curves):
                 yield chart
 
 

@@ -63,6 +63,7 @@ class Progress:
         self._phase: str = ""
         self._numbers: list[str] = []
         self._live: Live | None = None
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Progress:
         self._times.append(self._clock())
@@ -99,6 +100,12 @@ class Progress:
             self._live.console.print(Text(text))
         elif self.mode != "off":
             print(text, file=self._stream, flush=True)
+
+    def warn_once(self, text: str | None, kind: str) -> None:
+        """Print a warning, if there is one and none of its kind was printed before."""
+        if text is not None and kind not in self._warned:
+            self._warned.add(kind)
+            self.message(f"warning: {text}")
 
     @property
     def seconds_left(self) -> float | None:

@@ -25,6 +25,7 @@ from opd.types import RolloutSource
 SCHEMA_VERSION = 1
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+HISTORY_FILE = "history.jsonl"
 WALL_CLOCK_PREFIX = "time/"
 
 Who = Literal["student", "teacher"]
@@ -44,6 +45,8 @@ class MetricsRecord:
     """Whose evaluation; None for training steps."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Confidence intervals of evaluation metrics."""
+    measure: str | None = None
+    """The same in evaluations that may be compared; None may be compared with all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,8 @@ class RunRecorder:
 
     `resume_step` is None for a new run, and otherwise the number of updates completed in the checkpoint that the run
     goes on from. Resuming removes what that checkpoint has not seen: training lines of update `resume_step` and later,
-    evaluations after `resume_step` updates, and a last line cut short. An evaluation at exactly `resume_step` stays,
-    because a checkpoint is saved after the evaluation of its step.
+    evaluations after `resume_step` updates, and a last line cut short. An evaluation at exactly `resume_step` stays:
+    the checkpoint is of its weights.
 
     Raises `RunFolderError` when a new run finds another run's lines, and when the folder cannot be written.
     """
@@ -111,11 +114,13 @@ class RunRecorder:
         who: Who,
         metrics: Mapping[str, float],
         intervals: Mapping[str, tuple[float, float]] | None = None,
+        measure: str | None = None,
     ) -> None:
         """Record an evaluation made when `step` updates were completed."""
         values = _floats(metrics)
         bounds = {name: [float(low), float(high)] for name, (low, high) in (intervals or {}).items()}
-        self._metrics.append({"kind": "eval", "step": step, "who": who, "metrics": values, "intervals": bounds})
+        line = {"kind": "eval", "step": step, "who": who, "metrics": values, "intervals": bounds}
+        self._metrics.append(line if measure is None else {**line, "measure": measure})
         for sink in self._sinks:
             sink.evaluation(step, who, values)
 
@@ -142,6 +147,26 @@ class RunRecorder:
 def read_metrics(run_dir: str | Path) -> list[MetricsRecord]:
     """Every line of `metrics.jsonl`, in the order written; no file, no records. Raises `RunFolderError`."""
     return _read(Path(run_dir) / METRICS_FILE, _metrics_record)
+
+
+def read_history(run_dir: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """From which step on a resumed run went on with which changes: the keys of the recipe, each with its old and new value. A line
+    that cannot be read is left out: it is told, and nothing depends on it."""
+    path = Path(run_dir) / HISTORY_FILE
+    with explain_os_errors("read", path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    starts = [line for raw in lines if (line := _parsed(raw)) is not None]
+    return [
+        (s["step"], s["changed"])
+        for s in starts
+        if isinstance(s.get("step"), int) and isinstance(s.get("changed"), dict)
+    ]
+
+
+def comparable(records: Sequence[MetricsRecord]) -> list[MetricsRecord]:
+    """Without the evaluations that measured something else than the last one did: a resumed run may change what is measured."""
+    last = next((r.measure for r in reversed(records) if r.measure is not None), None)
+    return [r for r in records if r.measure in (None, last)]
 
 
 def read_samples(run_dir: str | Path) -> list[SampleRecord]:
@@ -267,6 +292,7 @@ def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
         metrics={name: _number(value) for name, value in line["metrics"].items()},
         who=line.get("who"),
         intervals={name: (_number(low), _number(high)) for name, (low, high) in line.get("intervals", {}).items()},
+        measure=line.get("measure"),
     )
 
 

@@ -16,9 +16,18 @@ from opd.errors import RunFolderError
 from opd.reporting.files import explain_os_errors, strict_json, write_atomically
 from opd.reporting.plots import chart_groups, summary_figure
 from opd.reporting.progress import duration
-from opd.reporting.record import METRICS_FILE, SAMPLES_FILE, MetricsRecord, SampleRecord, read_metrics, read_samples
+from opd.reporting.record import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    MetricsRecord,
+    SampleRecord,
+    comparable,
+    read_history,
+    read_metrics,
+    read_samples,
+)
 from opd.reporting.series import Curves
-from opd.reporting.summary import SUMMARY_FILE, SummaryRow, read_summary, summary_cells, summary_rows
+from opd.reporting.summary import SUMMARY_FILE, SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
 from opd.reporting.tokens import (
     DARK_SCALE,
     LIGHT_SCALE,
@@ -60,6 +69,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
         samples=read_samples(folder),
         summary=read_summary(folder),
         config=_read_config(folder),
+        history=read_history(folder),
     )
     with explain_os_errors("create", destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -74,11 +84,13 @@ def render_report(
     samples: Sequence[SampleRecord] = (),
     summary: Mapping[str, Any] | None = None,
     config: str | None = None,
+    history: Sequence[tuple[int, Mapping[str, Any]]] = (),
 ) -> str:
     """The page as HTML text."""
     from plotly.offline import get_plotlyjs  # takes a second to import; only a report needs it
 
     rows = summary_rows(summary or {})
+    metrics = comparable(metrics)
     curves = Curves(metrics)
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
@@ -100,7 +112,7 @@ def render_report(
         rows=cells,
         summary_figure=summary_figure(rows),
         groups=groups,
-        notices=_notices(metrics, samples, rows),
+        notices=[*_notices(metrics, samples, rows), *summary_notes(summary or {}), *_changes(history)],
         pairs=[_pair_view(pair) for pair in pairs],
         legend=level_labels(),
         config=config,
@@ -202,6 +214,15 @@ def _notices(
     if not samples:
         notices.append("No responses were recorded.")
     return notices
+
+
+def _changes(history: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
+    """What a resumed run went on with; where it lies is no news."""
+    told = []
+    for step, changed in history:
+        values = [f"{key} {change[0]} → {change[1]}" for key, change in changed.items() if key != "run_dir"]
+        told += [f"From step {step} on: {'; '.join(values)}."] if values else []
+    return told
 
 
 def _pair_view(pair: SamplePair) -> Mapping[str, Any]:

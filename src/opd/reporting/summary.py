@@ -35,11 +35,24 @@ class SummaryRow:
     extra: Mapping[str, float] = field(default_factory=dict)
     """More columns; names that start with "accuracy" are shown as percentages."""
     extra_intervals: Mapping[str, Interval] = field(default_factory=dict)
+    shown: str | None = None
+    """The key of the recipe that shows a teacher more than the student sees."""
+
+    @property
+    def label(self) -> str:
+        """The title, and what the row does not share with the others."""
+        return self.title if self.shown is None else f"{self.title}, shown {self.shown}"
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[SummaryRow]:
     """The rows of a `summary.json`: those of "student_before", "student_after" and "teacher" that it has."""
     return [_row(title, summary[key]) for key, title in ROW_TITLES.items() if isinstance(summary.get(key), Mapping)]
+
+
+def summary_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a summary says in words."""
+    notes = summary.get("notes")
+    return [str(note) for note in notes] if isinstance(notes, (list, tuple)) else []
 
 
 def summary_cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
@@ -55,7 +68,7 @@ def summary_cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]
         columns.append((column_title(name), cells))
     filled = [(title, cells) for title, cells in columns if any(cell != NO_VALUE for cell in cells)]
     titles = ["", *(title for title, _ in filled)]
-    return titles, [[row.title, *(cells[i] for _, cells in filled)] for i, row in enumerate(rows)]
+    return titles, [[row.label, *(cells[i] for _, cells in filled)] for i, row in enumerate(rows)]
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
@@ -121,6 +134,7 @@ def _row(title: str, values: Mapping[str, Any]) -> SummaryRow:
         reverse_kl_interval=intervals.get("reverse_kl"),
         extra={key: value for key, value in numbers.items() if key not in known},
         extra_intervals={key: value for key, value in intervals.items() if key not in known},
+        shown=str(values["shown"]) if values.get("shown") else None,
     )
 
 

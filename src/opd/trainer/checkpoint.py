@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from opd.errors import RunFolderError
+from opd.reporting.files import dangling_link, explain_link, remove
 from opd.trainer.student import Student
 
 FORMAT = 1
@@ -46,24 +48,35 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
         publish(temporary, final)
     except FULL_DISK as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        link = dangling_link(folder)
+        cure = "Free some space (or lower checkpoint.keep)" if link is None else explain_link(link).rstrip(".")
         raise RunFolderError(
-            f"Checkpoint {final.name} cannot be written to '{folder}': {error}. Earlier checkpoints are untouched. Free some "
-            "space (or lower checkpoint.keep), then continue with --resume."
+            f"Checkpoint {final.name} cannot be written to '{folder}': {error}. Earlier checkpoints are untouched. {cure}, then "
+            "continue with --resume."
         ) from error
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # one that cannot be deleted only takes space
+            remove(old)
     return final
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place; an older one of that name steps aside first and is deleted last."""
+    """Rename a finished folder into place; an older one of that name steps aside first and is deleted last. Of a link, the link
+    alone is: what it leads to may be somebody else's."""
     aside = final.with_name(f".old-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
+    remove(aside)
+    if os.path.lexists(final):
         os.rename(final, aside)
     os.rename(temporary, final)
     _sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        remove(aside)
+
+
+def behind_link(place: Path) -> Path:
+    """Where a folder is to be written: a link to an empty folder was made to be filled, and any other link is replaced."""
+    target = place.resolve()
+    return target if place.is_symlink() and target.is_dir() and not any(target.iterdir()) else place
 
 
 def _sync(folder: Path) -> None:
@@ -84,6 +97,11 @@ def _sync_folder(folder: Path) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
+
+
+def version_of(checkpoint: Path) -> int:
+    """The number of updates that a checkpoint's weights have had."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
@@ -114,6 +132,12 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         for name, average in student.ema.weights().items() if student.ema is not None else ():
             average.copy_(averages[name])
     for optimizer, saved in zip(student.optimizers, optimizers, strict=True):
+        # The state is the checkpoint's; rates, decays and the like are the recipe's, which may have changed them.
+        options = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         optimizer.load_state_dict(saved)
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
     student.version = version
     return state

@@ -100,6 +100,12 @@ def notices(config: Config) -> list[str]:
             "student.dtype=bfloat16 rounds away updates smaller than 1/256 of a weight; at usual learning rates most weights never "
             "move. float32 with train.autocast=bfloat16 trains as fast."
         )
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup >= steps > 1:
+        found.append(
+            f"optimizer.warmup_steps={optimizer.warmup} does not end within train.steps={steps}, so the rate never passes "
+            f"{steps / (optimizer.warmup + 1):.0%} of optimizer.lr. Lower it, or set it to null for a tenth of the run."
+        )
     return [*found, *_natural_gradient_notices(config)]
 
 

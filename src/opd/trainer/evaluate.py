@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,8 @@ class Evaluator:
     tokens_per_microbatch: int
     pad_id: int
     seed: int
+    measure: str
+    """The same in evaluations that may be compared: a hash of the prompts, the reward, and how answers are drawn."""
 
     def run(self, sampler: HfSampler | ChosenSampler, model: Policy | None, *, extra: bool) -> Evaluation:
         """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's (None: they are not). `extra`
@@ -125,6 +128,11 @@ class Evaluator:
             model.loss(batch, objective, metrics)
         by_rollout = {id(rollout): values.tolist() for rollout, values in metrics.per_rollout("reverse_kl")}
         return [by_rollout[id(rollout)] for rollout in rollouts]
+
+
+def measure_of(*parts: object) -> str:
+    """A short name of what an evaluation measures."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()
 
 
 def accuracy_name(temperature: float) -> str:

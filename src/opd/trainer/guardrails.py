@@ -13,13 +13,13 @@ from opd.losses import Objective
 from opd.types import Batch, Rollout
 
 OUT_OF_MEMORY_ADVICE = {
-    "rollout": "rollout.batch_size or rollout.max_new_tokens",
-    "teacher": "teacher.tokens_per_batch",
-    "update": "train.tokens_per_microbatch (gradients accumulate, so the result is the same), or set "
-    "student.gradient_checkpointing=true or student.lora.rank=32 (with natural_gradient: "
-    "optimizer.natural_gradient.keep_graphs=false, or fewer optimizer.natural_gradient.parameters)",
-    "load": "the models' size: teacher.dtype=bfloat16, another teacher.device, or smaller models",
-    "eval": "rollout.batch_size, teacher.tokens_per_batch or rollout.max_new_tokens",
+    "rollout": "rollout.batch_size or rollout.max_new_tokens, and go on with --resume",
+    "teacher": "teacher.tokens_per_batch, and go on with --resume",
+    "update": "train.tokens_per_microbatch (gradients accumulate, so the result is the same) or set student.gradient_checkpointing=true "
+    "(with natural_gradient: optimizer.natural_gradient.keep_graphs=false), and go on with --resume; or begin a new run with "
+    "student.lora.rank=32 (with natural_gradient: fewer optimizer.natural_gradient.parameters)",
+    "load": "the models' size: teacher.dtype=bfloat16 or another teacher.device, which --resume may do, or a new run of smaller models",
+    "eval": "rollout.batch_size, teacher.tokens_per_batch or rollout.max_new_tokens, and go on with --resume",
 }
 
 
@@ -35,7 +35,8 @@ def check_loss(per_token: torch.Tensor, batch: Batch, objective: Objective) -> N
     if value == float("inf"):
         cause = (
             f"{objective.divergence} is infinite in truth where one model gives zero probability to what the other can emit. "
-            "Set objective.teacher_logp_floor=-30 to bound it (metric: clamped_tokens), or use generalized_jsd."
+            "Set objective.teacher_logp_floor=-30 to bound it (metric: clamped_tokens) and go on with --resume, or begin a new run with "
+            "generalized_jsd."
         )
     else:
         cause = "Look for NaN in the student's or the teacher's weights, or lower optimizer.lr and resume from the last checkpoint."
@@ -52,7 +53,8 @@ def check_gradient(batches: Sequence[Batch], is_finite: Callable[[Batch], bool])
             if not is_finite(single(batch, index)):
                 raise NonFiniteError(
                     f"The loss is finite but its gradient is not, first in {_describe(rollout)}. The weights were not changed. "
-                    "Lower optimizer.lr, use train.autocast=none, or drop the sample; then resume from the last checkpoint."
+                    "Lower optimizer.lr or use train.autocast=none, and resume from the last checkpoint; or drop the sample and begin a "
+                    "new run."
                 )
     raise NonFiniteError(
         "The gradient of the batch is not finite though that of every sample is: the sum overflowed. The weights were not "

@@ -7,22 +7,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opd.config import Config
+from opd.reporting.findings import cut_off
 from opd.reporting.progress import Progress, TrainingPhase
-from opd.reporting.record import RunRecorder
+from opd.reporting.record import RunRecorder, read_metrics
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import save_checkpoint
 from opd.trainer.guardrails import memory_advice
-from opd.trainer.records import record_evaluation, record_samples
+from opd.trainer.interrupts import Interrupted, StopRequest
+from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
 from opd.trainer.setup import Parts
 from opd.types import LossOutput
 
 
-def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder, progress: Progress) -> None:
-    """From the student's version to the last step. A step is rollouts, their targets, one update; then what is due."""
+def run_steps(
+    config: Config,
+    parts: Parts,
+    folder: RunFolder,
+    run: RunRecorder,
+    progress: Progress,
+    stop: StopRequest | None = None,
+) -> None:
+    """From the student's version to the last step. A step is rollouts, their targets, one update; then what is due.
+
+    Raises Interrupted between two steps after a signal; what was trained is in a checkpoint then.
+    """
     student, train = parts.student, config.train
-    if student.version == 0:
-        evaluate(config, parts, run, progress, first=True)
+    stop = StopRequest() if stop is None else stop
+    with stop.at_once():
+        evaluate_if_missing(config, parts, run, progress)
     for step in range(student.version, train.steps):
         clock = Clock(progress)
         prompts = parts.order.take(step, train.prompts_per_step)
@@ -42,11 +55,55 @@ def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder,
         record_samples(run, step, rollouts, out, scored.rewards, parts.renderer, config.log)
         for note in scored.notes:
             progress.message(f"warning: step {step}: {note}")
+        if config.rollout.horizon(step, train.steps) == config.rollout.max_new_tokens:
+            progress.warn_once(cut_off(out.metrics["truncated"], config.rollout.max_new_tokens), "cut off")
         progress.update(step, metrics)
-        if due(step + 1, config.eval.every) or (config.eval.every and step + 1 == train.steps):
-            evaluate(config, parts, run, progress, first=False)
-        if due(step + 1, config.checkpoint.every):
-            save_checkpoint(folder.checkpoints, student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
+        finish_step(config, parts, folder, run, progress, stop)
+
+
+def finish_step(
+    config: Config, parts: Parts, folder: RunFolder, run: RunRecorder, progress: Progress, stop: StopRequest
+) -> None:
+    """What is due after an update: an evaluation, a checkpoint. A signal saves what was trained, and leaves the evaluation to the
+    run that is resumed."""
+
+    def save() -> None:
+        save_checkpoint(folder.checkpoints, parts.student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
+
+    version, saved = parts.student.version, False
+    try:
+        with stop.at_once():
+            if evaluation_due(config, version):
+                evaluate(config, parts, run, progress, first=False)
+        if due(version, config.checkpoint.every):
+            save()
+            saved = True
+        stop.check()
+    except Interrupted:
+        if not saved:
+            save()
+        raise
+
+
+def evaluation_due(config: Config, version: int) -> bool:
+    """Whether the student is evaluated when it has had `version` updates."""
+    return config.eval.every > 0 and (version % config.eval.every == 0 or version == config.train.steps)
+
+
+def evaluate_if_missing(config: Config, parts: Parts, run: RunRecorder, progress: Progress) -> None:
+    """The evaluation before the first step, or the one that a stopped run left out; and a first one where a resumed run measures
+    something else than before."""
+    evaluator = parts.evaluator
+    if evaluator is None:
+        return
+    version = parts.student.version
+    records = read_metrics(run.run_dir) if version > 0 else []
+    done = [r for r in records if r.kind == "eval" and r.measure in (None, evaluator.measure)]
+    expected = {"student"} if parts.teacher is None or parts.teacher_sampler is None else {"student", "teacher"}
+    if not expected <= {r.who for r in done}:
+        evaluate(config, parts, run, progress, first=True)
+    elif evaluation_due(config, version) and not any(r.who == "student" and r.step == version for r in done):
+        evaluate(config, parts, run, progress, first=False)
 
 
 def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress, *, first: bool) -> None:
@@ -58,14 +115,21 @@ def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress,
     with memory_advice("eval"):
         progress.phase("eval")
         student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
-        record_evaluation(run, version, "student", student, parts.renderer, config.log)
+        record_evaluation(run, version, "student", student, parts.renderer, config.log, parts.evaluator.measure)
+        teacher = None
         if first and parts.teacher is not None and parts.teacher_sampler is not None:
             with parts.teacher.active():
                 teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
-            record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log)
+            record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log, parts.evaluator.measure)
     reached = student.metrics
     apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
-    progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}")
+    cut = f", {reached['truncated']:.0%} cut off" if reached["truncated"] else ""
+    progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}{cut}")
+    progress.warn_once(cut_off(reached["truncated"], config.rollout.max_new_tokens), "cut off")
+    if teacher is not None and version == 0:
+        progress.warn_once(
+            nothing_to_gain(student.metrics, student.intervals, teacher.metrics, config), "nothing to gain"
+        )
 
 
 def due(completed: int, every: int) -> bool:

@@ -123,10 +123,11 @@ def _embedding_parameters(model: PreTrainedModel) -> set[int]:
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Share of the peak learning rate for update `step` (from 0): linear warm-up, then the schedule. A pure function of the step."""
-    if step < config.warmup:
-        return (step + 1) / (config.warmup + 1)
+    warmup = config.warmup_within(total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup) / max(1, total_steps - config.warmup))
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     decay = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay

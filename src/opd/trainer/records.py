@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from opd.config import LogConfig
+from opd.config import Config, LogConfig
 from opd.data.rendering import Renderer
-from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, read_metrics
+from opd.reporting.findings import SHOWN_MORE, cut_off, teacher_no_better
+from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, comparable, read_metrics
 from opd.trainer.evaluate import Evaluation
 from opd.types import LossOutput, Rollout
 
@@ -40,9 +41,10 @@ def record_evaluation(
     evaluation: Evaluation,
     renderer: Renderer,
     config: LogConfig,
+    measure: str | None = None,
 ) -> None:
     """Metrics, intervals, and the first samples of an evaluation."""
-    run.evaluation(step, who, evaluation.metrics, evaluation.intervals)
+    run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure)
     for rollout, kl, reward in evaluation.rollouts[: config.samples]:
         run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer))
 
@@ -71,21 +73,42 @@ def _sample(
     )
 
 
-def summarize(run_dir: Path) -> dict[str, Any] | None:
-    """Student before, student after and teacher (where there is one), from the records; None when nothing was evaluated."""
-    records = read_metrics(run_dir)
+def summarize(run_dir: Path, config: Config) -> dict[str, Any] | None:
+    """Student before, student after and teacher (where there is one), from the records; None when nothing was evaluated. There is
+    no row "before" where what is measured now was not measured before the first step."""
+    records = comparable(read_metrics(run_dir))
     student = [r for r in records if r.kind == "eval" and r.who == "student"]
     teacher = [r for r in records if r.kind == "eval" and r.who == "teacher"]
     if not student:
         return None
     seconds = sum(r.metrics.get("time/step", 0.0) + r.metrics.get("time/eval", 0.0) for r in records)
+    shown = {"shown": SHOWN_MORE} if config.prompts.teacher_prompt is not None else {}
+    notes = [cut_off(student[-1].metrics.get("truncated", 0.0), config.rollout.max_new_tokens)]
+    if teacher and student[0].step == 0:
+        notes.append(nothing_to_gain(student[0].metrics, student[0].intervals, teacher[0].metrics, config))
     return {
-        **({"teacher": _row(teacher[0])} if teacher else {}),
-        "student_before": _row(student[0]),
+        **({"teacher": {**_row(teacher[0]), **shown}} if teacher else {}),
+        **({"student_before": _row(student[0])} if student[0].step == 0 else {}),
         "student_after": _row(student[-1]),
         "steps": student[-1].step,
         "seconds": seconds,
+        "notes": [note for note in notes if note is not None],
     }
+
+
+def nothing_to_gain(
+    student: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    teacher: Mapping[str, float],
+    config: Config,
+) -> str | None:
+    """What is said of a teacher that was evaluated beside the student and is no better."""
+    return teacher_no_better(
+        student["accuracy"],
+        intervals["accuracy"],
+        teacher["accuracy"],
+        shown_more=config.prompts.teacher_prompt is not None,
+    )
 
 
 def _row(record: MetricsRecord) -> dict[str, Any]:

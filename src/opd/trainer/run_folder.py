@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from opd.config import Config
 from opd.errors import RunFolderError
-from opd.recipe import to_dict, to_yaml
-from opd.reporting.files import explain_os_errors, write_atomically
+from opd.recipe import to_yaml
+from opd.reporting.files import dangling_link, explain_link, explain_os_errors, remove, write_atomically
+from opd.reporting.record import HISTORY_FILE, METRICS_FILE, read_metrics
+from opd.trainer.checkpoint import checkpoints
+from opd.trainer.resume import Change, check_same_run, compare, read_saved
 
 OWN_NAMES = (
     "config.yaml",
-    "metrics.jsonl",
+    METRICS_FILE,
     "samples.jsonl",
     "summary.json",
     "report.html",
+    HISTORY_FILE,
     "checkpoints",
     "student",
     "adapter",
     "tensorboard",
     "wandb_run_id",
 )
-MAY_CHANGE_ON_RESUME = ("log.", "checkpoint.", "run_dir")
+ASIDE = ".replaced-"
 
 
 class RunFolder:
@@ -38,19 +44,85 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
+        self.changes: Mapping[str, Change] = {}
+        """With --resume: what differs from the recipe that the run was started with."""
+        self.begun = False
+        """Whether `begin` has come so far that the folder holds this run."""
 
     def taken_by(self) -> list[str]:
-        """Files and folders of a run that are already there."""
-        return [name for name in OWN_NAMES if (self.path / name).exists()]
+        """Files and folders of a run that are already there. An empty folder, or a link to one, holds nothing."""
+        return [name for name in OWN_NAMES if _holds_something(self.path / name)]
 
-    def begin(self, config: Config, *, fresh: bool) -> None:
-        """Write the resolved config; a fresh start first removes what an earlier run left. Called when everything else is ready, so
-        that a recipe that cannot run never costs an old run."""
-        with explain_os_errors("write to the run folder", self.path):
-            for name in self.taken_by() if fresh else ():
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
-        write_atomically(self.config, to_yaml(config).encode())
+    @contextmanager
+    def begin(self, config: Config, *, step: int | None) -> Iterator[list[str]]:
+        """Write the resolved config and a line of history, and give what a person should be told. `step` is the number of updates
+        that a resumed run has; None starts afresh, in the place of what an earlier run left.
+
+        The old run steps aside by renames, which are undone if the block raises, and is deleted at its end: the block does what may
+        still fail, such as connecting to a logger, so that nothing that cannot start costs an old run.
+        """
+        told = self._links() if step is None else []
+        aside, moved = (None, []) if step is not None else self._step_aside()
+        try:
+            self.begun = True
+            write_atomically(self.config, to_yaml(config).encode())
+            self._write_history(step)
+            yield told
+        except BaseException:
+            if aside is not None:
+                self._step_back(aside, moved)
+                self.begun = False
+            raise
+        if aside is not None:
+            shutil.rmtree(
+                aside, ignore_errors=True
+            )  # of links, the links alone; what stays is deleted by the next start
+
+    def _write_history(self, step: int | None) -> None:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "step": step or 0,
+            "changed": {} if step is None else {key: list(change) for key, change in self.changes.items()},
+        }
+        place = self.path / HISTORY_FILE
+        with explain_os_errors("write the history of the run to", place), open(place, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+    def _links(self) -> list[str]:
+        """What is said about links that an overwriting run takes away."""
+        names = [name for name in OWN_NAMES if (self.path / name).is_symlink()]
+        return [
+            f"{self.path / name} was a link to {os.readlink(self.path / name)}; the link is gone, and what it leads to is untouched."
+            for name in names
+            if _holds_something(self.path / name) or dangling_link(self.path / name)
+        ]
+
+    def _step_aside(self) -> tuple[Path, list[str]]:
+        """Move everything of an old run into a hidden folder beside it; all of it, or nothing."""
+        moved: list[str] = []
+        with explain_os_errors("replace the run in", self.path):
+            for left in self.path.iterdir():  # of a process that was killed here
+                if left.name.startswith(ASIDE):
+                    remove(left)
+            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path))
+            try:
+                for name in OWN_NAMES:
+                    if _holds_something(self.path / name) or dangling_link(self.path / name):
+                        os.rename(self.path / name, aside / name)
+                        moved.append(name)
+            except BaseException:
+                self._step_back(aside, moved)
+                raise
+        return aside, moved
+
+    def _step_back(self, aside: Path, moved: Sequence[str]) -> None:
+        """Undo `_step_aside`: what was written meanwhile goes, except into folders that were there and empty."""
+        for name in OWN_NAMES:
+            if name in moved or (self.path / name).is_file():
+                remove(self.path / name)
+        for name in moved:
+            os.rename(aside / name, self.path / name)
+        aside.rmdir()
 
 
 @contextmanager
@@ -69,7 +141,7 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
     _refuse_inputs_inside(folder, config)
     with explain_os_errors("write to the run folder", folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.path / ".lock", "w")  # noqa: SIM115 - held for the whole run
+        lock = open(folder.path / ".lock", "a")  # noqa: SIM115 - held for the whole run; "a", because a link may lead anywhere
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,20 +149,51 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
             raise RunFolderError(
                 f"Another process is writing to '{folder.path}'. Wait for it, or choose another folder with --run_dir PATH."
             ) from None
-        taken = folder.taken_by()
-        if resume and folder.config.exists():
-            _check_same_recipe(folder, config)
-        elif resume and taken:
-            raise RunFolderError(
-                f"'{folder.path}' holds {', '.join(taken)} but no config.yaml, so what to resume cannot be told. Restore that file, "
-                "or choose another folder with --run_dir PATH."
-            )
-        elif taken and not overwrite:
-            raise RunFolderError(
-                f"'{folder.path}' already holds a run ({', '.join(taken)}). Continue it with --resume, replace it with "
-                "--overwrite, or choose another folder with --run_dir PATH."
-            )
+        _check_taken(folder, config, resume=resume, overwrite=overwrite)
         yield folder
+
+
+def _check_taken(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Whether this run may be in this folder; with `resume`, notes what has changed."""
+    broken = next((link for name in OWN_NAMES if (link := dangling_link(folder.path / name))), None)
+    if broken is not None and not overwrite:
+        raise RunFolderError(f"'{folder.path}' is not whole: {explain_link(broken)}")
+    taken = folder.taken_by()
+    if resume and folder.config.exists():
+        saved = read_saved(folder.config)
+        folder.changes = compare(saved, config)
+        found = checkpoints(folder.checkpoints)
+        check_same_run(folder.changes, config, str(folder.path), has_checkpoint=bool(found))
+        if not found:
+            _refuse_lost_checkpoints(folder, saved)
+    elif resume and taken:
+        raise RunFolderError(
+            f"'{folder.path}' holds {', '.join(taken)} but no config.yaml, so what to resume cannot be told. Restore that file, "
+            "or choose another folder with --run_dir PATH."
+        )
+    elif taken and not overwrite:
+        raise RunFolderError(
+            f"'{folder.path}' already holds a run ({', '.join(taken)}). Continue it with --resume, replace it with "
+            "--overwrite, or choose another folder with --run_dir PATH."
+        )
+
+
+def _refuse_lost_checkpoints(folder: RunFolder, saved: Mapping[str, object]) -> None:
+    """A run without a checkpoint starts at step 0 and loses its records: right after an early kill, and not when the checkpoints are
+    somewhere else, on a disk that is not mounted say."""
+    section = saved.get("checkpoint")
+    every = section.get("every") if isinstance(section, dict) else None
+    done = sum(record.kind == "step" for record in read_metrics(folder.path))
+    if folder.student.exists() or not isinstance(every, int) or not 0 < every < done:
+        return
+    raise RunFolderError(
+        f"'{folder.path}' has records of {done} steps and a checkpoint was written every {every}, but there is none in "
+        f"'{folder.checkpoints}'. Put them back there to resume, or start again with --overwrite."
+    )
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
@@ -110,34 +213,3 @@ def _refuse_inputs_inside(folder: RunFolder, config: Config) -> None:
                     f"{key}='{value}' lies in '{folder.path}', where this run would write its own {name} over it. Choose another folder "
                     "with --run_dir PATH."
                 )
-
-
-def _check_same_recipe(folder: RunFolder, config: Config) -> None:
-    try:
-        saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError("it is not a recipe")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunFolderError(
-            f"'{folder.config}' cannot be read: {error}. Restore the recipe the run was started with, or start a new --run_dir."
-        ) from error
-    old, new = _flat(saved), _flat(to_dict(config))
-    changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
-    ]
-    if changed:
-        raise RunFolderError(
-            f"'{folder.path}' was started with another recipe, so --resume would not continue the same run: {'; '.join(changed)}. "
-            "Use the recipe it was started with, or a new --run_dir."
-        )
-
-
-def _flat(data: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(data, dict):
-        return {prefix[:-1]: data}
-    flat: dict[str, object] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat

@@ -20,8 +20,8 @@ from opd.teachers.ensemble import AnyTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices
-from opd.trainer.evaluate import Evaluator
-from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
+from opd.trainer.evaluate import Evaluator, measure_of
+from opd.trainer.fingerprints import HELD_OUT, prompts_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
 from opd.trainer.sides import Side, load_side, make_sampler, pad_id_of
@@ -50,7 +50,7 @@ class Parts:
     renderer: Renderer
     pad_id: int
     fingerprints: dict[str, str]
-    """Of the prompts, the student's first weights and the teacher's."""
+    """Of the prompts, of the student's first weights and tokenizer, and of the teachers'."""
     warnings: tuple[str, ...]
 
 
@@ -70,7 +70,7 @@ def build_parts(config: Config) -> Parts:
         check_lengths(config, [*prompts, *held_out], one.renderer, one.model)
         if config.train.layout == "packed":
             check_packing(one.model, role, pad_id)
-    fingerprints = _fingerprints(config, [*prompts, *held_out], first_weights, faculty)
+    fingerprints = _fingerprints(config, prompts, held_out, side, first_weights, faculty)
     return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
 
 
@@ -143,12 +143,19 @@ def _off_policy(
     return DatasetResponses(side.renderer, config.rollout.max_new_tokens, eos_ids=side.eos)
 
 
-def _fingerprints(config: Config, prompts: list[Prompt], first_weights: str, faculty: Faculty) -> dict[str, str]:
-    found = {"prompts": prompts_fingerprint(prompts), "student's first weights": first_weights}
+def _fingerprints(
+    config: Config, prompts: list[Prompt], held_out: list[Prompt], side: Side, first_weights: str, faculty: Faculty
+) -> dict[str, str]:
+    found = {"training prompts": prompts_fingerprint(prompts)}
+    if held_out:
+        found[HELD_OUT] = prompts_fingerprint(held_out)
+    found["student's starting weights"] = first_weights
+    found["student's tokenizer and chat template"] = tokenizer_fingerprint(side.tokenizer, side.eos)
     for name, teacher in faculty.sides.items():
         if config.all_teachers[name].source == "model":
             whose = "teacher" if name == "teacher" else f"teacher {name}"
-            found[f"{whose}'s weights"] = weights_fingerprint(teacher.model)
+            found[f"{whose}'s own weights"] = weights_fingerprint(teacher.model)
+            found[f"{whose}'s tokenizer and chat template"] = tokenizer_fingerprint(teacher.tokenizer, teacher.eos)
     return found
 
 
@@ -202,7 +209,10 @@ def _prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
 def _evaluator(
     config: Config, held_out: list[Prompt], teacher: AnyTeacher | None, pad_id: int, scorer: Scorer
 ) -> Evaluator:
+    section = config.eval
+    measured = (prompts_fingerprint(held_out), section.samples_per_prompt, section.temperature, section.reward)
     return Evaluator(
+        measure=measure_of(*measured, config.rollout.max_new_tokens),
         prompts=held_out,
         samples_per_prompt=config.eval.samples_per_prompt,
         scorer=scorer,
