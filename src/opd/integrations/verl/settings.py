@@ -69,6 +69,8 @@ class Settings:
     """With mixture=routing: the field of a sample that names its teacher."""
     canary_every: int = 100
     """Updates between looks at whether the teacher's scores can be meant; the first update is always looked at. 0 never looks."""
+    try_verl: bool = False
+    """Start although verl has moved something that opd holds on to; without it such a verl is refused with what has moved."""
     trace: str | None = None
     """Folder for what was trained on: token ids and losses of every micro-batch, as safetensors. None writes nothing."""
 
