@@ -33,6 +33,7 @@ from opd.integrations.verl.trace import write_trace
 from opd.integrations.verl.v080 import register_engine
 from opd.integrations.verl.weights import Spread, Weights, matched, scheduled
 from opd.kernels import linear_log_prob, linear_objective
+from opd.types import Head, HiddenTarget
 
 PREFIX = "actor/opd/"
 TOLD_APART = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
@@ -240,6 +241,10 @@ class OpdEngine(LanguageModelEngine):
                 metrics["student_logp"],
                 vocab=self.source.vocabulary.size,
                 name=part.name,
+                student=HiddenTarget(
+                    hidden=own(hidden).detach(),
+                    head=Head(weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach()),
+                ),
             )
         return total
 
