@@ -10,14 +10,15 @@ from types import FrameType
 
 from opd.errors import ConfigError, MissingDependencyError
 
-USAGE = "opd verl smoke [--steps N] [--timeout SECONDS] <the words after python -m verl.trainer.main_ppo>"
+USAGE = "opd verl smoke [--steps N] [--timeout SECONDS] [--try] <the words after python -m verl.trainer.main_ppo>"
 HELP = """
 Runs your config for a few steps on the CPU, with small random models in the place of yours, so that mistakes show before a
 cluster is booked. Tokenizers, model classes, data and rewards are yours where they are on this machine. It says what was
 replaced by what, then each step's metrics, then ok or the first error.
 
 --steps N          training steps (default 2)
---timeout SECONDS  for everything together (default 600)"""
+--timeout SECONDS  for everything together (default 600)
+--try              with a verl that has moved something that opd holds on to: opd.try_verl=true"""
 INTERRUPTED = 130
 
 
@@ -62,6 +63,9 @@ def _split(args: Sequence[str]) -> tuple[dict[str, float], list[str]]:
     words: list[str] = []
     rest = iter(args)
     for word in rest:
+        if word == "--try":
+            options["try_verl"] = True
+            continue
         flag, equals, value = word.partition("=")
         if flag not in OPTIONS:
             words.append(word)

@@ -9,12 +9,14 @@ from opd.errors import ConfigError
 
 USAGE = "opd verl patch build|apply|check|verify|reverse|pack …"
 HELP = """
-build --verl VERSION [--archive FILE] [--out DIR]
+build --verl VERSION [--try] [--archive FILE] [--out DIR]
           patches/VERSION/0001-on-policy-distillation.patch and what goes with it, from the release of verl on the package index
-          (kept in ~/.cache/opd/verl) or from FILE, its wheel or source archive; DIR is ./patches
-apply [--3way | --am] [--no-verify] [--python PYTHON] DIR | --installed
-          into a checkout or an unpacked release, or into the verl that PYTHON imports
-check, verify, reverse [--python PYTHON] DIR | --installed
+          (kept in ~/.cache/opd/verl) or from FILE, its wheel or source archive; DIR is ./patches. --try: of a release that the
+          patch was not tested with
+apply [--3way | --am] [--try] [--no-verify] [--python PYTHON] DIR | --installed
+          into a checkout or an unpacked release, or into the verl that PYTHON imports. --try: a verl that no patch was made for
+          gets the one for the nearest release, if every line of it fits
+check, verify, reverse [--try] [--python PYTHON] DIR | --installed
           say what would happen; say whether it is in and works; take it out
 pack [--out DIR]
           the patches as one archive with checksums; DIR is ./dist
@@ -37,11 +39,12 @@ def run(args: Sequence[str]) -> int:
             )
         return install(command, rest)
     if command == "build":
-        options = _options(rest, "--verl", "--archive", "--out")
+        untested = "--try" in rest
+        options = _options([word for word in rest if word != "--try"], "--verl", "--archive", "--out")
         if "--verl" not in options:
             raise ConfigError("Say for which verl: opd verl patch build --verl 0.9.1")
         archive = Path(options["--archive"]) if "--archive" in options else None
-        written = build(options["--verl"], Path(options.get("--out", "patches")), archive)
+        written = build(options["--verl"], Path(options.get("--out", "patches")), archive, untested=untested)
     elif command == "pack":
         written = pack(Path(_options(rest, "--out").get("--out", "dist")))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from verl_engines import batch, engine, jagged, same, step
 from opd.errors import ConfigError, ModelError, NonFiniteError
 from opd.integrations.verl.checks import Pool, Run, check_run
 from opd.integrations.verl.hidden import load_head
-from opd.integrations.verl.hidden_server import hidden_states
+from opd.integrations.verl.hidden_server import hidden_states, load_teacher, trusts
 from opd.integrations.verl.settings import parse
 
 HIDDEN = {"placement": "hidden"}
@@ -126,3 +128,48 @@ def test_a_server_that_sends_no_states_is_refused(pool: dict, said: str):
     with pytest.raises(ConfigError) as caught:
         check_run(settings, Run(**run, pool=Pool(**{**good, **pool})))
     assert said in str(caught.value)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_server_runs_the_teachers_own_code_where_the_config_allows_it(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = tmp_path / "own"
+    shutil.copytree(models / "teacher", own)
+    (own / "mine.py").write_text(OWN_CODE, encoding="utf-8")
+    config = json.loads((own / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"},
+    }
+    (own / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for allowed in (True, False):
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            made = compose(
+                "ppo_trainer",
+                [
+                    "+opd=hidden",
+                    f"opd.teacher.model_path={own}",
+                    f"opd.teacher.trust_remote_code={allowed}",
+                    "actor_rollout_ref.rollout.name=vllm",
+                ],
+            )
+        inference = made.distillation.teacher_models.teacher_model.inference
+        assert trusts(omega_conf_to_dataclass(inference).engine_kwargs) is allowed
+    model = load_teacher(str(own), "float32", "cpu", trust_remote_code=True)
+    assert type(model).__name__ == "MineForCausalLM"
+    plain = AutoModelForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32).eval()
+    assert torch.equal(hidden_states(model, [1, 2, 3]), hidden_states(plain, [1, 2, 3]))

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from matrix import RELEASES, NoDownload, table, unpacked
 
 import opd.integrations.verl
+from opd.errors import ConfigError
 from opd.integrations.verl import doctor
-from opd.integrations.verl.hook_check import BY_PART, HOOKS, Source, expected, installed, moved, version_of
+from opd.integrations.verl.hook_check import (
+    BY_PART,
+    HOOKS,
+    PARTS,
+    Source,
+    check_hooks,
+    expected,
+    installed,
+    moved,
+    version_of,
+)
 from opd.integrations.verl.hooks import Hook
 
 PLUGIN = Path(opd.integrations.verl.__file__).parent
@@ -144,6 +158,60 @@ def test_a_hook_that_moves_is_told_by_its_name(tmp_path: Path, file: str, old: s
     ]
 
 
+def another(tmp_path: Path, version: str, file: str = "", old: str = "", new: str = "") -> Path:
+    """The installed verl under another number, with one change."""
+    folder = tmp_path / "verl"
+    shutil.copytree(installed(), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "version/version").write_text(version + "\n", encoding="utf-8")
+    if file:
+        text = (folder / file).read_text(encoding="utf-8")
+        assert old in text
+        (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("version", ["0.10.0.dev", "1.0", "nightly", "0.9.7"])
+def test_a_verl_of_another_number_is_taken_when_every_hook_is_there_and_that_is_told(tmp_path: Path, version: str):
+    said = check_hooks(another(tmp_path, version))
+    assert said.startswith(
+        f"verl {version} is none of the releases that opd was tested with (0.8.0, 0.9.0, 0.9.1), but all "
+    )
+
+
+def test_a_release_that_was_tested_is_taken_without_a_word():
+    assert check_hooks(installed(), BY_PART) == ""
+
+
+@pytest.mark.parametrize("version", ["0.10.0", version_of(installed())])
+def test_a_verl_that_moved_a_hook_is_refused_by_the_hook_whatever_its_number(tmp_path: Path, version: str):
+    file, old, new, told = CHANGES[1]
+    folder = another(tmp_path, version, file, old, new)
+    with pytest.raises(ConfigError) as caught:
+        check_hooks(folder)
+    assert f"verl {version} differs at 1 of " in str(caught.value) and told in str(caught.value)
+    assert "opd.try_verl=true" in str(caught.value)
+    said = check_hooks(folder, anyway=True)
+    assert said.startswith(f"warning: verl {version} differs at 1 of ") and told in said
+
+
+def test_a_hook_of_a_part_that_the_run_does_not_need_refuses_nothing(tmp_path: Path):
+    file = "trainer/ppo/padding_utils.py"
+    folder = another(tmp_path, "0.10.0", file, "teacher_ids", "expert_ids")
+    assert "all" in check_hooks(folder)
+    with pytest.raises(
+        ConfigError, match="padding_utils:construct_minimal_padding_template says nothing of teacher_ids"
+    ):
+        check_hooks(folder, (*PARTS, "serving", "pool"))
+
+
+def test_a_verl_before_the_oldest_is_held_to_the_oldest(tmp_path: Path):
+    assert expected("0.7.1") == expected("0.8.0") != ()
+    folder = another(tmp_path, "0.7.1")
+    shutil.rmtree(folder / "workers/engine")
+    with pytest.raises(ConfigError, match=r"verl 0\.7\.1 differs at \d\d of .*; and \d+ more"):
+        check_hooks(folder)
+
+
 def test_a_module_that_is_gone_takes_its_hooks_along(tmp_path: Path):
     folder = tmp_path / "verl"
     shutil.copytree(installed(), folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -170,6 +238,19 @@ def test_the_doctor_names_a_hook_that_moved(capsys: pytest.CaptureFixture[str], 
         "FAIL  verl has changed under this plugin: verl.workers.utils.padding:no_padding_2_padding has no gone"
         in capsys.readouterr().out
     )
+
+
+def test_the_doctor_looks_at_the_verl_that_is_imported(tmp_path: Path):
+    """Another copy first on PYTHONPATH, beside the metadata of the installed one."""
+    folder = another(tmp_path, "0.10.0.dev", "trainer/ppo/padding_utils.py", "teacher_ids", "expert_ids")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from opd.integrations.verl import doctor as d; print(d._version().text, d._hooks().text)"],
+        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert folder.exists() and done.returncode == 0, done.stderr
+    assert "note: verl 0.10.0.dev is none of the releases that opd was tested with" in done.stdout
+    assert "note: +opd=default needs none of what verl has changed: verl.trainer.ppo.padding_utils" in done.stdout
 
 
 def test_the_table_counts_what_each_release_has():

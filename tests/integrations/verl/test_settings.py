@@ -123,6 +123,13 @@ def test_the_students_base_is_a_teacher():
         ({**TEACHER, "lambda_rl": float("nan")}, ConfigError, "finite"),
         ({**TEACHER, "lambda_rl": True}, ConfigError, "it is a number"),
         ({**TEACHER, "divergense": "reverse_kl"}, ConfigError, "Did you mean 'opd.divergence'"),
+        (
+            {**TEACHER, "temperature": 2.0},
+            ConfigError,
+            "Did you mean 'opd.student_temperature' or 'opd.teacher_temperature'",
+        ),
+        ({**TEACHER, "offload": True}, ConfigError, "Did you mean 'opd.teacher.offload'"),
+        ({"teachers": {"a": {"path": "t"}}}, ConfigError, "Did you mean 'opd.teachers.a.model_path'"),
         ({"teacher": {"model_path": "t", "dtyp": 1}}, ConfigError, "Did you mean 'opd.teacher.dtype'"),
         ({**TEACHER, "placement": "cloud"}, ConfigError, "opd.placement cannot be 'cloud'"),
         ({**TEACHER, "divergence": "kl"}, ConfigError, "opd.divergence cannot be 'kl'"),

@@ -136,18 +136,21 @@ def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "who", "said"),
     [
-        (["data.train_batch_size=128"], "train_batch_size (128) must be >= actor.ppo_mini_batch_size (256)"),
-        ([f"{ACTOR}.calculate_sum_pi_squared=true"], "needs the whole logits, which opd does not make"),
-        (["opd.teacher.model_path={world}/other"], "teacher '{world}/other' do not read the same token ids"),
+        (["data.train_batch_size=128"], "verl", "train_batch_size (128) must be >= actor.ppo_mini_batch_size (256)"),
+        ([f"{ACTOR}.calculate_sum_pi_squared=true"], "opd", "needs the whole logits, which opd does not make"),
+        (["opd.teacher.model_path={world}/other"], "opd", "teacher '{world}/other' do not read the same token ids"),
     ],
     ids=["batch", "logits", "vocabulary"],
 )
-def test_a_mistake_is_told_before_the_run(world: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_is_told_before_the_run(
+    world: Path, more: list[str], who: str, said: str, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(OpdError) as caught:
         smoke(own_words(world, *(word.format(world=world) for word in more)))
     assert said.format(world=world) in str(caught.value)
+    assert f"{who} refuses this config" in str(caught.value)
     assert "full log: " in str(caught.value)
     assert "step 1" not in capsys.readouterr().out
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from verl_world import REWARD, make_prompts
 
-from opd.errors import ConfigError, DataError
+from opd.cli.verl import _split
+from opd.errors import ConfigError, DataError, OpdError
 from opd.integrations.verl.compose import compose, literal, read_words
 from opd.integrations.verl.cpu.overrides import Replaced
 from opd.integrations.verl.cpu.replace import asked_models, check_given, replace
 from opd.integrations.verl.cpu.sizes import check_sizes
-from opd.integrations.verl.cpu.stand_in import Asked, StandIn, make_models, shrink
+from opd.integrations.verl.cpu.stand_in import Asked, StandIn, make_models
+from opd.integrations.verl.settings import parse
+from opd.integrations.verl.small_model import shrink
+from opd.integrations.verl.smoke import _Run
 from opd.testing import byte_tokenizer
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -142,6 +155,11 @@ def test_made_up_prompts_go_to_every_routed_teacher(tmp_path: Path):
             "no key 'data.train_batchsize'; did you mean 'data.train_batch_size'?",
         ),
         (["opd.divergense=forward_kl"], "did you mean 'opd.divergence'?"),
+        (["opd.temperature=2"], "did you mean 'opd.student_temperature' or 'opd.teacher_temperature'?"),
+        (["opd.model_path=/nfs/teacher"], "did you mean 'opd.teacher.model_path'?"),
+        (["opd.teacher.attention=sdpa"], "did you mean 'opd.teacher.attn_implementation'?"),
+        (["opd.zzz=1"], "a table of its keys"),
+        (["opd.teachers.math.model_path=/nfs/math"], "write +opd.teachers.math.model_path=… if it is to be added"),
         (["+opd=defualt"], "opd"),
         (["data.train_batch_size=[4"], "verl's config"),
         (["data.train_batch_size=${no.such}"], "'no.such' not found"),
@@ -157,6 +175,21 @@ def test_a_config_that_cannot_work_is_refused(more: list[str], said: str):
         checked(*more)
     assert said in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_what_is_advised_for_an_unknown_key_is_taken():
+    teacher = "+opd.teachers.math.model_path=/nfs/math"
+    words = [word for word in CLUSTER if "opd.teacher." not in word]
+    advised = [
+        "opd.student_temperature=2",
+        "opd.teacher_temperature=2",
+        "opd.teacher.attn_implementation=sdpa",
+        teacher,
+    ]
+    section = OmegaConf.to_container(compose(read_words([*words, *advised])).opd, resolve=True)
+    settings, _ = parse(section)
+    assert settings.teachers["math"].model_path == "/nfs/math"
+    assert settings.objective.student_temperature == settings.objective.teacher_temperature == 2.0
 
 
 def test_an_engine_that_no_cpu_runs_is_refused():
@@ -240,6 +273,11 @@ def test_a_mixture_of_experts_stays_one(tmp_path: Path):
     assert AutoConfig.from_pretrained(made.folder).model_type == "qwen3_moe"
 
 
+def test_a_model_of_one_layer_stays_one():
+    small = shrink(Qwen3Config(vocab_size=1000, **{**LARGE, "num_hidden_layers": 1}), 300)
+    assert (small.num_hidden_layers, len(small.layer_types)) == (1, 1)
+
+
 def test_names_that_a_class_spells_its_own_way_are_shrunk_too():
     small = shrink(GPT2Config(n_embd=1600, n_layer=48, n_head=25), 300)
     assert (small.n_embd, small.n_layer, small.n_head) == (64, 2, 4)
@@ -259,3 +297,58 @@ def test_models_that_are_not_here_become_llamas_that_read_bytes(tmp_path: Path):
         assert not made.readable
         assert AutoConfig.from_pretrained(made.folder).model_type == "llama"
         assert AutoTokenizer.from_pretrained(made.folder).chat_template is not None
+
+
+LIBRARY = """
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_kind"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+AutoConfig.register("own_kind", OwnConfig)
+AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+"""
+
+
+def imported(folder: Path, library: object) -> None:
+    config = composed()
+    OmegaConf.update(config, "actor_rollout_ref.model.external_lib", library)
+    _Run(folder=folder, end=0.0, limit=0.0, say=print).import_library(config)
+
+
+def test_a_stand_in_of_a_class_that_a_library_registers_is_of_that_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The library lies where the command is run, as `python -m verl.trainer.main_ppo` finds it."""
+    (tmp_path / "own_kind_library.py").write_text(LIBRARY, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    own = config_folder(tmp_path / "own", LlamaConfig(vocab_size=300, **LARGE))
+    text = (own / "config.json").read_text(encoding="utf-8")
+    (own / "config.json").write_text(
+        text.replace('"model_type": "llama"', '"model_type": "own_kind"'), encoding="utf-8"
+    )
+    (before,) = make_models(asked(own), tmp_path / "before")
+    assert not before.readable
+    imported(tmp_path, ["own_kind_library", "opd.integrations.verl.cpu.register"])
+    (made,) = make_models(asked(own), tmp_path / "after")
+    assert made.readable and AutoConfig.from_pretrained(made.folder).model_type == "own_kind"
+    assert "own_kind, 2 layers of 64" in made.told
+
+
+def test_a_library_that_is_not_here_is_told_before_anything_runs(tmp_path: Path):
+    imported(tmp_path, None)
+    with pytest.raises(OpdError, match=r"external_lib=not_here cannot be imported: ModuleNotFoundError"):
+        imported(tmp_path, "not_here")
+
+
+def test_trying_another_verl_is_an_option_of_the_dry_run_and_a_key_of_the_config():
+    options, words = _split(["--try", "--steps", "1", "+opd=default"])
+    assert (options, words) == ({"try_verl": True, "steps": 1}, ["+opd=default"])
+    assert compose(read_words([*CLUSTER, "++opd.try_verl=true"])).opd.try_verl is True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from verl.utils import tensordict_utils as tu
 from verl_engines import batch, engine, same, step
 
@@ -14,6 +14,7 @@ from opd.errors import ConfigError, ModelError
 from opd.integrations.verl.canary import check_teacher
 from opd.integrations.verl.tally import POSITIONS, Tally
 from opd.losses import full_divergence
+from opd.testing import tiny_causal_lm
 from opd.types import Head, HiddenTarget, TopKTarget
 
 TOKENS = 258
@@ -189,6 +190,75 @@ def test_a_teacher_that_disagrees_is_no_shifted_one():
         ids = torch.randint(50, (200,), generator=torch.Generator().manual_seed(seed + 1))
         look(target, ids)
         look(target, torch.full((200,), seed))
+
+
+def random_model(kind: str, seed: int, spread: float):
+    """Weights of no training; in Gemma 2 and the tied Qwen3 the output layer is the embedding."""
+    if kind != "gemma2":
+        architecture, tie = kind.split("-")[0], kind.endswith("tied")
+        return tiny_causal_lm(50, architecture=architecture, seed=seed, tie=tie, initializer_range=spread)
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=spread, final_logit_softcapping=None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return Gemma2ForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def drawn(model, sequences: int = 16, tokens: int = 20) -> torch.Tensor:
+    """Sampled at temperature 1, after eight random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (sequences, 8), generator=generator)
+    for _ in range(tokens):
+        p = model(input_ids=ids).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def states(model, ids: torch.Tensor, shift: int = 0) -> HiddenTarget:
+    """In the rows that predict the drawn tokens, or as a server gives them that is `shift` places off."""
+    hidden = model.base_model(input_ids=ids).last_hidden_state[:, 7:-1]
+    head = model.get_output_embeddings()
+    return HiddenTarget(hidden=hidden.roll(shift, 1).flatten(0, 1), head=Head(weight=head.weight.detach()))
+
+
+def likeliest(target: HiddenTarget, k: int = 16) -> TopKTarget:
+    logp, ids = target.hidden.matmul(target.head.weight.T).log_softmax(-1).topk(k)
+    return TopKTarget(ids=ids, teacher_logp=logp)
+
+
+def look_with(student, teacher, shift: int = 0, kind=lambda target: target) -> None:
+    ids = drawn(student)
+    rows = ids[:, 8:]
+    said = states(student, ids)
+    logp = said.hidden.matmul(said.head.weight.T).log_softmax(-1).gather(-1, rows.reshape(-1, 1)).squeeze(-1)
+    sequence = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+    check_teacher(
+        kind(states(teacher, ids, shift)), rows.flatten(), sequence, logp, vocab=50, name="math", student=said
+    )
+
+
+@pytest.mark.parametrize("teacher", ["gemma2", "qwen3-tied", "llama-tied"])
+@pytest.mark.parametrize("student", ["llama", "gemma2", "qwen3-tied"])
+@pytest.mark.parametrize("spreads", [(0.2, 0.2), (0.02, 0.2), (0.2, 0.1)], ids=str)
+def test_a_random_model_that_repeats_what_it_reads_is_no_shifted_one(student: str, teacher: str, spreads: tuple):
+    """Tied embeddings make the token that was read last the likeliest: that fits the previous token, and nothing is shifted."""
+    look_with(random_model(student, 1, spreads[0]), random_model(teacher, 2, spreads[1]))
+
+
+@pytest.mark.parametrize("kind", [lambda t: t, likeliest], ids=["hidden", "top_k"])
+@pytest.mark.parametrize(("shift", "said"), [(1, "previous"), (-1, "next")])
+def test_a_teacher_of_another_position_is_found_beside_a_random_student(shift: int, said: str, kind):
+    student = random_model("llama", 1, 0.2)
+    teacher = random_model("llama", 1, 0.2)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    look_with(student, teacher, kind=kind)
+    with pytest.raises(ModelError, match=rf"the teacher 'math' seems shifted by one.*fit the {said} token"):
+        look_with(student, teacher, shift, kind)
 
 
 def test_nan_scores_are_found_and_few_tokens_prove_nothing():

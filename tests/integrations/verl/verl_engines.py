@@ -46,6 +46,9 @@ def engine(
     mixed_precision: dict[str, str] | None = FP32,
     strategy: str = "fsdp2",
     sequence_parallel: int = 1,
+    param_offload: bool = False,
+    offload_policy: bool = False,
+    reshard_after_forward: bool = True,
     **opd: Any,
 ):
     """What a worker would build from `+opd=default` and these overrides."""
@@ -56,6 +59,9 @@ def engine(
         mixed_precision=mixed_precision,
         use_torch_compile=False,
         ulysses_sequence_parallel_size=sequence_parallel,
+        param_offload=param_offload,
+        offload_policy=offload_policy,
+        reshard_after_forward=reshard_after_forward,
         opd=section,
         opd_reduction={"loss_agg_mode": reduction, "loss_scale_factor": None},
     )

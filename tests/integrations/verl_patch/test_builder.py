@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from patch_trees import NEWEST, PATCHES, VERSIONS, git, make_tree, release, script, touched
 
+from opd.cli.main import main
 from opd.errors import ConfigError
 from opd.integrations.verl.patch import builder
 from opd.integrations.verl.patch.installer import pack
@@ -101,12 +104,63 @@ def test_a_release_that_moved_a_hook_is_named(tmp_path: Path):
 def test_what_cannot_be_built_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"verl 0\.7\.1 is not supported; supported are 0\.8\.0, 0\.9\.0, 0\.9\.1"):
         builder.build("0.7.1", tmp_path)
+    with pytest.raises(ConfigError, match=r"--try builds it"):
+        builder.build("0.10.0", tmp_path)
     release(NEWEST)  # so that it is in the cache
     archive = next(iter(sorted((cache_folder() / NEWEST).glob("verl-*"))))
     with pytest.raises(ConfigError, match=rf"holds verl {re.escape(NEWEST)}, not 0\.9\.7"):
         read_release("0.9.7", archive)
     with pytest.raises(ConfigError, match="is not a file"):
         read_release(NEWEST, tmp_path / "none.whl")
+
+
+def archive_of(version: str, path: Path, **changed: bytes) -> Path:
+    """The newest release under another number, as a source archive."""
+    files = {**release(NEWEST), "verl/version/version": f"{version}\n".encode(), **changed}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"verl-{version}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_a_patch_for_a_release_of_another_number_is_built_when_it_is_asked_for(tmp_path: Path, capsys):
+    archive = archive_of("0.10.0.dev", tmp_path / "verl.tar.gz")
+    words = [
+        "verl",
+        "patch",
+        "build",
+        "--verl",
+        "0.10.0.dev",
+        "--archive",
+        str(archive),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 1
+    assert "verl 0.10.0.dev is not supported" in capsys.readouterr().err
+    assert main([*words, "--try"]) == 0
+    made, known = (
+        (folder / builder.PATCH).read_text(encoding="utf-8")
+        for folder in (tmp_path / "out/0.10.0.dev", PATCHES / NEWEST)
+    )
+    assert hunks(made) == hunks(known)
+
+
+def hunks(text: str) -> dict[str, str]:
+    """Of the files of verl that are changed; the added ones follow this checkout."""
+    parts = text.split("diff --git a/")[1:]
+    return {part.split()[0]: part for part in parts if "new file mode" not in part}
+
+
+def test_a_release_that_moved_a_hook_is_not_built_even_when_it_is_asked_for(tmp_path: Path):
+    path = "verl/workers/engine_workers.py"
+    moved = release(NEWEST)[path].replace(b"self.actor.reset()", b"self.actor.restart()")
+    archive = archive_of("0.10.0", tmp_path / "verl.tar.gz", **{path: moved})
+    with pytest.raises(ConfigError, match=r"engine_workers\.py: the place for a hook .* was found 0 times"):
+        builder.build("0.10.0", tmp_path / "out", archive, untested=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_archive_holds_everything_and_its_checksums_are_right(tmp_path: Path):

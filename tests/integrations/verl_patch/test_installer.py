@@ -151,6 +151,35 @@ def test_an_unsupported_version_is_refused_with_the_nearest(tree: Path, found: s
     assert state(tree) == before
 
 
+@pytest.mark.parametrize("found", ["0.10.0.dev", "nightly"])
+@pytest.mark.parametrize("way", ["", "--3way", "--am"])
+def test_a_verl_of_another_number_is_patched_when_it_is_asked_for(tmp_path: Path, found: str, way: str):
+    """And looked at and restored without being asked again."""
+    number = {"verl/version/version": f"{found}\n".encode()}
+    folder = make_checkout(tmp_path / "verl", {**small_files(NEWEST), **number})
+    before = state(folder)
+    assert "--try puts that one in" in script(*way.split(), folder).stderr
+    looked = script("--try", "--check", folder)
+    assert looked.returncode == 0 and f"Trying the patch for verl {NEWEST} on verl {found}." in looked.stdout
+    assert state(folder) == before
+    done = script("--try", *way.split(), folder)
+    assert done.returncode == 0, done.stderr
+    assert all((folder / path).is_file() for _, path in touched(NEWEST))
+    assert script("--verify", folder).returncode == 0
+    assert script("--reverse", folder).returncode == 0
+    assert state(folder) == before
+
+
+def test_a_verl_that_moved_a_line_is_left_alone_even_when_it_is_asked_for(tree: Path):
+    (tree / "verl/version/version").write_text("0.10.0\n", encoding="utf-8")
+    edit(tree, WORKERS, "self.actor.reset()", "self.actor.restart()")
+    before = state(tree)
+    done = script("--try", tree)
+    assert done.returncode == 1 and "does not fit" in done.stderr
+    assert state(tree) == before
+    assert script("--reverse", tree).returncode == 1  # nothing of it is there
+
+
 def test_uncommitted_changes_are_refused(checkout: Path):
     edit(checkout, "verl/__init__.py", "import", "import  ")
     before = state(checkout)

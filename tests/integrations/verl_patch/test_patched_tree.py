@@ -95,6 +95,40 @@ def test_a_step_of_the_trees_own_engine_equals_plain_transformers(tree: Path, tm
     assert done.stdout.count("\nok ") + done.stdout.startswith("ok ") == 4, done.stdout
 
 
+IMPORTED = """
+import runpy, sys
+tests = runpy.run_path(sys.argv[1], run_name="tests")
+import verl
+print(verl.__file__, sum(name.startswith("test_") or name == "peak" for name in tests))
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["tests/test_on_policy_distillation.py", "examples/on_policy_distillation/benchmark.py"]
+)
+def test_the_trees_own_verl_is_taken_where_another_is_installed(newest: Path, name: str, tmp_path: Path):
+    """Started from another folder, without PYTHONPATH: this environment has a verl in its site-packages."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VERL_PLATFORM", *NOT_INHERITED)}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(newest / name)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**env, "PYTHONDONTWRITEBYTECODE": "1", "VERL_USE_EXTERNAL_PLUGINS": "none"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    file, count = done.stdout.split()[-2:]
+    assert Path(file).is_relative_to(newest) and int(count) > 0
+
+
+@pytest.mark.parametrize("name", ["run_distillation.sh", "run_hybrid.sh", "run_two_teachers.sh"])
+def test_the_example_scripts_start_the_trees_own_verl(newest: Path, name: str, tmp_path: Path):
+    fake = tmp_path / "python3"
+    fake.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PYTHONPATH"\n', encoding="utf-8")
+    fake.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": "/mine"}
+    command = ["bash", newest / "examples/on_policy_distillation" / name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout.split() == [f"{newest}:/mine"]
+
+
 @pytest.mark.parametrize("name", ["run_distillation.sh", "run_hybrid.sh", "run_two_teachers.sh"])
 def test_the_example_scripts_are_command_lines_that_verl_takes(newest: Path, name: str, tmp_path: Path):
     """`python3` is replaced by one that composes the same overrides and makes verl's config classes."""

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.errors import ConfigError, ModelError, OpdError
-from opd.integrations.verl.settings import Settings, TeacherSettings
+from opd.integrations.verl.settings import SOLE, Settings, TeacherSettings
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
 
 STRATEGIES = ("fsdp2", "fsdp")
-SUPPORTED = ((0, 8), (0, 9))
-"""Releases of verl, by major and minor version, whose hooks were read and run."""
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 """What transformers raises for a folder that is incomplete, damaged or of another kind."""
 
@@ -47,17 +45,6 @@ class Run:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
-
-
-def check_version(version: str) -> None:
-    """Raise ConfigError for a verl that this plugin was never run with."""
-    parts = version.split(".")
-    known = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
-    if len(parts) < 2 or (parts[0], parts[1]) not in {(str(major), str(minor)) for major, minor in SUPPORTED}:
-        raise ConfigError(
-            f"verl {version} is installed, and this plugin leans on hooks of verl {known} that other releases move; "
-            f"pip install 'verl=={SUPPORTED[-1][0]}.{SUPPORTED[-1][1]}.*'."
-        )
 
 
 def check_run(settings: Settings, run: Run) -> None:
@@ -188,6 +175,45 @@ def _engine(settings: Settings, run: Run) -> Iterator[str]:
         yield "actor.calculate_sum_pi_squared=true needs the whole logits, which opd does not make; set it to false."
 
 
+NO_ADAPTER = (
+    "opd.teacher.adapter_off=true, but the student has no LoRA adapter; set actor_rollout_ref.model.lora_rank, or give a teacher with "
+    "opd.teacher.model_path."
+)
+DEFAULT_ATTENTION = "flash_attention_2"  # verl's, where the model's override_config does not say
+FLOAT32 = ("fp32", "float32", "32", 32)
+"""verl's names of it."""
+
+
+def teacher_attention(
+    settings: TeacherSettings, *, student: str | None, precision: Any, sequence_parallel: int
+) -> str | None:
+    """The attention that the teacher is loaded with; None is verl's default, FlashAttention 2. Raises ConfigError.
+
+    `student` is the student's, None where it has verl's default; `precision` is verl's name of what the teacher computes in.
+    """
+    inherited = student or DEFAULT_ATTENTION
+    asked = settings.attn_implementation or inherited
+    is_flash = "flash" in asked
+    if is_flash and precision in FLOAT32:
+        if settings.attn_implementation is not None:
+            raise ConfigError(
+                f"opd.teacher.attn_implementation={asked} takes bfloat16 and float16, and the teacher computes in float32; drop it, and "
+                "the teacher uses sdpa, or set opd.teacher.dtype=bfloat16."
+            )
+        if sequence_parallel > 1:
+            raise ConfigError(
+                f"ulysses_sequence_parallel_size={sequence_parallel} works inside FlashAttention, which takes bfloat16 and float16, and the "
+                "teacher computes in float32; set opd.teacher.dtype=bfloat16, or the size to 1."
+            )
+        return "sdpa"
+    if sequence_parallel > 1 and not is_flash and not asked.startswith("ulysses"):
+        raise ConfigError(
+            f"ulysses_sequence_parallel_size={sequence_parallel} works inside FlashAttention, and the teacher has {asked}, which would "
+            "see one part of each sequence; set opd.teacher.attn_implementation=flash_attention_2, or the size to 1."
+        )
+    return settings.attn_implementation or student
+
+
 def _sampling(settings: Settings, run: Run) -> Iterator[str]:
     """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
     objective = settings.objective
@@ -207,21 +233,19 @@ def _sampling(settings: Settings, run: Run) -> Iterator[str]:
         )
 
 
-def check_models(
-    student: str,
-    teacher: str,
-    *,
-    student_code: bool = False,
-    teacher_code: bool = False,
-    teacher_key: str = "opd.teacher.model_path",
-) -> VocabularyMatch:
-    """What configs and tokenizers of both folders show without loading a weight: an OpdError, or the common vocabulary.
+def teacher_key(name: str) -> str:
+    """The section of a teacher, as it is written on verl's command line."""
+    return "opd.teacher" if name == SOLE else f"opd.teachers.{name}"
 
-    The two flags allow Python code that comes with the model; `teacher_key` is what the teacher is called in errors.
-    """
-    student_config, student_tokenizer = _read(student, student_code, "actor_rollout_ref.model.path")
-    teacher_config, teacher_tokenizer = _read(teacher, teacher_code, teacher_key)
-    return common_vocabulary(student, teacher, student_config, teacher_config, student_tokenizer, teacher_tokenizer)
+
+def check_top_k(settings: Settings, match: VocabularyMatch) -> None:
+    """Raise ConfigError for a support that is larger than the vocabulary."""
+    objective = settings.objective
+    if objective.support not in ("full", "sampled") and objective.top_k > match.size:
+        full = "" if settings.served else ", or use opd.support=full"
+        raise ConfigError(
+            f"opd.top_k={objective.top_k} is more than the {match.size} tokens of the vocabulary; lower it{full}."
+        )
 
 
 def common_vocabulary(
@@ -238,7 +262,8 @@ def common_vocabulary(
     )
 
 
-def _read(path: str, trust_remote_code: bool, key: str) -> tuple[Any, Any]:
+def read_model(path: str, trust_remote_code: bool, key: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a folder; no weight is read. Raises ModelError, which calls the folder `key`."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -247,11 +272,17 @@ def _read(path: str, trust_remote_code: bool, key: str) -> tuple[Any, Any]:
     except UNREADABLE as error:
         if isinstance(error, OpdError):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{key}='{path}' cannot be read: {reason.rstrip('.')}. Give a folder with config.json, weights and tokenizer, or a hub name "
-            "this machine can reach."
-        ) from error
+        raise unreadable(f"{key}='{path}'", error) from error
+
+
+def unreadable(what: str, error: Exception, more: str = "") -> ModelError:
+    """For a model that transformers does not read; `more` is something else that went wrong."""
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    also = f" {more.rstrip('.')}." if more else ""
+    return ModelError(
+        f"{what} cannot be read: {reason}.{also} Give a folder with config.json, weights and tokenizer, or a hub name this machine can "
+        "reach."
+    )
 
 
 def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:

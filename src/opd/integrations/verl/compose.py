@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import ConfigError, MissingDependencyError
+from opd.integrations.verl.settings import may_be_added, meant
 
 DEFAULT_NAME = "ppo_trainer"
 FLAGS = {
@@ -140,13 +141,19 @@ def _gist(error: HydraException, words: Words) -> str:
         return f"verl's config: {said}." + (f" There is {', '.join(near[1:])}." if near else "")
     if key.startswith("opd.") and not any(word.lstrip("+").startswith("opd=") for word in words.overrides):
         return f"verl's config has no key '{key}', because the section opd is not there; add +opd=default."
+    add = f"verl's config has no key '{key}'; write +{key}=… if it is to be added."
+    if may_be_added(key):
+        return add
+    if key.startswith("opd."):
+        near = meant(key)
+        hint = f"did you mean {near}?" if near else "opd/integrations/verl/README.md has a table of its keys."
+        return f"verl's config has no key '{key}'; {hint}"
     with initialize_config_dir(str(verl_folder() / "trainer" / "config"), version_base=None):
         known = [name for name, _ in leaves(hydra_compose(DEFAULT_NAME, ["+opd=default"]))]
     if key in known:
         return f"verl's config has no key '{key}' with this model_engine; it is there with FSDP (model_engine=dp)."
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    hint = f"did you mean '{near[0]}'?" if near else f"write +{key}=… if it is to be added."
-    return f"verl's config has no key '{key}'; {hint}"
+    return f"verl's config has no key '{key}'; did you mean '{near[0]}'?" if near else add
 
 
 def _first_line(error: Exception) -> str:

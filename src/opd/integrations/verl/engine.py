@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.errors import ConfigError, NonFiniteError
 from opd.integrations.verl.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
 from opd.integrations.verl.canary import check_teacher
 from opd.integrations.verl.checks import end_ids
 from opd.integrations.verl.head import output_layer, run_to_head
+from opd.integrations.verl.one_memory import LanguageModelEngine
 from opd.integrations.verl.pool import policy_loss
 from opd.integrations.verl.settings import Settings
 from opd.integrations.verl.shard import Shard, shard_of, whole_group
@@ -33,6 +33,7 @@ from opd.integrations.verl.trace import write_trace
 from opd.integrations.verl.v080 import register_engine
 from opd.integrations.verl.weights import Spread, Weights, matched, scheduled
 from opd.kernels import linear_log_prob, linear_objective
+from opd.types import Head, HiddenTarget
 
 PREFIX = "actor/opd/"
 TOLD_APART = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
@@ -41,7 +42,7 @@ TOLD_APART = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
 
 @register_engine(model_type="language_model", backend="fsdp")
 @register_engine(model_type="language_model", backend="fsdp2")
-class OpdEngine(FSDPEngineWithLMHead):
+class OpdEngine(LanguageModelEngine):
     """λ_rl · verl's loss + λ_distill · distillation, one forward pass of each model per micro-batch."""
 
     settings: Settings | None = None
@@ -69,7 +70,15 @@ class OpdEngine(FSDPEngineWithLMHead):
             return
         output_layer(self.module, "student")
         self.source = make_source(self.settings, self)
+        if self.is_param_offload_enabled:
+            self.source.leave()
         self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
+
+    def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
+        """Move the student as verl does. Where its weights leave the accelerator, so does the teacher."""
+        super().to(device=device, model=model, optimizer=optimizer, grad=grad)
+        if device == "cpu" and model and self.source is not None and self.is_param_offload_enabled:
+            self.source.leave()
 
     def forward_backward_batch(self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
         """One mini-batch. Its metrics are joined by every rank at its end, because means of ratios are no ratios of means."""
@@ -232,6 +241,10 @@ class OpdEngine(FSDPEngineWithLMHead):
                 metrics["student_logp"],
                 vocab=self.source.vocabulary.size,
                 name=part.name,
+                student=HiddenTarget(
+                    hidden=own(hidden).detach(),
+                    head=Head(weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach()),
+                ),
             )
         return total
 

@@ -64,6 +64,11 @@ class HiddenTeacher:
             self.head = head
         return nullcontext([Part(target=HiddenTarget(hidden=states, head=head))])
 
+    def leave(self) -> None:
+        """The output layer moves to host memory; the next look copies it back."""
+        bias = None if self.head.bias is None else self.head.bias.cpu()
+        self.head = Head(weight=self.head.weight.cpu(), bias=bias)
+
 
 def load_head(folder: str, *, trust_remote_code: bool = False) -> Head:
     """The output layer of a model whose other weights are not read. Raises ModelError where it cannot be found."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -23,6 +24,9 @@ from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutpu
 from opd.errors import ConfigError
 from opd.integrations.verl.head import run_to_head
 
+NAME = "opd_hidden"
+"""Of these servers in verl's config, and of our part of their engine_kwargs."""
+
 
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -37,15 +41,23 @@ def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
     return kept[0].cpu()
 
 
+def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The frozen model on its device, with an attention that every dtype has."""
+    model = AutoModelForCausalLM.from_pretrained(
+        copy_to_local(path),
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        trust_remote_code=trust_remote_code,
+    )
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
 @ray.remote
 class Server:
     """Holds the teacher; answers hidden states for token ids."""
 
-    def __init__(self, path: str, dtype: str, device: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            copy_to_local(path), dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
-        self.model = self.model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    def __init__(self, path: str, dtype: str, device: str, trust_remote_code: bool) -> None:
+        self.model = load_teacher(path, dtype, device, trust_remote_code=trust_remote_code)
         self.turn = asyncio.Lock()
 
     async def address(self) -> str:
@@ -70,6 +82,11 @@ class Server:
     start_profile = stop_profile = sleep
 
 
+def trusts(engine_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the teacher's own code may run: verl tells a server no more of its model than the path."""
+    return bool(engine_kwargs.get(NAME, {}).get("trust_remote_code"))
+
+
 class Replica(RolloutReplica):
     """One server on one GPU of the teacher pool."""
 
@@ -92,7 +109,8 @@ class Replica(RolloutReplica):
         device = get_device_name()
         if device != "cpu":
             options |= {"num_gpus": 1, "scheduling_strategy": self._bundle()}
-        server = Server.options(**options).remote(self.model_config.path, self.config.dtype, device)  # pyright: ignore[reportAttributeAccessIssue]
+        own_code = trusts(self.config.engine_kwargs)
+        server = Server.options(**options).remote(self.model_config.path, self.config.dtype, device, own_code)  # pyright: ignore[reportAttributeAccessIssue]
         self.servers = [server]
         self._server_handle = server
         self._server_address = await server.address.remote()

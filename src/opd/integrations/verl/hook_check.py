@@ -27,6 +27,13 @@ BY_PART: Mapping[str, tuple[Hook, ...]] = {
     "pool": POOL,
 }
 """The hooks of each part of the plugin."""
+PARTS = ("config", "engine", "teacher")
+"""What every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
+TESTED = ("0.8.0", "0.9.0", "0.9.1")
+"""Releases of verl that the plugin was run with."""
+OLDEST = (0, 8, 0)
+NAMED = 3
+"""Of hooks that moved, at most, in one error."""
 HOOKS = tuple(hook for part in BY_PART.values() for hook in part)
 
 
@@ -60,10 +67,38 @@ def moved(folder: Path, hooks: Iterable[Hook] = HOOKS) -> list[Moved]:
     return [Moved(hook=hook, how=how) for hook in hooks if (how := source.lacks(hook)) is not None]
 
 
+def check_hooks(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = False) -> str:
+    """What to say of the verl in this folder; nothing of a release that was tested and is as it was.
+
+    Its source decides, not its number. Raises ConfigError where a hook of `parts` has moved, unless `anyway`.
+    """
+    version = version_of(folder)
+    hooks = expected(version, [hook for part in parts for hook in BY_PART[part]])
+    gone = moved(folder, hooks)
+    if gone:
+        told = "; ".join(map(str, gone[:NAMED])) + (f"; and {len(gone) - NAMED} more" if len(gone) > NAMED else "")
+        what = f"verl {version} differs at {len(gone)} of {len(hooks)} places that this run holds on to: {told}"
+        if not anyway:
+            raise ConfigError(
+                f"{what}. Use a release that opd was tested with (pip install 'verl=={TESTED[-1]}'), or set opd.try_verl=true to start all "
+                "the same."
+            )
+        return f"warning: {what}. opd.try_verl=true: it starts all the same."
+    if version in TESTED:
+        return ""
+    return (
+        f"verl {version} is none of the releases that opd was tested with ({', '.join(TESTED)}), but all {len(hooks)} places that this run "
+        "holds on to are where they were."
+    )
+
+
 def expected(version: str, hooks: Iterable[Hook] = HOOKS) -> tuple[Hook, ...]:
-    """Those that a release should have; the others came after it. A release without a number (a fork) should have all."""
+    """Those that a release should have; the others came after it. A release without a number (a fork) should have all.
+
+    Of a release before 0.8 the hooks of 0.8 are expected.
+    """
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    release = tuple(int(part or 0) for part in numbers.groups()) if numbers else None
+    release = max(OLDEST, tuple(int(part or 0) for part in numbers.groups())) if numbers else None
     return tuple(hook for hook in hooks if release is None or hook.since <= release)
 
 

@@ -44,7 +44,7 @@ CONFIG = (
         where="verl.utils.config:omega_conf_to_dataclass",
         needs="config dataclass_type",
         says="_target_ instantiate",
-        why="makes the classes that `_target_` names: OpdActorConfig and OpdEngineConfig in place of verl's",
+        why="calls what `_target_` names: actor_config and OpdEngineConfig in place of verl's classes",
     ),
     Hook(
         where="verl.utils.config:validate_config",
@@ -77,13 +77,18 @@ CONFIG = (
     Hook(
         where="verl.workers.config:HFModelConfig",
         needs="path local_path trust_remote_code override_config use_remove_padding enable_gradient_checkpointing "
-        "lora_rank hf_config tokenizer generation_config external_lib",
+        "lora_rank hf_config tokenizer generation_config external_lib tokenizer_path hf_config_path use_shm",
         why="the student's is read and the teacher's is made",
     ),
     Hook(
         where="verl.trainer.ppo.utils:need_reference_policy", needs="config", why="the dry run asks for validate_config"
     ),
     Hook(where="verl.trainer.ppo.utils:need_critic", needs="config", why="the dry run asks for validate_config"),
+    Hook(
+        where="verl.utils.import_utils:import_external_libs",
+        needs="external_libs",
+        why="what model.external_lib names is imported on the driver, as HFModelConfig does in a worker",
+    ),
     Hook(where="verl.utils.fs:copy_to_local", needs="src", why="the models that the driver looks at"),
     Hook(
         where=ACTOR,
@@ -93,8 +98,9 @@ CONFIG = (
     Hook(where=f"{ACTOR}.fsdp_config", needs="_target_ use_torch_compile", why="replaced by OpdEngineConfig"),
     Hook(
         where=f"{PPO}:actor_rollout_ref.model",
-        needs="path trust_remote_code use_fused_kernels external_lib override_config",
-        why=SILENT,
+        needs="_target_ path tokenizer_path hf_config_path trust_remote_code use_shm use_fused_kernels external_lib "
+        "override_config lora_rank",
+        why="the driver makes HFModelConfig of it; " + SILENT,
     ),
     Hook(
         where=f"{PPO}:actor_rollout_ref.rollout", needs="name temperature top_p top_k calculate_log_probs", why=SILENT
@@ -228,7 +234,23 @@ TEACHER = (
         why="verl's engine builds the teacher, without an optimizer",
     ),
     Hook(where=f"{FSDP}:FSDPEngine._build_module", why="loads the teacher"),
-    Hook(where=f"{FSDP}:FSDPEngine._build_fsdp_module", needs="module", why="shards the teacher"),
+    Hook(
+        where=f"{FSDP}:FSDPEngine._build_fsdp_module",
+        needs="module",
+        says="offload_policy forward_only CPUOffloadPolicy",
+        why="shards the teacher; told to pin no memory on a CPU",
+    ),
+    Hook(
+        where=f"{FSDP}:FSDPEngine.to",
+        needs="device model optimizer grad",
+        says="offload_fsdp_model_to_cpu load_fsdp_model_to_gpu",
+        why="overridden: where the student's weights leave the accelerator, the teacher's shards do",
+    ),
+    Hook(
+        where=f"{FSDP}:FSDPEngine.is_param_offload_enabled", why="whether verl moves the student's weights between uses"
+    ),
+    Hook(where="verl.utils.fsdp_utils:offload_fsdp_model_to_cpu", needs="model", why="moves the teacher's shards"),
+    Hook(where="verl.utils.fsdp_utils:load_fsdp_model_to_gpu", needs="model", why="and back"),
     Hook(where=f"{FSDP}:FSDPEngine.disable_adapter", why="the student's base as a teacher"),
 )
 

@@ -21,7 +21,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from opd.errors import ConfigError, ModelError, NonFiniteError
 from opd.integrations.verl.alignment import ResponseTokens
-from opd.integrations.verl.checks import check_models
+from opd.integrations.verl.checks import common_vocabulary, read_model
 from opd.integrations.verl.settings import Settings, TeacherSettings
 from opd.integrations.verl.sources import Part
 from opd.losses._shapes import Float, Int
@@ -62,16 +62,17 @@ class PoolTeacher:
         refuse_other_tokens(ids, tokens, name)
         return nullcontext([Part(target=SampledTarget(teacher_logp=teacher_logp[:, 0]))])
 
+    def leave(self) -> None:
+        """Nothing of the teacher is here."""
+
 
 def vocabulary_of(teacher: TeacherSettings, engine: Any) -> VocabularyMatch:
     """The token ids that verl's student and a teacher in a server have in common, from the teacher's config and tokenizer."""
     student = engine.model_config
-    return check_models(
-        student.local_path,
-        copy_to_local(teacher.model_path),
-        student_code=student.trust_remote_code,
-        teacher_code=teacher.trust_remote_code,
+    config, tokenizer = read_model(
+        copy_to_local(teacher.model_path), teacher.trust_remote_code, "opd.teacher.model_path"
     )
+    return common_vocabulary(student.path, teacher.model_path, student.hf_config, config, student.tokenizer, tokenizer)
 
 
 def sent(micro_batch: Any, tokens: ResponseTokens) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:

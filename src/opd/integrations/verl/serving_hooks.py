@@ -68,7 +68,7 @@ CPU = (
     Hook(where="verl.utils.ulysses:get_ulysses_sequence_parallel_group", why="the ranks that share a sequence"),
     Hook(
         where="verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithValueHead",
-        why="verl's critic, registered for a CPU as it is",
+        why="verl's critic, base class of the one that is registered for a CPU",
     ),
     Hook(
         where="verl.workers.rollout.base:_ROLLOUT_REGISTRY",

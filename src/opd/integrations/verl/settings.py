@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ class Settings:
     """With mixture=routing: the field of a sample that names its teacher."""
     canary_every: int = 100
     """Updates between looks at whether the teacher's scores can be meant; the first update is always looked at. 0 never looks."""
+    try_verl: bool = False
+    """Start although verl has moved something that opd holds on to; without it such a verl is refused with what has moved."""
     trace: str | None = None
     """Folder for what was trained on: token ids and losses of every micro-batch, as safetensors. None writes nothing."""
 
@@ -312,12 +314,33 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _refuse_unknown(section: Mapping[str, Any], names: Any, prefix: str) -> None:
+def _refuse_unknown(section: Mapping[str, Any], names: Iterable[str], prefix: str) -> None:
+    names = tuple(names)
     for key in section:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f" Did you mean '{prefix}{near[0]}'?" if near else ""
+            near = meant(f"{prefix}{key}")
+            hint = f" Did you mean {near}?" if near else ""
             raise ConfigError(f"Unknown key '{prefix}{key}'.{hint} Keys: {', '.join(names)}.")
+
+
+def meant(key: str) -> str:
+    """The keys that may be meant by one below `opd.` that is none: those that hold the word, else the one spelt most like it."""
+    fields = [f.name for f in dataclasses.fields(TeacherSettings)]
+    section, _, word = key.rpartition(".")
+    if section == "opd":
+        names = [*OWN_KEYS, *OBJECTIVE_KEYS, *(f"teacher.{name}" for name in fields)]
+    else:
+        names = fields
+    near = [name for name in names if f"_{word}_" in f"_{name.rpartition('.')[2]}_"]
+    near = near or difflib.get_close_matches(word, names, n=1)
+    return " or ".join(f"'{section}.{name}'" for name in near)
+
+
+def may_be_added(key: str) -> bool:
+    """Whether a key below `opd.` that the config group lacks is one of a teacher with a name."""
+    parts = key.split(".")
+    fields = {f.name for f in dataclasses.fields(TeacherSettings)}
+    return parts[:2] == ["opd", "teachers"] and (len(parts) == 3 or (len(parts) == 4 and parts[3] in fields))
 
 
 def _typed(kind: type, values: Mapping[str, Any], prefix: str) -> Any:

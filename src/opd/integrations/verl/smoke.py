@@ -3,8 +3,10 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -32,6 +34,8 @@ LIMIT_SECONDS = 600.0  # two steps take about 70 on two idle cores
 PREFIX = "actor/opd/"
 LOSSES = (f"{PREFIX}loss", "actor/loss", "actor/pg_loss", "critic/vf_loss")
 """What a step's first line shows, as far as it is there."""
+OWN_LIBRARY = "opd.integrations.verl.cpu.register"
+"""Of +opd_device=cpu: for verl's processes alone."""
 LAST_LINES = 3
 WIDTH = 110
 
@@ -45,14 +49,17 @@ def smoke(
     *,
     steps: int = STEPS,
     limit: float = LIMIT_SECONDS,
+    try_verl: bool = False,
     say: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> Path:
     """Run it; returns the folder with log.txt, metrics.jsonl and command.txt. Raises OpdError for the first thing that is wrong.
 
-    `words` are the user's own for `python -m verl.trainer.main_ppo`; `limit` is in seconds, for everything together.
+    `words` are the user's own for `python -m verl.trainer.main_ppo`; `limit` is in seconds, for everything together; `try_verl` sets
+    opd.try_verl.
     """
     end = time.monotonic() + limit
-    asked = read_words(words)
+    distils = any(word.lstrip("+").startswith("opd=") for word in words)
+    asked = read_words([*words, *(["++opd.try_verl=true"] if try_verl and distils else [])])
     config = compose(asked)
     check_given(config)
     if config.get("opd") is None:
@@ -64,6 +71,7 @@ def smoke(
     run = _Run(folder=folder, end=end, limit=limit, say=say)
     disable_progress_bar()  # small models are written in a moment
     try:
+        run.import_library(config)
         models = make_models(asked_models(config), folder)
         run.real_names = {model.folder: model.asked.path for model in models}
         replaced = replace(config, models, folder=folder, steps=steps)
@@ -101,6 +109,23 @@ class _Run:
     odd: str = ""
     """The first metric that is no number."""
 
+    def import_library(self, config: DictConfig) -> None:
+        """Let the classes that model.external_lib registers be known to transformers, as verl's workers do."""
+        library = config.actor_rollout_ref.model.get("external_lib")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # where `python -m` looks
+        for name in library if OmegaConf.is_list(library) else [library]:
+            if name in (None, OWN_LIBRARY):
+                continue
+            try:
+                importlib.import_module(str(name))
+            except Exception as error:  # anything, of somebody else's module
+                reason = f"{type(error).__name__}: {error}"
+                raise SmokeError(
+                    f"actor_rollout_ref.model.external_lib={name} cannot be imported: {reason}. Install it here, or leave it out of the "
+                    "dry run."
+                ) from error
+
     def check_own_config(self, asked: Words, config: DictConfig, models: Sequence[StandIn]) -> None:
         values = model_overrides(models)
         if config.actor_rollout_ref.model.lora_rank > 0:
@@ -114,9 +139,10 @@ class _Run:
             if line.startswith("opd") and ended.code == 0:
                 self.say(line)
         if ended.code != 0:
-            what = (
-                "verl refuses this config" if ended.code is not None else self._over("before verl had read this config")
-            )
+            said = first_error(text) or ""
+            who = "opd" if said.startswith("opd.") else "verl"
+            refused = f"{who} refuses this config"
+            what = refused if ended.code is not None else self._over("before verl had read this config")
             raise SmokeError(_why(what, text, log))
 
     def train(self, asked: Words, replaced: Replaced, steps: int) -> None:

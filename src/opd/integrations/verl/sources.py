@@ -45,6 +45,10 @@ class Source(Protocol):
         """Called on every worker before the student's forward pass; entered at the student's output layer."""
         ...
 
+    def leave(self) -> None:
+        """Leave the accelerator until the next look: verl has moved the student's weights to host memory."""
+        ...
+
 
 def make_source(settings: Settings, engine: Any) -> Source:
     """The source that `opd.placement` names, for verl's engine of the student."""
@@ -70,6 +74,11 @@ class ActorTeachers:
             for one in settings.teachers.values()
         ]
         self.vocabulary = joined([self._vocabulary(engine.model_config, member) for member in self.members])
+
+    def leave(self) -> None:
+        """Every teacher's shards move to host memory."""
+        for member in self.members:
+            member.leave()
 
     @staticmethod
     def _vocabulary(student: Any, member: Teacher | StudentBase) -> VocabularyMatch:

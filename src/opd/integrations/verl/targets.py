@@ -10,12 +10,16 @@ from typing import Any
 import torch
 import transformers
 import verl
-from verl.utils.fs import copy_to_local
+from verl.utils.device import get_device_name
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 
 from opd.errors import ConfigError
-from opd.integrations.verl.checks import Pool, Run, check_models, check_run, check_version
-from opd.integrations.verl.settings import SOLE, Settings, parse
+from opd.integrations.verl.checks import Pool, Run, check_run
+from opd.integrations.verl.hook_check import PARTS, check_hooks, installed
+from opd.integrations.verl.settings import Settings, parse
+
+FSDP = "dp"
+"""verl's name of its FSDP engine among the values of model_engine."""
 
 
 @dataclass
@@ -32,7 +36,12 @@ class OpdEngineConfig(FSDPEngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        import opd.integrations.verl.engine  # noqa: F401  # registers the engine; not at the top, because it reads this class
+        try:
+            import opd.integrations.verl.engine  # noqa: F401  # registers the engine; not at the top, because it reads this class
+        except ImportError:
+            anyway = bool((self.opd or {}).get("try_verl"))
+            check_hooks(installed(), anyway=anyway)  # says by name what another verl has moved
+            raise
 
 
 @dataclass
@@ -44,8 +53,8 @@ class OpdActorConfig(FSDPActorConfig):
 
     def validate(self, n_gpus: int, train_batch_size: int, model_config: Any = None) -> None:
         super().validate(n_gpus, train_batch_size, model_config)
-        check_version(verl.__version__)
         settings, notes = parse(self.fsdp_config.opd or {})
+        check_verl(settings)
         facts = dict(self.opd_run)
         check_run(
             settings,
@@ -67,31 +76,46 @@ class OpdActorConfig(FSDPActorConfig):
         for note in notes:
             print(f"opd: {note}", flush=True)
         if settings.distils:
-            _check_teachers(settings, copy_to_local(facts["student"]), bool(facts["trust_remote_code"]))
+            from opd.integrations.verl.driver import check_models
+
+            check_models(settings, model_config, self.fsdp_config)
         print(start_line(settings), flush=True)
+
+
+def actor_config(**section: Any) -> OpdActorConfig | OtherEngine:
+    """What Hydra calls for the actor's section: under another engine that has keys which FSDP's class does not know."""
+    engine = section["opd_run"]["model_engine"]
+    return OpdActorConfig(**section) if engine == FSDP else OtherEngine(engine=engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherEngine:
+    """An actor that opd has no place in; `validate` says so where verl's main asks it."""
+
+    engine: str
+
+    def validate(self, *_: Any, **__: Any) -> None:
+        """Raise ConfigError."""
+        raise ConfigError(
+            f"model_engine={self.engine}: opd takes hidden states inside FSDP's forward pass, where the output layer is whole, and this "
+            f"engine gives it none; set model_engine={FSDP} (verl's FSDP), without --config-name of another engine."
+        )
+
+
+def check_verl(settings: Settings) -> None:
+    """Raise ConfigError for a verl that has moved what this run holds on to; say so of one that was never tested."""
+    parts = [
+        *PARTS,
+        *(("serving", "pool") if settings.served else ()),
+        *(("cpu",) if get_device_name() == "cpu" else ()),
+    ]
+    note = check_hooks(installed(), parts, anyway=settings.try_verl)
+    if note:
+        print(f"opd: {note}", flush=True)
 
 
 def _pool(facts: Any) -> Pool | None:
     return None if facts is None else Pool(**{**facts, "teachers": tuple(facts["teachers"])})
-
-
-def _check_teachers(settings: Settings, student: str, student_code: bool) -> None:
-    for name, one in settings.teachers.items():
-        if one.adapter_off:
-            continue
-        match = check_models(
-            student,
-            copy_to_local(one.model_path),
-            student_code=student_code,
-            teacher_code=one.trust_remote_code,
-            teacher_key="opd.teacher.model_path" if name == SOLE else f"opd.teachers.{name}.model_path",
-        )
-        if settings.placement == "pool" and settings.objective.top_k > match.size:
-            raise ConfigError(
-                f"opd.top_k={settings.objective.top_k} is more than the {match.size} tokens of the vocabulary; lower it."
-            )
-        for warning in match.warnings:
-            print(f"opd: warning: {warning}", flush=True)
 
 
 def start_line(settings: Settings) -> str:

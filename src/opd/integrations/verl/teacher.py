@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.errors import ConfigError
+from opd.integrations.verl.checks import NO_ADAPTER, teacher_attention
 from opd.integrations.verl.head import output_layer, run_to_head
+from opd.integrations.verl.one_memory import LanguageModelEngine
 from opd.integrations.verl.settings import TeacherSettings
 from opd.types import Head, HiddenTarget
 
@@ -24,18 +26,30 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
 
 
-class Teacher(FSDPEngineWithLMHead):
+class Teacher(LanguageModelEngine):
     """Every worker holds a shard; a forward pass gathers one layer at a time."""
 
+    away = False
+    """Whether its shards are in host memory until it is next asked."""
+
     def __init__(self, settings: TeacherSettings, student: HFModelConfig, engine_config: FSDPEngineConfig) -> None:
-        model = _model_config(settings, student)
+        model = _model_config(settings, student, engine_config)
         super().__init__(model, _engine_config(settings, engine_config), None, None)  # pyright: ignore[reportArgumentType]
         module = self._build_module().requires_grad_(False)
         self.module: nn.Module = self._build_fsdp_module(module).eval()
 
+    def leave(self) -> None:
+        """Move the shards to host memory. The next question brings them back."""
+        if not self.away and not self.engine_config.offload_policy:  # that policy keeps them there anyway
+            offload_fsdp_model_to_cpu(self.module)  # pyright: ignore[reportArgumentType]
+            self.away = True
+
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
         """The hidden states that enter the output layer at some positions of what the student reads."""
+        if self.away:
+            load_fsdp_model_to_gpu(self.module)  # pyright: ignore[reportArgumentType]
+            self.away = False
         with _autocast(self._autocast_dtype, index.device.type):
             return _hidden_at(self.module, inputs, index, "teacher")
 
@@ -51,6 +65,7 @@ class Teacher(FSDPEngineWithLMHead):
             yield HiddenTarget(hidden=hidden.to(weight.dtype), head=Head(weight=weight, bias=bias))
         finally:
             owner.reshard()  # pyright: ignore[reportCallIssue]
+            self.module.reshard()  # pyright: ignore[reportCallIssue]  # its own few weights wait for a backward pass
 
 
 class StudentBase:
@@ -60,10 +75,10 @@ class StudentBase:
         self.engine = engine
         self.model_config = engine.model_config
         if not hasattr(engine.module, "disable_adapter"):
-            raise ConfigError(
-                "opd.teacher.adapter_off=true, but the student has no LoRA adapter; set actor_rollout_ref.model.lora_rank, or give a "
-                "teacher with opd.teacher.model_path."
-            )
+            raise ConfigError(NO_ADAPTER)
+
+    def leave(self) -> None:
+        """Nothing: it is the student, which verl moves."""
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
@@ -100,9 +115,18 @@ def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
     return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _model_config(settings: TeacherSettings, student: HFModelConfig) -> HFModelConfig:
-    own = settings.attn_implementation
-    attention = own if own is not None else student.override_config.get("attn_implementation")
+def precision_of(settings: TeacherSettings, actor: FSDPEngineConfig) -> Any:
+    """verl's name of what the teacher computes in."""
+    return PRECISIONS.get(settings.dtype, dict(actor.mixed_precision or {}).get("param_dtype", DEFAULT_PRECISION))
+
+
+def _model_config(settings: TeacherSettings, student: HFModelConfig, actor: FSDPEngineConfig) -> HFModelConfig:
+    attention = teacher_attention(
+        settings,
+        student=student.override_config.get("attn_implementation"),
+        precision=precision_of(settings, actor),
+        sequence_parallel=actor.ulysses_sequence_parallel_size,
+    )
     return HFModelConfig(
         path=settings.model_path,
         trust_remote_code=settings.trust_remote_code,
@@ -113,14 +137,13 @@ def _model_config(settings: TeacherSettings, student: HFModelConfig) -> HFModelC
 
 
 def _engine_config(settings: TeacherSettings, actor: FSDPEngineConfig) -> FSDPEngineConfig:
-    mixed = dict(actor.mixed_precision or {})
-    asked = PRECISIONS.get(settings.dtype, mixed.get("param_dtype", DEFAULT_PRECISION))
+    asked = precision_of(settings, actor)
     return FSDPEngineConfig(
         strategy="fsdp2",
         model_dtype=asked,
-        mixed_precision={**mixed, "param_dtype": asked},
-        offload_policy=settings.offload,
-        reshard_after_forward=actor.reshard_after_forward,
+        mixed_precision={**dict(actor.mixed_precision or {}), "param_dtype": asked},
+        offload_policy=settings.offload or actor.offload_policy,
+        reshard_after_forward=True,  # no backward pass of the teacher would do it later
         fsdp_size=actor.fsdp_size,
         ulysses_sequence_parallel_size=actor.ulysses_sequence_parallel_size,
         wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from verl.utils.device import get_device_name
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from opd.errors import ConfigError
 from opd.integrations.verl.cpu import attention
 from opd.integrations.verl.cpu.rollout import NAME
+from opd.integrations.verl.one_memory import LanguageModelEngine, ValueModelEngine
 
 if get_device_name() != "cpu":
     raise ConfigError(
@@ -28,7 +28,7 @@ def _replica() -> type[RolloutReplica]:
 RolloutReplicaRegistry.register(NAME, _replica)
 # verl has no function to register the trainer's side of a rollout; the table is what there is.
 base._ROLLOUT_REGISTRY[(NAME, "async")] = "opd.integrations.verl.cpu.rollout.Adapter"
-# verl registers its own engines for CUDA and NPU only; they run on a CPU as they are.
-EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(FSDPEngineWithLMHead)
-EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(FSDPEngineWithValueHead)
+# verl registers its own engines for CUDA and NPU only.
+EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(LanguageModelEngine)
+EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(ValueModelEngine)
 attention.register()

@@ -7,41 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from opd.integrations.verl.small_model import INITIALIZER_RANGE, NOT_BUILT, in_short, small_model
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
-
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "n_inner": 128,
-    "ffn_dim": 128,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "max_window_layers": 2,
-}
-"""No larger than this in a stand-in, by the names of transformers' config classes."""
-PER_LAYER = ("layer_types", "mlp_layer_types")
-LEFT_OUT = ("quantization_config", "auto_map", "dtype", "torch_dtype")
-INITIALIZER_RANGE = 0.2  # distributions far from uniform, and from each other, so that a loss has something to show
-MOST_PARAMETERS = 60_000_000  # a vocabulary of 262 144 tokens, twice 64 wide, is half of it
-NOT_BUILT = (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
-"""What transformers raises for a model that it cannot read, or cannot make this small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +72,7 @@ def _read(asked: Asked) -> _Known | str:
             asked.tokenizer_path or asked.path, local_files_only=True, trust_remote_code=asked.trust_remote_code
         )
     except NOT_BUILT as error:
-        return _short(error)
+        return in_short(error)
     try:
         ends = GenerationConfig.from_pretrained(asked.path, local_files_only=True).eos_token_id
     except NOT_BUILT:
@@ -113,16 +80,10 @@ def _read(asked: Asked) -> _Known | str:
     return _Known(config=config.get_text_config(), tokenizer=tokenizer, ends=ends)
 
 
-def _short(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return "no config and tokenizer on this disk"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-
-
 def _write(known: _Known, folder: Path, seed: int) -> str:
     # Rows beyond the tokenizer's last id are padding that a trained model never samples; one with random weights would.
     rows = min(known.config.vocab_size, max(known.tokenizer.get_vocab().values()) + 1)
-    built = _small(known.config, rows, seed)
+    built = small_model(known.config, rows, seed)
     kind = f"{known.config.model_type}, 2 layers of 64"
     if isinstance(built, str):
         kind = f"a Llama in place of {known.config.model_type}, which cannot be made small ({built})"
@@ -144,44 +105,6 @@ def _llama(tokenizer: Any, rows: int | None, *, tie: bool, seed: int) -> Any:
         vocab_size=rows,
         max_positions=4096,
     )
-
-
-def _small(config: Any, rows: int, seed: int) -> Any:
-    """A model of this class that was seen to run, or why there is none."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(shrink(config, rows), dtype=torch.float32).eval()
-            logits = model(input_ids=torch.arange(4)[None] % rows, use_cache=False).logits
-    except NOT_BUILT as error:
-        return _short(error)
-    if logits.shape[-1] != rows or not logits.isfinite().all():
-        return "its logits are not finite"
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return model if size <= MOST_PARAMETERS else f"{size / 1e6:.0f} M parameters"
-
-
-def shrink(config: Any, rows: int) -> Any:
-    """The same class and kinds of layer; few and narrow layers, and `rows` tokens."""
-    old = {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
-    new = {**old, "vocab_size": rows}
-    for name, most in SIZES.items():
-        name = config.attribute_map.get(name, name)
-        value = old.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            new[name] = min(value, most)
-    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if "num_key_value_heads" in old and groups is not None:
-        new["num_key_value_heads"] = 1 if groups == 1 else 4 if groups == heads else 2
-    for name in PER_LAYER:
-        if isinstance(old.get(name), list) and old[name]:
-            kinds = list(dict.fromkeys(old[name]))[: SIZES["num_hidden_layers"]]
-            new[name] = (kinds * SIZES["num_hidden_layers"])[: SIZES["num_hidden_layers"]]
-    if "initializer_range" in old:
-        new["initializer_range"] = INITIALIZER_RANGE
-    return type(config).from_dict(new)
 
 
 DATA_SOURCE = "opd_smoke"

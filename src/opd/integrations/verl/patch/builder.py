@@ -136,10 +136,15 @@ def _stat_line(change: Change) -> str:
     return f" {change.path} | {added + removed} {'+' * bool(added)}{'-' * bool(removed)}"
 
 
-def build(version: str, out: Path, archive: Path | None = None) -> list[Path]:
-    """Write `out`/<version>/PATCH, and the files that all versions share. Returns what was written."""
-    if version not in SUPPORTED:
-        raise ConfigError(f"verl {version} is not supported; supported are {', '.join(SUPPORTED)}.")
+def build(version: str, out: Path, archive: Path | None = None, *, untested: bool = False) -> list[Path]:
+    """Write `out`/<version>/PATCH, and the files that all versions share. Returns what was written.
+
+    Raises ConfigError for a version that was not tested, unless `untested`, and where a hook finds no place.
+    """
+    if version not in SUPPORTED and not untested:
+        raise ConfigError(
+            f"verl {version} is not supported; supported are {', '.join(SUPPORTED)}. --try builds it where every hook has its place."
+        )
     made = changes(read_release(version, archive))
     written = {
         f"{version}/{PATCH}": patch_text(made),

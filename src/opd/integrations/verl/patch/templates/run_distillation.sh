@@ -2,6 +2,9 @@
 # On-policy distillation alone: reverse KL to one teacher, over the whole vocabulary.
 set -euo pipefail
 
+tree=$(cd "$(dirname "$0")/../.." && pwd)
+export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} # this tree, before another verl that is installed
+
 STUDENT=${STUDENT:-Qwen/Qwen2.5-0.5B-Instruct}
 TEACHER=${TEACHER:-Qwen/Qwen2.5-7B-Instruct}
 DATA=${DATA:-$HOME/data/gsm8k}

@@ -2,6 +2,9 @@
 # GRPO and distillation: 1.0 · policy loss + 0.5 · reverse KL to the teacher.
 set -euo pipefail
 
+tree=$(cd "$(dirname "$0")/../.." && pwd)
+export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} # this tree, before another verl that is installed
+
 STUDENT=${STUDENT:-Qwen/Qwen2.5-0.5B-Instruct}
 TEACHER=${TEACHER:-Qwen/Qwen2.5-7B-Instruct}
 DATA=${DATA:-$HOME/data/gsm8k}

@@ -2,6 +2,9 @@
 # Two teachers as one: q = 0.7 q1 + 0.3 q2.
 set -euo pipefail
 
+tree=$(cd "$(dirname "$0")/../.." && pwd)
+export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} # this tree, before another verl that is installed
+
 STUDENT=${STUDENT:-Qwen/Qwen2.5-0.5B-Instruct}
 TEACHER=${TEACHER:-Qwen/Qwen2.5-7B-Instruct}
 OTHER_TEACHER=${OTHER_TEACHER:-Qwen/Qwen2.5-3B-Instruct}

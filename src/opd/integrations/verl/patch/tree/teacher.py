@@ -71,7 +71,7 @@ def _engine_config(actor: Any, offload: bool) -> FSDPEngineConfig:
         forward_only=offload,  # verl keeps the shards of a forward-only model in CPU memory
         model_dtype=dtype,
         mixed_precision={**mixed, "param_dtype": dtype},
-        reshard_after_forward=actor.reshard_after_forward,
+        reshard_after_forward=True,  # no backward pass of the teacher would do it later
         fsdp_size=actor.fsdp_size,
         wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
         use_torch_compile=False,
