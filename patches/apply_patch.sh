@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Puts on-policy distillation into a verl tree, or takes it out again. On any failure the tree is as it was before.
 #
-#   apply_patch.sh [--check | --verify | --reverse | --3way | --am] [--installed] [--no-verify] [--python PYTHON] [VERL_DIR]
+#   apply_patch.sh [--check | --verify | --reverse | --3way | --am] [--try] [--installed] [--no-verify] [--python PYTHON] [VERL_DIR]
 #
 # VERL_DIR is a git checkout of verl, an unpacked release, or a folder inside one; without it, the folder you are in.
 #   --check      say what would happen; change nothing
@@ -9,6 +9,7 @@
 #   --reverse    take the patch out
 #   --3way       let git merge where the lines around a change differ (git checkouts)
 #   --am         make a commit (git checkouts)
+#   --try        a verl that no patch was made for gets the one for the nearest release, if every line of it fits
 #   --installed  the verl that PYTHON would import, in its site-packages; only files below verl/ are put there
 #   --no-verify  leave out the tests after applying
 #   --python     the Python that runs the tests, by default $PYTHON or python3
@@ -24,6 +25,7 @@ backup_name=.opd-patch-backup
 merged_name=opd-patch-merged # in git's folder: what --3way made of the patch, which is what --reverse has to take out
 mode=apply
 installed=0
+try=0
 verify=1
 python=${PYTHON:-python3}
 target=
@@ -39,7 +41,7 @@ refuse() {
   exit 1
 }
 usage() {
-  sed -n '2,15s/^# \{0,1\}//p' "$here/apply_patch.sh"
+  sed -n '2,16s/^# \{0,1\}//p' "$here/apply_patch.sh"
 }
 
 # `dirname` of a path without a slash at its end, into $parent; a process for each would take most of the time.
@@ -241,22 +243,33 @@ supported() {
   done
 }
 
+# Of a version without a number the last one, which is the newest.
 nearest_to() {
   supported | awk -v wanted="$1" '
     function number(text, parts) { split(text, parts, /[^0-9]+/); return parts[1] * 10000 + parts[2] * 100 + parts[3] }
-    { gap = number($0) - number(wanted); if (gap < 0) gap = -gap; if (best == "" || gap <= least) { best = $0; least = gap } }
+    { gap = wanted ~ /[0-9]/ ? number($0) - number(wanted) : 0; if (gap < 0) gap = -gap; if (best == "" || gap <= least) { best = $0; least = gap } }
     END { print best }'
 }
 
 find_patch() {
   version=$(tr -d '[:space:]' <"$tree/verl/version/version")
-  local plain=${version%%.dev*}
-  if [ -n "$version" ] && [ -f "$here/$plain/$patch_name" ]; then
-    folder=$here/$plain
+  local name nearest
+  for name in "$version" "${version%%.dev*}"; do
+    if [ -n "$name" ] && [ -f "$here/$name/$patch_name" ]; then
+      folder=$here/$name
+      return
+    fi
+  done
+  [ -n "$(supported)" ] || refuse "$here holds no patch; unpack the whole archive, or run: opd verl patch build --verl $version"
+  nearest=$(nearest_to "$version")
+  folder=$here/$nearest
+  if [ "$try" = 1 ]; then
+    say "Trying the patch for verl $nearest on verl ${version:-without a version}."
     return
   fi
-  [ -n "$(supported)" ] || refuse "$here holds no patch; unpack the whole archive, or run: opd verl patch build --verl $version"
-  refuse "$tree is verl ${version:-without a version}, and there are patches for $(supported | tr '\n' ' ')only; the nearest is $(nearest_to "$version")."
+  # What an earlier --try put in can be looked at and taken out without it.
+  case $mode in verify | reverse) [ ! -f "$tree/verl/trainer/ppo/on_policy_distillation.py" ] || return 0 ;; esac
+  refuse "$tree is verl ${version:-without a version}, and there are patches for $(supported | tr '\n' ' ')only; the nearest is $nearest. --try puts that one in if every line of it fits; --try --check only looks."
 }
 
 select_files() {
@@ -541,6 +554,7 @@ list_files() {
         mode=${1#--}
         ;;
       --installed) installed=1 ;;
+      --try) try=1 ;;
       --no-verify) verify=0 ;;
       --python)
         [ $# -gt 1 ] || {
