@@ -96,7 +96,8 @@ def linear_divergence(
     """Σ w [λ D(S, T) + policy − c H(S)] for S = softmax(student_hidden @ student_weight.T + bias) and the teacher T of `target`.
 
     Four matrix products in all, gradients included: they are formed in the forward pass, chunk by chunk of tokens, so
-    `token_weights` (mask × 1/global count × importance) is an input. Tokens of weight 0 cost nothing. A weight, a bias or hidden states
+    `token_weights` (mask × 1/global count × importance) is an input; losses of the sampled token have their expected gradient only under
+    weights that do not depend on it (`losses/README.md`, Reduction). Tokens of weight 0 cost nothing. A weight, a bias or hidden states
     without `requires_grad` skip their product. Logits, divergence and the accumulated gradients are float32 (float64 for
     float64 inputs) whatever the dtype of the operands.
 

@@ -14,7 +14,7 @@ from verl.utils.fs import copy_to_local
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 
 from opd.errors import ConfigError
-from opd.integrations.verl.checks import Pool, Run, check_models, check_run, check_version
+from opd.integrations.verl.checks import Pool, Run, check_models, check_run, check_version, notes
 from opd.integrations.verl.settings import SOLE, Settings, parse
 
 
@@ -45,26 +45,26 @@ class OpdActorConfig(FSDPActorConfig):
     def validate(self, n_gpus: int, train_batch_size: int, model_config: Any = None) -> None:
         super().validate(n_gpus, train_batch_size, model_config)
         check_version(verl.__version__)
-        settings, notes = parse(self.fsdp_config.opd or {})
+        settings, mapped = parse(self.fsdp_config.opd or {})
         facts = dict(self.opd_run)
-        check_run(
-            settings,
-            Run(
-                strategy=self.strategy,
-                sequence_parallel=self.fsdp_config.ulysses_sequence_parallel_size,
-                loss_mode=self.policy_loss.get("loss_mode", "vanilla"),
-                entropy_coeff=self.entropy_coeff,
-                use_kl_loss=self.use_kl_loss,
-                sum_pi_squared=self.calculate_sum_pi_squared,
-                native_distillation=bool(facts["native_distillation"]),
-                native_fused_kernels=bool(facts["native_fused_kernels"]),
-                pool=_pool(facts.get("pool")),
-                temperature=float(facts["temperature"]),
-                top_p=float(facts["top_p"]),
-                top_k=int(facts["top_k"]),
-            ),
+        run = Run(
+            strategy=self.strategy,
+            sequence_parallel=self.fsdp_config.ulysses_sequence_parallel_size,
+            loss_mode=self.policy_loss.get("loss_mode", "vanilla"),
+            entropy_coeff=self.entropy_coeff,
+            use_kl_loss=self.use_kl_loss,
+            sum_pi_squared=self.calculate_sum_pi_squared,
+            native_distillation=bool(facts["native_distillation"]),
+            native_fused_kernels=bool(facts["native_fused_kernels"]),
+            pool=_pool(facts.get("pool")),
+            temperature=float(facts["temperature"]),
+            top_p=float(facts["top_p"]),
+            top_k=int(facts["top_k"]),
+            loss_agg_mode=self.loss_agg_mode,
+            loss_scale_factor=self.loss_scale_factor,
         )
-        for note in notes:
+        check_run(settings, run)
+        for note in (*mapped, *notes(settings, run)):
             print(f"opd: {note}", flush=True)
         if settings.distils:
             _check_teachers(settings, copy_to_local(facts["student"]), bool(facts["trust_remote_code"]))
