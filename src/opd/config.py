@@ -162,7 +162,9 @@ class TrainConfig(Section):
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
     """How sequences share a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"
-    """Run the student's matrix products in bfloat16, with float32 weights; the divergence stays float32."""
+    """Run the student's matrix products in bfloat16, with float32 weights; logits, divergence and the sums of gradients stay float32.
+    On a CPU the output layer rounds its operands alike but multiplies them in float32, so it gains no speed there; in a model that
+    does more to its logits than a product (a soft-cap) it stays in float32 everywhere."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch"):
@@ -297,6 +299,11 @@ class Config(Section, whole=True):
             "student.gradient_checkpointing=true recomputes activations once per backward pass, and natural_gradient goes back through "
             "them dozens of times a step. Drop it, and save memory with optimizer.natural_gradient.keep_graphs=false and a smaller "
             "train.tokens_per_microbatch.",
+        )
+        require(
+            student.dtype != "float16",
+            "student.dtype=float16 has no room for the products of small numbers that natural_gradient's second derivatives are made of. "
+            "Use bfloat16 with the same adapters, or optimizer.name=adamw.",
         )
         require(
             student.attn_implementation in (None, "sdpa", "eager"),

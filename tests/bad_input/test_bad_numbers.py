@@ -124,6 +124,17 @@ def test_an_infinite_loss_advises_a_floor_and_the_floor_helps(student: Student):
     assert math.isfinite(student.update(bad, Objective(divergence="generalized_jsd")).loss)
 
 
+def test_an_infinite_loss_that_no_floor_bounds_does_not_advise_one():
+    from opd.trainer.guardrails import check_loss
+
+    batch = batches()[0]
+    losses = torch.full(batch.token_weights.shape, math.inf)
+    with pytest.raises(NonFiniteError) as refusal:
+        check_loss(losses, batch, Objective(divergence="forward_kl"))
+    assert "floor" not in str(refusal.value)
+    assert "Use objective.divergence=generalized_jsd." in str(refusal.value)
+
+
 @pytest.mark.parametrize("tokens_per_microbatch", [6, 12, 100])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_names_its_sample(student: Student, tokens_per_microbatch: int, value: float):

@@ -41,6 +41,21 @@ def test_what_a_step_takes_from_the_sections_by_hand():
     assert [rollout.horizon(step, 8) for step in range(8)] == [2, 4, 6, 8, 10, 10, 10, 10]
 
 
+def test_a_mean_over_tokens_of_a_loss_of_the_sampled_token_is_said_with_its_size():
+    from opd.trainer.checks import notices
+
+    tail = {"objective__support": "union", "objective__tail": "sampled"}
+    k2 = {"objective__support": "sampled", "objective__estimator": "k2"}
+    off = {"eval__every": 0, "train__prompts_per_step": 8, "train__samples_per_prompt": 2}
+    for said, settings in (("support=sampled", k2), ("tail=sampled", tail)):
+        (notice,) = notices(config(**settings, **off))
+        assert f"objective.{said} with objective.reduction=token_mean" in notice and "1/16 of its size" in notice
+        assert not notices(config(**settings, **off, objective__reduction="fixed", objective__fixed_count=4000))
+        with pytest.raises(OpdError, match="use reduction='fixed' with fixed_count"):
+            config(**settings, objective__reduction="sequence_mean")
+    assert not notices(config(**off))
+
+
 def test_every_recipe_in_the_repository_is_valid():
     recipes = sorted((ROOT / "recipes").glob("*/recipe.yaml"))
     assert recipes

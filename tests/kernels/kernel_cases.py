@@ -34,6 +34,12 @@ ENDS: tuple[Settings, ...] = (
     {"divergence": "skew_reverse_kl", "beta": 1.0},
     {"divergence": "skew_forward_kl", "beta": 0.0},
 )
+NEAR_ENDS: tuple[Settings, ...] = tuple(
+    {"divergence": name, "beta": beta}
+    for name in ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl")
+    for small in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    for beta in (small, 1.0 - small)
+)
 PARTIAL = tuple(d for d in DIVERGENCES if d["divergence"] != "alpha_beta_divergence")
 CLOSED = tuple(d for d in PARTIAL if d["divergence"] != "total_variation")
 TAILS = ("bucket", "generalized", "renormalize", "sampled")
@@ -223,11 +229,10 @@ def assert_as_accurate(
     """Every number of `impl` errs at most twice as much as the plain version in this dtype, and one rounding of each logit.
 
     The plain version subtracts each row's normaliser first and rounds numbers of the size of a log-prob; a fast pass works on
-    logits as they come. A log-ratio of two logits is off by one rounding of each, δ = 2 · 2⁻²³ max|z|. A divergence against
-    M = βT + (1−β)S has it multiplied by the inverse of the smaller weight, because log M is subtracted and then divided by that
-    weight. A log-ratio off by δ moves a gradient by at most w p δ times what d(logits) is multiplied with; a value such as an
-    entropy is the difference of two numbers of that size, so 2δ. An importance ratio or k3 is the exponential of such a number,
-    and errs relative to itself. Gradients in 16 bits are rounded once more: by half an ulp of themselves.
+    logits as they come. A log-ratio of two logits is off by one rounding of each, δ = 2 · 2⁻²³ max|z|. A log-ratio off by δ moves
+    a gradient by at most w p δ times what d(logits) is multiplied with; a value such as an entropy is the difference of two
+    numbers of that size, so 2δ. An importance ratio or k3 is the exponential of such a number, and errs relative to itself.
+    Gradients in 16 bits are rounded once more: by half an ulp of themselves.
 
     `sum_depth` is for rows of 10⁵ columns: the values sum over a row, and a pairwise sum of V numbers is off by log₂ V roundings
     of the sum of their sizes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, §4.2). Gradients get nothing from it.
@@ -241,7 +246,7 @@ def assert_as_accurate(
         float(world.teacher_logits().abs().max()) / settings.get("teacher_temperature", 1.0),
         1.0,
     )
-    delta = 2.0**-22 * largest / smallest_share(settings)
+    delta = 2.0**-22 * largest
     if settings.get("tail") == "sampled" or "estimator" in settings:
         delta *= max(1.0, float(exact["per_token"].abs().max()))
     weights = world.token_weights
@@ -267,12 +272,22 @@ def assert_as_accurate(
             raise AssertionError(f"{name} at tokens, hidden, vocab = {shape}, {dtype}, {settings}: {error}") from None
 
 
-def smallest_share(settings: Settings) -> float:
-    """The smaller weight of a mixture M, by which its log-ratio is divided; 1 for the KLs."""
-    if settings.get("divergence") not in ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl"):
-        return 1.0
-    beta = settings.get("beta", 0.5)
-    return min(beta, 1.0 - beta) or 1.0
+def assert_digits_survive(world: World, dtype: torch.dtype, impl: str, floor: float, **settings: Any) -> None:
+    """Relative to themselves, divergences and gradients of `impl` err at most twice as much as the plain version's, or `floor`."""
+    exact = run(world, "hidden", "reference", torch.float64, **settings)
+    plain = run(world, "hidden", "reference", dtype, **settings)
+    fast = run(world, "hidden", impl, dtype, **settings)
+
+    def errors(found: dict[str, Tensor]) -> dict[str, float]:
+        value = ((found["per_token"] - exact["per_token"]).abs() / exact["per_token"].abs()).max()
+        slopes = {n: (found[n] - exact[n]).norm() / exact[n].norm() for n in GRADIENTS}
+        return {name: float(error) for name, error in {"per_token": value, **slopes}.items()}
+
+    told, own = errors(plain), errors(fast)
+    for name, error in own.items():
+        assert error <= max(2 * told[name], floor), (
+            f"{name} errs {error:.1e}, the plain one {told[name]:.1e}: {settings}"
+        )
 
 
 class Products(TorchDispatchMode):

@@ -240,3 +240,34 @@ def test_in_expectation_a_sampled_tail_is_the_gradient_of_reverse_kl():
     assert found["loss"].item() == pytest.approx(wanted["loss"].item(), rel=1e-12)
     exact = reverse_kl((hidden @ weight.T).log_softmax(-1), logq).item()
     assert wanted["loss"].item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_a_reward_that_nearly_cancels_a_top_k_keeps_its_digits():
+    """A row is then hardly a multiple of p, and that multiple is no divisor: over sums of logits of 40 it would leave float32's range."""
+    world = World(7, 6, 29, torch.float32, offset=40.0)
+    settings = {"token_weights": torch.full((7,), 1e-7), "distill_weight": 1e-10, "divergence": "generalized_jsd"}
+    wide = settings | {"token_weights": settings["token_weights"].double()}
+    zeros = torch.zeros(7, dtype=torch.float64)
+
+    def biases(advantages: torch.Tensor) -> torch.Tensor:
+        """What each token adds to Σ_v ∂loss/∂z_v p_v⁻¹ at a token far from its top k: the multiple of p, over its weight."""
+        found = []
+        for token in range(7):
+            one = zeros.index_fill(0, torch.tensor([token]), 1e-6)
+            policy = PolicyTerm(advantages=advantages)
+            slope = run(world, "top_k", "reference", policy=policy, **(wide | {"token_weights": one}))["d_bias"]
+            p = world.logits().softmax(-1)[token]
+            known = torch.cat([world.target("top_k").ids[token], world.response_ids[token : token + 1]])
+            outside = next(v for v in range(29) if v not in known)
+            found.append(-slope[outside] / p[outside] / 1e-6)
+        return torch.stack(found)
+
+    cancelling = biases(zeros)  # the policy term adds −A to each multiple
+    policy = PolicyTerm(advantages=cancelling)
+    assert biases(cancelling).abs().max() < 1e-6 * cancelling.abs().max()
+    exact = run(world, "top_k", "reference", policy=policy, **wide)
+    near = PolicyTerm(advantages=cancelling.float())
+    for way in WAYS:
+        found = run(world, "top_k", way, torch.float32, policy=near, **settings)
+        for name in GRADIENTS:
+            assert (found[name] - exact[name]).norm() < 1e-5 * exact[name].norm(), name

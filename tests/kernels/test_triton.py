@@ -115,7 +115,7 @@ def test_every_divergence_errs_no_more_than_the_plain_version_in_float32(diverge
         assert_as_accurate(world_of(*shape, dtype=FLOAT32, seed=seed), "hidden", FLOAT32, impl="triton", **divergence)
 
 
-@pytest.mark.parametrize("beta", [0.002, 0.02, 0.98, 0.998])
+@pytest.mark.parametrize("beta", [1e-6, 1e-4, 0.002, 0.02, 0.98, 0.998, 1 - 1e-6])
 @pytest.mark.parametrize("name", ["generalized_jsd", "skew_reverse_kl", "skew_forward_kl"])
 def test_a_small_weight_in_a_mixture_costs_no_accuracy(name, beta):
     """No allowance for 1/β: log M is never taken where it would have to be divided out again."""

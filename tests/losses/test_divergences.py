@@ -318,7 +318,7 @@ def test_log_mixture_ratio_at_the_edges_of_its_branches(beta):
         assert value == pytest.approx(LN((1 - beta) + beta * math.exp(d)), rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("beta", [0.001, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize("beta", [1e-6, 0.001, 0.3, 0.7, 0.999, 1 - 1e-6])
 def test_log_mixture_ratio_keeps_its_digits_in_float32(beta):
     d = torch.linspace(-80, 80, 3001)
     exact = log_mixture_ratio(d.double(), beta)
@@ -326,7 +326,38 @@ def test_log_mixture_ratio_keeps_its_digits_in_float32(beta):
     assert (error <= 4 * torch.finfo(torch.float32).eps * torch.maximum(exact.abs(), beta * d.double().abs())).all()
 
 
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 1 - 1e-3, 1 - 1e-6])
+@pytest.mark.parametrize("never", [-math.inf, -70.0, -200.0])
+def test_a_token_that_one_model_all_but_excludes_keeps_the_digits_of_a_mixture_near_the_ends(beta, never):
+    base = torch.tensor([[0.3, 1.0, -0.4, 0.0]], dtype=torch.float64)
+    moved = torch.tensor([[0.5, 0.7, -0.1, never]], dtype=torch.float64)
+    for student, teacher in ((base, moved), (moved, base)):
+        found = []
+        for dtype in (torch.float64, torch.float32):
+            z = student.to(dtype).requires_grad_()
+            loss = generalized_jsd(to_logp(z), to_logp(teacher.to(dtype)), beta)
+            found.append((loss.double(), torch.autograd.grad(loss.sum(), z)[0].double()))
+        (exact, slope), (value, got) = found
+        torch.testing.assert_close(value, exact, rtol=3e-6, atol=0)
+        assert (got - slope).norm() <= 3e-6 * slope.norm()
+
+
 # --- alpha-beta -------------------------------------------------------------------------------------------------------
+
+
+def test_alpha_beta_of_far_apart_models_is_finite_where_its_powers_add_up_to_more_than_1():
+    """e^((α+β) d) leaves float32 where e^d does not: (2, 1) at d = 40."""
+    for alpha, beta in ((2.0, 1.0), (1.0, 2.0), (1.5, 1.5)):
+        found = []
+        for dtype in (torch.float64, torch.float32):
+            z = torch.tensor([[0.0, -45.0, -1.0]], dtype=dtype, requires_grad=True)
+            teacher = to_logp(torch.tensor([[-45.0, 0.0, -0.5]], dtype=dtype))
+            loss = alpha_beta_divergence(to_logp(z), teacher, alpha, beta)
+            found.append((loss.double(), torch.autograd.grad(loss.sum(), z)[0].double()))
+        (exact, slope), (value, got) = found
+        assert value.isfinite().all() and got.isfinite().all()
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=0)
+        torch.testing.assert_close(got, slope, rtol=1e-5, atol=1e-7)
 
 
 def test_alpha_beta_has_the_kls_as_corners_and_as_limits():

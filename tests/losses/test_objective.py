@@ -240,10 +240,82 @@ def test_the_floor_bounds_the_loss_and_reports_the_probability_it_touched():
 
 
 def test_the_floor_does_not_raise_padding():
-    objective = Objective(divergence="forward_kl", teacher_logp_floor=-10.0)
+    objective = Objective(support="student_top_k", top_k=4, tail="generalized", teacher_logp_floor=-10.0)
     out = objective.per_token(FLOOR_STUDENT, DenseTarget(logits=FLOOR_TEACHER), torch.tensor([0]))
-    raised = math.exp(-10) * (-10 - math.log(0.25))
-    assert out.loss.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + raised)
+    raised = 0.25 * (math.log(0.25) + 10) - 0.25 + math.exp(-10)
+    assert out.loss.item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.75 - 0.5 + raised)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"divergence": "forward_kl"},
+        {"divergence": "generalized_jsd"},
+        {"divergence": "generalized_jsd", "beta": 0.0},
+        {"divergence": "skew_reverse_kl"},
+        {"divergence": "skew_forward_kl"},
+        {"divergence": "total_variation"},
+        {"divergence": "alpha_beta_divergence"},
+        {"divergence": "alpha_beta_divergence", "alpha": 0.0, "beta": 1.0},
+        {"divergence": "forward_kl", "support": "teacher_top_k"},
+    ],
+)
+def test_a_floor_is_refused_where_the_loss_sums_over_the_teacher(settings):
+    """151 936 tokens raised to −10 are 7 times the teacher's own probability: forward KL to itself would be 105 nats."""
+    with pytest.raises(ObjectiveError, match=r"the student would learn the floor; drop.*use divergence='reverse_kl'"):
+        Objective(**settings, teacher_logp_floor=-10.0)
+    assert not Objective(**settings).takes_floor
+    Objective(teacher_logp_floor=-10.0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"divergence": "generalized_jsd", "beta": 1.0}, {"divergence": "skew_reverse_kl", "beta": 1.0}]
+)
+def test_under_a_floor_a_large_vocabulary_keeps_the_gradient_of_reverse_kl(settings):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.2 * torch.randn(2, 40_000, generator=generator)
+    logits[:, :40] += torch.linspace(24.0, 6.0, 40)
+    moved = logits + 0.3 * torch.randn(2, 40_000, generator=generator)
+    found = []
+    for floor in (None, -20.0, -10.0):
+        z = moved.clone().requires_grad_()
+        objective = Objective(**settings, teacher_logp_floor=floor)
+        loss = objective.per_token_loss(z, DenseTarget(logits=logits), torch.zeros(2, dtype=torch.long))[0].sum()
+        found.append(torch.autograd.grad(loss, z)[0])
+    for slope in found[1:]:
+        assert (slope - found[0]).norm() < 0.01 * found[0].norm()
+
+
+def test_the_floor_leaves_the_mass_outside_a_top_k_as_it_is():
+    """A bucket of what raised tokens leave would be the floor's, not the teacher's: here it would be less than nothing."""
+    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]).double(), torch.tensor([0.9, 0.06, 1e-4, 0.0399]).double()
+    out = Objective(support="student_top_k", top_k=3, teacher_logp_floor=-2.0).per_token(
+        p.log()[None], DenseTarget(logits=q.log()[None]), torch.tensor([0])
+    )
+    floor = math.exp(-2.0)
+    terms = [(0.4, 0.9), (0.3, floor), (0.2, floor), (0.1, 1 - 0.9 - 0.06 - 1e-4)]
+    assert out.loss.item() == pytest.approx(sum(a * math.log(a / b) for a, b in terms))
+    value = policy(baseline="value", teacher_logp_floor=-2.0).per_token(
+        p.log()[None],
+        TopKTarget(ids=torch.tensor([[0, 1, 2]]), teacher_logp=q[:3].log()[None], sampled_logp=q[:1].log()),
+        torch.tensor([0]),
+    )
+    assert value.loss.item() == pytest.approx(math.log(0.4 / 0.9) - out.loss.item())
+
+
+def test_the_floor_bounds_k3_and_leaves_its_gradient_alone():
+    ids = torch.tensor([2, 1])
+    slopes = []
+    for floor in (None, -10.0):
+        z = FLOOR_STUDENT.expand(2, -1).clone().requires_grad_()
+        objective = Objective(support="sampled", estimator="k3", divergence="forward_kl", teacher_logp_floor=floor)
+        target = SampledTarget(teacher_logp=torch.tensor([-math.inf, -3.0]).double())
+        out = objective.per_token(z, target, ids)
+        slopes.append(torch.autograd.grad(out.loss[1], z, retain_graph=True)[0])
+    assert out.loss[0].item() == pytest.approx(-1 + math.log(0.25) + 10)
+    assert out.metrics["clamped"].tolist() == [1.0, 0.0]
+    assert torch.equal(*slopes)
+    assert torch.autograd.grad(out.loss[0], z)[0].isfinite().all()
 
 
 def test_the_floor_acts_on_sampled_tokens_and_counts_them():

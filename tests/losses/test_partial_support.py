@@ -21,6 +21,7 @@ from opd.losses import (
     SampledToken,
     full_divergence,
     gather_logp,
+    likeliest,
     mass_coefficient,
     partial_divergence,
     support_of,
@@ -97,6 +98,27 @@ def test_union_counts_a_shared_token_once():
     support = union_support(student, teacher, 2, always_include=(1,))
     assert sorted(support.ids[support.counted].tolist()) == [0, 1, 2]
     assert support.gather(student).exp().sum().item() == pytest.approx(1.0)
+
+
+def test_union_adds_the_demanded_where_neither_model_would():
+    student, teacher = logs([0.6, 0.3, 0.1, 0.0]), logs([0.5, 0.4, 0.0, 0.1])
+    support = union_support(student, teacher, 2, always_include=(3, 2))
+    assert sorted(support.ids[support.counted].tolist()) == [0, 1, 2, 3]
+    assert sorted(union_support(student, teacher, 1, always_include=(2,)).ids.unique().tolist()) == [0, 2]
+
+
+@pytest.mark.parametrize(("vocab", "k"), [(131, 1), (257, 2), (50_257, 16), (151_937, 16)])
+def test_the_likeliest_are_found_in_the_last_columns_of_a_vocabulary_too(vocab, k):
+    """50 257 is 17 more than a multiple of 32, and the last of them ends a text."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(3, vocab, generator=generator)
+    logp[0, -k:] += 100.0
+    logp[1, vocab - 1] += 100.0
+    values, ids = likeliest(logp, k)
+    assert sorted(ids[0].tolist()) == list(range(vocab - k, vocab))
+    assert ids[1, 0] == vocab - 1
+    plain = logp.topk(k, dim=-1)
+    assert torch.equal(values, plain.values) and torch.equal(ids, plain.indices)
 
 
 def test_repeated_ids_change_no_loss():

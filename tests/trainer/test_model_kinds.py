@@ -22,7 +22,7 @@ from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.testing import byte_tokenizer, random_rollout, save_model, tiny_causal_lm
+from opd.testing import byte_tokenizer, random_logits, random_rollout, save_model, tiny_causal_lm
 from opd.trainer.checks import check_packing
 from opd.trainer.evaluate import _mean_over_prompts, _reward_interval
 from opd.trainer.metrics import TokenMetrics
@@ -30,7 +30,7 @@ from opd.trainer.optim import build_optimizer
 from opd.trainer.run import train
 from opd.trainer.setup import build_parts
 from opd.trainer.student import Policy, Student, add_lora
-from opd.types import Prompt
+from opd.types import DenseTarget, Prompt
 from worlds import settings
 
 
@@ -111,6 +111,28 @@ def test_logits_of_bfloat16_weights_are_not_rounded_to_bfloat16():
     exact = hidden.double() @ model.get_output_embeddings().weight.double().T
     torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=1e-5)
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize("tokens", [64, 1 << 20])
+def test_adapters_on_a_float16_student_get_the_gradient_of_any_number_of_tokens(tokens):
+    """1/N of a million tokens is below float16's smallest number by the time it is in the body."""
+    norms = {}
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_causal_lm(40, layers=2, initializer_range=0.3).to(torch.float16).to(dtype)
+        student = Student(
+            add_lora(model, LoraConfig(rank=4), seed=0),
+            OptimizerConfig(lr=1e-3, warmup_steps=0),
+            vocabulary=VocabularyMatch(size=40),
+            eos_ids=(0,),
+            teacher_logits=lambda target: target.hidden,
+            total_steps=4,
+        )
+        rollouts = [random_rollout(4, 9, 40, seed=i, index=i) for i in range(4)]
+        targets = [DenseTarget(logits=random_logits(9, 40, seed=i)) for i in range(4)]
+        batches = pack(rollouts, targets, layout="packed", tokens_per_microbatch=30, pad_id=0, global_count=tokens)
+        norms[dtype] = [student.update(batches, Objective()).metrics["grad_norm"] for _ in range(2)]
+    assert norms[torch.float16] == pytest.approx(norms[torch.float32], rel=0.02)
+    assert norms[torch.float16][0] * tokens > 0.1
 
 
 def test_half_precision_students_are_refused_or_remarked_upon(world, tmp_path):

@@ -213,6 +213,7 @@ REFUSED = [
     ({"student__gradient_checkpointing": True}, "keep_graphs=false"),
     ({"student__attn_implementation": "flash_attention_2"}, "natural_gradient needs two"),
     ({"student__dtype": "bfloat16"}, "student.lora.rank=32"),
+    ({"student__dtype": "float16", "student__lora__rank": 4}, "Use bfloat16 with the same adapters"),
 ]
 
 

@@ -149,6 +149,14 @@ def test_balanced_tokens_weigh_as_the_weights_say(school, reduction, weights):
         assert own == pytest.approx((weights or {"even": 0.5, "odd": 0.5})[name], rel=1e-5)
 
 
+def test_a_teacher_without_a_prompt_in_a_step_leaves_its_share_to_the_others(school):
+    more = {"mixture__balance_tokens": True, "mixture__weights": {"even": 0.2, "odd": 0.8}}
+    parts, rollouts, _ = parts_of(school, **more)
+    own = [r for r in rollouts if r.prompt.teacher == "even"]
+    sums = [float(b.token_weights.sum()) for b in parts.scorer.score(own, 0).batches]
+    assert sum(sums) == pytest.approx(1.0, rel=1e-5)
+
+
 def test_a_teacher_whose_tokens_weigh_nothing_leaves_the_balance_of_the_others(school):
     weights = {"even": 0.0, "odd": 1.0}
     _, _, scored = parts_of(school, mixture__balance_tokens=True, mixture__weights=weights, train__token_fraction=0.05)

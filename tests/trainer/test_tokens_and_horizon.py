@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd.data.pack import single
 from opd.errors import ConfigError
 from opd.models import response_logits
 from opd.recipe import build, merge
@@ -84,6 +85,24 @@ def test_the_gradient_is_that_of_the_kept_tokens_alone(world, tmp_path, supply, 
         (kl.sum() / count).backward()
     for name, parameter in student.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["right_padded", "left_padded", "packed"])
+def test_a_sample_alone_has_the_logits_that_it_had_in_its_batch(world, tmp_path, layout):
+    """As the search for a bad sample takes it out, with those of its tokens that are kept."""
+    parts, rollouts, scored = parts_of(world, tmp_path, train__token_fraction=0.4, train__layout=layout)
+    seen = 0
+    for batch in scored.batches:
+        with torch.no_grad():
+            together = response_logits(parts.student.model, batch.sequences)
+            for index in range(len(batch.rollouts)):
+                alone = single(batch, index)
+                assert len(alone.sequences.predict_index) == len(alone.response_ids) == int(alone.kept.sum())
+                if len(alone.response_ids):
+                    own = response_logits(parts.student.model, alone.sequences)
+                    torch.testing.assert_close(own, together[batch.sequence_index == index], rtol=1e-4, atol=1e-4)
+                    seen += len(own)
+    assert seen == math.ceil(0.4 * sum(len(r.response_ids) for r in rollouts))
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])

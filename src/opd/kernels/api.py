@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.kernels.checks import check_finite, check_request, check_shapes, choose_impl, common_vocabulary
+from opd.kernels.fused import apply
 from opd.kernels.parallel import Shards
 from opd.kernels.request import (
     Answer,
@@ -20,14 +21,11 @@ from opd.kernels.request import (
     Needs,
     PolicyTerm,
     Request,
-    TeacherMixture,
     Watch,
-    select_policy,
-    select_target,
 )
 from opd.losses import Divergence, Objective, Tail, discounted_return
 from opd.losses._shapes import Float, Int
-from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
+from opd.types import SampledTarget, TopKTarget
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,7 +94,8 @@ def linear_divergence(
     """Σ w [λ D(S, T) + policy − c H(S)] for S = softmax(student_hidden @ student_weight.T + bias) and the teacher T of `target`.
 
     Four matrix products in all, gradients included: they are formed in the forward pass, chunk by chunk of tokens, so
-    `token_weights` (mask × 1/global count × importance) is an input. Tokens of weight 0 cost nothing. A weight, a bias or hidden states
+    `token_weights` (mask × 1/global count × importance) is an input; losses of the sampled token have their expected gradient only under
+    weights that do not depend on it (`losses/README.md`, Reduction). Tokens of weight 0 cost nothing. A weight, a bias or hidden states
     without `requires_grad` skip their product. Logits, divergence and the accumulated gradients are float32 (float64 for
     float64 inputs) whatever the dtype of the operands.
 
@@ -154,7 +153,7 @@ def linear_divergence(
     )
     check_request(request, impl)
     check_finite(request)
-    rows = _apply(run, request, student_hidden, student_weight, bias)
+    rows = apply(run, request, student_hidden, student_weight, bias)
     return LinearLoss(
         loss=rows["sum"],
         per_token=rows.get("divergence", torch.zeros_like(rows["loss"])),
@@ -191,10 +190,14 @@ def linear_objective(
     `distill_weight` is λ of the distillation; with target None the policy term is alone. Metrics are at temperature 1, together with
     `eos_prob`, the probability of `eos_ids`. Only the sum can be differentiated. Inputs are not searched for NaN: the losses show it.
     With discount > 0 the later tokens' advantages are needed first, so log-probs take a pass of their own (one product more).
+
+    Inside `torch.autocast`, float32 hidden states and weight are rounded to its dtype for the three products, as a linear layer's are;
+    logits and the gradients' sums stay float32. (`linear_divergence` takes its operands as they are.)
     """
     if target is None:  # of the objective, only the temperature is about the student alone
         objective = Objective(student_temperature=objective.student_temperature)
     objective.check_given(sampler_logp, sequence_index)
+    operands = autocast_dtype(student_hidden)
     check_shapes(student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, policy)
     if policy is not None and objective.discount > 0:
         raise ObjectiveError(
@@ -225,8 +228,8 @@ def linear_objective(
     run = choose_impl(impl, "fast", student_hidden, None)
     seen: dict[str, Tensor] = {}
     if objective.discount > 0:
-        request, seen = _with_returns(request, sequence_index, run)
-    rows = {**seen, **_apply(run, request, student_hidden, student_weight, bias)}
+        request, seen = _with_returns(request, sequence_index, run, operands)
+    rows = {**seen, **apply(run, request, student_hidden, student_weight, bias, operands)}
     metrics = {name.removeprefix("watch/"): rows[name].detach() for name in rows if name.startswith("watch/")}
     if policy is not None:
         metrics |= {name: rows[name].detach() for name in ("policy_loss", "clipped")}
@@ -261,7 +264,7 @@ def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
 
 @torch.no_grad()
 def _with_returns(
-    request: Request, sequence_index: Tensor | None, run: Callable[[Request], Answer]
+    request: Request, sequence_index: Tensor | None, run: Callable[[Request], Answer], operands: torch.dtype | None
 ) -> tuple[Request, dict[str, Tensor]]:
     """Discounted advantages, as the policy term of a request without a teacher; and the diagnostics, which need one."""
     objective = request.objective
@@ -270,9 +273,8 @@ def _with_returns(
     def advantage(**changes: Any) -> dict[str, Tensor]:
         plain = replace(objective, discount=0.0, clip_range=None, **changes)
         fed = _fitting(request.target, plain)
-        return run(
-            replace(request, objective=plain, target=fed, sampler_logp=None, needs=Needs(), distill_weight=1.0)
-        ).rows
+        changed = replace(request, objective=plain, target=fed, sampler_logp=None, needs=Needs(), distill_weight=1.0)
+        return apply(run, changed, request.hidden, request.weight, request.bias, operands)
 
     seen = advantage(baseline="none")
     returns = discounted_return(-seen["loss"], sequence_index, objective.discount)
@@ -301,6 +303,14 @@ def _fitting(target: AnyTarget | None, objective: Objective) -> AnyTarget | None
     return TopKTarget(ids=ids, teacher_logp=kept.values, sampled_logp=target.sampled_logp)
 
 
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What autocast would round a float32 operand of a product to; None where it is off, or the operand is none."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def gathered(weight: Tensor) -> Tensor:
     """A DTensor's whole value. Ranks work on tokens of their own, so its gradient is the sum over them."""
     if not hasattr(weight, "full_tensor"):
@@ -318,97 +328,3 @@ def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
         weight=on and weight.requires_grad,
         bias=on and bias is not None and bias.requires_grad,
     )
-
-
-def _compacted(request: Request) -> tuple[Request, Tensor | None]:
-    """Without the tokens of weight 0, and the indices of those that are left; None when all are."""
-    counted = request.token_weights != 0
-    if request.watch is not None or bool(counted.all()):
-        return request, None
-    rows = counted.nonzero().squeeze(-1)
-    return replace(
-        request,
-        hidden=request.hidden[rows],
-        target=select_target(request.target, rows),
-        token_weights=request.token_weights[rows],
-        response_ids=None if request.response_ids is None else request.response_ids[rows],
-        sampler_logp=None if request.sampler_logp is None else request.sampler_logp[rows],
-        policy=select_policy(request.policy, rows),
-    ), rows
-
-
-def _row_names(request: Request) -> list[str]:
-    """What is told about a token, for when there is none to tell it about."""
-    target = request.target
-    names = ["loss", "student_entropy"]
-    names += [] if target is None else ["divergence"]
-    whole = isinstance(target, (HiddenTarget, DenseTarget))
-    names += ["teacher_entropy"] if whole or (isinstance(target, TeacherMixture) and target.mixture != "loss") else []
-    names += [] if request.response_ids is None else ["student_logp"]
-    return names if request.policy is None else [*names, "policy_loss", "clipped"]
-
-
-def _apply(
-    run: Callable[[Request], Answer], request: Request, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> dict[str, Tensor]:
-    names: list[str] = []
-    outputs = _Fused.apply(hidden, weight, bias, run, request, names)
-    assert isinstance(outputs, tuple)
-    return dict(zip(names, outputs, strict=True))
-
-
-class _Fused(torch.autograd.Function):
-    """Gradients are made in the forward pass; backward hands them out, times the gradient of the sum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        run: Callable[[Request], Answer],
-        request: Request,
-        names: list[str],
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        small, kept = _compacted(request)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            answer = run(small)
-            loss = answer.rows.get("loss")
-            total = hidden.new_zeros((), dtype=request.dtype)
-            if loss is not None:
-                total = torch.where(small.token_weights == 0, 0.0, loss * small.token_weights).sum()
-        rows = {
-            name: value.clone() for name, value in answer.rows.items()
-        }  # outputs must not be tensors of the caller's
-        if not small.tokens:
-            rows = {name: total.new_zeros(0) for name in _row_names(request)}
-        if kept is not None:
-            rows = {name: value.new_zeros(len(hidden)).index_copy(0, kept, value) for name, value in rows.items()}
-        hidden_grad = answer.hidden_grad
-        if kept is not None and hidden_grad is not None:
-            hidden_grad = torch.zeros_like(hidden).index_copy(0, kept, hidden_grad)
-        ctx.gradients = [hidden_grad, answer.weight_grad, answer.bias_grad]
-        names += ["sum", *rows]
-        return (total, *rows.values())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor | None, *grad_rows: Tensor | None) -> tuple[Any, ...]:
-        if any(grad is not None for grad in grad_rows):
-            raise ObjectiveError(
-                "backward reached a per-token output of a fused loss, which has no gradient: the weight's gradient was formed with "
-                "token_weights and cannot be re-weighted per token. Pass the weights as token_weights (or PolicyTerm), differentiate "
-                "`loss` only, and .detach() per-token values; for any other loss of log-probs use linear_log_prob."
-            )
-        if ctx.gradients is None:
-            raise ObjectiveError(
-                "a fused loss was differentiated twice; its gradients are made once, in the forward pass, and given away. Call the "
-                "function again, or add the losses before one backward."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        if grad_sum is None:
-            return (None,) * 6
-        if grad_sum.is_cuda or float(grad_sum) != 1.0:  # on CUDA, looking would wait for the device
-            gradients = [None if g is None else g.mul_(grad_sum) for g in gradients]
-        return (*gradients, None, None, None)

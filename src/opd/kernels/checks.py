@@ -250,7 +250,7 @@ def check_request(request: Request, impl: Impl) -> None:
         raise ObjectiveError(
             "distill_weight=0 with a target would pay for a teacher that has no say; pass target=None."
         )
-    _check_policy(request.policy)
+    _check_policy(request.policy, request.token_weights)
     _check_ids(request)
     if isinstance(request.target, (TopKTarget, SampledTarget)) and request.objective.teacher_temperature != 1.0:
         raise ObjectiveError(
@@ -270,7 +270,7 @@ def check_request(request: Request, impl: Impl) -> None:
             )
 
 
-def _check_policy(policy: PolicyTerm | None) -> None:
+def _check_policy(policy: PolicyTerm | None, weights: Tensor) -> None:
     if policy is None:
         return
     clip = policy.clip_range
@@ -283,7 +283,7 @@ def _check_policy(policy: PolicyTerm | None) -> None:
     for name in ("advantages", "old_log_prob", "importance_weights"):
         value = getattr(policy, name)
         if value is not None:
-            _finite_rows(f"policy.{name}", value, masked=name == "old_log_prob")
+            _finite_rows(f"policy.{name}", value, masked=name == "old_log_prob", weights=weights)
 
 
 def _check_ids(request: Request) -> None:
@@ -301,25 +301,29 @@ def _check_ids(request: Request) -> None:
 
 
 def check_finite(request: Request) -> None:
-    """Raise NonFiniteError that names the first row of an input with a NaN or an infinity (−inf is a bias or a logit of a masked token)."""
-    _finite_rows("student_hidden", request.hidden)
+    """Raise NonFiniteError that names the first row of an input with a NaN or an infinity (−inf is a bias or a logit of a masked token).
+
+    Rows of tokens of weight 0 may hold anything: they take no part.
+    """
+    weights = request.token_weights
+    _finite_rows("student_hidden", request.hidden, weights=weights)
     _finite_rows("student_weight", request.weight)
-    _finite_rows("token_weights", request.token_weights)
+    _finite_rows("token_weights", weights)
     if request.sampler_logp is not None:
-        _finite_rows("sampler_logp", request.sampler_logp, masked=True)
+        _finite_rows("sampler_logp", request.sampler_logp, masked=True, weights=weights)
     if request.bias is not None:
         _finite_rows("bias", request.bias, masked=True)
     target = request.target
     for member in target.targets if isinstance(target, TeacherMixture) else (target,):
         if isinstance(member, HiddenTarget):
-            _finite_rows("the teacher's hidden states", member.hidden)
+            _finite_rows("the teacher's hidden states", member.hidden, weights=weights)
             _finite_once("the teacher's weight", member.head.weight)
             if member.head.bias is not None:
                 _finite_rows("the teacher's bias", member.head.bias, masked=True)
         elif isinstance(member, DenseTarget):
-            _finite_rows("the teacher's logits", member.logits, masked=True)
+            _finite_rows("the teacher's logits", member.logits, masked=True, weights=weights)
         elif isinstance(member, (TopKTarget, SampledTarget)):
-            _finite_rows("the teacher's log-probs", member.teacher_logp, masked=True)
+            _finite_rows("the teacher's log-probs", member.teacher_logp, masked=True, weights=weights)
 
 
 def _finite_once(name: str, weight: Tensor) -> None:
@@ -327,16 +331,22 @@ def _finite_once(name: str, weight: Tensor) -> None:
     if weight.requires_grad or weight.is_inference():
         _finite_rows(name, weight)
         return
-    state = (weight.data_ptr(), weight._version)
+    try:
+        state = (weight.data_ptr(), weight._version)
+    except RuntimeError:  # made inside torch.func: it has no memory of its own
+        _finite_rows(name, weight)
+        return
     if _found_finite.get(weight) != state:
         _finite_rows(name, weight)
         _found_finite[weight] = state
 
 
-def _finite_rows(name: str, value: Tensor, masked: bool = False) -> None:
+def _finite_rows(name: str, value: Tensor, masked: bool = False, weights: Tensor | None = None) -> None:
     if not value.numel() or bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()):
         return
     wrong = value.isnan() | (value == torch.inf) if masked else ~value.isfinite()
+    if weights is not None:
+        wrong &= (weights != 0).view(-1, *[1] * (value.dim() - 1))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise NonFiniteError(

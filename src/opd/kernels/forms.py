@@ -6,8 +6,11 @@ z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
     reverse_kl          f = log(p/q)
     forward_kl          p f = −q
     generalized_jsd     f = log(p/M), times 1/β normalised, times 1−β as published
-    skew_reverse_kl     f = log(p/M) − (1−β) p/M
-    skew_forward_kl     f = −(1−β) q/M
+    skew_reverse_kl     f = log(p/M) + (1−β) (M−p)/M
+    skew_forward_kl     f = −(1−β) (q−M)/M
+
+log M is never formed: near β = 0 and 1 it is all but one model's log-prob, and the division by β or 1−β magnifies what it lost. With
+d = log q − log p and w the smaller of the two weights, log(M/p) or log(M/q) is log1p(w (e^±d − 1)), and the other is d away.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from opd.kernels.terms import policy_loss
 
 CLOSED_FORMS = ("reverse_kl", "forward_kl", "generalized_jsd", "skew_reverse_kl", "skew_forward_kl")
 GRAM_ROWS = 4  # (benchmarks/LOG.md)
+MAX_LOG_RATIO = (
+    80.0  # |d| from which on one model has no part in M: e^80 ≈ 6e34 and its inverse are normal float32 numbers
+)
 
 
 def has_closed_form(request: Request) -> bool:
@@ -49,7 +55,7 @@ class Form:
     """One divergence, and buffers for its passes that are made once."""
 
     def __init__(self, request: Request) -> None:
-        self.kind, self.beta = kind_of(request), request.objective.beta
+        self.kind, self.beta, self.rest = kind_of(request), request.objective.beta, 1.0 - request.objective.beta
         self.normalize = request.objective.normalize
         self.request = request
         self.mixes = self.kind not in ("reverse_kl", "forward_kl")
@@ -64,67 +70,104 @@ class Form:
         return held if held.shape[0] == like.shape[0] else held[: like.shape[0]]
 
     def slope(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f over `factor` into z, and Σ p̃ log(p/M), Σ q̃ log(q/M) up to what `divergence` puts right, and Σ p̃ f. t is used up."""
+        """f over `factor` into z, S KL(S‖M) and Q KL(T‖M) where the divergence has them, and Σ p̃ f. t is used up.
+
+        For the KLs, M is the other model, and `divergence` puts the normalisers right.
+        """
         if self.kind == "reverse_kl":
             x = dot(p, z.sub_(t))
             return x, x, x
         none = torch.zeros_like(s)
         if self.kind == "forward_kl":
             return none, dot(q_, t.sub_(z)), none
-        m, share = self._log_mixture(z, p, q_, s, q)
-        y = dot(q_, t.sub_(m)) if self.kind != "skew_reverse_kl" else none
-        x = dot(p, z.sub_(m)) if self.kind != "skew_forward_kl" else none
-        if share is None:
-            return x, y, x
-        self._add_share(z, share)
+        if self.kind == "generalized_jsd":
+            x, y = self.mixture_sums(z, t, p, q_, q / s)
+            return x, y, -x
+        over = self._skewed(z, t, q / s)
+        mixture = torch.mul(q_, self.beta * s / q, out=self.buffer("share", z)).add_(p, alpha=self.rest)
+        mass = dot(z, mixture)  # of q − p: 0, but for what rounding did to d, of which it takes out the first order
+        if self.kind == "skew_reverse_kl":
+            x, y = self.beta * mass - dot(p, over), none
+        else:
+            x, y = none, -dot(q_, over) - self.rest * (q / s) * mass
+        self._skewed_slope(z, over)
         return x, y, dot(p, z)
 
-    def slope_alone(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor) -> None:
+    def mixture_sums(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, q_over_s: Tensor) -> tuple[Tensor, Tensor]:
+        """log(M/p) into z, and Σ p̃ log(p/M) and Σ q̃ log(q/M). t is used up."""
+        self._smaller_ratio(z, t, q_over_s)
+        if self.beta <= 0.5:
+            x = dot(p, z)
+            return -x, -dot(q_, torch.sub(z, t, out=t))
+        y = dot(q_, z)
+        return -dot(p, z.add_(t)), -y
+
+    def slope_alone(self, z: Tensor, t: Tensor) -> None:
         """f over `factor` into z, from log-probs (S = Q = 1) whose sums are known already."""
         if self.kind == "reverse_kl":
             z.sub_(t)
+        elif self.kind == "generalized_jsd":
+            self._smaller_ratio(z, t)
+            if self.beta > 0.5:
+                z.add_(t)
         elif self.kind != "forward_kl":
-            one = torch.ones_like(p[:, :1])
-            m, share = self._log_mixture(z, p, q_, one, one)
-            z.sub_(m)
-            if share is not None:
-                self._add_share(z, share)
+            self._skewed_slope(z, self._skewed(z, t))
 
-    def _log_mixture(self, z: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """log S M, and p/M or q/M times S/Q where f has it."""
-        m = torch.mul(q_, self.beta * s / q, out=self.buffer("m", z)).add_(p, alpha=1.0 - self.beta)
-        m.clamp_min_(torch.finfo(m.dtype).tiny)
-        share = None
-        if self.kind != "generalized_jsd":
-            share = torch.div(p if self.kind == "skew_reverse_kl" else q_, m, out=self.buffer("share", z))
-        return m.log_(), share
-
-    def _add_share(self, z: Tensor, share: Tensor) -> None:
-        if self.kind == "skew_reverse_kl":
-            z.sub_(share, alpha=1.0 - self.beta)
+    def _smaller_ratio(self, z: Tensor, t: Tensor, q_over_s: Tensor | None = None) -> None:
+        """d into t, and into z log(M/p) where β ≤ ½, else log(M/q)."""
+        self._log_ratio(z, t, q_over_s)
+        if self.beta <= 0.5:
+            torch.expm1(t, out=z).mul_(self.beta).log1p_()
         else:
-            torch.neg(share, out=z)
+            torch.neg(t, out=z).expm1_().mul_(self.rest).log1p_()
+
+    def _log_ratio(self, z: Tensor, t: Tensor, q_over_s: Tensor | None) -> None:
+        """d = log q − log p into t."""
+        t.sub_(z)
+        if q_over_s is not None:
+            t.sub_(q_over_s.log())
+        t.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    def _skewed(self, z: Tensor, t: Tensor, q_over_s: Tensor | None = None) -> Tensor:
+        """(q − p)/M into z; the log-ratio of M to the model that the divergence weighs with. t is used up."""
+        self._log_ratio(z, t, q_over_s)
+        sign = 1.0 if self.beta <= 0.5 else -1.0
+        torch.mul(t, sign, out=z).expm1_()
+        share = torch.mul(z, min(self.beta, self.rest), out=self.buffer("share", z))
+        smaller = torch.log1p(share, out=self.buffer("m", z))
+        z.div_(share.add_(1.0)).mul_(sign)
+        if (self.kind == "skew_reverse_kl") == (self.beta <= 0.5):
+            return smaller
+        return t.mul_(-sign).add_(smaller)
+
+    def _skewed_slope(self, z: Tensor, over_p: Tensor) -> None:
+        """f from (q − p)/M, in z."""
+        if self.kind == "skew_reverse_kl":
+            z.mul_(self.beta * self.rest).sub_(over_p)
+        else:
+            z.mul_(-self.rest * self.rest)
 
     def factor(self, s: Tensor, q: Tensor) -> Tensor | float:
         """What `slope` leaves out of f."""
         if self.kind == "generalized_jsd":
-            return 1.0 / self.beta if self.normalize else 1.0 - self.beta
-        return (1.0 - self.beta) * s / q if self.kind == "skew_forward_kl" else 1.0
+            return -1.0 / self.beta if self.normalize else -self.rest
+        return 1.0
 
     def divergence(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
-        """D from `slope`'s sums. x / S and y / Q − log Q + log S are KL(S‖M) and KL(T‖M); for the KLs, M is the other model."""
-        log_s_over_q = s.log() - q.log()
-        student_to_m, teacher_to_m = x / s, y / q + log_s_over_q
+        """D from `slope`'s sums."""
+        student_to_m, teacher_to_m = x / s, y / q
         beta = self.beta
         if self.kind == "reverse_kl":
-            return student_to_m - log_s_over_q
-        if self.kind in ("forward_kl", "skew_forward_kl"):
+            return student_to_m - (s.log() - q.log())
+        if self.kind == "forward_kl":
+            return teacher_to_m + (s.log() - q.log())
+        if self.kind == "skew_forward_kl":
             return teacher_to_m
         if self.kind == "skew_reverse_kl":
             return student_to_m
         if self.normalize:
-            return teacher_to_m / (1.0 - beta) + student_to_m / beta
-        return beta * teacher_to_m + (1.0 - beta) * student_to_m
+            return teacher_to_m / self.rest + student_to_m / beta
+        return beta * teacher_to_m + self.rest * student_to_m
 
     def finish(self, z: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor, center: Tensor) -> None:
         """S p (f − center) in place of f, over `factor`; q̃ is used up."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from opd.errors import ObjectiveError
 from opd.kernels.api import default_chunk, gathered, wanted
 from opd.kernels.checks import check_finite, check_request, check_shapes, common_vocabulary
+from opd.kernels.fused import lift
 from opd.kernels.parallel import Shards
-from opd.kernels.products import Head
+from opd.kernels.products import Head, exact_float32
 from opd.kernels.request import MASKED, Request
 from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
 from opd.losses import Objective
@@ -63,28 +64,55 @@ def linear_log_prob(
     )
     check_request(request, "chunked")
     check_finite(request)
-    log_prob, entropy = _LogProb.apply(hidden, weight, bias, request)  # pyright: ignore[reportGeneralTypeIssues]
+    log_prob, entropy, _, _ = _LogProb.apply(hidden, weight, bias, request)  # pyright: ignore[reportGeneralTypeIssues]
     return log_prob, entropy
 
 
 class _LogProb(torch.autograd.Function):
+    """Log-probs and entropies; and log Σ e^z and the entropies again, for the backward pass alone."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        saved = [] if bias is None else [bias]
-        ctx.save_for_backward(hidden, weight, *saved)
-        ctx.request = replace(request, hidden=hidden[:0], weight=weight[:0], bias=None)  # tensors are held by autograd
-        with torch.autocast(hidden.device.type, enabled=False):
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> tuple[Tensor, ...]:
+        request = _filled(
+            request, hidden, weight, bias
+        )  # torch.func shows this function other tensors than its caller holds
+        with torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
             log_z, log_prob, entropy = _statistics(request)
-        ctx.log_z, ctx.entropy = log_z, entropy
-        return log_prob, entropy.clone()
+        return log_prob, entropy.clone(), log_z, entropy
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, request = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(hidden, weight, bias, *output[2:])
+        nothing = torch.empty(0, dtype=request.hidden.dtype, device=request.hidden.device)
+        ctx.request = replace(request, hidden=nothing, weight=nothing, bias=None)  # tensors are held by autograd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, *rest = (value.detach() for value in ctx.saved_tensors)
-        request = replace(ctx.request, hidden=hidden, weight=weight, bias=rest[0] if rest else None)
-        zeros = torch.zeros_like(ctx.entropy)
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        found = _Gradients.apply(*ctx.saved_tensors, grad_logp, grad_entropy, ctx.request)
+        assert isinstance(found, tuple)
+        return (*found, None)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass: a function of its own, so that torch.func shows it plain tensors."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_z: Tensor,
+        entropy: Tensor,
+        grad_logp: Tensor | None,
+        grad_entropy: Tensor | None,
+        request: Request,
+    ) -> tuple[Tensor | None, ...]:
+        request = _filled(request, hidden, weight, bias)
+        zeros = torch.zeros_like(entropy)
         grad_logp = zeros if grad_logp is None else grad_logp
         grad_entropy = zeros if grad_entropy is None else grad_entropy
         rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
@@ -92,17 +120,36 @@ class _LogProb(torch.autograd.Function):
         if not everything:
             request = replace(
                 request,
-                hidden=hidden[rows],
+                hidden=request.hidden[rows],
                 token_weights=request.token_weights[rows],
                 response_ids=_ids(request)[rows],
             )
-        with torch.autocast(hidden.device.type, enabled=False):
-            slopes = grad_logp[rows], grad_entropy[rows], ctx.log_z[rows], ctx.entropy[rows]
-            gradients = _gradients(request, *(part.to(request.dtype) for part in slopes)).answer({})
-        hidden_grad = gradients.hidden_grad
-        if hidden_grad is not None and not everything:
-            hidden_grad = torch.zeros_like(hidden).index_copy(0, rows, hidden_grad)
-        return hidden_grad, gradients.weight_grad, gradients.bias_grad, None
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
+            slopes = [part[rows].to(request.dtype) for part in (grad_logp, grad_entropy)]
+            up = lift(request, *slopes)
+            slopes = [slope * up for slope in slopes]
+            answer = _gradients(request, *slopes, log_z[rows], entropy[rows]).answer({})
+            found = answer.hidden_grad, answer.weight_grad, answer.bias_grad
+            own = [
+                None if value is None or like is None else (value / up if up != 1.0 else value).to(like.dtype)
+                for value, like in zip(found, (hidden, weight, bias), strict=True)
+            ]
+        if own[0] is not None and not everything:
+            own[0] = torch.zeros_like(hidden).index_copy(0, rows, own[0])
+        return tuple(own)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ObjectiveError("linear_log_prob has first derivatives only; use whole logits and opd.losses for more.")
+
+
+def _filled(request: Request, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Request:
+    bias = None if bias is None else bias.detach()
+    return replace(request, hidden=hidden.detach(), weight=weight.detach(), bias=bias)
 
 
 def _ids(request: Request) -> Tensor:

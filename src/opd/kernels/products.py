@@ -6,10 +6,40 @@ few rows at a time, which rounds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
 WIDENED_ENTRIES = 1 << 20  # weight entries that are widened at a time: 4 MiB of float32
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32, whatever PyTorch has been told (TF32 keeps 10 of 23 bits, and so would the logits)."""
+    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    told = backend.fp32_precision
+    if told in ("none", "ieee") and torch.backends.fp32_precision in ("none", "ieee"):
+        yield
+        return
+    # PyTorch has two settings that must agree: the one that was used is the one that is changed and put back.
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = None
+    if legacy in (None, "highest"):
+        backend.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if legacy in (None, "highest"):
+            backend.fp32_precision = told
+        else:
+            torch.set_float32_matmul_precision(legacy)
 
 
 class Head:
@@ -32,12 +62,17 @@ class Head:
     def columns(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def rounds_to_half(self) -> bool:
+        """Whether d(logits) is rounded to float16 on its way through the gradient products."""
+        return self.mixed and self.weight.dtype == torch.float16
+
     def logits(self, hidden: Tensor, out: Tensor, fill: float, first: int = 0) -> Tensor:
         """Logits of columns [first, first + out's width) into `out` [rows, width]; masked columns are `fill`."""
         last = first + out.shape[1]
         weight = self.weight[first:last]
         if self.mixed:
-            torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)  # pyright: ignore[reportCallIssue]
+            torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32, out=out)  # pyright: ignore[reportCallIssue]
             if self.temperature != 1.0:
                 out.div_(self.temperature)
         else:

@@ -99,7 +99,7 @@ class Request:
 
 @dataclass(kw_only=True)
 class Answer:
-    """Gradients are of the weighted sum; `rows` holds one number per token under each name."""
+    """Gradients are of the weighted sum, in the request's dtype; `rows` holds one number per token under each name."""
 
     rows: dict[str, Tensor] = field(default_factory=dict)
     hidden_grad: Tensor | None = None

@@ -194,6 +194,8 @@ class Gradients:
     def add(self, gradient: Tensor, scale: Tensor, rows: slice) -> None:
         """`gradient` · scale is d(loss per token)/d(logits / temperature) of these rows."""
         scale = (scale * self.request.token_weights[rows] / self.temperature).unsqueeze(-1)
+        if self.head.rounds_to_half:
+            scale = scale / lifted(gradient)
         epsilon = self.request.gradient_filter
         keep = None if epsilon is None else self._above(gradient, scale, rows, epsilon)
         if self.bias is not None:
@@ -234,16 +236,20 @@ class Gradients:
         return keep if len(keep) <= FILTER_PAYS * len(largest) else None
 
     def answer(self, rows: dict[str, Tensor]) -> Answer:
-        """Gradients in the dtypes of the inputs; that of hidden is summed over shards."""
+        """Gradients as they were accumulated, in the request's dtype; that of hidden is summed over shards."""
         hidden = self.hidden
         if hidden is not None:
             (hidden,) = self.request.shards.sum(hidden)
-        return Answer(
-            rows=rows,
-            hidden_grad=None if hidden is None else hidden.to(self.request.hidden.dtype),
-            weight_grad=None if self.weight is None else self.weight.to(self.request.weight.dtype),
-            bias_grad=None if self.bias is None or self.request.bias is None else self.bias.to(self.request.bias.dtype),
-        )
+        return Answer(rows=rows, hidden_grad=hidden, weight_grad=self.weight, bias_grad=self.bias)
+
+
+def lifted(gradient: Tensor) -> Tensor:
+    """Each row times a power of two, in place, that brings its largest entry near 2^10, and these powers: float16 holds no number
+    below 6e-8, and most of a row of a large vocabulary is."""
+    top = torch.frexp(torch.linalg.vector_norm(gradient, math.inf, dim=-1, keepdim=True))
+    power = torch.where(top.mantissa.isfinite(), torch.exp2((10 - top.exponent).to(gradient.dtype)), 1.0)
+    gradient.mul_(power)
+    return power
 
 
 def walk(request: Request, make_pass: Callable[[int], RowPass]) -> Answer:

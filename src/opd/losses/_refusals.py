@@ -31,7 +31,7 @@ BETA_READERS = ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl", "alpha_
 
 def refuse_wrong(objective: Objective) -> None:
     """Raise ObjectiveError for the first thing that is wrong."""
-    for rules in (_names, _numbers, _divergence, _support, _estimator, _delivery, _unread):
+    for rules in (_names, _numbers, _divergence, _floor, _support, _estimator, _delivery, _reduction, _unread):
         for complaint in rules(objective):
             raise ObjectiveError(complaint)
     check_shape_parameters(objective.divergence, alpha=objective.alpha, beta=objective.beta)
@@ -88,6 +88,32 @@ def _divergence(o: Objective) -> Iterator[str]:
         yield (
             "scale_by_t2 with delivery='advantage': T² makes up for gradients that flow through divided logits, and an advantage "
             "has no gradient; turn scale_by_t2 off."
+        )
+
+
+def takes_floor(o: Objective) -> bool:
+    """Whether the teacher's log-probs stand only in log(p/q), weighed by the student: then they can be bounded from below."""
+    name = o.divergence
+    reverse = name == "reverse_kl" or (name in ("generalized_jsd", "skew_reverse_kl") and o.beta == 1)
+    return reverse or o.support == "sampled"
+
+
+def _floor(o: Objective) -> Iterator[str]:
+    if o.teacher_logp_floor is not None and not takes_floor(o):
+        yield (
+            f"teacher_logp_floor={o.teacher_logp_floor} with {o.divergence}: the floor adds probability to every token of the vocabulary, "
+            f"and {o.divergence} sums over it, so that the student would learn the floor; drop teacher_logp_floor, or use "
+            "divergence='reverse_kl', which alone is infinite where the teacher gives 0."
+        )
+
+
+def _reduction(o: Objective) -> Iterator[str]:
+    if o.reduction == "sequence_mean" and o.looks_at_sample:
+        said = "support='sampled'" if o.support == "sampled" else "tail='sampled'"
+        yield (
+            f"reduction='sequence_mean' with {said}: a token's weight, 1 over the length of its response, depends on that token, so the "
+            "expected gradient is not the divergence's, however large the batch (off by half of its size where lengths vary); use "
+            "reduction='fixed' with fixed_count set to the response tokens of a usual step."
         )
 
 

@@ -184,8 +184,9 @@ def log_mixture_ratio(log_ratio: Float[Tensor, "*entries"], beta: float) -> Floa
     above, below = log_ratio > EXP_RANGE, log_ratio < -EXP_RANGE
     high = torch.where(above, log_ratio, EXP_RANGE)
     low = torch.where(below, log_ratio, -EXP_RANGE)
-    upper = high + torch.log(beta + (1.0 - beta) * torch.exp(-high))
-    lower = torch.log((1.0 - beta) + beta * torch.exp(low))
+    # The larger weight's logarithm is nearly 0: as the logarithm of a float32 sum it would keep no digit.
+    upper = high + (math.log(beta) + torch.log1p((1.0 - beta) / beta * torch.exp(-high)))
+    lower = math.log(1.0 - beta) + torch.log1p(beta / (1.0 - beta) * torch.exp(low))
     return torch.where(near, body, torch.where(above, upper, torch.where(below, lower, log_ratio)))
 
 

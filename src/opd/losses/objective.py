@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.losses._refusals import refuse_wrong
+from opd.losses._refusals import refuse_wrong, takes_floor
 from opd.losses._shapes import Float, Int
 from opd.losses.diagnostics import token_diagnostics
 from opd.losses.divergences import Divergence, full_divergence, to_logp, warn_if_faded
@@ -76,9 +76,12 @@ class Objective:
     scale_by_t2: bool = False
     """Multiply the loss by the square of the (common) temperature."""
     teacher_logp_floor: float | None = None
-    """Raise teacher log-probs (nats) below this to it; the metric `clamped` tells how often."""
+    """Raise teacher log-probs (nats) below this to it in log(p/q); the metric `clamped` tells how often. Read by reverse_kl, and by
+    estimators of the sampled token."""
     reduction: Reduction = "token_mean"
-    """How per-token losses become one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count."""
+    """How per-token losses become one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count. Of
+    losses that look at the sampled token, fixed alone has the exact expected gradient: token_mean is off by about 1 / (sequences of
+    a step), and sequence_mean, which is off at every size, is refused."""
     fixed_count: float | None = None
     """What reduction=fixed divides by."""
     clip_range: float | None = None
@@ -88,6 +91,16 @@ class Objective:
         refuse_wrong(self)
         if self.divergence == "generalized_jsd" and not self.normalize:
             warn_if_faded(self.beta)
+
+    @property
+    def looks_at_sample(self) -> bool:
+        """Whether the loss depends on which token was sampled: then its weights must not, see `reduction`."""
+        return "sampled" in (self.support, self.tail)
+
+    @property
+    def takes_floor(self) -> bool:
+        """Whether `teacher_logp_floor` can bound this loss."""
+        return takes_floor(self)
 
     @property
     def needs(self) -> tuple[TargetKind, ...]:
@@ -212,8 +225,8 @@ class Objective:
         y_logq, clamped = y_logq.squeeze(-1), (clamped > 0).to(student_logp.dtype)
         if self.estimator == "k2":
             return k2(student_logp, y_logq), clamped
-        if self.estimator == "k3":
-            return k3(student_logp, y_logq), clamped
+        if self.estimator == "k3":  # q itself, from which the gradient comes, is not raised
+            return k3(student_logp, teacher_logp, floored_logp=y_logq), clamped
         advantage = distillation_advantage(student_logp, y_logq)
         if self.discount > 0 and sequence_index is not None:
             advantage = discounted_return(advantage, sequence_index, self.discount)
@@ -321,7 +334,7 @@ class Objective:
         response_ids: Tensor | None,
         sampler_logp: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        teacher_on_k, clamped = self._floored(student_on_k, teacher_on_k)
+        raised, clamped = self._floored(student_on_k, teacher_on_k)
         sampled = None
         if y_logp is not None and y_logq is not None and response_ids is not None and self.tail == "sampled":
             outside = ~support.contains(response_ids)
@@ -334,6 +347,7 @@ class Objective:
             self.divergence,
             student_on_k,
             teacher_on_k,
+            floored_logp=raised,
             tail=self.tail,
             beta=self.beta,
             normalize=self.normalize,
@@ -370,8 +384,9 @@ class Objective:
         assert isinstance(target, TopKTarget)
         support = support_of(target.ids)
         student_on_k = support.gather(student_logp)
-        teacher_on_k = self._floored(student_on_k, support.mask(target.teacher_logp))[0]
-        return partial_divergence("reverse_kl", student_on_k, teacher_on_k)
+        teacher_on_k = support.mask(target.teacher_logp)
+        raised = self._floored(student_on_k, teacher_on_k)[0]
+        return partial_divergence("reverse_kl", student_on_k, teacher_on_k, floored_logp=raised)
 
 
 _SUPPLY_WORDS: dict[TargetKind, str] = {

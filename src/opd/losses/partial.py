@@ -95,6 +95,7 @@ def partial_divergence(
     beta: float = 0.5,
     normalize: bool = True,
     sampled: SampledToken | None = None,
+    floored_logp: Float[Tensor, "tokens k"] | None = None,
 ) -> Float[Tensor, " tokens"]:
     """The divergence called `name` on a support K, with d(p, q) its entry term and c its `mass_coefficient`.
 
@@ -102,6 +103,8 @@ def partial_divergence(
     generalized: Σ_K [d + c (q−p)], ≥ 0 entry by entry, blind outside K.
     renormalize: Σ_K d of the two distributions renormalised on K, free of any constraint outside K.
     sampled: generalized + 1[y∉K] [d + c (q−p)](y) / sg[μ(y)], unbiased in value and gradient for y ~ μ.
+
+    `floored_logp` are the teacher's log-probs raised to a floor: they stand for q in the terms of K, not in the mass outside.
     """
     if tail not in get_args(Tail):
         raise ObjectiveError(f"tail={tail!r} is not one of {', '.join(get_args(Tail))}.")
@@ -114,9 +117,10 @@ def partial_divergence(
         plain = terms(logp, logq)
         return plain + coefficient * (logq.exp() - logp.exp()).to(plain.dtype) if coefficient else plain
 
-    logp, logq = _wide(student_logp), _wide(teacher_logp)
+    logp, logq = _wide(student_logp), _wide(teacher_logp if floored_logp is None else floored_logp)
     if tail == "bucket":
-        return terms(_with_tail(logp), _with_tail(logq)).sum(dim=-1)
+        rest = tail_logp(_wide(teacher_logp)).unsqueeze(-1)
+        return terms(_with_tail(logp), torch.cat([logq, rest], dim=-1)).sum(dim=-1)
     if tail == "renormalize":
         if logp.shape[-1] == 1:
             raise ObjectiveError(

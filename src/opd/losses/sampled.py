@@ -27,10 +27,19 @@ def k2(student_logp: Float[Tensor, " tokens"], teacher_logp: Float[Tensor, " tok
     return 0.5 * (student_logp - teacher_logp).square()
 
 
-def k3(student_logp: Float[Tensor, " tokens"], teacher_logp: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """e^−δ − 1 + δ ≥ 0: unbiased for reverse KL as a value, but as a loss its expected gradient is that of *forward* KL."""
+def k3(
+    student_logp: Float[Tensor, " tokens"],
+    teacher_logp: Float[Tensor, " tokens"],
+    *,
+    floored_logp: Float[Tensor, " tokens"] | None = None,
+) -> Float[Tensor, " tokens"]:
+    """e^−δ − 1 + δ ≥ 0: unbiased for reverse KL as a value, but as a loss its expected gradient is that of *forward* KL.
+
+    `floored_logp` are the teacher's log-probs raised to a floor: they bound the last δ, whose gradient does not depend on them.
+    """
     log_ratio = teacher_logp - student_logp
-    return torch.expm1(log_ratio) - log_ratio
+    bounded = log_ratio if floored_logp is None else floored_logp - student_logp
+    return torch.expm1(log_ratio) - bounded
 
 
 def distillation_advantage(

@@ -106,7 +106,19 @@ def notices(config: Config) -> list[str]:
             f"optimizer.warmup_steps={optimizer.warmup} does not end within train.steps={steps}, so the rate never passes "
             f"{steps / (optimizer.warmup + 1):.0%} of optimizer.lr. Lower it, or set it to null for a tenth of the run."
         )
-    return [*found, *_natural_gradient_notices(config)]
+    return [*found, *_reduction_notices(config), *_natural_gradient_notices(config)]
+
+
+def _reduction_notices(config: Config) -> list[str]:
+    objective, sequences = config.objective, config.train.prompts_per_step * config.train.samples_per_prompt
+    if not objective.looks_at_sample or objective.reduction != "token_mean" or not config.rl.distilled:
+        return []
+    said = "support=sampled" if objective.support == "sampled" else "tail=sampled"
+    return [
+        f"objective.{said} with objective.reduction=token_mean: a token's weight, 1 over the step's response tokens, depends on that token, "
+        f"so the expected gradient is off by about 1/{sequences} of its size (1 over the responses of a step). objective.reduction=fixed "
+        "with objective.fixed_count set to the response tokens of a usual step has no such error."
+    ]
 
 
 def _natural_gradient_notices(config: Config) -> list[str]:

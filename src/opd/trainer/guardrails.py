@@ -33,10 +33,13 @@ def check_loss(per_token: torch.Tensor, batch: Batch, objective: Objective) -> N
     position = index - int((batch.sequence_index < sequence).sum())
     value = float(per_token.detach()[index])
     if value == float("inf"):
+        bound = "set objective.teacher_logp_floor=-30 to bound it (metric: clamped_tokens) and go on with --resume"
+        floor = bound if objective.takes_floor else ""
+        other = "" if objective.support == "sampled" else "begin a new run with objective.divergence=generalized_jsd"
+        advice = ", or ".join(part for part in (floor, other) if part) or "look at the models' dtypes"
         cause = (
             f"{objective.divergence} is infinite in truth where one model gives zero probability to what the other can emit. "
-            "Set objective.teacher_logp_floor=-30 to bound it (metric: clamped_tokens) and go on with --resume, or begin a new run with "
-            "generalized_jsd."
+            f"{advice[0].upper()}{advice[1:]}."
         )
     else:
         cause = "Look for NaN in the student's or the teacher's weights, or lower optimizer.lr and resume from the last checkpoint."

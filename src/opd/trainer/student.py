@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -188,13 +189,15 @@ class Student(Policy):
                     metrics.add(batch, out)
                 during = TokenMetrics()
         self.zero_grad()
-        total, seen_batches = 0.0, []
+        total, seen_batches, up = 0.0, [], None
         with self._training():
             for batch in batches:
                 loss = self.loss(batch, objective, during)
-                loss.backward()
+                up = up or self._loss_scale(batch)
+                (loss * (up or 1.0)).backward()
                 total += loss.item()
                 seen_batches.append(replace(batch, target=None))
+        self._unscale(up or 1.0)
         norm = self.gradient_norm()
         if not norm.isfinite():
             self._explain_gradient(batches, objective)
@@ -228,6 +231,19 @@ class Student(Policy):
         """`logits` without autocast: conjugate gradients need products that agree with each other."""
         return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
 
+    def _loss_scale(self, batch: Batch) -> float | None:
+        """A power of two that the loss is multiplied by where the model is float16, in which gradients times 1/N would vanish: weights
+        per token then are between 1 and 2. None while no token counts."""
+        if all(p.dtype != torch.float16 for p in self.model.parameters()):
+            return 1.0
+        largest = float(batch.token_weights.abs().max()) if len(batch.token_weights) else 0.0
+        return 2.0 ** (1 - math.frexp(largest)[1]) if largest > 0.0 else None
+
+    def _unscale(self, up: float) -> None:
+        for parameter in self.parameters() if up != 1.0 else ():
+            if parameter.grad is not None:
+                parameter.grad.div_(up)
+
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
@@ -244,7 +260,7 @@ class Student(Policy):
         def gradient_is_finite(batch: Batch) -> bool:
             self.zero_grad()
             with self._training():
-                self.loss(batch, objective, TokenMetrics()).backward()
+                (self.loss(batch, objective, TokenMetrics()) * (self._loss_scale(batch) or 1.0)).backward()
             return bool(self.gradient_norm().isfinite())
 
         try:

@@ -8,12 +8,13 @@ import pytest
 from verl_world import make_models
 
 from opd.errors import ConfigError, ModelError, VocabularyError
-from opd.integrations.verl.checks import Run, check_run, common_vocabulary, read_model
+from opd.integrations.verl.checks import Run, check_run, common_vocabulary, notes, read_model
 from opd.integrations.verl.settings import parse
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 
 K1 = {"support": "sampled", "estimator": "k1", "delivery": "advantage"}
 K2 = {"support": "sampled", "estimator": "k2"}
+TAIL = {"support": "teacher_top_k", "tail": "sampled"}
 
 
 def settings(**section):
@@ -33,6 +34,14 @@ def settings(**section):
         (K2, {"temperature": 0.7}, "opd.student_temperature=1"),
         (K1, {"top_p": 0.9}, "top_p=0.9"),
         ({**K1, "discount": 0.5}, {"temperature": 0.7}, "opd.student_temperature=1"),
+        (K1, {"loss_agg_mode": "seq-mean-token-mean"}, "set actor.loss_agg_mode=seq-mean-token-sum-norm"),
+        (TAIL, {"loss_agg_mode": "seq-mean-token-mean"}, "with opd.tail=sampled: a token's weight"),
+        (
+            {**K1, "lambda_rl": 1.0, "hybrid": "advantages"},
+            {"loss_agg_mode": "seq-mean-token-mean"},
+            "with opd.estimator=k1: a token's weight",
+        ),
+        (K2, {"loss_agg_mode": "seq-mean-token-sum-norm"}, "set actor.loss_scale_factor=<data.max_response_length>"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(section: dict, run: dict, said: str):
@@ -48,12 +57,28 @@ def test_a_config_that_cannot_work_is_refused(section: dict, run: dict, said: st
         ({}, {"strategy": "fsdp", "sequence_parallel": 2}),
         ({}, {"temperature": 0.7, "top_p": 0.9, "loss_mode": "on_policy_distillation"}),
         (K1, {"temperature": 0.7}),
+        (K1, {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 1024}),
+        (TAIL, {"loss_agg_mode": "seq-mean-token-sum"}),
+        ({}, {"loss_agg_mode": "seq-mean-token-mean"}),
+        ({"support": "teacher_top_k"}, {"loss_agg_mode": "seq-mean-token-sum-norm"}),
+        ({**K1, "lambda_rl": 1.0, "lambda_distill": 0.0}, {"loss_agg_mode": "seq-mean-token-mean"}),
         ({"lambda_rl": 1.0}, {"entropy_coeff": 0.01, "use_kl_loss": True, "loss_mode": "gspo"}),
         ({"lambda_rl": 1.0, "lambda_distill": 0.0}, {"native_fused_kernels": True, "sequence_parallel": 2}),
     ],
 )
 def test_a_config_that_works_is_taken(section: dict, run: dict):
     check_run(settings(**section), Run(**{"strategy": "fsdp2", **run}))
+
+
+def test_a_mean_over_tokens_of_a_loss_of_the_sampled_token_is_taken_and_said():
+    for section in (K1, TAIL):
+        (said,) = notes(settings(**section), Run(strategy="fsdp2"))
+        assert "off by about 1 / (responses of a mini-batch)" in said
+        assert not notes(settings(**section), Run(strategy="fsdp2", loss_agg_mode="token-sum"))
+        advised = {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 1024}
+        assert not notes(settings(**section), Run(strategy="fsdp2", **advised))
+        check_run(settings(**section), Run(strategy="fsdp2", **advised))
+    assert not notes(settings(), Run(strategy="fsdp2"))
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from verl.trainer.ppo.core_algos import agg_loss
-from verl_engines import RESPONSE_LENGTHS, batch, engine, policy_loss, same, step
+from verl_engines import FP32, RESPONSE_LENGTHS, batch, engine, policy_loss, same, step
 
 from opd.errors import ModelError, NonFiniteError
 from opd.integrations.verl.head import run_to_head
@@ -77,6 +78,25 @@ def test_the_loss_and_every_gradient_are_those_of_plain_transformers(models: Pat
     expected, plain_gradients = plainly(models, batch(), Objective(**settings))
     assert loss == pytest.approx(expected, rel=1e-6)
     same(gradients, plain_gradients)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lambda_rl": 0.5}], ids=["distillation", "beside a reward"])
+def test_float16_under_verls_loss_scaler_keeps_the_gradient_of_a_large_mini_batch(models: Path, settings: dict):
+    """1 / 1.8 million tokens would vanish in float16, were it multiplied in before verl's scale of 65536."""
+    mode = "seq-mean-token-sum-norm"
+    slopes = []
+    for precision in (FP32, {**FP32, "param_dtype": "fp16"}):
+        built = engine(models, reduction=mode, mixed_precision=precision, **settings)
+        built.reduction["loss_scale_factor"] = 450_000
+        if built.scaler is not None:
+            built.scaler = ShardedGradScaler(device="cpu")  # verl's is for CUDA, and without one it scales nothing
+        _, gradients, _ = step(built, batch(), policy_loss(mode, scale_factor=450_000))
+        scale = 1.0 if built.scaler is None else built.scaler.get_scale()
+        slopes.append({name: gradient.float() / scale for name, gradient in gradients.items()})
+    exact, found = slopes
+    assert exact.keys() == found.keys()
+    apart = sum(float((found[n] - exact[n]).square().sum()) for n in exact) ** 0.5
+    assert apart < 0.01 * sum(float(g.square().sum()) for g in exact.values()) ** 0.5
 
 
 def test_gkd_is_the_skewed_reverse_kl(models: Path):

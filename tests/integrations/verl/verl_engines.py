@@ -127,13 +127,14 @@ def batch(
     )
 
 
-def policy_loss(reduction: str = "token-mean", entropy_coeff: float = 0.0):
+def policy_loss(reduction: str = "token-mean", entropy_coeff: float = 0.0, scale_factor: int | None = None):
     """verl's, as its worker binds it."""
     config = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=4,
         loss_agg_mode=reduction,
+        loss_scale_factor=scale_factor,
         entropy_coeff=entropy_coeff,
     )
     return functools.partial(ppo_loss, config=config)

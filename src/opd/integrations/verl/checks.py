@@ -45,6 +45,8 @@ class Run:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    loss_agg_mode: str = "token-mean"
+    loss_scale_factor: float | None = None
 
 
 def check_run(settings: Settings, run: Run) -> None:
@@ -54,8 +56,20 @@ def check_run(settings: Settings, run: Run) -> None:
         *_pool(settings, run),
         *_engine(settings, run),
         *_sampling(settings, run),
+        *_aggregation(settings, run),
     ):
         raise ConfigError(problem)
+
+
+def notes(settings: Settings, run: Run) -> tuple[str, ...]:
+    """What is allowed, and should be known."""
+    if not _weighs_samples(settings) or run.loss_agg_mode != "token-mean":
+        return ()
+    return (
+        f"actor.loss_agg_mode=token-mean with {_said(settings)}: a token's weight, 1 over the mini-batch's response tokens, depends on that "
+        "token, so the expected gradient is off by about 1 / (responses of a mini-batch). actor.loss_agg_mode=seq-mean-token-sum-norm with "
+        "actor.loss_scale_factor=<data.max_response_length> has no such error.",
+    )
 
 
 def _selection(settings: Settings, run: Run) -> Iterator[str]:
@@ -216,10 +230,9 @@ def teacher_attention(
 
 def _sampling(settings: Settings, run: Run) -> Iterator[str]:
     """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
-    objective = settings.objective
-    if not settings.distils or (objective.support != "sampled" and objective.tail != "sampled"):
+    objective, said = settings.objective, _said(settings)
+    if not _weighs_samples(settings):
         return
-    said = f"opd.estimator={objective.estimator}" if objective.support == "sampled" else "opd.tail=sampled"
     reweighted = objective.estimator in ("k1", "exact") and objective.discount == 0
     if run.temperature != objective.student_temperature and not reweighted:
         yield (
@@ -236,6 +249,35 @@ def _sampling(settings: Settings, run: Run) -> Iterator[str]:
 def teacher_key(name: str) -> str:
     """The section of a teacher, as it is written on verl's command line."""
     return "opd.teacher" if name == SOLE else f"opd.teachers.{name}"
+
+
+def _aggregation(settings: Settings, run: Run) -> Iterator[str]:
+    """Losses that look at the sampled token have their expected gradient only under weights that do not depend on it."""
+    if not _weighs_samples(settings):
+        return
+    mode, instead = (
+        run.loss_agg_mode,
+        "actor.loss_agg_mode=seq-mean-token-sum-norm with actor.loss_scale_factor=<data.max_response_length>",
+    )
+    if mode == "seq-mean-token-mean":
+        yield (
+            f"actor.loss_agg_mode={mode} with {_said(settings)}: a token's weight, 1 over the length of its response, depends on that token, "
+            f"so the expected gradient is not the divergence's, however large the batch; set {instead}."
+        )
+    if mode == "seq-mean-token-sum-norm" and run.loss_scale_factor is None:
+        yield (
+            f"actor.loss_agg_mode={mode} without actor.loss_scale_factor divides by the longest response of each micro-batch, and with "
+            f"{_said(settings)} that depends on the very tokens that it weighs; set actor.loss_scale_factor=<data.max_response_length>."
+        )
+
+
+def _weighs_samples(settings: Settings) -> bool:
+    return settings.distils and settings.objective.looks_at_sample
+
+
+def _said(settings: Settings) -> str:
+    objective = settings.objective
+    return f"opd.estimator={objective.estimator}" if objective.support == "sampled" else "opd.tail=sampled"
 
 
 def check_top_k(settings: Settings, match: VocabularyMatch) -> None:

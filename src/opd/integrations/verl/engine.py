@@ -261,9 +261,15 @@ class OpdEngine(LanguageModelEngine):
         return linear_log_prob(hidden, layer.weight, tokens.ids, bias=layer.bias, temperature=float(values))
 
     def _why_not_finite(self, seen: dict[str, Tensor]) -> str:
+        assert self.settings is not None
         bad = int((~seen["per_token"].isfinite()).sum())
+        instead = (
+            "set opd.teacher_logp_floor=-30"
+            if self.settings.objective.takes_floor
+            else "use opd.divergence=generalized_jsd"
+        )
         return (
             f"the distillation loss is not finite, at {bad} of {len(seen['per_token'])} response tokens of this micro-batch; no update "
-            "was made. Teacher or student gives NaN, or the teacher gives a token of the student's probability 0: look at the models' "
-            "dtypes, or set opd.teacher_logp_floor=-30."
+            "was made. Teacher or student gives NaN, or one model gives probability 0 to a token of the other's: look at the models' "
+            f"dtypes, or {instead}."
         )

@@ -14,7 +14,7 @@ from verl.utils.device import get_device_name
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 
 from opd.errors import ConfigError
-from opd.integrations.verl.checks import Pool, Run, check_run
+from opd.integrations.verl.checks import Pool, Run, check_run, notes
 from opd.integrations.verl.hook_check import PARTS, check_hooks, installed
 from opd.integrations.verl.settings import Settings, parse
 
@@ -53,27 +53,27 @@ class OpdActorConfig(FSDPActorConfig):
 
     def validate(self, n_gpus: int, train_batch_size: int, model_config: Any = None) -> None:
         super().validate(n_gpus, train_batch_size, model_config)
-        settings, notes = parse(self.fsdp_config.opd or {})
+        settings, mapped = parse(self.fsdp_config.opd or {})
         check_verl(settings)
         facts = dict(self.opd_run)
-        check_run(
-            settings,
-            Run(
-                strategy=self.strategy,
-                sequence_parallel=self.fsdp_config.ulysses_sequence_parallel_size,
-                loss_mode=self.policy_loss.get("loss_mode", "vanilla"),
-                entropy_coeff=self.entropy_coeff,
-                use_kl_loss=self.use_kl_loss,
-                sum_pi_squared=self.calculate_sum_pi_squared,
-                native_distillation=bool(facts["native_distillation"]),
-                native_fused_kernels=bool(facts["native_fused_kernels"]),
-                pool=_pool(facts.get("pool")),
-                temperature=float(facts["temperature"]),
-                top_p=float(facts["top_p"]),
-                top_k=int(facts["top_k"]),
-            ),
+        run = Run(
+            strategy=self.strategy,
+            sequence_parallel=self.fsdp_config.ulysses_sequence_parallel_size,
+            loss_mode=self.policy_loss.get("loss_mode", "vanilla"),
+            entropy_coeff=self.entropy_coeff,
+            use_kl_loss=self.use_kl_loss,
+            sum_pi_squared=self.calculate_sum_pi_squared,
+            native_distillation=bool(facts["native_distillation"]),
+            native_fused_kernels=bool(facts["native_fused_kernels"]),
+            pool=_pool(facts.get("pool")),
+            temperature=float(facts["temperature"]),
+            top_p=float(facts["top_p"]),
+            top_k=int(facts["top_k"]),
+            loss_agg_mode=self.loss_agg_mode,
+            loss_scale_factor=self.loss_scale_factor,
         )
-        for note in notes:
+        check_run(settings, run)
+        for note in (*mapped, *notes(settings, run)):
             print(f"opd: {note}", flush=True)
         if settings.distils:
             from opd.integrations.verl.driver import check_models

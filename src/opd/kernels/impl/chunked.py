@@ -179,16 +179,12 @@ class ClosedForm:
             if gradient:
                 z.sub_(x / s).mul_(p)
             return s, q, zp, tq, x, none
-        m = torch.exp(z, out=form.buffer("m", z))
-        s, zp = m.sum(-1, keepdim=True), dot(m, z)
+        p = torch.exp(z, out=form.buffer("m", z))
+        s, zp = p.sum(-1, keepdim=True), dot(p, z)
         s, q, zp, tq = total(s, q, zp, tq)
-        share = form.beta * s / q
-        m.mul_(1.0 - form.beta).add_(one.mul_(share)).clamp_min_(torch.finfo(m.dtype).tiny).log_()
-        y = dot(one, t.sub_(m)) / share
-        p = torch.exp(z, out=one)
-        x, y = total(dot(p, z.sub_(m)), y)
+        x, y = total(*form.mixture_sums(z, t, p, one, q / s))
         if gradient:
-            z.sub_(x / s).mul_(p)
+            z.add_(x / s).mul_(p)
         return s, q, zp, tq, x, y
 
     def _sum_of_losses(

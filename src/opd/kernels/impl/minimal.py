@@ -358,7 +358,7 @@ class _Blocks:
         for piece, z, tp, p, q_ in self._pieces(found, whole, t):
             one = torch.ones_like(p[:, :1])
             logp = form.buffer("bonus", z).copy_(z) if request.entropy_bonus else None
-            form.slope_alone(z, tp, p, q_)
+            form.slope_alone(z, tp)
             weight = request.distill_weight * form.factor(one, one)
             if form.kind == "forward_kl":
                 z.fill_(0.0)

@@ -19,7 +19,7 @@ from opd.types import DenseTarget, HiddenTarget, Target
 def run(request: Request) -> Answer:
     """The request's loss and gradients."""
     leaves = [
-        None if value is None else value.detach().requires_grad_(wanted)
+        None if value is None else value.detach().to(request.dtype).requires_grad_(wanted)
         for value, wanted in (
             (request.hidden, request.needs.hidden),
             (request.weight, request.needs.weight),

@@ -22,7 +22,7 @@ from opd.kernels.impl.chunked import ClosedForm
 from opd.kernels.parallel import Shards
 from opd.kernels.request import Needs, Request, TeacherMixture, Watch
 from opd.kernels.rows import Rows
-from opd.kernels.walk import TeacherRows, masked_columns
+from opd.kernels.walk import TeacherRows, lifted, masked_columns
 from opd.losses import Objective
 from opd.types import DenseTarget
 
@@ -86,7 +86,7 @@ def token_losses(
             f"a response has token {int(response_ids[where].max())}, but student and teacher have only {request.vocab} tokens in common; "
             "use a teacher with the student's tokenizer."
         )
-    walker = _Walker(request, where, student_scale)
+    walker = _Walker(request, where, student_scale, torch.is_grad_enabled() and student_logits.requires_grad)
     loss = _Differentiable.apply(student_logits, walker)
     assert isinstance(loss, Tensor)
     return TokenLosses(loss=loss, metrics=walker.metrics)
@@ -119,21 +119,25 @@ def _rows(logits: Tensor) -> int:
 class _Walker:
     """One walk over the rows: their losses, diagnostics, and the gradient of the student's logits."""
 
-    def __init__(self, request: Request, positions: Tensor, scale: float) -> None:
-        self.request, self.positions = request, positions
+    def __init__(self, request: Request, positions: Tensor, scale: float, gradient: bool) -> None:
+        self.request, self.positions, self.gradient = request, positions, gradient
         self.factor = scale / request.objective.student_temperature
         self.metrics: dict[str, Tensor] = {}
+        self.slopes: Tensor | None = None
+        """The gradient of the logits, until somebody asks for it."""
+        self.powers: Tensor | None = None
+        """Of two, [positions], that rows of `slopes` are multiplied by where they are float16."""
         self.masked = masked_columns(request)
 
-    def run(self, logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        request = self.request
+    def run(self, logits: Tensor) -> Tensor:
+        request, gradient = self.request, self.gradient
         closed = has_closed_form(request)
         rows = request.chunk_tokens
         row_pass = ClosedForm(request, rows) if closed else ByAutograd(request)
         teacher = TeacherRows(request, self.masked, rows)
         buffer = torch.empty(rows, request.vocab, dtype=request.dtype, device=logits.device)
         slopes = torch.zeros_like(logits) if gradient else None
-        done = []
+        done, powers = [], [buffer.new_zeros(0, 1)]
         for index in self.positions.split(rows):
             z = self._student(logits, index, buffer[: len(index)], row_pass.fill)
             teachers = teacher.logits(index, len(index), row_pass.fill)
@@ -144,12 +148,18 @@ class _Walker:
                 self._mend(logits, teacher, z, index, out, gradient)
             out.values |= seen
             if slopes is not None:
-                slopes[index, : request.vocab] = z.mul_((out.scale * self.factor).unsqueeze(-1)).to(slopes.dtype)
+                z.mul_((out.scale * self.factor).unsqueeze(-1))
+                if slopes.dtype == torch.float16:
+                    powers.append(lifted(z))
+                slopes[index, : request.vocab] = z.to(slopes.dtype)
             done.append(out)
         values = Rows.join(done, buffer).values
         empty = buffer.new_zeros(0)
         self.metrics = {name.removeprefix("watch/"): v for name, v in values.items() if name.startswith("watch/")}
-        return values.get("loss", empty), slopes
+        self.slopes = slopes
+        if len(powers) > 1:
+            self.powers = torch.cat(powers).squeeze(-1)
+        return values.get("loss", empty)
 
     def _student(self, logits: Tensor, index: Tensor, out: Tensor, fill: float) -> Tensor:
         out.copy_(logits[index, : out.shape[1]])
@@ -175,23 +185,47 @@ class _Walker:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, walker: _Walker) -> Tensor:
-        with torch.autocast(student_logits.device.type, enabled=False):
-            loss, ctx.slopes = walker.run(student_logits.detach(), ctx.needs_input_grad[0])
-        ctx.positions = walker.positions
-        return loss
+    def forward(student_logits: Tensor, walker: _Walker) -> Tensor:
+        with torch.no_grad(), torch.autocast(student_logits.device.type, enabled=False):
+            return walker.run(student_logits.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Walker], output: Tensor) -> None:
+        ctx.walker = inputs[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        slopes, ctx.slopes = ctx.slopes, None  # scaled in place: another copy would be as large as the logits
+        found = _HandOut.apply(grad, ctx.walker)
+        assert isinstance(found, Tensor)
+        return found, None
+
+
+class _HandOut(torch.autograd.Function):
+    """The gradient of the logits: a function of its own, so that torch.func shows it plain tensors."""
+
+    @staticmethod
+    def forward(grad: Tensor, walker: _Walker) -> Tensor:
+        slopes, walker.slopes = walker.slopes, None  # scaled in place: another copy would be as large as the logits
         if slopes is None:
             raise RuntimeError("this loss can be differentiated once; compute it again for a second backward pass.")
-        everywhere = torch.zeros(slopes.shape[0], dtype=grad.dtype, device=grad.device)
-        everywhere[ctx.positions] = grad
-        size = _rows(slopes)  # a product of two dtypes makes float32 copies of what it is given
-        for rows, factors in zip(slopes.split(size), everywhere.split(size), strict=True):
-            rows.mul_(
-                factors.unsqueeze(-1)
-            )  # in float32: rounded to bfloat16, the weights would change the gradient's length
-        return slopes, None
+        weights = grad.float() / walker.powers if walker.powers is not None else grad
+        everywhere = torch.zeros(slopes.shape[0], dtype=weights.dtype, device=weights.device)
+        everywhere[walker.positions] = weights
+        if slopes.dtype in (torch.float16, torch.bfloat16):
+            # In float32: in float16 a weight of 1/N, without a loss scale, would vanish, and one rounded to bfloat16 changes the
+            # gradient's length. A product of two dtypes copies what it is given, so a few rows at a time.
+            size = _rows(slopes)
+            for rows, weight in zip(slopes.split(size), everywhere.float().split(size), strict=True):
+                rows.mul_(weight.unsqueeze(-1))
+        else:
+            slopes.mul_(everywhere.unsqueeze(-1))
+        return slopes.index_fill_(0, walker.positions[grad == 0], 0.0)  # also where the loss is NaN
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("this loss has first derivatives only.")
