@@ -106,6 +106,10 @@ def test_arguments_that_are_no_json_object_are_shown_as_they_are():
     assert render(ADDS_TEXT, USER, called("[1, NaN]")) == "user:hi;assistant:[[1, NaN]];"
 
 
+def test_a_null_that_a_text_of_arguments_spells_is_shown():
+    assert render(DUMPS_OBJECTS, USER, called('{"unit": null}')) == 'user:hi;assistant:{"unit": null};'
+
+
 def test_a_call_without_arguments_has_none():
     for arguments in ("", "{}", {}, []):
         assert render(DUMPS_OBJECTS, USER, called(arguments)) == "user:hi;assistant:{};"
@@ -201,7 +205,8 @@ def test_a_rendering_that_the_tokenizer_cannot_read_is_a_data_error_with_the_row
 
 
 def test_nothing_is_said_where_everything_is_shown():
-    rows = [prompt(USER, called({"city": "Rome"}, content="so"), {"role": "tool", "content": "a\n\nb"}), prompt(USER)]
+    result = {"role": "tool", "name": "weather", "tool_call_id": "c1", "content": "a\n\nb"}
+    rows = [prompt(USER, called({"city": "Rome"}, content="so"), result), prompt(USER)]
     assert notices(CALLS.replace("CALL", "{{ c | tojson }}"), *rows) == []
     assert notices(TOOLS, prompt(USER, template_arguments={"tools": [TOOL]})) == []
     assert (
@@ -217,6 +222,12 @@ def test_a_message_that_the_template_drops_is_said_even_where_its_words_are_ther
     (notice,) = notices(KNOWN_ROLES, *rows)
     assert "prompts of student 'tiny' do not show" in notice and "content of developer messages" in notice
     assert "the first is prompt 4" in notice
+
+
+def test_tools_that_the_template_drops_are_said_even_where_their_words_are_there_by_chance():
+    tool = {"type": "function", "function": {"name": "hi", "description": "u"}}
+    (notice,) = notices(PRINTS, prompt(USER, template_arguments={"tools": [tool]}))
+    assert "tools (1 row" in notice
 
 
 def test_a_part_of_a_message_that_the_template_drops_is_said():

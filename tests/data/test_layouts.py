@@ -237,7 +237,7 @@ def test_sharegpt_conversations_are_messages(write):
     said_call = json.dumps({"name": "f", "arguments": {"x": 1}})
     conversation = [
         {"from": "system", "value": "Be brief."},
-        {"from": "human", "value": "hi"},
+        {"from": "Human", "value": "hi"},
         {"from": "function_call", "value": said_call},
         {"from": "observation", "value": "ok"},
     ]
@@ -290,6 +290,12 @@ def test_a_last_message_that_calls_a_tool_is_no_response(write):
 def test_messages_of_anybody_but_the_user_may_be_empty(write, message):
     (prompt,) = load_prompts(write({"prompt": [message, USER]}))
     assert prompt.messages and not prompt.messages[0]["content"]
+
+
+@pytest.mark.parametrize("result", [{"temp": 20, "sky": "blå"}, 20, True, [1, 2], [{"temp": 20}]])
+def test_a_result_that_is_no_text_is_its_json(write, result):
+    (prompt,) = load_prompts(write({"prompt": [USER, {"role": "tool", "content": result}]}))
+    assert prompt.messages and prompt.messages[1]["content"] == json.dumps(result, ensure_ascii=False)
 
 
 def test_a_part_that_is_no_text_is_refused_by_its_type(write):

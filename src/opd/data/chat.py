@@ -170,11 +170,11 @@ class ChatTemplate:
         """Whether a text has to be probed: it is not there, or could be there by chance, the first of its kind."""
         if not holds(text, leaf.text):
             return True
-        if leaf.path[0] != 0 or leaf.path[2:3] != ("content",):
-            return False
-        place = leaf.path[1]
-        roles = [message.get("role") for message in chat[0]]
-        kind = (roles[place], place == 0, roles[place - 1] if place else None, "tool_calls" in chat[0][place])
+        kind: tuple[Any, ...] = (leaf.label, leaf.path[-1])
+        if leaf.path[0] == 0:  # whether a message is shown can depend on its place
+            place = leaf.path[1]
+            before = chat[0][place - 1].get("role") if place else None
+            kind += (before, "tool_calls" in chat[0][place])
         if kind in self._shown_kinds:
             return False
         self._shown_kinds.add(kind)

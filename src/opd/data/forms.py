@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.data.messages import TOOL_ARGUMENTS, Message, content_text
+from opd.data.messages import RESULT_ROLES, TOOL_ARGUMENTS, Message, content_text
 
 BOOKKEEPING = ("role", "id", "type", "index", "tool_call_id")
 """Keys that tell messages and calls apart; no template has to show them."""
@@ -104,8 +104,9 @@ def repaired(chat: Chat, repairs: Iterable[Repair]) -> Chat:
 def leaves_of(chat: Chat) -> Iterator[Leaf]:
     """Every text of the messages, of the tools and of the documents that a template should show."""
     for place, message in enumerate(chat[0]):
+        named = ("name",) if message.get("role") in RESULT_ROLES else ()  # by the call that it answers
         for key, value in message.items():
-            if key not in BOOKKEEPING:
+            if key not in (*BOOKKEEPING, *named):
                 yield from _texts(f"{key} of {message.get('role')} messages", (0, place, key), value)
     for name in TOOL_ARGUMENTS:
         yield from _texts(name, (1, name), chat[1].get(name))

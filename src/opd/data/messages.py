@@ -36,6 +36,8 @@ SHAREGPT_ROLES = {
     "tool_call": "assistant",
 }
 """What `from` says, and whose message it is."""
+RESULT_ROLES = ("tool", "function", "ipython")
+"""Who says what a call returned: where that is no text, JSON says it."""
 SHAREGPT_CALLS = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
 KEY_ORDER = ("id", "type", "function", "name", "description", "parameters", "arguments")
@@ -47,7 +49,8 @@ Message = dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON would hold it, without null keys: Arrow gives every object of a column all keys of the column.
+    """The value as JSON would hold it, without null keys: Arrow gives every object of a column all keys of the column. So a null
+    that is meant has to be inside a text.
 
     Arrow's maps become objects, dates and times text, decimals numbers, and bytes text where they are UTF-8.
     """
@@ -68,10 +71,12 @@ def plain(value: Any) -> Any:
 
 def canonical(message: Mapping[str, Any]) -> Message:
     """The message with `role` and `content`; calls have their arguments as objects. What cannot be read is left as it is."""
-    found = plain(message)
+    found = dict(message)
     if "role" not in found and "from" in found:
         found = _from_sharegpt(found)
     found["content"] = _content(found.pop("content", None))
+    if found.get("role") in RESULT_ROLES and not _is_text(found["content"]):
+        found["content"] = json.dumps(found["content"], ensure_ascii=False, default=str)
     calls = found.get("tool_calls")
     if isinstance(calls, str):
         calls = _json(calls, list, calls)
@@ -79,7 +84,7 @@ def canonical(message: Mapping[str, Any]) -> Message:
         found["tool_calls"] = [_call(call) for call in calls]
     if isinstance(found.get("function_call"), dict):
         found["function_call"] = _with_object(found["function_call"])
-    return {key: item for key, item in found.items() if key in ("role", "content") or item not in ({}, [])}
+    return {key: item for key, item in found.items() if key in ("role", "content") or item not in (None, {}, [])}
 
 
 def content_text(content: Any) -> str:
@@ -117,7 +122,7 @@ def read_arguments(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     kwargs = _object(columns.get("chat_template_kwargs"))
     if kwargs is None:
         wrong.append(f"'chat_template_kwargs' is {type_name(columns['chat_template_kwargs'])} and not an object")
-    found |= kwargs or {}
+    found |= plain(kwargs or {})  # a null is an argument that is not given
     for name in TOOL_ARGUMENTS:
         items = _object_list(columns.get(name))
         if items is None:
@@ -137,9 +142,10 @@ def check_text(text: str, place: str, column: str) -> str:
 def _read_message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} is {type_name(message)}; write it as {{'role': 'user', 'content': …}}.")
-    if "role" not in message and message.get("from") is not None and message["from"] not in SHAREGPT_ROLES:
-        raise DataError(f"{where} is from {message['from']!r}; write one of {', '.join(SHAREGPT_ROLES)}.")
-    found = canonical(message)
+    author = None if message.get("role") is not None else message.get("from")
+    if author is not None and str(author).lower() not in SHAREGPT_ROLES:
+        raise DataError(f"{where} is from {author!r}; write one of {', '.join(SHAREGPT_ROLES)}.")
+    found = canonical(plain(message))
     if not isinstance(found.get("role"), str) or not found["role"]:
         raise DataError(f"{where} has no role; set role to system, user or assistant.")
     content = found["content"]
@@ -160,7 +166,7 @@ def _read_message(message: Any, where: str) -> Message:
 
 def _from_sharegpt(message: Message) -> Message:
     """{"from": "human", "value": "hi"} → {"role": "user", "content": "hi"}; a call in `value` becomes one."""
-    author, said = message.pop("from"), message.pop("value", message.pop("content", None))
+    author, said = str(message.pop("from")).lower(), message.pop("value", message.pop("content", None))
     found = {"role": SHAREGPT_ROLES.get(author, author), "content": said, **message}
     if author in SHAREGPT_CALLS:
         call = _json(said, (dict, list), None) if isinstance(said, str) else said
@@ -173,7 +179,7 @@ def _from_sharegpt(message: Message) -> Message:
 def _content(content: Any) -> Any:
     if isinstance(content, Mapping) and "text" in content:
         content = [content]
-    if not isinstance(content, list):
+    if not isinstance(content, (list, tuple)):
         return content
     if not content:
         return ""
@@ -186,6 +192,13 @@ def _part(part: Any) -> Any:
     if isinstance(part, dict) and "text" in part and part.get("type", "text") in TEXT_PARTS:
         return {**part, "type": "text"}
     return part
+
+
+def _is_text(content: Any) -> bool:
+    """Whether it is nothing, a text, or made of parts, of whatever kind."""
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+    return content is None or isinstance(content, str)
 
 
 def _is_text_part(part: Any) -> bool:
@@ -216,13 +229,13 @@ def _ordered(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(text: str, kind: type | tuple[type, ...], otherwise: Any) -> Any:
-    """The value that the text spells, without null keys; `otherwise` where it is no JSON of that kind, or holds numbers JSON has not."""
+    """The value that the text spells; `otherwise` where it is no JSON of that kind, or holds numbers JSON has not."""
     try:
         value = json.loads(text, parse_constant=float)
         finite = all(math.isfinite(number) for number in _floats(value))
     except (ValueError, RecursionError):
         return otherwise
-    return plain(value) if isinstance(value, kind) and finite else otherwise
+    return value if isinstance(value, kind) and finite else otherwise
 
 
 def _floats(value: Any) -> list[float]:

@@ -77,7 +77,7 @@ def build_parts(config: Config) -> Parts:
     fingerprints = _fingerprints(config, [*prompts, *held_out], first_weights, faculty)
     said += left_out_notices(one.renderer.chat for one in (side, *faculty.sides.values()))
     parts = _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
-    return replace(parts, warnings=(*said, *parts.warnings))
+    return replace(parts, warnings=tuple(dict.fromkeys([*said, *parts.warnings])))
 
 
 def _connect(
