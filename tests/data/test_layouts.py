@@ -381,23 +381,26 @@ def test_escape_sequences_of_a_file_reach_no_terminal(tmp_path):
 
 
 class Narrow(pyarrow.parquet.ParquetFile):
-    """Arrow on a nested column of which so many rows hold more than 2 GB."""
+    """Arrow on a nested column of which so many rows hold more than 2 GB, from a row on."""
 
-    rows = 7
+    rows, start = 7, 0
 
     def iter_batches(self, batch_size=65536, **options):
         for batch in super().iter_batches(batch_size=batch_size, **options):
-            if batch.num_rows >= self.rows:
+            if batch.num_rows >= self.rows and batch["prompt"][0].as_py() >= f"q{self.start:02d}":
                 raise pyarrow.ArrowNotImplementedError(
                     "Nested data conversions not implemented for chunked array outputs"
                 )
             yield batch
 
 
-def test_rows_that_arrow_cannot_hold_in_one_batch_are_read_in_smaller_ones(tmp_path, monkeypatch):
-    found = [{"prompt": f"q{i}", "reward_model": {"ground_truth": str(i)}} for i in range(50)]
+@pytest.mark.parametrize(("batch", "start"), [(1024, 0), (8, 8), (8, 24)])
+def test_rows_that_arrow_cannot_hold_in_one_batch_are_read_in_smaller_ones(tmp_path, monkeypatch, batch, start):
+    found = [{"prompt": f"q{i:02d}", "reward_model": {"ground_truth": str(i)}} for i in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), tmp_path / "a.parquet", row_group_size=20)
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Narrow)
+    monkeypatch.setattr(Narrow, "start", start)
+    monkeypatch.setattr("opd.data.rows.BATCH_ROWS", batch)
     prompts = load_prompts(str(tmp_path / "a.parquet"), answer_column="reward_model.ground_truth")
     assert [prompt.answer for prompt in prompts] == [str(i) for i in range(50)]
 
@@ -405,6 +408,6 @@ def test_rows_that_arrow_cannot_hold_in_one_batch_are_read_in_smaller_ones(tmp_p
 def test_a_row_that_arrow_cannot_hold_at_all_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Narrow)
     monkeypatch.setattr(Narrow, "rows", 1)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a"}] * 20), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "q00"}] * 20), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="cannot be read as parquet"):
         load_prompts(str(tmp_path / "a.parquet"))
