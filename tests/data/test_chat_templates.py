@@ -43,12 +43,12 @@ def called(arguments, **message):
     return {"role": "assistant", "tool_calls": [call], **message}
 
 
-def render(template, *messages, **options) -> str:
+def render(template: Any, *messages, **options) -> str:
     renderer = Renderer(byte_tokenizer(chat_template=template), name="student 'tiny'")
     return renderer.decode_all(renderer.prompt_ids(Prompt(index=7, messages=messages, **options)))
 
 
-def notices(template, *prompts: Prompt, **options) -> list[str]:
+def notices(template: Any, *prompts: Prompt, **options) -> list[str]:
     renderer = Renderer(byte_tokenizer(chat_template=template), name="student 'tiny'", **options)
     for prompt in prompts:
         renderer.prompt_ids(prompt)
@@ -136,12 +136,14 @@ def test_a_rows_argument_comes_before_the_recipes():
 
 
 def test_named_templates_are_chosen_by_default_by_tools_and_by_the_recipe():
-    named = {"default": "D" + PRINTS, "tool_use": "T" + PRINTS, "rag": "R" + PRINTS}
+    named: Any = {"default": "D" + PRINTS, "tool_use": "T" + PRINTS, "rag": "R" + PRINTS}
     assert render(named, USER) == "Duser:hi;>"
     assert render(named, USER, template_arguments={"tools": [TOOL]}) == "Tuser:hi;>"
     tokenizer = byte_tokenizer(chat_template=named)
     renderer = Renderer(tokenizer, name="student 'tiny'", chat_template_kwargs={"chat_template": "rag"})
     assert renderer.decode(renderer.prompt_ids(prompt(USER))) == "Ruser:hi;>"
+    assert render(named, USER, template_arguments={"chat_template": "rag"}) == "Ruser:hi;>"
+    assert notices(named, prompt(USER, template_arguments={"chat_template": "rag"})) == []
 
 
 def test_the_only_template_is_taken_whatever_its_name():
@@ -149,7 +151,7 @@ def test_the_only_template_is_taken_whatever_its_name():
 
 
 def test_several_templates_without_a_default_are_refused_with_the_key_that_chooses():
-    named = {"rag": PRINTS, "tool_use": "T" + PRINTS}
+    named: Any = {"rag": PRINTS, "tool_use": "T" + PRINTS}
     with pytest.raises(DataError) as error:
         render(named, USER)
     assert "rag, tool_use" in str(error.value)
@@ -159,16 +161,15 @@ def test_several_templates_without_a_default_are_refused_with_the_key_that_choos
 
 
 def test_a_template_that_is_not_there_is_refused_by_name():
+    named: Any = {"a": "", "b": ""}
     with pytest.raises(ConfigError, match=r"names no chat template of student 'tiny'; it has a, b"):
         Renderer(
-            byte_tokenizer(chat_template={"a": "", "b": ""}),
-            name="student 'tiny'",
-            chat_template_kwargs={"chat_template": "c"},
+            byte_tokenizer(chat_template=named), name="student 'tiny'", chat_template_kwargs={"chat_template": "c"}
         )
 
 
 def test_an_argument_that_only_one_of_several_templates_reads_is_taken():
-    named = {"default": PRINTS, "tool_use": "{{ date }}" + PRINTS}
+    named: Any = {"default": PRINTS, "tool_use": "{{ date }}" + PRINTS}
     Renderer(byte_tokenizer(chat_template=named), name="s", chat_template_kwargs={"date": "today"})
 
 
@@ -185,6 +186,7 @@ def test_an_argument_that_only_one_of_several_templates_reads_is_taken():
         ("{{ strftime_now(3) }}", "TypeError"),
         ("{% if %}", "Expected an expression"),
         ("{{ raise_exception('\x1b]0;x\x07') }}", "\\x1b]0;x\\x07"),
+        ("{{ raise_exception('two\nlines') }}", "prompt 7: two lines."),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
 )

@@ -277,6 +277,14 @@ def test_a_response_of_the_rows_own_comes_before_the_last_message_and_that_is_sa
     assert "1 of these answers are left out" in said(path)[1]
 
 
+@pytest.mark.parametrize("turn", [ANSWER, {"from": "gpt", "value": "yo"}])
+def test_a_response_may_be_a_message_of_the_assistant(write, turn):
+    (prompt,) = load_prompts(write({"prompt": [USER], "completion": [turn]}), response_column="completion")
+    assert prompt.response == "yo"
+    with pytest.raises(DataError, match=r"'completion' is a list; it has to be text or null"):
+        load_prompts(write({"prompt": [USER], "completion": [USER]}), response_column="completion")
+
+
 def test_a_last_message_that_calls_a_tool_is_no_response(write):
     path = write({"prompt": [USER, {**ANSWER, "tool_calls": [call()]}]})
     (prompt,) = load_prompts(path)

@@ -65,6 +65,13 @@ def test_what_rows_hold_and_prompts_do_not_is_said_before_the_run(folder):
     assert "tools (1 row, the first is prompt 1)" in warnings and "chat_template_kwargs.think (1 row" in warnings
 
 
+def test_a_step_of_more_prompts_than_there_are_is_said(folder):
+    warnings = "\n".join(
+        build_parts(recipe(folder, {"prompt": [USER]}, train__prompts_per_step=2, eval__every=0)).warnings
+    )
+    assert "train.prompts_per_step=2 is more than" in warnings and "has rows (1)" in warnings
+
+
 def test_nothing_is_said_about_rows_that_are_shown(folder):
     config = recipe(folder, {"prompt": [USER], "answer": "4", "level": 3})
     assert build_parts(config).warnings == ()

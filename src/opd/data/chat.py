@@ -159,7 +159,7 @@ class ChatTemplate:
             if self._is_doubtful(leaf, chat, rendering.text) and not self._reads(leaf, chat, repairs, rendering.text)
         }
         for key in prompt.template_arguments:
-            if key in RESERVED or (key not in TOOL_ARGUMENTS and not self._names(key)):
+            if key in RESERVED or (key not in (*TOOL_ARGUMENTS, "chat_template") and not self._names(key)):
                 labels.add(f"chat_template_kwargs.{key}")
         if rendering.faults[NONE] and not self._spells_none:
             labels.add(NONE)
@@ -250,7 +250,8 @@ class ChatTemplate:
     def _refusal(self, prompt: Prompt, messages: Sequence[Message], error: Exception) -> DataError:
         from jinja2 import TemplateError
 
-        what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        said = " ".join(str(error).split())
+        what = said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"
         return DataError(
             f"the chat template of {self.name} refuses prompt {prompt.index}: {what}. "
             f"Its roles are {', '.join(str(message.get('role')) for message in messages)}. Change the row, or use another template."

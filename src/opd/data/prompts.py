@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from opd.data.messages import Message, check_text, content_text, plain, read_arguments, read_messages
+from opd.data.messages import Message, canonical, check_text, content_text, plain, read_arguments, read_messages
 from opd.data.rows import lookup, read_rows, type_name
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
@@ -191,7 +191,7 @@ def _read(index: int, place: str, row: Mapping[str, Any], columns: _Columns) -> 
         )
     roles = {columns.prompt, columns.answer, columns.response, columns.teacher}
     arguments, wrong = read_arguments(row)
-    response = _optional_text(lookup(row, columns.response)[1], place, columns.response)
+    response = _optional_text(_spoken(lookup(row, columns.response)[1]), place, columns.response)
     prompt = Prompt(
         index=index,
         text=text,
@@ -222,6 +222,15 @@ def _last_turn(answered: tuple[Message, ...]) -> str | None:
     if len(answered) != 1 or "tool_calls" in answered[0]:
         return None
     return content_text(answered[0]["content"]) or None
+
+
+def _spoken(value: Any) -> Any:
+    """The text of a response that is a list of one message of the assistant; anything else as it is."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        return value
+    messages = tuple(canonical(plain(message)) for message in value)
+    text = _last_turn(messages)
+    return value if text is None or messages[0].get("role") != "assistant" else text
 
 
 def _answer(value: Any, place: str, column: str) -> str | None:

@@ -204,6 +204,11 @@ def _prompts(config: Config, say: Callable[[str], None]) -> tuple[list[Prompt], 
     prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
     for note in unread_columns(prompts, section.path, elsewhere):
         say(note)
+    if len(prompts) < config.train.prompts_per_step:
+        say(
+            f"train.prompts_per_step={config.train.prompts_per_step} is more than {section.path} has rows ({len(prompts)}), so a step "
+            "holds some prompts several times."
+        )
     if config.eval.every == 0 or section.eval_path is None:
         return prompts, []
     held_out = load_prompts(section.eval_path, split=section.eval_split, limit=config.eval.prompts, **columns)
