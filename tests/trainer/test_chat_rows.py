@@ -12,6 +12,7 @@ from opd.data.privileged import PrivilegedRenderer
 from opd.recipe import build, merge
 from opd.teachers.ensemble import Ensemble
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
+from opd.trainer.fingerprints import prompts_fingerprint
 from opd.trainer.run import train
 from opd.trainer.setup import build_parts
 from opd.types import Prompt
@@ -41,7 +42,7 @@ def recipe(folder, *rows, **more):
     return build(merge({}, values | {name.replace("__", "."): value for name, value in more.items()}))
 
 
-def test_recorded_prompts_are_what_each_model_reads_special_tokens_included(folder, capsys):
+def test_recorded_prompts_are_what_each_model_reads_special_tokens_included(folder):
     train(recipe(folder, {"prompt": [USER], "answer": "4"}))
     samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
     read = {(sample["who"], sample["prompt"], sample["prompt_index"]) for sample in samples}
@@ -49,7 +50,6 @@ def test_recorded_prompts_are_what_each_model_reads_special_tokens_included(fold
         ("student", "<bos><turn>user 2+2?<turn>assistant ", 0),
         ("teacher", "<|user|>2+2?\n<|assistant|>", 0),
     }
-    assert "were cut off at rollout.max_new_tokens=4" in capsys.readouterr().out
 
 
 def test_what_rows_hold_and_prompts_do_not_is_said_before_the_run(folder):
@@ -96,12 +96,10 @@ def test_weights_of_teachers_can_lie_inside_a_column():
     assert ensemble.weights_of(prompt) == (0.25, 0.75)
 
 
-def test_a_change_of_a_rows_tools_is_a_change_of_the_prompts(folder):
-    first, second = (
-        build_parts(recipe(folder, {"prompt": [USER], "tools": tools}, eval__every=0)).fingerprints["prompts"]
-        for tools in ([TOOL], [])
-    )
-    assert first != second
+def test_a_change_of_a_rows_tools_is_a_change_of_the_prompts():
+    plain = Prompt(index=0, messages=(USER,))
+    with_tools = replace(plain, template_arguments={"tools": [TOOL]})
+    assert prompts_fingerprint([plain]) != prompts_fingerprint([with_tools])
 
 
 def test_rewards_are_told_in_training_and_evaluation_what_was_cut(folder, monkeypatch):

@@ -17,9 +17,6 @@ from opd.trainer.run_folder import RunFolder
 from opd.trainer.setup import Parts
 from opd.types import LossOutput
 
-MOSTLY_CUT = 0.5
-"""Share of answers cut off at the length limit from which on an evaluation says so."""
-
 
 def run_steps(config: Config, parts: Parts, folder: RunFolder, run: RunRecorder, progress: Progress) -> None:
     """From the student's version to the last step. A step is rollouts, their targets, one update; then what is due."""
@@ -69,11 +66,6 @@ def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress,
     reached = student.metrics
     apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
     progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}")
-    if reached["truncated"] >= MOSTLY_CUT:
-        progress.message(
-            f"warning: {reached['truncated']:.0%} of these answers were cut off at rollout.max_new_tokens={config.rollout.max_new_tokens}, "
-            "so their rewards say little; raise it, or ask for shorter answers."
-        )
 
 
 def due(completed: int, every: int) -> bool:
