@@ -36,6 +36,8 @@ SHAREGPT_ROLES = {
     "tool_call": "assistant",
 }
 """What `from` says, and whose message it is."""
+EXACT = 2**53
+"""Whole numbers up to here are exact as float64."""
 RESULT_ROLES = ("tool", "function", "ipython")
 """Who says what a call returned: where that is no text, JSON says it."""
 SHAREGPT_CALLS = ("function_call", "tool_call")
@@ -52,7 +54,8 @@ def plain(value: Any) -> Any:
     """The value as JSON would hold it, without null keys: Arrow gives every object of a column all keys of the column. So a null
     that is meant has to be inside a text.
 
-    Arrow's maps become objects, dates and times text, decimals numbers, and bytes text where they are UTF-8.
+    Arrow's maps become objects, dates and times text, decimals numbers, and bytes text where they are UTF-8. A whole number is written
+    as one: among numbers that are not whole, Arrow keeps 1 as 1.0.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if item is not None}
@@ -66,6 +69,8 @@ def plain(value: Any) -> Any:
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
         return _decoded(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT:
+        return int(value)
     return value
 
 
