@@ -53,7 +53,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the model's own chat template, e.g. enable_thinking: false."""
+    """Arguments of the model's own chat template, e.g. enable_thinking: false; a row's column chat_template_kwargs comes before them.
+    chat_template: NAME chooses among several templates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class PromptsConfig(Section):
     """Where the prompts come from."""
 
     path: str
-    """JSONL or parquet file, a dataset folder, or 'hub:owner/name'."""
+    """JSONL, JSON or parquet file, a dataset folder, or 'hub:owner/name'."""
     eval_path: str | None = None
     """Held-out prompts, in the same form."""
     split: str = "train"
@@ -126,11 +127,13 @@ class PromptsConfig(Section):
     eval_split: str = "test"
     """Split of a Hugging Face dataset for eval_path."""
     prompt_column: str = "prompt"
-    """Text, or a list of chat messages."""
+    """Text, or a list of chat messages; a.b names a field inside a column, here and below. The columns tools, documents and
+    chat_template_kwargs go to the chat template with the messages, as JSON text where the order of keys or a null matters: parquet
+    and datasets keep neither."""
     answer_column: str = "answer"
     """Reference answer for the reward (optional)."""
     response_column: str = "response"
-    """Reference response for off-policy distillation (optional)."""
+    """Reference response for off-policy distillation (optional); without it, the last message of the assistant is one."""
     teacher_column: str = "teacher"
     """Name of the teacher of each prompt (optional)."""
     system: str | None = None
@@ -187,7 +190,8 @@ class EvalConfig(Section):
     extra_temperatures: tuple[float, ...] = ()
     """More temperatures for the first and the last evaluation: shows whether training did more than sharpen."""
     reward: str = "exact_match"
-    """'exact_match', 'numeric_answer', 'regex:<pattern>', or 'package.module:function' of (prompt, response)."""
+    """'exact_match', 'numeric_answer', 'regex:<pattern>', or 'package.module:function' of (prompt, response). A parameter finished, if
+    it has one, is False for a response cut off at the length limit."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval.every must be 0 (off) or positive, not {self.every}")

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move a terminal's cursor, set its title, reorder its text, or cannot be written at all."""
+
+
+def printable(text: str) -> str:
+    """The text with such characters as escapes, so that data quoted in a message stays text wherever it is printed."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
 
 class OpdError(ValueError):
     """Base of all user-facing errors."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(OpdError):

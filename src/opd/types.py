@@ -27,6 +27,8 @@ class Prompt:
     """Row number in the data set; identifies the prompt in every report."""
     text: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the row hands to a chat template besides the messages: tools, documents, and other arguments by name."""
     answer: str | None = None
     response: str | None = None
     """A reference response, for off-policy distillation."""
@@ -174,4 +176,6 @@ class LossOutput:
     """Each rollout with the reverse KL (nats) at its response tokens, for the report; empty where the target could not tell."""
 
 
-Reward = Callable[[Prompt, str], float]
+Reward = Callable[..., float]
+"""Called as reward(prompt, response), and with finished=… where it has a parameter of that name: False for a response cut off at the
+length limit."""

@@ -130,3 +130,17 @@ def test_a_reward_that_cannot_be_had_is_refused_before_the_run(user: User, rewar
 def test_a_reward_that_fails_names_the_prompt(user: User):
     outcome = user.train(prompts__eval_path=user.desk.prompts, eval__every=1, eval__reward="os.path:join")
     outcome.refuses("reward 'join' failed on prompt 0", "TypeError", "Mend the function")
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(user: User):
+    path = user.writes("rows.jsonl", "\x1b]0;title\x07\u202e not json\n")
+    outcome = user.train(prompts__path=path)
+    outcome.refuses("line 1", "\\x1b]0;title\\x07\\u202e not json")
+    assert not {"\x1b", "\x07", "\u202e"} & set(outcome.out + outcome.err)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\ud800"])
+def test_control_characters_of_a_name_do_not_reach_the_terminal(user: User, name: str):
+    rows = [{"prompt": "1>", "teacher": name}, {"prompt": "2>", "teacher": "other"}]
+    outcome = user.train(prompts__path=user.writes_prompts(*rows))
+    assert outcome.code == 1 and "Traceback" not in outcome.err and not {"\x1b", "\ud800"} & set(outcome.err)

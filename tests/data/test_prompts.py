@@ -233,10 +233,9 @@ def test_bad_message_is_refused_with_its_place(write, message, said):
     assert "line 1" in refused and "message 2 of 'prompt'" in refused and said in refused
 
 
-def test_messages_that_end_with_the_assistant_are_refused(write):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    message = refusal(write({"prompt": messages}))
-    assert "ends with a message of the assistant" in message and "response column" in message
+def test_messages_of_the_assistant_alone_are_refused(write):
+    message = refusal(write({"prompt": [{"role": "assistant", "content": "b"}]}))
+    assert "messages of the assistant alone" in message and "nothing to answer" in message
 
 
 @pytest.mark.parametrize("value", [[1], True, float("nan"), float("inf"), {"a": 1}])
@@ -249,7 +248,7 @@ def test_response_and_teacher_have_to_be_text(write, column):
     assert f"'{column}' is the number 3; it has to be text or null" in refusal(write({"prompt": "a", column: 3}))
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("a.csv", "'.csv'"), ("a", "'no suffix'"), ("a.json", "'.json'")])
+@pytest.mark.parametrize(("name", "suffix"), [("a.csv", "'.csv'"), ("a", "'no suffix'"), ("a.yaml", "'.yaml'")])
 def test_other_file_formats_are_refused(write, name, suffix):
     message = refusal(write({"prompt": "a"}, name=name))
     assert suffix in message and ".jsonl" in message and ".parquet" in message and "hub:owner/name" in message

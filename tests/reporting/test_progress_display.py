@@ -121,3 +121,10 @@ def test_a_metric_that_is_missing_is_not_shown():
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (7.4, "0:07"), (187, "3:07"), (3765, "1:02:45")])
 def test_durations_read_like_a_clock(seconds, shown):
     assert duration(seconds) == shown
+
+
+def test_a_message_cannot_command_the_terminal():
+    stream = io.StringIO()
+    with Progress(1, enabled="plain", stream=stream) as progress:
+        progress.message("warning: role \x1b]0;title\x07 and \u202e")
+    assert stream.getvalue() == "warning: role \\x1b]0;title\\x07 and \\u202e\n"

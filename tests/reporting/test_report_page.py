@@ -304,3 +304,10 @@ def test_the_report_goes_where_it_is_told_and_defaults_to_the_run_folder(tmp_pat
 def test_the_same_run_gives_the_same_page(tmp_path):
     run = write_run(tmp_path / "run")
     assert write_report(run).read_bytes() == write_report(run, out=tmp_path / "again.html").read_bytes()
+
+
+def test_a_prompt_shows_its_special_tokens_and_the_teachers_where_they_differ():
+    student = [a_sample(step, "<|im_start|>q<|im_end|>", prompt_index=0) for step in (0, 4)]
+    teacher = a_sample(0, "<start_of_turn>q", prompt_index=0, who="teacher", source="teacher")
+    text = Page(render_report(title="t", metrics=[], samples=[*student, teacher])).text
+    assert text.count("<|im_start|>q<|im_end|>") == 1 and text.count("<start_of_turn>q") == 1

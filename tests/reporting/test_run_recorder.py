@@ -290,3 +290,10 @@ heavy = {"torch", "transformers", "plotly", "tensorboard", "wandb"} & set(sys.mo
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_row_of_a_prompt_is_kept_and_may_be_missing_in_older_files(tmp_path):
+    with RunRecorder(tmp_path, resume_step=None) as recorder:
+        recorder.sample(sample(0, prompt_index=3))
+        recorder.sample(sample(0))
+    assert [found.prompt_index for found in read_samples(tmp_path)] == [3, None]

@@ -139,3 +139,16 @@ def test_one_step_of_samples_is_shown_alone():
     (pair,) = pair_samples([a_sample(3)])
     assert pair.early is None
     assert pair.late.step == 3
+
+
+def test_answers_to_one_row_are_a_pair_whatever_each_model_reads():
+    samples = [
+        a_sample(0, "<s>q", prompt_index=4),
+        a_sample(0, "<|user|>q", prompt_index=4, who="teacher", source="teacher", response="by the teacher"),
+        a_sample(0, "<s>q", prompt_index=5),
+        a_sample(9, "<s>q", prompt_index=4),
+    ]
+    first, second = pair_samples(samples)
+    assert first.teacher is not None and first.teacher.response == "by the teacher"
+    assert (first.early.step if first.early else None, first.late.step) == (0, 9)
+    assert (second.early, second.teacher, second.late.prompt_index) == (None, None, 5)

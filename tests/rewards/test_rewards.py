@@ -311,3 +311,107 @@ def test_failures_are_counted_as_0_only_where_that_is_asked_for():
     assert "ZeroDivisionError" in failure
     with pytest.raises(DataError, match="ZeroDivisionError"):
         Scorer(reward=picky).score(answered)
+
+
+# Boxes
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("\\boxed{3} out of 4 apples", "3"),
+        ("$\\boxed{42}$, which is 100% sure.", "42"),
+        ("\\boxed{1}, no: \\boxed{2}.", "2"),
+        ("\\boxed{42}, as asked in \\boxed{}", "42"),
+        ("\\boxed{\\frac{3}{4}}", "0.75"),
+        ("\\boxed{1\\frac12}", "1.5"),
+        ("\\boxed{12\\text{ cm}^2}", "12"),
+        ("\\boxed{45^\\circ}", "45"),
+        ("\\boxed{\\text{12 apples}}", "12"),
+        ("\\boxed{x = 12}", "12"),
+        ("\\boxed 7 of 8", "7"),
+        ("\\fbox{7} of 8", "7"),
+        ("so \\boxed{42", "42"),
+        ("it is 5", "The sum is \\boxed{5} of 6."),
+    ],
+)
+def test_the_number_in_the_last_box_is_the_answer(response, answer):
+    assert numeric_answer(prompt(answer), response) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("\\boxed{3} out of 4 apples", "4"),
+        ("\\boxed{A}, 4", "4"),
+        ("\\boxed{\\sqrt{2}}", "2"),
+        ("\\boxed{2\\pi}", "2"),
+        ("\\boxed{2^{10}}", "10"),
+    ],
+)
+def test_a_box_that_holds_another_value_is_not_the_answer(response, answer):
+    assert numeric_answer(prompt(answer), response) == 0.0
+
+
+def test_many_open_boxes_take_no_time():
+    began = time.monotonic()
+    assert numeric_answer(prompt("1"), "\\boxed{" * 20_000 + "1") == 1.0
+    assert time.monotonic() - began < 2
+
+
+# Responses cut off at the length limit
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "no ah has 12 more ;) Sorry, we're an AI",
+        "so we get 6 + 6 = 12",
+        "The answer is 12",
+        "The answer is 12.",
+        "the next answer: 12",
+        "#### 12",
+        "\\boxed{12",
+        "#### 12. Next",
+        "12 apples",
+    ],
+)
+def test_a_response_that_was_cut_before_it_gave_its_answer_is_not_right(response):
+    assert numeric_answer(prompt("12"), response, finished=False) == 0.0
+    assert numeric_answer(prompt("12"), response) == 1.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\\boxed{12}",
+        "\\boxed{12}. Let me check: 7",
+        "The answer is 12. Let me check: 7",
+        "**Answer:** $12$ because 7",
+        "Final answer = 12, as 7",
+        "#### 12\nNext question: 7",
+        "12",
+        " -$12.00\n".replace("-", ""),
+    ],
+)
+def test_a_response_that_gave_its_answer_before_it_was_cut_is_right(response):
+    assert numeric_answer(prompt("12"), response, finished=False) == 1.0
+
+
+def test_a_find_of_a_pattern_that_reaches_the_cut_may_be_half_of_one():
+    reward = load_reward(r"regex:####\s*(\d+)")
+    assert score_reward(reward, prompt("4"), "#### 4", finished=False) == 0.0
+    assert score_reward(reward, prompt("4"), "#### 4", finished=True) == 1.0
+    assert score_reward(reward, prompt("4"), "#### 4\n", finished=False) == 1.0
+    assert score_reward(reward, prompt("4"), "#### 4\n#### 5", finished=False) == 1.0
+    assert score_reward(load_reward("regex:[AB]"), prompt("A"), "A", finished=False) == 1.0
+
+
+def test_a_reward_that_asks_is_told_whether_the_response_finished():
+    def own(prompt, response, finished=True):
+        return float(finished)
+
+    answered = [(prompt("1"), "a"), (prompt("1"), "b")]
+    assert Scorer(reward=own).score(answered, [True, False]).values == (1.0, 0.0)
+    assert Scorer(reward=own).score(answered).values == (1.0, 1.0)
+    assert Scorer(reward=lambda prompt, response: 0.5, timeout=1.0).score(answered, [False, False]).values == (0.5, 0.5)

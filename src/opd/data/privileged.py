@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from opd.data.messages import content_text, plain
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
@@ -43,10 +44,10 @@ class PrivilegedRenderer(Renderer):
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of the rewritten prompt. Raises DataError for a row that lacks a field of the template."""
-        kept = self._rewritten.get(prompt.index)
-        if kept is None or kept[0] is not prompt:
+        kept = self._rewritten.get(id(prompt))  # held-out prompts have the same indices
+        if kept is None:
             kept = (prompt, self.rewritten(prompt))
-            self._rewritten[prompt.index] = kept
+            self._rewritten[id(prompt)] = kept
         return super().prompt_ids(kept[1])
 
     def rewritten(self, prompt: Prompt) -> Prompt:
@@ -59,12 +60,12 @@ class PrivilegedRenderer(Renderer):
                 f"prompt {prompt.index} has no message of the user, whose place prompts.teacher_prompt would take; remove the row."
             )
         messages = [dict(message) for message in prompt.messages]
-        messages[asked[-1]]["content"] = self._filled(prompt, str(messages[asked[-1]].get("content") or ""))
+        messages[asked[-1]]["content"] = self._filled(prompt, content_text(messages[asked[-1]].get("content")))
         return replace(prompt, messages=tuple(messages))
 
     def _filled(self, prompt: Prompt, text: str) -> str:
         own = {"answer": prompt.answer, "response": prompt.response, "teacher": prompt.teacher}
-        fields = {name: value for name, value in {**prompt.metadata, **own}.items() if value is not None}
+        fields = plain({**prompt.metadata, **own})
         try:
             return self._template.render({**fields, "prompt": text})
         except Exception as error:  # somebody else's template: anything that Python can raise

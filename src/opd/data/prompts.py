@@ -1,32 +1,39 @@
-"""Prompts: read from JSONL, parquet or a Hugging Face dataset, and dealt out in an order that needs no state.
+"""Prompts: one of every row of a file or data set, and dealt out in an order that needs no state.
 
 Every row becomes one `Prompt` or an error that names it: no row is skipped.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from opd.errors import ConfigError, DataError, MissingDependencyError
+from opd.data.messages import Message, canonical, check_text, content_text, plain, read_arguments, read_messages
+from opd.data.rows import lookup, read_rows, type_name
+from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
-HUB_PREFIX = "hub:"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, which JSON can spell and no tokenizer can read."""
-
-Row = tuple[str, Mapping[str, Any]]
-"""Where a row is, in words, and its columns."""
+PROMPT_LIKE = (
+    "system",
+    "system_prompt",
+    "instruction",
+    "input",
+    "context",
+    "history",
+    "functions",
+    "images",
+    "image",
+    "videos",
+)
+"""Columns that other trainers make prompts from, and that opd does not read by itself."""
 
 
 def load_prompts(
@@ -38,29 +45,68 @@ def load_prompts(
     teacher_column: str = "teacher",
     split: str = "train",
     limit: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
-    """The rows of `path`, in file order: a .jsonl or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
+    """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
 
-    A prompt is text, or a list of messages with `role` and `content`. Columns without a role of their own become
-    metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows.
+    A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The columns
+    `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns without a role of
+    their own become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows. `say` is told
+    what rows hold and prompts do not.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no prompts; use 1 or more, or leave it out for all rows.")
     columns = _Columns(prompt=prompt_column, answer=answer_column, response=response_column, teacher=teacher_column)
+    found: list[_Read] = []
     seen: set[str] = set()
-    prompts = []
-    for index, (place, row) in enumerate(islice(_rows(path, split), limit)):
-        seen.update(row)
-        prompts.append(_prompt(index, place, row, columns))
-    if not prompts:
+    for index, (place, row) in enumerate(islice(read_rows(path, split), limit)):
+        found.append(_read(index, place, row, columns))
+        for column in columns.optional().values():
+            seen |= _names(row, column)
+    if not found:
         raise DataError(f"{path} has no rows, so there is nothing to sample from; give a data set with prompts.")
     for role, column in columns.optional().items():
-        if column != role and column not in seen:
+        if column != role and not any(column in one.named for one in found):
             raise DataError(
                 f"no row of {path} has the {role} column {column!r}.{_columns_hint(column, seen)} "
                 f"Set {role}_column to one of them."
             )
-    return prompts
+    if say is not None:
+        for note in _notes(path, found):
+            say(note)
+    return [one.prompt for one in found]
+
+
+def unread_columns(prompts: Sequence[Prompt], path: str, read_elsewhere: str) -> list[str]:
+    """A sentence about columns that look like parts of a prompt and are none. `read_elsewhere` holds the names of what else is read."""
+    held = {name for prompt in prompts for name in PROMPT_LIKE if prompt.metadata.get(name) not in (None, "", [], {})}
+    unread = sorted(name for name in held if not re.search(rf"\b{name}\b", read_elsewhere))
+    if not unread:
+        return []
+    return [
+        f"{path} has {', '.join(unread)}, which no prompt holds; write it into the messages, or let prompts.teacher_prompt read it if it "
+        "is for the teacher alone."
+    ]
+
+
+def _notes(path: str, found: Sequence[_Read]) -> list[str]:
+    """What rows hold and prompts do not."""
+    notes = []
+    answered = [one for one in found if one.answered]
+    if answered:
+        notes.append(
+            f"{len(answered)} of {len(found)} rows of {path} end with the assistant's answer: the prompt is what comes before it, and the "
+            "answer is the reference response."
+        )
+    lost = sum(one.prompt.response is None or one.prompt.response != _last_turn(one.answered) for one in answered)
+    if lost:
+        notes.append(
+            f"{lost} of these answers are left out: the row has a response of its own, or the answer is more than one text."
+        )
+    wrong = [one.wrong for one in found if one.wrong]
+    if wrong:
+        notes.append(f"{wrong[0]}, so no chat template gets it ({_count(len(wrong), 'such row')}).")
+    return notes
 
 
 class PromptOrder:
@@ -99,127 +145,6 @@ def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-# Rows: one iterator per kind of source.
-
-
-def _rows(path: str, split: str) -> Iterator[Row]:
-    if path.startswith(HUB_PREFIX):
-        return _hub_rows(path, split)
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise DataError(_missing_message(path, file))
-    if file.is_dir():
-        return _folder_rows(file, split)
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if file.suffix not in readers:
-        raise DataError(
-            f"{path} ends in {file.suffix or 'no suffix'!r}, which is not a prompt format; use .jsonl (one JSON object "
-            "per line), .parquet, a folder written by datasets' save_to_disk, or hub:owner/name."
-        )
-    return readers[file.suffix](file)
-
-
-def _missing_message(path: str, file: Path) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not file.suffix:
-        return f"{path} does not exist here; for the Hugging Face data set of that name write {HUB_PREFIX}{path}."
-    neighbours = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-    near = get_close_matches(file.name, neighbours, n=1)
-    hint = f"did you mean {file.parent / near[0]}?" if near else "check the path, which is relative to where opd runs."
-    return f"the prompt file {path} does not exist; {hint}"
-
-
-def _jsonl_rows(file: Path) -> Iterator[Row]:
-    try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}; check its permissions.") from error
-    if lines == [b""]:
-        return
-    for number, line in enumerate(lines, start=1):
-        place = f"line {number} of {file}"
-        if not line.strip():
-            raise DataError(f"{place} is empty; every line has to be one JSON object. Delete the line.")
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{place} is not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1}); save it as UTF-8."
-            ) from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"{place} is not JSON ({error}): {_excerpt(line.decode('utf-8'))}. Every line has to be one JSON object."
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{place} is {_type(row)}, not an object; write it as {{'prompt': …}} with one object per line."
-            )
-        yield place, row
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {file} needs pyarrow, which is not installed; pip install 'opd[parquet]'."
-        ) from error
-    index = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield f"row {index} of {file}", row
-                index += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read as parquet ({error}); write it again, or check the download."
-        ) from error
-
-
-def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
-    if not any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
-        raise DataError(
-            f"{folder} is a folder, but not one written by datasets' save_to_disk; name a .jsonl or .parquet file in it."
-        )
-    datasets = _datasets(str(folder))
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} cannot be loaded ({error}); write it again with save_to_disk.") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise DataError(f"{folder} has no split {split!r}; set split to one of {', '.join(sorted(loaded))}.")
-        loaded = loaded[split]
-    for index, row in enumerate(loaded):
-        yield f"row {index} of {folder}", row
-
-
-def _hub_rows(path: str, split: str) -> Iterator[Row]:
-    parts = path.removeprefix(HUB_PREFIX).split("/")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"{path!r} is not a data set name; write hub:owner/name, or hub:owner/name/config.")
-    datasets = _datasets(path)
-    try:
-        loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split)
-    except Exception as error:  # the network, the hub and the data set's own files all fail in their own ways
-        raise DataError(
-            f"{path} (split {split!r}) cannot be loaded: {error}. Check name, config and split, and that the hub "
-            "can be reached; a private data set needs `hf auth login`."
-        ) from error
-    for index, row in enumerate(loaded):
-        yield f"row {index} of {path}", row
-
-
-def _datasets(path: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {path} needs the datasets library, which is not installed; pip install 'opd[datasets]'."
-        ) from error
-    return datasets
-
-
 # One row to one prompt.
 
 
@@ -234,98 +159,121 @@ class _Columns:
         return {"answer": self.answer, "response": self.response, "teacher": self.teacher}
 
 
-def _prompt(index: int, place: str, row: Mapping[str, Any], columns: _Columns) -> Prompt:
-    if columns.prompt not in row:
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    prompt: Prompt
+    answered: tuple[Message, ...]
+    """The messages of the assistant after the prompt."""
+    named: frozenset[str]
+    """Columns with a role that the row has."""
+    wrong: str
+    """A column for the chat template that cannot be read, in words."""
+
+
+def _read(index: int, place: str, row: Mapping[str, Any], columns: _Columns) -> _Read:
+    there, value = lookup(row, columns.prompt)
+    if not there:
         raise DataError(
-            f"{place} has no column {columns.prompt!r}.{_columns_hint(columns.prompt, row)} "
+            f"{place} has no column {columns.prompt!r}.{_columns_hint(columns.prompt, _names(row, columns.prompt))} "
             "Set prompt_column to the one that holds the prompt."
         )
-    value = row[columns.prompt]
-    text, messages = None, None
+    text, messages, answered = None, None, ()
+    value = _untransposed(plain(value) if isinstance(value, bytes) else value)
     if isinstance(value, str):
-        text = _checked_text(value, place, columns.prompt)
+        text = check_text(value, place, columns.prompt)
         if not text.strip():
             raise DataError(f"{place}: {columns.prompt!r} is empty, so there is nothing to answer; remove the row.")
     elif isinstance(value, list):
-        messages = _messages(value, place, columns.prompt)
+        messages, answered = read_messages(value, place, columns.prompt)
     else:
         raise DataError(
-            f"{place}: {columns.prompt!r} is {_type(value)}; a prompt is text, or a list of messages with role and content."
+            f"{place}: {columns.prompt!r} is {type_name(value)}; a prompt is text, or a list of messages with role and content."
         )
     roles = {columns.prompt, columns.answer, columns.response, columns.teacher}
-    return Prompt(
+    arguments, wrong = read_arguments(row)
+    response = _optional_text(_spoken(lookup(row, columns.response)[1]), place, columns.response)
+    prompt = Prompt(
         index=index,
         text=text,
         messages=messages,
-        answer=_answer(row.get(columns.answer), place, columns.answer),
-        response=_optional_text(row.get(columns.response), place, columns.response),
-        teacher=_optional_text(row.get(columns.teacher), place, columns.teacher),
+        template_arguments=arguments,
+        answer=_answer(lookup(row, columns.answer)[1], place, columns.answer),
+        response=_last_turn(answered) if response is None else response,
+        teacher=_optional_text(lookup(row, columns.teacher)[1], place, columns.teacher),
         metadata={name: value for name, value in row.items() if name not in roles},
+    )
+    return _Read(
+        prompt=prompt,
+        answered=answered,
+        named=frozenset(column for column in columns.optional().values() if lookup(row, column)[0]),
+        wrong=f"{place}: {wrong[0]}" if wrong else "",
     )
 
 
-def _messages(value: list[Any], place: str, column: str) -> tuple[dict[str, Any], ...]:
-    if not value:
-        raise DataError(f"{place}: {column!r} is an empty list of messages; remove the row.")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        where = f"{place}: message {number} of {column!r}"
-        if not isinstance(message, Mapping):
-            raise DataError(f"{where} is {_type(message)}; write it as {{'role': 'user', 'content': …}}.")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            raise DataError(f"{where} has no role; set role to system, user or assistant.")
-        if not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
-            raise DataError(f"{where} has {_type(content)} as its content; only text can be distilled.")
-        _checked_text(content or "", place, column)
-        # parquet fills the keys that other messages have with null
-        messages.append({key: item for key, item in message.items() if item is not None or key == "content"})
-    if not any((message["content"] or "").strip() for message in messages):
-        raise DataError(
-            f"{place}: every message of {column!r} is empty, so there is nothing to answer; remove the row."
-        )
-    if messages[-1]["role"] == "assistant":
-        raise DataError(
-            f"{place}: {column!r} ends with a message of the assistant, so there is nothing to answer; "
-            "move it to the response column, or end with a message of the user."
-        )
-    return tuple(messages)
+def _untransposed(value: Any) -> Any:
+    """Messages that older versions of `datasets` keep as an object of lists."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("role", value.get("from")), list):
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+
+
+def _last_turn(answered: tuple[Message, ...]) -> str | None:
+    """The assistant's message as a reference response; None where it is more than text."""
+    if len(answered) != 1 or "tool_calls" in answered[0]:
+        return None
+    return content_text(answered[0]["content"]) or None
+
+
+def _spoken(value: Any) -> Any:
+    """The text of a response that is a list of one message of the assistant; anything else as it is."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        return value
+    messages = tuple(canonical(plain(message)) for message in value)
+    text = _last_turn(messages)
+    return value if text is None or messages[0].get("role") != "assistant" else text
 
 
 def _answer(value: Any, place: str, column: str) -> str | None:
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, (str, bytes)):
         return _optional_text(value, place, column)
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
         return str(int(value)) if value == int(value) else str(value)
-    raise DataError(f"{place}: {column!r} is {_type(value)}; an answer is text, a finite number, or null.")
+    raise DataError(
+        f"{place}: {column!r} is {type_name(value)}; an answer is text, a finite number, or null.{_inside_hint(value, column)}"
+    )
+
+
+def _inside_hint(value: Any, column: str) -> str:
+    """Names of what an object or a list holds that could be the answer."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    inside = [f"{column}.{name}" for name, item in items if isinstance(item, (str, int, float))]
+    return f" Name what it holds: {', '.join(inside[:5])}." if inside else ""
 
 
 def _optional_text(value: Any, place: str, column: str) -> str | None:
+    value = plain(value) if isinstance(value, bytes) else value
     if value is None:
         return None
     if not isinstance(value, str):
-        raise DataError(f"{place}: {column!r} is {_type(value)}; it has to be text or null.")
-    return _checked_text(value, place, column)
+        raise DataError(
+            f"{place}: {column!r} is {type_name(value)}; it has to be text or null.{_inside_hint(value, column)}"
+        )
+    return check_text(value, place, column)
 
 
-def _checked_text(text: str, place: str, column: str) -> str:
-    if LONE_SURROGATE.search(text):
-        raise DataError(f"{place}: {column!r} holds half a character (a lone surrogate); save the text as UTF-8 again.")
-    return text
+def _names(row: Mapping[str, Any], missing: str) -> set[str]:
+    """The columns of a row, and for a dotted name also what its first column holds."""
+    first, dot, _ = missing.partition(".")
+    inside = row.get(first)
+    nested = {f"{first}.{name}" for name in inside} if dot and isinstance(inside, Mapping) else set()
+    return {*row, *nested}
 
 
-def _columns_hint(missing: str, present: Mapping[str, Any] | set[str]) -> str:
+def _columns_hint(missing: str, present: set[str]) -> str:
     near = get_close_matches(missing, list(present), n=1)
     listed = ", ".join(repr(name) for name in sorted(present)) or "none"
     return f" Columns there: {listed}." + (f" Did you mean {near[0]!r}?" if near else "")
 
 
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"the number {value}"
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _excerpt(text: str) -> str:
-    return text if len(text) <= 60 else text[:60] + "…"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

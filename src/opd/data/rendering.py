@@ -9,19 +9,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from opd.errors import ConfigError, DataError, ModelError
+from opd.data.chat import ChatTemplate
+from opd.errors import DataError, ModelError
 from opd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-RESERVED_TEMPLATE_KWARGS = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-)
 SENTENCEPIECE_SPACE = "▁"
 SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -42,21 +36,21 @@ class Renderer:
         self.name = name
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.system = system
+        self.chat = ChatTemplate(tokenizer, name=name, arguments=self.chat_template_kwargs)
         self._rendered: dict[int, tuple[Prompt, array[int]]] = {}
-        self._check_template_kwargs()
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Text as it is, after BOS if the tokenizer writes one; messages through the chat template, up to the answer.
 
         A prompt is rendered once: it comes back every epoch, and for every sample of it.
         """
-        kept = self._rendered.get(prompt.index)
-        if kept is not None and kept[0] is prompt:
+        kept = self._rendered.get(id(prompt))  # held-out prompts have the same indices
+        if kept is not None:
             return tuple(kept[1])
-        ids = self._text_ids(prompt) if prompt.messages is None else self._message_ids(prompt)
+        ids = self._text_ids(prompt) if prompt.messages is None else self.chat.ids(prompt, self.system)
         if not ids:
             raise DataError(f"prompt {prompt.index} has no tokens under the tokenizer of {self.name}; remove the row.")
-        self._rendered[prompt.index] = (prompt, array("i", ids))
+        self._rendered[id(prompt)] = (prompt, array("i", ids))
         return tuple(ids)
 
     def response_ids(self, text: str, finished: bool = True) -> tuple[int, ...]:
@@ -80,7 +74,7 @@ class Renderer:
         assert prompt.response is not None
         if prompt.messages is None or len(eos) < 2:
             return self.response_ids(prompt.response)
-        answered = self._message_ids(prompt, answer=prompt.response)
+        answered = self.chat.ids(prompt, self.system, answer=prompt.response)
         end = next((token for token in reversed(answered) if token in eos), None)
         if end is None:
             return self.response_ids(prompt.response)
@@ -99,6 +93,17 @@ class Renderer:
         """Text without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text with special tokens, by which a chat template can be checked."""
+        return str(
+            self.tokenizer.decode(
+                list(ids),
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+                spaces_between_special_tokens=False,  # which tokenizers written in Python add
+            )
+        )
+
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token by itself, readable: spaces as spaces, special tokens by name, part of a character as \\x bytes."""
         return [self._token_string(token_id) for token_id in ids]
@@ -110,6 +115,8 @@ class Renderer:
                 f"prompt {prompt.index} is plain text, which has no place for the system message of {self.name}; "
                 "write the prompt as messages, or leave the system message out."
             )
+        for name in prompt.template_arguments:
+            self.chat.forget(f"{name} beside a prompt that is plain text", prompt.index)
         plain = self._tokenise(prompt.text, f"prompt {prompt.index}", special=False)
         whole = self._tokenise(prompt.text, f"prompt {prompt.index}", special=True)
         for start in range(len(whole) - len(plain) + 1):
@@ -121,50 +128,11 @@ class Renderer:
             "the end of the prompt cannot be told; write the prompt as messages."
         )
 
-    def _message_ids(self, prompt: Prompt, answer: str | None = None) -> list[int]:
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
-                "write the prompt as text, or use an instruction-tuned model's tokenizer."
-            )
-        messages = [dict(message) for message in prompt.messages or ()]
-        if self.system is not None and messages[0].get("role") != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        try:
-            encoded: Any = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=answer is None,
-                tokenize=True,
-                return_dict=True,
-                **self.chat_template_kwargs,
-            )
-        except TemplateError as error:
-            raise DataError(
-                f"the chat template of {self.name} refuses prompt {prompt.index}: {error}. "
-                f"Its roles are {', '.join(str(message.get('role')) for message in messages)}."
-            ) from error
-        return list(encoded["input_ids"])
-
     def _tokenise(self, text: str, what: str, *, special: bool) -> list[int]:
         try:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])  # pyright: ignore[reportArgumentType]
         except Exception as error:  # the Rust tokenizers raise nothing more specific
             raise DataError(f"{what} cannot be tokenised by the tokenizer of {self.name}: {error}.") from error
-
-    def _check_template_kwargs(self) -> None:
-        for key in self.chat_template_kwargs:
-            if key in RESERVED_TEMPLATE_KWARGS:
-                raise ConfigError(f"chat_template_kwargs cannot set {key!r}, which opd sets itself; leave it out.")
-            template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""
-            if not re.search(rf"\b{re.escape(key)}\b", template):
-                raise ConfigError(
-                    f"the chat template of {self.name} does not read {key!r}, so it would change nothing; "
-                    "check the spelling, or leave it out of chat_template_kwargs."
-                )
 
     def _token_string(self, token_id: int) -> str:
         added = self._added_tokens.get(token_id)

@@ -16,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from opd.errors import printable
+
 ProgressMode = Literal["auto", "rich", "plain", "off"]
 TrainingPhase = Literal["rollout", "teacher", "update", "eval"]
 
@@ -96,6 +98,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live display."""
+        text = printable(text)
         if self._live is not None:
             self._live.console.print(Text(text))
         elif self.mode != "off":

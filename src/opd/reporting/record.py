@@ -58,6 +58,7 @@ class SampleRecord:
     phase: Phase
     who: Who
     prompt: str
+    """As the model reads it, with special tokens."""
     response: str
     tokens: Sequence[str]
     """The text of each response token."""
@@ -67,6 +68,8 @@ class SampleRecord:
     source: RolloutSource = "student"
     answer: str | None = None
     reward: float | None = None
+    prompt_index: int | None = None
+    """Row of the prompt in its data set, from 0; None in files of older versions."""
 
 
 class MetricSink(Protocol):
@@ -129,7 +132,10 @@ class RunRecorder:
         assert record.reverse_kl is None or len(record.reverse_kl) == len(record.tokens), "one KL per response token"
         kl = None if record.reverse_kl is None else [float(value) for value in record.reverse_kl]
         reward = None if record.reward is None else float(record.reward)
-        self._samples.append({**asdict(record), "reverse_kl": kl, "reward": reward})
+        line = {**asdict(record), "reverse_kl": kl, "reward": reward}
+        if record.prompt_index is None:
+            del line["prompt_index"]
+        self._samples.append(line)
 
     def close(self) -> None:
         self._metrics.close()
@@ -297,7 +303,8 @@ def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
 
 
 def _sample_record(line: Mapping[str, Any]) -> SampleRecord:
-    fields = {name: line[name] for name in SampleRecord.__dataclass_fields__}
+    fields = {name: line[name] for name in SampleRecord.__dataclass_fields__ if name != "prompt_index"}
+    fields["prompt_index"] = line.get("prompt_index")
     kl = fields["reverse_kl"]
     fields["tokens"] = tuple(fields["tokens"])
     fields["reverse_kl"] = None if kl is None else tuple(_number(value) for value in kl)

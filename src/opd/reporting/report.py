@@ -231,7 +231,9 @@ def _pair_view(pair: SamplePair) -> Mapping[str, Any]:
         "prompt": pair.late.prompt,
         "answer": pair.late.answer,
         "answers": [_sample_view(sample, is_other_prompt=sample.prompt != pair.late.prompt) for sample in answers],
-        "teacher": None if pair.teacher is None else _sample_view(pair.teacher, is_other_prompt=False),
+        "teacher": None
+        if pair.teacher is None
+        else _sample_view(pair.teacher, is_other_prompt=pair.teacher.prompt != pair.late.prompt),
     }
 
 

@@ -107,10 +107,12 @@ def pair_samples(samples: Iterable[SampleRecord], limit: int = MAX_PAIRS) -> lis
     Evaluation prompts come before training prompts, because every evaluation asks the same ones. Prompts are taken in
     the order written, never by how well they turned out.
     """
-    by_prompt: dict[tuple[str, str], dict[str, list[SampleRecord]]] = {}
+    by_prompt: dict[tuple[str, int | str], dict[str, list[SampleRecord]]] = {}
     for sample in samples:
         author = sample.who if sample.source == "student" or sample.who == "teacher" else sample.source
-        by_prompt.setdefault((sample.phase, sample.prompt), {}).setdefault(author, []).append(sample)
+        # Student and teacher may read other words for one row.
+        row = sample.prompt if sample.prompt_index is None else sample.prompt_index
+        by_prompt.setdefault((sample.phase, row), {}).setdefault(author, []).append(sample)
     pairs = [pair for (_, _), by_author in by_prompt.items() if (pair := _pair(by_author))]
     pairs.sort(key=lambda pair: (pair.early is None, pair.late.phase != "eval"))
     has_answers_twice = any(pair.early for pair in pairs)

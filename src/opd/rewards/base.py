@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -39,11 +40,18 @@ def load_reward(spec: str) -> Reward:
     return reward
 
 
-def score_reward(reward: Reward, prompt: Prompt, response: str, *, timeout: float = 0.0) -> float:
-    """The reward as a finite float, or a DataError that names the prompt it went wrong on. `timeout` is in seconds; 0 is none."""
+def score_reward(
+    reward: Reward, prompt: Prompt, response: str, *, finished: bool = True, timeout: float = 0.0
+) -> float:
+    """The reward as a finite float, or a DataError that names the prompt it went wrong on.
+
+    `finished` is False for a response cut off at the length limit; a reward with a parameter of that name is told. `timeout` is in
+    seconds; 0 is none.
+    """
     name = getattr(reward, "__name__", type(reward).__name__)
+    function = partial(reward, finished=finished) if _asks_whether_finished(reward) else reward
     try:
-        value: Any = call_within(timeout, reward, prompt, response)
+        value: Any = call_within(timeout, function, prompt, response)
     except OpdError:
         raise
     except TimeLimitError as error:
@@ -75,12 +83,14 @@ class Scorer:
     on_error: Literal["stop", "zero"] = "stop"
     """What a call that raises, hangs or returns no finite number does: end the run, or count as 0."""
 
-    def score(self, answered: Sequence[tuple[Prompt, str]]) -> Scores:
-        """One reward per (prompt, response). Raises DataError where `on_error` is stop."""
+    def score(self, answered: Sequence[tuple[Prompt, str]], finished: Sequence[bool] | None = None) -> Scores:
+        """One reward per (prompt, response); `finished` says which ended by themselves, None that all did. Raises DataError where
+        `on_error` is stop."""
         values, failures = [], []
-        for prompt, response in answered:
+        ended = [True] * len(answered) if finished is None else finished
+        for (prompt, response), whole in zip(answered, ended, strict=True):
             try:
-                values.append(score_reward(self.reward, prompt, response, timeout=self.timeout))
+                values.append(score_reward(self.reward, prompt, response, finished=whole, timeout=self.timeout))
             except DataError as error:
                 if self.on_error == "stop":
                     raise
@@ -130,6 +140,13 @@ def _check_signature(spec: str, reward: Any) -> None:
             f"reward {spec!r} takes {signature}, but a reward is called as reward(prompt, response): {error}. "
             "Give every further parameter a default."
         ) from error
+
+
+def _asks_whether_finished(reward: Reward) -> bool:
+    try:
+        return "finished" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return False
 
 
 def _float(value: Any) -> float:

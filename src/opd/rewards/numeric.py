@@ -1,4 +1,4 @@
-"""The last number of the response is the number of the answer."""
+"""The number that the response gives as its answer is the number of the answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,19 @@ _NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}])(?P<sign>[-+]))?[$€£]?(?<![A-Za-z_0-9])(?P<numerator>{_UNSIGNED})"
     rf"(?:\s?/\s?(?P<denominator>{_UNSIGNED}))?\s?(?P<percent>%)?"
 )
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_LATEX_FRACTION = re.compile(r"(?P<whole>[0-9]+\s*)?\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
+_UNIT = re.compile(
+    r"\^\s*\{?\s*\\circ\s*\}?|\\(?:text|textrm|mathrm|mbox|textbf)\s*\{(?P<words>[^{}]*)\}(?:\s*\^\s*(?:\{[^{}]*\}|[0-9]))?"
+)
+_NO_NUMBER = re.compile(r"\\sqrt|\\pi|\^")
+"""In a box: its value is not the number that stands last."""
+_GSM8K = re.compile(r"^####[ \t]*(?P<found>[^\n]*?)[ \t]*\n", re.MULTILINE)
+_ANSWER = re.compile(
+    rf"\banswer\b[\s*_]*(?:is\b|[:=])[\s:=*_$(\\]*(?P<found>[-+]?[$€£]?{_UNSIGNED}(?:\s?/\s?{_UNSIGNED})?\s?%?)(?=[.,;:!?)*_$\\]*\s)",
+    re.IGNORECASE,
+)
+"""An answer in words, and what shows that its number is at an end."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +44,79 @@ class Number:
     percent: bool = False
 
 
-def numeric_answer(prompt: Prompt, response: str) -> float:
-    """1 when the last number of the response equals the last number of the answer, exactly; else 0.
+def numeric_answer(prompt: Prompt, response: str, finished: bool = True) -> float:
+    """1 when the number of the response equals the number of the answer, exactly; else 0.
+
+    The number is the one in the last \\boxed{}, or else the last. A response cut off at the length limit (`finished` is False) ends
+    anywhere, so its number is one that it marks as its answer before the cut: in a \\boxed{}, on a line of its own after ####, after "answer is" or
+    "answer:", or alone. Without such a mark it has none.
 
     Reads signs, thousands commas, decimals, exponents, fractions (3/4 and LaTeX), currency and percent signs. A number
     in percent equals itself with or without the sign, and its hundredth: 50% = 50 and 50% = 0.5, but 50 ≠ 0.5.
     """
-    answer = last_number(required_answer(prompt, "numeric_answer"))
+    answer = given_number(required_answer(prompt, "numeric_answer"))
     if answer is None:
         raise DataError(
             f"the answer of prompt {prompt.index} is {prompt.answer!r}, which holds no number for reward "
             "'numeric_answer'; mend the row, or use exact_match."
         )
-    found = last_number(response)
+    found = given_number(response) if finished else marked_number(response)
     return float(found is not None and same_number(found, answer))
+
+
+def given_number(text: str) -> Number | None:
+    """The number in the last box, or the last number where there is no box; None when there is none."""
+    box = _last_box(text)
+    return last_number(text) if box is None else _number_in_box(box)
+
+
+def marked_number(text: str) -> Number | None:
+    """The number that a text marks as its answer, as a whole before its end; None when it marks none."""
+    box = _last_box(text)
+    if box is not None:
+        return _number_in_box(box)
+    if _NUMBER.fullmatch(text.strip()):
+        return last_number(text)
+    lines = [match for match in _GSM8K.finditer(text) if _NUMBER.fullmatch(match["found"])]
+    marks = sorted([*lines, *_ANSWER.finditer(text)], key=lambda match: match.start())
+    return last_number(marks[-1]["found"]) if marks else None
+
+
+def _last_box(text: str) -> str | None:
+    """What the last closed box holds; a box with nothing in it is none."""
+    boxes = list(_BOX.finditer(text))
+    closed = _closing_braces(text) if boxes else {}
+    for match in reversed(boxes):
+        held = match["bare"] if match["bare"] is not None else text[match.end() : closed.get(match.end() - 1, 0)]
+        if held.strip():
+            return held
+    return None
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where the brace that opens at a place is closed, for all that are."""
+    opened: list[int] = []
+    closed = {}
+    for place, character in enumerate(text):
+        if character == "{":
+            opened.append(place)
+        elif character == "}" and opened:
+            closed[opened.pop()] = place
+    return closed
+
+
+def _number_in_box(held: str) -> Number | None:
+    value = held.rpartition("=")[2]
+    bare = _UNIT.sub(" ", value)
+    if not re.search(r"[0-9]", bare):
+        bare = _UNIT.sub(lambda unit: f" {unit['words'] or ''} ", value)
+    return None if _NO_NUMBER.search(bare) else last_number(bare)
 
 
 def last_number(text: str) -> Number | None:
     """The last number in a text; None when there is none, or when it divides by zero or is too long to be one."""
     plain = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
-    matches = list(_NUMBER.finditer(_LATEX_FRACTION.sub(r"\1/\2", plain)))
+    matches = list(_NUMBER.finditer(_LATEX_FRACTION.sub(_fraction, plain)))
     if not matches:
         return None
     sign, numerator, denominator, percent = matches[-1].group("sign", "numerator", "denominator", "percent")
@@ -59,6 +124,16 @@ def last_number(text: str) -> Number | None:
     if above is None or not below:
         return None
     return Number(-above / below if sign == "-" else above / below, percent is not None)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    whole, braced, digit, below_braced, below_digit = match.groups()
+    above, below = braced if digit is None else digit, below_braced if below_digit is None else below_digit
+    if whole is None:
+        return f"{above}/{below}"
+    if above.isdecimal() and below.isdecimal() and len(whole + above + below) <= MAX_DIGITS:
+        return f"{int(whole) * int(below) + int(above)}/{below}"
+    return f"{whole} {above}/{below}"
 
 
 def same_number(first: Number, second: Number) -> bool:

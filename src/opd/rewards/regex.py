@@ -12,7 +12,8 @@ from opd.types import Prompt, Reward
 def regex_answer(pattern: str) -> Reward:
     """A reward of 1 when the pattern's last match in the response is the answer, apart from white space around it.
 
-    With a group in the pattern, the group is compared: `####\\s*(.+)`. Dots match line ends only after `(?s)`.
+    With a group in the pattern, the group is compared: `####\\s*(.+)`. Dots match line ends only after `(?s)`. In a response cut off at
+    the length limit a find that reaches the cut may be half of one, so it does not count unless it is the whole response.
     """
     if not pattern:
         raise ConfigError("reward 'regex:' has no pattern; write regex:<pattern>, such as regex:####\\s*(.+).")
@@ -26,9 +27,13 @@ def regex_answer(pattern: str) -> Reward:
             "keep one, and write the others as (?:…)."
         )
 
-    def reward(prompt: Prompt, response: str) -> float:
+    def reward(prompt: Prompt, response: str, finished: bool = True) -> float:
         answer = required_answer(prompt, f"regex:{pattern}")
-        matches = list(compiled.finditer(response))
+        matches = [
+            match
+            for match in compiled.finditer(response)
+            if finished or match.end(compiled.groups) < len(response) or match.group(compiled.groups) == response
+        ]
         if not matches:
             return 0.0
         found = matches[-1].group(compiled.groups) or ""

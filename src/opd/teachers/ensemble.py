@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from opd.data.rows import lookup
 from opd.errors import DataError, ObjectiveError
 from opd.losses import WEIGHT_SUM_TOLERANCE, Objective
 from opd.teachers.local import LocalTeacher
@@ -85,7 +86,7 @@ class Ensemble:
 
     def weights_of(self, prompt: Prompt) -> tuple[float, ...]:
         """This prompt's weights, in the order of the members. Raises DataError for own ones that do not sum to one."""
-        own = prompt.metadata.get(self.weights_column) if self.weights_column is not None else None
+        own = lookup(prompt.metadata, self.weights_column)[1] if self.weights_column is not None else None
         if own is None:
             return tuple(self.weights[name] for name in self.members)
         numbers = isinstance(own, Mapping) and all(

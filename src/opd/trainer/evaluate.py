@@ -109,7 +109,8 @@ class Evaluator:
             rollouts = sampler.sample(repeated, seed=derive_seed(self.seed, 0, f"eval at {temperature}"))
         finally:
             sampler.sampling = kept
-        return rollouts, list(self.scorer.score([(r.prompt, r.text) for r in rollouts]).values)
+        scores = self.scorer.score([(r.prompt, r.text) for r in rollouts], [r.finished for r in rollouts])
+        return rollouts, list(scores.values)
 
     @torch.no_grad()
     def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: AnyTeacher) -> list[list[float]]:

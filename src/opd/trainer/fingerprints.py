@@ -27,6 +27,7 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         digest.update(repr((prompt.text, prompt.messages, prompt.answer, prompt.response, prompt.teacher)).encode())
+        digest.update(repr(dict(prompt.template_arguments)).encode() if prompt.template_arguments else b"")
     return digest.hexdigest()
 
 

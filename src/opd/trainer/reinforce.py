@@ -44,7 +44,7 @@ class Reinforcement:
 
     def advantages(self, rollouts: Sequence[Rollout]) -> Advantages:
         """The samples of a prompt follow each other, `samples_per_prompt` at a time."""
-        scores = self.scorer.score([(r.prompt, r.text) for r in rollouts])
+        scores = self.scorer.score([(r.prompt, r.text) for r in rollouts], [r.finished for r in rollouts])
         rewards = torch.tensor(scores.values, dtype=torch.float64)
         group = torch.arange(len(rollouts)) // self.samples_per_prompt
         if self.config.advantage == "rloo":

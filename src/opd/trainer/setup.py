@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import Config
-from opd.data.prompts import PromptOrder, load_prompts
+from opd.data.chat import left_out_notices
+from opd.data.prompts import PromptOrder, load_prompts, unread_columns
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError
 from opd.rewards import Scorer, load_reward
@@ -56,7 +59,8 @@ class Parts:
 
 def build_parts(config: Config) -> Parts:
     """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
-    prompts, held_out = _prompts(config)
+    said: list[str] = []
+    prompts, held_out = _prompts(config, said.append)
     check_rows(config, prompts, held_out)
     rewards = _reward_scorer(config, config.eval.reward)
     side = load_side(config.student, "student", config.student.device, config.prompts.system)
@@ -71,7 +75,9 @@ def build_parts(config: Config) -> Parts:
         if config.train.layout == "packed":
             check_packing(one.model, role, pad_id)
     fingerprints = _fingerprints(config, prompts, held_out, side, first_weights, faculty)
-    return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
+    said += left_out_notices(one.renderer.chat for one in (side, *faculty.sides.values()))
+    parts = _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
+    return replace(parts, warnings=tuple(dict.fromkeys([*said, *parts.warnings])))
 
 
 def _connect(
@@ -191,15 +197,25 @@ def _reinforcement(
     )
 
 
-def _prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+def _prompts(config: Config, say: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
+    """The rows to train on, and those to evaluate on. `say` is told what rows hold and prompts do not."""
     section = config.prompts
-    columns = {
+    columns: dict[str, Any] = {
         "prompt_column": section.prompt_column,
         "answer_column": section.answer_column,
         "response_column": section.response_column,
         "teacher_column": section.teacher_column,
+        "say": say,
     }
+    elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
     prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
+    for note in unread_columns(prompts, section.path, elsewhere):
+        say(note)
+    if len(prompts) < config.train.prompts_per_step:
+        say(
+            f"train.prompts_per_step={config.train.prompts_per_step} is more than {section.path} has rows ({len(prompts)}), so a step "
+            "holds some prompts several times."
+        )
     if config.eval.every == 0 or section.eval_path is None:
         return prompts, []
     held_out = load_prompts(section.eval_path, split=section.eval_split, limit=config.eval.prompts, **columns)

@@ -1,0 +1,281 @@
+"""Messages through somebody's chat template, in the form that this template reads, and what of them it leaves out.
+
+Templates disagree: about content that is null, a text or a list of parts, about arguments of calls as objects or as text, about tools
+with or without their wrapping. The canonical form is rendered first. Where the template fails on it, or shows less than the row holds,
+the other forms are tried, and the one that shows most is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from opd.data.forms import NONE, REPAIRS, Chat, Leaf, Repair, holds, leaves_of, put, repaired, structures
+from opd.data.messages import TOOL_ARGUMENTS, Message, canonical
+from opd.errors import ConfigError, DataError
+from opd.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RESERVED = ("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "tokenize")
+"""Arguments that opd gives to apply_chat_template itself."""
+PROBE = "opdprobe"
+"""A word that no row holds: where it does not change the rendering, nothing else there does."""
+CODE = re.compile(r"\{[%#].*?[%#]\}|\{\{.*?\}\}", re.DOTALL)
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+
+
+@dataclass
+class LeftOut:
+    """Something that rows hold and that the template does not show."""
+
+    rows: int = 0
+    first: int = 0
+    """Index of the first such prompt."""
+
+
+@dataclass
+class _Rendering:
+    text: str = ""
+    error: Exception | None = None
+    faults: Counter[str] = field(default_factory=Counter)
+    """How often the rendering shows a row wrongly, by kind."""
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        return self.error is not None, self.faults.total()
+
+
+class ChatTemplate:
+    """One tokenizer's chat template. `name` says whose it is in errors."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, name: str, arguments: Mapping[str, Any]) -> None:
+        """`arguments` go to the template with every prompt; those of a row come before them. Raises ConfigError for one that the
+        template does not read."""
+        self.tokenizer = tokenizer
+        self.name = name
+        self.arguments = dict(arguments)
+        self.left_out: dict[str, LeftOut] = {}
+        """By what it is, in words; under NONE, nulls that are written out."""
+        self._repairs: dict[frozenset[str], tuple[tuple[Repair, ...], frozenset[str]]] = {}
+        """What helped against these faults, and which of them it left."""
+        self._shown_kinds: set[tuple[Any, ...]] = set()
+        self._check_choice()
+        for key in self.arguments:
+            self._check(key)
+
+    def ids(self, prompt: Prompt, system: str | None, answer: str | None = None) -> list[int]:
+        """Token ids of the prompt up to the answer, or with `answer` as the assistant's. Raises DataError for whatever the template or
+        the tokenizer does wrong."""
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
+                "write the prompt as text, or use an instruction-tuned model's tokenizer."
+            )
+        messages = [canonical(message) for message in prompt.messages or ()]
+        if system is not None and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        own = {key: value for key, value in prompt.template_arguments.items() if key not in RESERVED}
+        chat = (messages, {**self.arguments, **own})
+        self._check_named(prompt, chat[1])
+        leaves, generate = list(leaves_of(chat)), answer is None
+        repairs, rendering = self._best(chat, leaves, generate)
+        if rendering.error is not None:
+            raise self._refusal(prompt, messages, rendering.error) from rendering.error
+        if generate:
+            self._note(prompt, chat, leaves, repairs, rendering)
+        try:
+            encoded = self._applied(repaired(chat, repairs), generate, tokenize=True, return_dict=True)
+        except Exception as error:  # the Rust tokenizers raise nothing more specific
+            raise DataError(
+                f"prompt {prompt.index} cannot be tokenised by the tokenizer of {self.name}: {error}."
+            ) from error
+        return list(encoded["input_ids"])
+
+    def forget(self, what: str, row: int) -> None:
+        """Count something that a row holds and no rendering does."""
+        kept = self.left_out.setdefault(what, LeftOut(first=row))
+        kept.rows += 1
+
+    # The form
+
+    def _best(self, chat: Chat, leaves: Sequence[Leaf], generate: bool) -> tuple[tuple[Repair, ...], _Rendering]:
+        """The form with the fewest faults, of those the one nearest to the row."""
+        first = self._judged(chat, leaves, generate)
+        best: tuple[tuple[Repair, ...], _Rendering] = ((), first)
+        if not any(first.rank):
+            return best
+        kind = frozenset([*first.faults, type(first.error).__name__])
+        if kind in self._repairs:
+            known, left = self._repairs[kind]
+            again = self._judged(repaired(chat, known), leaves, generate) if known else first
+            if again.error is None and again.faults.keys() <= left:
+                return known, again
+        helpful = [repair for repair in REPAIRS if repair(chat) != chat]
+        for count in range(1, len(helpful) + 1):
+            for repairs in combinations(helpful, count):
+                tried = self._judged(repaired(chat, repairs), leaves, generate)
+                if tried.rank < best[1].rank:
+                    best = (repairs, tried)
+            if not any(best[1].rank):
+                break
+        self._repairs[kind] = best[0], frozenset(best[1].faults)
+        return best
+
+    def _judged(self, chat: Chat, leaves: Sequence[Leaf], generate: bool) -> _Rendering:
+        try:
+            text = str(self._applied(chat, generate, tokenize=False))
+        except Exception as error:  # somebody else's template: anything that Python can raise
+            return _Rendering(error=error)
+        faults = Counter(leaf.label for leaf in leaves if not holds(text, leaf.text))
+        faults[NONE] = max(0, text.count(NONE) - sum(leaf.text.count(NONE) for leaf in leaves))
+        faults["structure"] = sum(written in text for written in structures(chat[0]))
+        return _Rendering(text=text, faults=+faults)
+
+    def _applied(self, chat: Chat, generate: bool, **options: Any) -> Any:
+        messages, arguments = chat
+        templates = self.tokenizer.chat_template
+        if isinstance(templates, dict) and len(templates) == 1:
+            arguments = {"chat_template": next(iter(templates)), **arguments}
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, **options, **arguments)
+
+    # What is left out
+
+    def _note(
+        self, prompt: Prompt, chat: Chat, leaves: Sequence[Leaf], repairs: tuple[Repair, ...], rendering: _Rendering
+    ) -> None:
+        labels = {
+            leaf.label
+            for leaf in leaves
+            if self._is_doubtful(leaf, chat, rendering.text) and not self._reads(leaf, chat, repairs, rendering.text)
+        }
+        for key in prompt.template_arguments:
+            if key in RESERVED or (key not in (*TOOL_ARGUMENTS, "chat_template") and not self._names(key)):
+                labels.add(f"chat_template_kwargs.{key}")
+        if rendering.faults[NONE] and not self._spells_none:
+            labels.add(NONE)
+        for label in labels:
+            self.forget(label, prompt.index)
+
+    def _is_doubtful(self, leaf: Leaf, chat: Chat, text: str) -> bool:
+        """Whether a text has to be probed: it is not there, or could be there by chance, the first of its kind."""
+        if not holds(text, leaf.text):
+            return True
+        kind: tuple[Any, ...] = (leaf.label, leaf.path[-1])
+        if leaf.path[0] == 0:  # whether a message is shown can depend on its place
+            place = leaf.path[1]
+            before = chat[0][place - 1].get("role") if place else None
+            kind += (before, "tool_calls" in chat[0][place])
+        if kind in self._shown_kinds:
+            return False
+        self._shown_kinds.add(kind)
+        return True
+
+    def _reads(self, leaf: Leaf, chat: Chat, repairs: tuple[Repair, ...], text: str) -> bool:
+        """Whether the rendering depends on both ends of this text."""
+        for probed in (leaf.text + PROBE, PROBE + leaf.text):
+            changed = deepcopy(chat)
+            put(changed, leaf.path, probed)
+            try:
+                again = self._applied(repaired(changed, repairs), True, tokenize=False)
+            except Exception:  # the template looks at the text, whatever it thinks of the probe
+                continue
+            if again == text:
+                return False
+        return True
+
+    @cached_property
+    def _spells_none(self) -> bool:
+        """Whether the template itself holds the word, so that it says nothing about a row."""
+        code = [piece for source in self._sources() for piece in CODE.findall(source)]
+        own = [CODE.sub("", source) for source in self._sources()] + [q for c in code for q in QUOTED.findall(c)]
+        return any(NONE in text for text in own)
+
+    # Arguments and choice
+
+    def _sources(self) -> list[str]:
+        template, chosen = self.tokenizer.chat_template, self.arguments.get("chat_template")
+        if isinstance(chosen, str):
+            return [template[chosen] if isinstance(template, dict) and chosen in template else chosen]
+        return list(template.values()) if isinstance(template, dict) else [template] if template else []
+
+    def _names(self, key: str) -> bool:
+        return any(re.search(rf"\b{re.escape(key)}\b", source) for source in self._sources())
+
+    def _check(self, key: str) -> None:
+        if key in RESERVED:
+            raise ConfigError(f"chat_template_kwargs cannot set {key!r}, which opd sets itself; leave it out.")
+        if key != "chat_template" and not self._names(key):
+            raise ConfigError(
+                f"the chat template of {self.name} does not read {key!r}, so it would change nothing; "
+                "check the spelling, or leave it out of chat_template_kwargs."
+            )
+
+    def _check_choice(self) -> None:
+        """`chat_template` names one of several templates, or is one."""
+        chosen = self.arguments.get("chat_template")
+        if "chat_template" not in self.arguments or (isinstance(chosen, str) and ("{{" in chosen or "{%" in chosen)):
+            return
+        there = self.tokenizer.chat_template
+        names = sorted(there) if isinstance(there, dict) else []
+        if chosen not in names:
+            raise ConfigError(
+                f"chat_template_kwargs.chat_template={chosen!r} names no chat template of {self.name}; "
+                f"{'it has ' + ', '.join(names) if names else 'it has one without a name'}. Name one, write one out, or leave it out."
+            )
+
+    def _check_named(self, prompt: Prompt, arguments: Mapping[str, Any]) -> None:
+        """With several templates, one is called default or is chosen."""
+        there = self.tokenizer.chat_template
+        if not isinstance(there, dict) or len(there) == 1 or "default" in there or "chat_template" in arguments:
+            return
+        if "tools" in arguments and "tool_use" in there:
+            return
+        section = self.name.partition(" ")[0]
+        raise DataError(
+            f"prompt {prompt.index} is a list of messages, and the tokenizer of {self.name} has several chat templates, none of them "
+            f"called default: {', '.join(sorted(there))}. Choose one with "
+            f"--{section}.chat_template_kwargs '{{chat_template: {sorted(there)[0]}}}'."
+        )
+
+    def _refusal(self, prompt: Prompt, messages: Sequence[Message], error: Exception) -> DataError:
+        from jinja2 import TemplateError
+
+        said = " ".join(str(error).split())
+        what = said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"
+        return DataError(
+            f"the chat template of {self.name} refuses prompt {prompt.index}: {what}. "
+            f"Its roles are {', '.join(str(message.get('role')) for message in messages)}. Change the row, or use another template."
+        )
+
+
+def left_out_notices(templates: Iterable[ChatTemplate]) -> list[str]:
+    """Sentences about what rows hold and renderings do not, models with the same templates together."""
+    whose: dict[str, list[ChatTemplate]] = {}
+    for template in templates:
+        for what in template.left_out:
+            whose.setdefault(what, []).append(template)
+    notices, by_names = [], dict[str, list[str]]()
+    for what, found in whose.items():
+        kept, names = found[0].left_out[what], " and ".join(template.name for template in found)
+        rows = f"{'1 row' if kept.rows == 1 else f'{kept.rows} rows'}, the first is prompt {kept.first}"
+        if what == NONE:
+            notices.append(
+                f"the chat template of {names} writes None for a value that is null ({rows}); fill it in, or remove the row."
+            )
+        else:
+            by_names.setdefault(names, []).append(f"{what} ({rows})")
+    return notices + [
+        f"rows hold what prompts of {names} do not show, whole or in part: {'; '.join(whats)}. Write it where the chat template "
+        "shows it, such as a message of the user, or leave it out of the rows."
+        for names, whats in by_names.items()
+    ]
