@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_resume import assert_same_run
 from transformers import AutoTokenizer
 
-from opd.errors import RunFolderError
+from opd.config import Config
+from opd.errors import DataError, RunFolderError
 from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.sections import whole_keys
+from opd.trainer import loop
 from opd.trainer.guardrails import OUT_OF_MEMORY_ADVICE
 from opd.trainer.resume import EFFECTS, effect_of, table_key
 from opd.trainer.run import train
@@ -198,3 +202,45 @@ def test_a_checkpoint_of_before_there_were_these_fingerprints_resumes_with_the_s
     with pytest.raises(RunFolderError, match=r"teacher.model changed, and the checkpoint .* does not say whether"):
         run(values | {"teacher.model": str(tmp_path / "teacher")}, resume=True)
     run(values, resume=True)
+
+
+def failing(prompt: object, response: str) -> float:
+    """A reward that fails while a file named by the environment is there."""
+    if Path(os.environ["REWARD_FAILS"]).exists():
+        raise ValueError("broken")
+    return float(len(response))
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_run_resumes_where_a_reward_ended_it(world, tmp_path, monkeypatch, where):
+    """The error says so, whenever the last checkpoint was."""
+    monkeypatch.setenv("REWARD_FAILS", str(tmp_path / "broken"))
+    more = {"rl__weight": 1.0} if where == "training" else {"eval__every": 2}
+    values = quick(world, tmp_path / "run", eval__reward="test_resume_changes:failing", checkpoint__every=0, **more)
+    whole = values | {"run_dir": str(tmp_path / "whole")}
+    run(whole)
+    steps, evaluations = [], []
+    step, evaluate = loop.StopRequest.check, loop.evaluation_due
+
+    def break_after_two(self: loop.StopRequest) -> None:
+        steps.append(1)
+        if len(steps) == 2 and where == "training":
+            (tmp_path / "broken").touch()
+        step(self)
+
+    def break_at_two(config: Config, version: int) -> bool:
+        evaluations.append(version)
+        if version == 2 and where == "evaluation":
+            (tmp_path / "broken").touch()
+        return evaluate(config, version)
+
+    monkeypatch.setattr(loop.StopRequest, "check", break_after_two)
+    monkeypatch.setattr(loop, "evaluation_due", break_at_two)
+    with pytest.raises(DataError, match=r"broken.*a run resumes where it stopped"):
+        run(values)
+    (tmp_path / "broken").unlink()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    monkeypatch.setenv("REWARD_FAILS", str(tmp_path / "broken"))
+    run(values, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

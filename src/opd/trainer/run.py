@@ -50,8 +50,8 @@ def train(
     with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
         try:
             return _train(config, folder, stop, resume=resume)
-        except KeyboardInterrupt as error:
-            raise _stopped(config, folder, stop, resume=resume) from error
+        except KeyboardInterrupt:
+            raise _stopped(config, folder, stop, resume=resume) from None
 
 
 def _train(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool) -> dict[str, Any] | None:
