@@ -158,15 +158,35 @@ def test_the_command_after_a_run_that_saved_nothing_starts_it_again(world, tmp_p
     assert main(shlex.split(said.partition("with: ")[2])[1:]) == 0
 
 
-def test_ctrl_c_outside_a_run_promises_nothing(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_outside_a_run_promises_nothing(capsys, monkeypatch, tmp_path, number):
     from opd.cli import report
 
-    def interrupt(_: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report, "run", interrupt)
-    assert main(["report", str(tmp_path)]) == 130
+    monkeypatch.setattr(report, "run", lambda _: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    assert main(["report", str(tmp_path)]) == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_while_models_load_leaves_the_old_run_as_it_was(world, tmp_path, capsys, monkeypatch):
+    from opd.trainer import run as module
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(merge({}, settings(world, tmp_path / "run", **LONG))))
+    run(settings(world, tmp_path / "run", **LONG))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def build_parts(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "build_parts", build_parts)
+    assert main(["train", str(recipe), "--overwrite"]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "stopped before the first step, and nothing was changed" in said and said.rstrip().endswith("--overwrite")
+    assert main(["train", str(recipe), "--resume"]) == 128 + signal.SIGTERM
+    assert "the last checkpoint has 4 of 6 steps" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
