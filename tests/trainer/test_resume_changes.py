@@ -143,12 +143,38 @@ def test_a_changed_rate_is_the_rate_of_the_next_step_and_stands_in_the_history(w
     assert history[1]["changed"]["optimizer.lr"] == [3e-3, 1e-4]
 
 
-def test_a_warm_up_that_nobody_chose_does_not_begin_again_when_the_run_grows(world, tmp_path):
-    more = {"optimizer__warmup_steps": None, "optimizer__lr": 1e-3, "train__prompts_per_step": 1}
+def test_a_warm_up_that_nobody_chose_does_not_begin_again_when_the_run_grows(world, tmp_path, capsys):
+    more = {
+        "log__progress": "plain",
+        "optimizer__warmup_steps": None,
+        "optimizer__lr": 1e-3,
+        "train__prompts_per_step": 1,
+    }
     values = quick(world, tmp_path / "run", **more)
     stop_after(values, 2)
     run(values | {"train.steps": 22}, resume=True)  # from the start, its warm-up would have been of 3 steps
     assert [record.metrics["lr"] for record in read_metrics(tmp_path / "run")] == [5e-4, *[1e-3] * 21]
+    assert "changed from here on: train.steps: 2 → 22\n" in capsys.readouterr().out
+
+
+def test_a_warm_up_that_nobody_chose_is_shorter_in_a_shorter_run(world, tmp_path, capsys):
+    more = {"log__progress": "plain", "optimizer__warmup_steps": None, "optimizer__lr": 1e-3}
+    values = quick(world, tmp_path / "run", train__steps=30, **more)
+
+    class Enough(Exception):
+        pass
+
+    def stop(self: loop.StopRequest) -> None:
+        if (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
+            raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.StopRequest, "check", stop)
+        with pytest.raises(Enough):
+            run(values)
+    run(values | {"train.steps": 4}, resume=True)
+    assert [record.metrics["lr"] for record in read_metrics(tmp_path / "run")] == [2.5e-4, 5e-4, 1e-3, 1e-3]
+    assert "optimizer.warmup_steps: 3 → 1; train.steps: 30 → 4" in capsys.readouterr().out
 
 
 def test_fewer_steps_than_the_run_has_are_refused_and_as_many_end_it(world, tmp_path):

@@ -55,7 +55,7 @@ def train(
 
 
 def _train(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool) -> dict[str, Any] | None:
-    config = continued(config, folder.changes)
+    config, folder.changes = continued(config, folder.changes)
     _check_sinks(config)
     parts = build_parts(config)
     start = _restore(folder, parts, config) if resume else None
