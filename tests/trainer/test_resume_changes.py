@@ -110,6 +110,25 @@ def test_the_same_files_under_another_path_resume_bit_for_bit(world, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_one_of_several_teachers_may_move_and_none_may_join(world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "here")
+    values = quick(world, tmp_path / "run", mixture__kind="loss", teachers__a__model=str(tmp_path / "here"))
+    values["teachers.b.model"] = str(world / "student")
+    del values["teacher.model"]
+    stop_after(values, 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = {
+        "teachers.a.model": str(tmp_path / "there"),
+        "teachers.a.tokens_per_batch": 50,
+        "teachers.b.dtype": "bfloat16",
+    }
+    with pytest.raises(RunFolderError, match=r"another recipe.*teachers.c.source: None → 'model'"):
+        run(values | moved | {"teachers.c.model": str(world / "teacher")}, resume=True)
+    with pytest.raises(RunFolderError, match=r"The teacher a's own weights differ"):
+        run(values | moved | {"teachers.a.model": str(world / "student")}, resume=True)
+    run(values | moved, resume=True)
+
+
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_other_files_under_another_path_are_refused(world, tmp_path, who):
     values = quick(world, tmp_path / "run")
