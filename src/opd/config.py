@@ -210,7 +210,7 @@ class CheckpointConfig(Section):
     """Checkpoints are written beside, then renamed: a kill at any moment leaves the last good one."""
 
     every: int = 20
-    """Save every n steps; 0 saves only the final student."""
+    """Save every n steps; 0 saves only the final student, and what a run has reached when a signal stops it."""
     keep: int = 2
     """Newest checkpoints kept."""
 

@@ -101,6 +101,24 @@ def test_an_objective_s_own_refusal_is_kept():
         whole(objective={"tail": "ignore", "support": "teacher_top_k"})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"student_temperature": "1.0"}, "student_temperature='1.0' must be a number"),
+        ({"beta": None, "divergence": "generalized_jsd"}, "beta=None must be a number"),
+        ({"discount": True}, "discount=True must be a number"),
+        ({"fixed_count": "7", "reduction": "fixed"}, "fixed_count='7' must be a number or None"),
+        ({"teacher_logp_floor": [-3]}, "teacher_logp_floor=[-3] must be a number or None"),
+        ({"normalize": "no"}, "normalize='no' must be True or False"),
+        ({"always_include": 5}, "always_include=5 must be a tuple of token ids"),
+        ({"always_include": "5"}, "always_include='5' must be a tuple of token ids"),
+    ],
+)
+def test_an_objective_made_in_python_refuses_wrong_types_by_name(wrong, what):
+    with pytest.raises(ObjectiveError, match=re.escape(what)):
+        Objective(**wrong)
+
+
 def test_values_become_their_types():
     assert StudentConfig(model=Path("a") / "b").model == "a/b"
     assert whole(prompts={"path": Path("p.jsonl")}).prompts == PromptsConfig(path="p.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_resume import assert_same_run
 from transformers import AutoTokenizer
 
-from opd.errors import RunFolderError
+from opd.config import Config
+from opd.errors import DataError, RunFolderError
 from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.sections import whole_keys
+from opd.trainer import loop
 from opd.trainer.guardrails import OUT_OF_MEMORY_ADVICE
 from opd.trainer.resume import EFFECTS, effect_of, table_key
 from opd.trainer.run import train
@@ -106,6 +110,25 @@ def test_the_same_files_under_another_path_resume_bit_for_bit(world, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_one_of_several_teachers_may_move_and_none_may_join(world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "here")
+    values = quick(world, tmp_path / "run", mixture__kind="loss", teachers__a__model=str(tmp_path / "here"))
+    values["teachers.b.model"] = str(world / "student")
+    del values["teacher.model"]
+    stop_after(values, 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = {
+        "teachers.a.model": str(tmp_path / "there"),
+        "teachers.a.tokens_per_batch": 50,
+        "teachers.b.dtype": "bfloat16",
+    }
+    with pytest.raises(RunFolderError, match=r"another recipe.*teachers.c.source: None → 'model'"):
+        run(values | moved | {"teachers.c.model": str(world / "teacher")}, resume=True)
+    with pytest.raises(RunFolderError, match=r"The teacher a's own weights differ"):
+        run(values | moved | {"teachers.a.model": str(world / "student")}, resume=True)
+    run(values | moved, resume=True)
+
+
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_other_files_under_another_path_are_refused(world, tmp_path, who):
     values = quick(world, tmp_path / "run")
@@ -139,12 +162,38 @@ def test_a_changed_rate_is_the_rate_of_the_next_step_and_stands_in_the_history(w
     assert history[1]["changed"]["optimizer.lr"] == [3e-3, 1e-4]
 
 
-def test_a_warm_up_that_nobody_chose_does_not_begin_again_when_the_run_grows(world, tmp_path):
-    more = {"optimizer__warmup_steps": None, "optimizer__lr": 1e-3, "train__prompts_per_step": 1}
+def test_a_warm_up_that_nobody_chose_does_not_begin_again_when_the_run_grows(world, tmp_path, capsys):
+    more = {
+        "log__progress": "plain",
+        "optimizer__warmup_steps": None,
+        "optimizer__lr": 1e-3,
+        "train__prompts_per_step": 1,
+    }
     values = quick(world, tmp_path / "run", **more)
     stop_after(values, 2)
     run(values | {"train.steps": 22}, resume=True)  # from the start, its warm-up would have been of 3 steps
     assert [record.metrics["lr"] for record in read_metrics(tmp_path / "run")] == [5e-4, *[1e-3] * 21]
+    assert "changed from here on: train.steps: 2 → 22\n" in capsys.readouterr().out
+
+
+def test_a_warm_up_that_nobody_chose_is_shorter_in_a_shorter_run(world, tmp_path, capsys):
+    more = {"log__progress": "plain", "optimizer__warmup_steps": None, "optimizer__lr": 1e-3}
+    values = quick(world, tmp_path / "run", train__steps=30, **more)
+
+    class Enough(Exception):
+        pass
+
+    def stop(self: loop.StopRequest) -> None:
+        if (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
+            raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.StopRequest, "check", stop)
+        with pytest.raises(Enough):
+            run(values)
+    run(values | {"train.steps": 4}, resume=True)
+    assert [record.metrics["lr"] for record in read_metrics(tmp_path / "run")] == [2.5e-4, 5e-4, 1e-3, 1e-3]
+    assert "optimizer.warmup_steps: 3 → 1; train.steps: 30 → 4" in capsys.readouterr().out
 
 
 def test_fewer_steps_than_the_run_has_are_refused_and_as_many_end_it(world, tmp_path):
@@ -198,3 +247,45 @@ def test_a_checkpoint_of_before_there_were_these_fingerprints_resumes_with_the_s
     with pytest.raises(RunFolderError, match=r"teacher.model changed, and the checkpoint .* does not say whether"):
         run(values | {"teacher.model": str(tmp_path / "teacher")}, resume=True)
     run(values, resume=True)
+
+
+def failing(prompt: object, response: str) -> float:
+    """A reward that fails while a file named by the environment is there."""
+    if Path(os.environ["REWARD_FAILS"]).exists():
+        raise ValueError("broken")
+    return float(len(response))
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_run_resumes_where_a_reward_ended_it(world, tmp_path, monkeypatch, where):
+    """The error says so, whenever the last checkpoint was."""
+    monkeypatch.setenv("REWARD_FAILS", str(tmp_path / "broken"))
+    more = {"rl__weight": 1.0} if where == "training" else {"eval__every": 2}
+    values = quick(world, tmp_path / "run", eval__reward="test_resume_changes:failing", checkpoint__every=0, **more)
+    whole = values | {"run_dir": str(tmp_path / "whole")}
+    run(whole)
+    steps, evaluations = [], []
+    step, evaluate = loop.StopRequest.check, loop.evaluation_due
+
+    def break_after_two(self: loop.StopRequest) -> None:
+        steps.append(1)
+        if len(steps) == 2 and where == "training":
+            (tmp_path / "broken").touch()
+        step(self)
+
+    def break_at_two(config: Config, version: int) -> bool:
+        evaluations.append(version)
+        if version == 2 and where == "evaluation":
+            (tmp_path / "broken").touch()
+        return evaluate(config, version)
+
+    monkeypatch.setattr(loop.StopRequest, "check", break_after_two)
+    monkeypatch.setattr(loop, "evaluation_due", break_at_two)
+    with pytest.raises(DataError, match=r"broken.*a run resumes where it stopped"):
+        run(values)
+    (tmp_path / "broken").unlink()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    monkeypatch.setenv("REWARD_FAILS", str(tmp_path / "broken"))
+    run(values, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from test_resume import assert_same_run
 from opd.cli.main import main
 from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
-from opd.trainer import loop
+from opd.trainer import evaluate, loop
 from opd.trainer.interrupts import RunStopped
 from opd.trainer.run import train
 from worlds import settings
@@ -31,8 +32,8 @@ LONG = {"train__steps": 6, "eval__every": 3, "checkpoint__every": 4}
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A signal that arrives at the n-th call of a function of the loop, which is real but for that."""
 
-    def at(name: str, call: int, *numbers: int) -> None:
-        original, seen = getattr(loop, name), []
+    def at(name: str, call: int, *numbers: int, module: ModuleType = loop) -> None:
+        original, seen = getattr(module, name), []
 
         def wrapped(*args: object, **options: object) -> object:
             seen.append(name)
@@ -40,7 +41,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 os.kill(os.getpid(), number)
             return original(*args, **options)
 
-        monkeypatch.setattr(loop, name, wrapped)
+        monkeypatch.setattr(module, name, wrapped)
 
     return at
 
@@ -74,7 +75,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end_and_resume_makes_it
 ):
     run(settings(world, tmp_path / "whole", **LONG))
     values = settings(world, tmp_path / "run", **LONG)
-    interrupted("record_evaluation", 3, signal.SIGTERM)  # student and teacher at step 0, then the student after step 3
+    interrupted("derive_seed", 3, signal.SIGTERM, module=evaluate)  # student and teacher at step 0, then after step 3
     with pytest.raises(RunStopped, match=r"stopped after 3 of 6 steps"):
         run(values)
     assert not [r for r in read_metrics(tmp_path / "run") if r.kind == "eval" and r.step == 3]
@@ -85,7 +86,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end_and_resume_makes_it
 
 def test_a_signal_before_the_first_step_says_that_there_is_nothing_to_resume(world, tmp_path, interrupted):
     values = settings(world, tmp_path / "run", **LONG)
-    interrupted("record_evaluation", 1, signal.SIGTERM)
+    interrupted("derive_seed", 1, signal.SIGTERM, module=evaluate)
     with pytest.raises(RunStopped, match=r"before a step was saved, so there is nothing to resume") as stopped:
         run(values)
     assert stopped.value.next == "overwrite" and not (tmp_path / "run" / "checkpoints").exists()
@@ -150,22 +151,42 @@ def test_the_command_that_a_stopped_run_prints_goes_on_to_the_end(world, tmp_pat
 def test_the_command_after_a_run_that_saved_nothing_starts_it_again(world, tmp_path, capsys, interrupted):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(merge({}, settings(world, tmp_path / "run", **LONG))))
-    interrupted("record_evaluation", 1, signal.SIGINT)
+    interrupted("derive_seed", 1, signal.SIGINT, module=evaluate)
     assert main(["train", str(recipe), "--resume"]) == 128 + signal.SIGINT
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--resume" not in said and said.endswith(f"Start again with: opd train {recipe} --overwrite")
     assert main(shlex.split(said.partition("with: ")[2])[1:]) == 0
 
 
-def test_ctrl_c_outside_a_run_promises_nothing(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_outside_a_run_promises_nothing(capsys, monkeypatch, tmp_path, number):
     from opd.cli import report
 
-    def interrupt(_: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report, "run", interrupt)
-    assert main(["report", str(tmp_path)]) == 130
+    monkeypatch.setattr(report, "run", lambda _: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    assert main(["report", str(tmp_path)]) == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_while_models_load_leaves_the_old_run_as_it_was(world, tmp_path, capsys, monkeypatch):
+    from opd.trainer import run as module
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(merge({}, settings(world, tmp_path / "run", **LONG))))
+    run(settings(world, tmp_path / "run", **LONG))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def build_parts(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "build_parts", build_parts)
+    assert main(["train", str(recipe), "--overwrite"]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "stopped before the first step, and nothing was changed" in said and said.rstrip().endswith("--overwrite")
+    assert main(["train", str(recipe), "--resume"]) == 128 + signal.SIGTERM
+    assert "the last checkpoint has 4 of 6 steps" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

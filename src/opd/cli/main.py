@@ -7,7 +7,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from opd import __version__
@@ -22,7 +25,6 @@ COMMANDS = {
 }
 RUN_FLAGS = ("--resume", "--overwrite")
 SIGNALLED = 128  # plus the signal's number: the shell's code for a process that a signal ended
-INTERRUPTED = SIGNALLED + signal.SIGINT
 
 
 def help_text() -> str:
@@ -52,19 +54,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = [a for a in rest if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its fork warning would break the progress display
     try:
-        return importlib.import_module(f"opd.cli.{command}").run(rest)
+        with _told_of_signals():
+            return importlib.import_module(f"opd.cli.{command}").run(rest)
     except OpdError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
-        facts, number = getattr(stopped, "facts", None), getattr(stopped, "signal_number", None)
-        if facts is None or number is None:
+        facts = getattr(stopped, "facts", None)
+        if facts is None:  # not in a run: there is nothing to go on with
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            return SIGNALLED + getattr(stopped, "signal_number", signal.SIGINT)
         print(f"{facts} {_next_command(command, rest, stopped)}", file=sys.stderr)
-        return SIGNALLED + number
+        return SIGNALLED + stopped.signal_number  # pyright: ignore[reportAttributeAccessIssue]  # a RunStopped
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal outside a run, such as while models load."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal_number = number
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise _Ended(number)
+
+
+_end.gives_way = True  # to the handlers of a run
+
+
+@contextmanager
+def _told_of_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, with a word and their exit code, where nobody else handles them."""
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _next_command(command: str, words: Sequence[str], stopped: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args
 
 from opd.errors import ObjectiveError
@@ -26,12 +27,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("none", "value"),
     "reduction": get_args(Reduction),
 }
+NUMBERS = ("beta", "alpha", "discount", "student_temperature", "teacher_temperature")
+NUMBERS_OR_NONE = ("teacher_logp_floor", "fixed_count", "clip_range")
 BETA_READERS = ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl", "alpha_beta_divergence")
 
 
 def refuse_wrong(objective: Objective) -> None:
     """Raise ObjectiveError for the first thing that is wrong."""
-    for rules in (_names, _numbers, _divergence, _floor, _support, _estimator, _delivery, _reduction, _unread):
+    for rules in (_names, _types, _numbers, _divergence, _floor, _support, _estimator, _delivery, _reduction, _unread):
         for complaint in rules(objective):
             raise ObjectiveError(complaint)
     check_shape_parameters(objective.divergence, alpha=objective.alpha, beta=objective.beta)
@@ -47,6 +50,19 @@ def _names(o: Objective) -> Iterator[str]:
         value = getattr(o, name)
         if value not in choices:
             yield f"{name}={value!r} is not known; use one of {', '.join(choices)}."
+
+
+def _types(o: Objective) -> Iterator[str]:
+    for name in (*NUMBERS, *NUMBERS_OR_NONE):
+        value = getattr(o, name)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number and not (value is None and name in NUMBERS_OR_NONE):
+            yield f"{name}={value!r} must be a number{' or None' if name in NUMBERS_OR_NONE else ''}, without quotes."
+    for name in ("normalize", "scale_by_t2"):
+        if not isinstance(getattr(o, name), bool):
+            yield f"{name}={getattr(o, name)!r} must be True or False."
+    if isinstance(o.always_include, str) or not isinstance(o.always_include, Iterable):
+        yield f"always_include={o.always_include!r} must be a tuple of token ids, e.g. (2,)."
 
 
 def _numbers(o: Objective) -> Iterator[str]:

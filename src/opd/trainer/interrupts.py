@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEFT_TO_PYTHON = (signal.SIG_DFL, signal.default_int_handler)
-"""Handlers that are replaced; a program's own handler, and an ignored signal (nohup), stay."""
+"""Handlers that are replaced, beside those that say so by an attribute `gives_way`, which is the command line's. A program's own
+handler, and an ignored signal (nohup), stay."""
 
 
 class RunStopped(KeyboardInterrupt):
@@ -52,7 +53,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            mine = [number for number in SIGNALS if signal.getsignal(number) in LEFT_TO_PYTHON]
+            now = {number: signal.getsignal(number) for number in SIGNALS}
+            mine = [n for n, handler in now.items() if handler in LEFT_TO_PYTHON or hasattr(handler, "gives_way")]
             self._before = {number: signal.signal(number, self._handle) for number in mine}
         return self
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opd.config import Config
+from opd.errors import DataError, OutOfMemoryError
 from opd.reporting.findings import cut_off
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
 from opd.seeding import derive_seed
-from opd.trainer.checkpoint import save_checkpoint
+from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.interrupts import Interrupted, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
@@ -34,19 +35,19 @@ def run_steps(
     """
     student, train = parts.student, config.train
     stop = StopRequest() if stop is None else stop
-    with stop.at_once():
-        evaluate_if_missing(config, parts, run, progress)
+    evaluate_if_missing(config, parts, run, progress, stop)
     for step in range(student.version, train.steps):
         clock = Clock(progress)
         prompts = parts.order.take(step, train.prompts_per_step)
         parts.sampler.limit(config.rollout.horizon(step, train.steps))
-        with clock.phase("rollout"):
-            rollouts = parts.sampler.sample(
-                [p for p in prompts for _ in range(train.samples_per_prompt)],
-                seed=derive_seed(config.seed, step, "rollout"),
-            )
-        with clock.phase("teacher"):
-            scored = parts.scorer.score(rollouts, step)
+        with saved_on_error(config, parts, folder):
+            with clock.phase("rollout"):
+                rollouts = parts.sampler.sample(
+                    [p for p in prompts for _ in range(train.samples_per_prompt)],
+                    seed=derive_seed(config.seed, step, "rollout"),
+                )
+            with clock.phase("teacher"):
+                scored = parts.scorer.score(rollouts, step)
         with clock.phase("update"):
             out = student.update(scored.batches, scored.objective)
         parts.student_sampler.policy_version = student.version  # the next rollouts are on-policy again
@@ -58,31 +59,29 @@ def run_steps(
         if config.rollout.horizon(step, train.steps) == config.rollout.max_new_tokens:
             progress.warn_once(cut_off(out.metrics["truncated"], config.rollout.max_new_tokens), "cut off")
         progress.update(step, metrics)
-        finish_step(config, parts, folder, run, progress, stop)
+        with saved_on_error(config, parts, folder):
+            if evaluation_due(config, student.version):
+                evaluate(config, parts, run, progress, stop, first=False)
+            if due(student.version, config.checkpoint.every):
+                save(config, parts, folder)
+            stop.check()
 
 
-def finish_step(
-    config: Config, parts: Parts, folder: RunFolder, run: RunRecorder, progress: Progress, stop: StopRequest
-) -> None:
-    """What is due after an update: an evaluation, a checkpoint. A signal saves what was trained, and leaves the evaluation to the
-    run that is resumed."""
-
-    def save() -> None:
-        save_checkpoint(folder.checkpoints, parts.student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
-
-    version, saved = parts.student.version, False
+@contextmanager
+def saved_on_error(config: Config, parts: Parts, folder: RunFolder) -> Iterator[None]:
+    """A signal, a reward that fails or memory that runs out where no weight moves: what was trained is saved first, so that a run
+    resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
     try:
-        with stop.at_once():
-            if evaluation_due(config, version):
-                evaluate(config, parts, run, progress, first=False)
-        if due(version, config.checkpoint.every):
-            save()
-            saved = True
-        stop.check()
-    except Interrupted:
-        if not saved:
-            save()
+        yield
+    except (Interrupted, DataError, OutOfMemoryError):
+        done = checkpoints(folder.checkpoints)
+        if parts.student.version > (version_of(done[-1]) if done else 0):
+            save(config, parts, folder)
         raise
+
+
+def save(config: Config, parts: Parts, folder: RunFolder) -> None:
+    save_checkpoint(folder.checkpoints, parts.student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
 
 
 def evaluation_due(config: Config, version: int) -> bool:
@@ -90,7 +89,7 @@ def evaluation_due(config: Config, version: int) -> bool:
     return config.eval.every > 0 and (version % config.eval.every == 0 or version == config.train.steps)
 
 
-def evaluate_if_missing(config: Config, parts: Parts, run: RunRecorder, progress: Progress) -> None:
+def evaluate_if_missing(config: Config, parts: Parts, run: RunRecorder, progress: Progress, stop: StopRequest) -> None:
     """The evaluation before the first step, or the one that a stopped run left out; and a first one where a resumed run measures
     something else than before."""
     evaluator = parts.evaluator
@@ -101,24 +100,27 @@ def evaluate_if_missing(config: Config, parts: Parts, run: RunRecorder, progress
     done = [r for r in records if r.kind == "eval" and r.measure in (None, evaluator.measure)]
     expected = {"student"} if parts.teacher is None or parts.teacher_sampler is None else {"student", "teacher"}
     if not expected <= {r.who for r in done}:
-        evaluate(config, parts, run, progress, first=True)
+        evaluate(config, parts, run, progress, stop, first=True)
     elif evaluation_due(config, version) and not any(r.who == "student" and r.step == version for r in done):
-        evaluate(config, parts, run, progress, first=False)
+        evaluate(config, parts, run, progress, stop, first=False)
 
 
-def evaluate(config: Config, parts: Parts, run: RunRecorder, progress: Progress, *, first: bool) -> None:
-    """Held-out evaluation of the student, and of the teacher before the first step."""
+def evaluate(
+    config: Config, parts: Parts, run: RunRecorder, progress: Progress, stop: StopRequest, *, first: bool
+) -> None:
+    """Held-out evaluation of the student, and of the teacher before the first step. A signal cuts it short: no weight moves."""
     if parts.evaluator is None:
         return
     version = parts.student.version
     extra = first or version == config.train.steps
     with memory_advice("eval"):
         progress.phase("eval")
-        student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
+        with stop.at_once():
+            student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
         record_evaluation(run, version, "student", student, parts.renderer, config.log, parts.evaluator.measure)
         teacher = None
         if first and parts.teacher is not None and parts.teacher_sampler is not None:
-            with parts.teacher.active():
+            with stop.at_once(), parts.teacher.active():
                 teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
             record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log, parts.evaluator.measure)
     reached = student.metrics

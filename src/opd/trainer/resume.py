@@ -221,16 +221,20 @@ def described(changes: Mapping[str, Change]) -> str:
     return "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in changes.items() if key != "run_dir")
 
 
-def continued(config: Config, changes: Mapping[str, Change]) -> Config:
-    """The recipe to go on with: a warm-up that nobody chose stays that of the first start, because a longer run that began to warm
-    up again would fall back to a part of its rate."""
-    if "train.steps" not in changes or "optimizer.warmup_steps" not in changes:
-        return config
-    steps, warmup = changes["train.steps"], changes["optimizer.warmup_steps"]
-    name = config.optimizer.name
-    if any(warm != default_warmup(name, int(str(total))) for warm, total in zip(warmup, steps, strict=True)):
-        return config
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup[0]))
+def continued(config: Config, changes: Mapping[str, Change]) -> tuple[Config, Mapping[str, Change]]:
+    """The recipe to go on with, and how it differs: a warm-up that nobody chose stays that of the first start when the run grows,
+    because to begin it again would take the rate back."""
+    key = "optimizer.warmup_steps"
+    if "train.steps" not in changes or key not in changes:
+        return config, changes
+    (old, new), name = changes[key], config.optimizer.name
+    unchosen = all(
+        w == default_warmup(name, int(str(n))) for w, n in zip(changes[key], changes["train.steps"], strict=True)
+    )
+    if not unchosen or int(str(old)) > int(str(new)):
+        return config, changes
+    kept = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=old))
+    return kept, {name: change for name, change in changes.items() if name != key}
 
 
 def notes(changes: Mapping[str, Change], config: Config) -> list[str]:

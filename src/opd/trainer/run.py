@@ -50,12 +50,12 @@ def train(
     with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
         try:
             return _train(config, folder, stop, resume=resume)
-        except KeyboardInterrupt as error:
-            raise _stopped(config, folder, stop, resume=resume) from error
+        except KeyboardInterrupt:
+            raise _stopped(config, folder, stop, resume=resume) from None
 
 
 def _train(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool) -> dict[str, Any] | None:
-    config = continued(config, folder.changes)
+    config, folder.changes = continued(config, folder.changes)
     _check_sinks(config)
     parts = build_parts(config)
     start = _restore(folder, parts, config) if resume else None
