@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
 
 class OpdError(ValueError):
     """Base of all user-facing errors."""
@@ -15,6 +18,17 @@ def require(ok: bool, what: str) -> None:
     """Raise ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(what)
+
+
+def did_you_mean(word: str, choices: Sequence[str], also_called: Mapping[str, Sequence[str]] | None = None) -> str:
+    """' Did you mean …?' for a word that is not among the choices, or nothing: choices that go by that name elsewhere (`also_called`),
+    that have it as one of their parts, or that it misspells."""
+    plain = word.strip().lower().replace("-", "_").replace(" ", "_")
+    meant = [choice for choice in (also_called or {}).get(plain, ()) if choice in choices]
+    meant = meant or [choice for choice in choices if choice == plain]
+    meant = meant or [choice for choice in choices if plain and f"_{plain}_" in f"_{choice}_"]
+    meant = meant or get_close_matches(plain, choices, n=1)
+    return f" Did you mean {' or '.join(repr(choice) for choice in meant)}?" if meant else ""
 
 
 class ObjectiveError(OpdError):
