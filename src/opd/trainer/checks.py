@@ -9,7 +9,7 @@ from opd.config import Config
 from opd.data.pack import arrange
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
-from opd.models import context_length, response_logits
+from opd.models import context_length, response_logits, stored_dtype
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt
 
@@ -101,6 +101,21 @@ def notices(config: Config) -> list[str]:
             "move. float32 with train.autocast=bfloat16 trains as fast."
         )
     return [*found, *_natural_gradient_notices(config)]
+
+
+def saved_dtype_note(config: Config, trained: str) -> list[str]:
+    """A student is saved with the weights that were trained: rounding them to the checkpoint's dtype could take back the training."""
+    stored = stored_dtype(config.student.model, config.student.revision)
+    if stored in (None, trained):
+        return []
+    advice = ""
+    if trained == "float32":
+        advice = f" Rounding could undo small updates; what serves it can round, with dtype={stored}."
+    elif stored != "float16":  # which a student cannot be trained in
+        advice = f" student.dtype={stored} trains and saves it in the dtype that it came in."
+    return [
+        f"'{config.student.model}' came in {stored} and is trained in {trained}, so student/ is saved in {trained}.{advice}"
+    ]
 
 
 def _natural_gradient_notices(config: Config) -> list[str]:

@@ -17,6 +17,7 @@ from opd.reporting.record import MetricSink, RunRecorder
 from opd.reporting.report import write_report
 from opd.reporting.sinks import open_sinks
 from opd.reporting.summary import write_summary
+from opd.tokenizer import write_own_files
 from opd.trainer.checkpoint import checkpoints, load_checkpoint, publish
 from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.loop import run_steps
@@ -42,6 +43,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
         ):
             for warning in parts.warnings:
                 progress.message(f"warning: {warning}")
+            for note in parts.notes:
+                progress.message(f"note: {note}")
             if resume:
                 found = (
                     "no checkpoint yet, so it starts at step 0" if start is None else f"resuming after {start} steps"
@@ -87,7 +90,7 @@ def save_student(parts: Parts, folder: RunFolder) -> None:
             raise RunFolderError(
                 f"Cannot save the student to {folder.student}: {error}. Free some space, then continue with --resume."
             ) from error
-        parts.tokenizer.save_pretrained(temporary)
+        write_own_files(parts.student_files, temporary)
         publish(temporary, folder.student)
 
 

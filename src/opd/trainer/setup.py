@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from opd.config import Config
 from opd.data.prompts import PromptOrder, load_prompts
@@ -19,9 +20,10 @@ from opd.seeding import derive_seed
 from opd.teachers.ensemble import AnyTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices
+from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_dtype_note
 from opd.trainer.evaluate import Evaluator
-from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
+from opd.trainer.fingerprints import fingerprint_of, prompts_fingerprint, sampled_weights, weights_fingerprint
+from opd.trainer.reading import check_reading
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
 from opd.trainer.sides import Side, load_side, make_sampler, pad_id_of
@@ -46,12 +48,15 @@ class Parts:
     """The teacher's weights, to be evaluated as the student is; None for several."""
     order: PromptOrder
     evaluator: Evaluator | None
-    tokenizer: PreTrainedTokenizerBase
+    student_files: Mapping[str, bytes]
+    """Tokenizer and processor files of the student's model."""
     renderer: Renderer
     pad_id: int
     fingerprints: dict[str, str]
     """Of the prompts, the student's first weights and the teacher's."""
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What is as it should be, and good to know."""
 
 
 def build_parts(config: Config) -> Parts:
@@ -61,7 +66,7 @@ def build_parts(config: Config) -> Parts:
     rewards = _reward_scorer(config, config.eval.reward)
     side = load_side(config.student, "student", config.student.device, config.prompts.system)
     pad_id = pad_id_of(side)
-    first_weights = weights_fingerprint(side.model)
+    first = sampled_weights(side.model)
     model = _trainable(config, side)
     faculty = build_faculty(config, side, pad_id, model)
     check_teachers(faculty, [*prompts, *held_out])
@@ -70,8 +75,9 @@ def build_parts(config: Config) -> Parts:
         check_lengths(config, [*prompts, *held_out], one.renderer, one.model)
         if config.train.layout == "packed":
             check_packing(one.model, role, pad_id)
-    fingerprints = _fingerprints(config, [*prompts, *held_out], first_weights, faculty)
-    return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
+    warnings = check_reading(config, [*prompts, *held_out], side, faculty.sides, first)
+    fingerprints = _fingerprints(config, [*prompts, *held_out], fingerprint_of(first), faculty)
+    return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints, warnings)
 
 
 def _connect(
@@ -84,6 +90,7 @@ def _connect(
     pad_id: int,
     rewards: Scorer,
     fingerprints: dict[str, str],
+    warnings: list[str],
 ) -> Parts:
     teacher, vocabulary = faculty.scorer, faculty.vocabulary
     student = Student(
@@ -124,11 +131,12 @@ def _connect(
         teacher_policy=faculty.policy(),
         order=PromptOrder(prompts, seed=derive_seed(config.seed, 0, "prompts"), shuffle=config.prompts.shuffle),
         evaluator=_evaluator(config, held_out, teacher, pad_id, rewards) if held_out else None,
-        tokenizer=side.tokenizer,
+        student_files=side.files,
         renderer=side.renderer,
         pad_id=pad_id,
         fingerprints=fingerprints,
-        warnings=(*vocabulary.warnings, *notices(config)),
+        warnings=(*vocabulary.warnings, *notices(config), *warnings),
+        notes=tuple(saved_dtype_note(config, str(side.model.dtype).removeprefix("torch."))),
     )
 
 

@@ -1,0 +1,200 @@
+"""What each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, prompts that
+student and teacher end differently, and a teacher that is the student."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from opd.config import Config
+from opd.data.privileged import PrivilegedRenderer
+from opd.data.rendering import Renderer
+from opd.errors import ModelError
+from opd.trainer.fingerprints import SampledWeights, same_weights
+from opd.trainer.sides import Side
+from opd.types import Prompt
+
+LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
+MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
+EXCERPT = 60
+
+
+def check_reading(
+    config: Config, prompts: Sequence[Prompt], student: Side, teachers: Mapping[str, Side], first: SampledWeights
+) -> list[str]:
+    """Warnings about how the prompts reach the models; `first` are the student's weights as they were loaded. Raises ModelError where a
+    tokenizer loses the prompts."""
+    step = max(1, len(prompts) // LOOKED_AT)
+    some = prompts[::step][:LOOKED_AT]
+    own = {_key(name): side for name, side in teachers.items() if config.all_teachers[name].source == "model"}
+    found = []
+    for role, side in {"student": student, **own}.items():
+        found += _changed_text(side.renderer, role, some)
+    found += _untemplated(config, prompts, student.renderer, {_key(n): s.renderer for n, s in teachers.items()})
+    for name, side in teachers.items():
+        found += _different_ends(student.renderer, side.renderer, _key(name), some)
+        if config.all_teachers[name].source == "model" and _could_only_agree(config):
+            found += _agreement(student.renderer, side, _key(name), some, first)
+    return found
+
+
+def _key(name: str) -> str:
+    """The teacher's section in a recipe."""
+    return name if name == "teacher" else f"teachers.{name}"
+
+
+# --- text in, text out ------------------------------------------------------------------------------------------------
+
+
+def _changed_text(renderer: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Does decode(encode(text)) give the text back? Unicode normalisation and a leading space are a tokenizer's own business."""
+    changed, lost, characters = [], 0, 0
+    for prompt in prompts:
+        for text in _texts(_as_read(renderer, prompt)):
+            ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            back = _decoded(renderer, ids)  # pyright: ignore[reportArgumentType]
+            characters += len(text)
+            if _normal(back) != _normal(text):
+                changed.append((prompt.index, text, back))
+                lost += (Counter(text.casefold()) - Counter(back.casefold())).total()
+    if not changed:
+        return []
+    index, text, back = changed[0]
+    start = _first_difference(text, back)
+    shown = f"prompt {index}: {_cut(text, start)!r} comes back as {_cut(back, start)!r}"
+    if lost > MAX_LOST * characters:
+        raise ModelError(
+            f"The tokenizer of {renderer.name} loses {lost / characters:.0%} of the prompts' characters ({shown}), so the model would "
+            f"read something else than what is asked. Give {role}.model a folder with the tokenizer.json that the model was trained "
+            "with, or use prompts that its vocabulary can spell."
+        )
+    return [
+        f"the tokenizer of {renderer.name} does not give {len(changed)} of the texts back as they were, in {len(prompts)} prompts looked "
+        f"at; {shown}. The model reads what came back."
+    ]
+
+
+def _as_read(renderer: Renderer, prompt: Prompt) -> Prompt:
+    return renderer.rewritten(prompt) if isinstance(renderer, PrivilegedRenderer) else prompt
+
+
+def _texts(prompt: Prompt) -> list[str]:
+    if prompt.messages is None:
+        return [prompt.text or ""]
+    return [content for message in prompt.messages if isinstance(content := message.get("content"), str)]
+
+
+def _decoded(renderer: Renderer, ids: Sequence[int]) -> str:
+    return str(renderer.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).removeprefix(" ")
+
+
+def _first_difference(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _cut(text: str, middle: int) -> str:
+    start, end = max(0, middle - EXCERPT // 2), middle + EXCERPT // 2
+    return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+
+def _untemplated(
+    config: Config, prompts: Sequence[Prompt], student: Renderer, teachers: Mapping[str, Renderer]
+) -> list[str]:
+    """Plain text goes to a model as it is: what a template would have done with it is not done."""
+    plain = sum(prompt.messages is None for prompt in prompts)
+    if not plain:
+        return []
+    given = {"student": config.student.chat_template_kwargs}
+    given |= {_key(name): section.chat_template_kwargs for name, section in config.all_teachers.items()}
+    found = [
+        f"{role}.chat_template_kwargs ({', '.join(arguments)}) changes nothing for {_share(plain, prompts)}, which are plain text and "
+        'pass through no chat template. Write them as messages, "prompt": [{"role": "user", "content": "…"}], or leave the arguments out.'
+        for role, arguments in given.items()
+        if arguments
+    ]
+    templates = [renderer.name for renderer in (student, *teachers.values()) if renderer.tokenizer.chat_template]
+    if not found and templates:
+        found.append(
+            f"{_share(plain, prompts)} are plain text, which passes through no chat template, and {templates[0]} has one. That is right "
+            'for a base model; an instruction-tuned one expects messages: "prompt": [{"role": "user", "content": "…"}].'
+        )
+    return found
+
+
+def _share(part: int, prompts: Sequence[Prompt]) -> str:
+    return f"all {part} prompts" if part == len(prompts) else f"{part} of {len(prompts)} prompts"
+
+
+def _different_ends(student: Renderer, teacher: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
+    """What comes between the last message and the answer decides what a model goes on with, such as a thought or an answer. The same
+    arguments on both sides, with whatever values, say that the difference is meant."""
+    mine, theirs = student.chat_template_kwargs, teacher.chat_template_kwargs
+    if mine and mine.keys() == theirs.keys():
+        return []
+    for prompt in prompts:
+        ends = _end(student, prompt), _end(teacher, prompt)
+        if None in ends or ends[0] == ends[1]:
+            continue
+        return [
+            f"student and {role} read prompts that end differently: the student's with {ends[0]!r}, the teacher's with {ends[1]!r} (prompt "
+            f"{prompt.index}). The teacher then scores answers that it was asked for in another way, such as with its thoughts first. "
+            + _advice_on_ends(student, teacher, role)
+        ]
+    return []
+
+
+def _end(renderer: Renderer, prompt: Prompt) -> str | None:
+    """The rendered prompt from the end of the last message's content on; None for text, and where the template rewrote the content."""
+    if prompt.messages is None:
+        return None
+    content = next(reversed(_texts(_as_read(renderer, prompt))), "").strip()
+    whole = _decoded(renderer, renderer.prompt_ids(prompt))
+    at = whole.rfind(content)
+    return whole[at + len(content) :] if content and at >= 0 else None
+
+
+def _advice_on_ends(student: Renderer, teacher: Renderer, role: str) -> str:
+    sides = (("student", student, teacher), (role, teacher, student))
+    for (_, giver, taker), (where, _, _) in zip(sides, reversed(sides), strict=True):
+        for name, value in giver.chat_template_kwargs.items():
+            if name not in taker.chat_template_kwargs and name in str(taker.tokenizer.chat_template):
+                return (
+                    f"Set {where}.chat_template_kwargs.{name}={json.dumps(value)} too; set on both sides, to whatever values, it counts as "
+                    "meant."
+                )
+    return "The two chat templates differ: where an argument decides it, set it for both in chat_template_kwargs."
+
+
+# --- a teacher that is the student ------------------------------------------------------------------------------------
+
+
+def _could_only_agree(config: Config) -> bool:
+    """Whether a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
+    it tells the two apart."""
+    same = config.objective.student_temperature == config.objective.teacher_temperature
+    alone = len(config.all_teachers) == 1 or config.mixture.kind == "routing"
+    return same and alone and not config.rl.rewarded
+
+
+def _agreement(
+    student: Renderer, teacher: Side, role: str, prompts: Sequence[Prompt], first: SampledWeights
+) -> list[str]:
+    if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
+        return []
+    if not same_weights(first, teacher.model):
+        return []
+    ends = [_decoded(renderer, renderer.prompt_ids(prompts[0]))[-EXCERPT:] for renderer in (student, teacher.renderer)]
+    return [
+        f"{role} has the student's own weights and reads the same prompts (the first ends with {ends[0]!r} for the student, {ends[1]!r} for "
+        f"the teacher), so the two agree everywhere and nothing will be learnt. Give {role}.model another model, show it more with "
+        "prompts.teacher_prompt, or add a reward (rl.weight)."
+    ]
