@@ -146,14 +146,25 @@ def _make_saveable(model: PreTrainedModel, role: str) -> None:
             ) from error
 
 
+def stored_kind(name: str, revision: str | None = None) -> str | None:
+    """model_type of a checkpoint of several parts, text among them; None for a plain language model."""
+    config = _stored_config(name, revision)
+    return config.get("model_type") if config.get("text_config") else None
+
+
 def stored_dtype(name: str, revision: str | None = None) -> str | None:
     """Dtype of the weights as config.json gives it, such as 'bfloat16'; None where it does not say."""
-    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    config = _stored_config(name, revision)
     for part in (config, config.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):  # the second is what transformers 4 wrote
             if part.get(key):
                 return str(part[key]).removeprefix("torch.")
     return None
+
+
+def _stored_config(name: str, revision: str | None) -> dict[str, Any]:
+    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    return config
 
 
 def check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:

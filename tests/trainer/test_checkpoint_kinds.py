@@ -21,12 +21,14 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
 from opd.errors import MissingDependencyError, ModelError
-from opd.models import load_causal_lm
+from opd.models import linear_head, load_causal_lm
 from opd.recipe import build, merge
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.run import train
@@ -133,6 +135,49 @@ def test_a_multimodal_student_trained_on_text_keeps_its_processor_and_forgets_it
     assert (student / "processor_config.json").read_text() == '{"of": "processor_config.json"}'
 
 
+def test_a_checkpoint_of_which_the_text_part_alone_is_read_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """transformers' causal language model of Llama 4, Mllama and Qwen3.5 leaves the rest of the checkpoint out."""
+    text = {
+        "vocab_size": 261,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text |= {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    text |= {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "num_position_embeddings": 16,
+    }
+    marks = {"image_token_id": 258, "video_token_id": 259, "vision_start_token_id": 260}
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config={**vision, "patch_size": 8}, **marks)
+    )
+    save_model(model, byte_tokenizer(extra_tokens=["<i>", "<v>", "<s>"]), tmp_path / "q")
+    student = one_step(tmp_path, tmp_path / "q", tmp_path / "q", log__progress="plain")
+    said = f"'{tmp_path / 'q'}' is a qwen3_5 checkpoint, of which the text part alone is read: student/ will be a Qwen3_5ForCausalLM"
+    assert said in capsys.readouterr().out
+    assert json.loads((student / "config.json").read_text())["architectures"] == ["Qwen3_5ForCausalLM"]
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 LORA: dict[str, Any] = {"r": 4, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
@@ -171,7 +216,9 @@ TIED = [(kind, True) for kind in ADAPTERS if kind != "embeddings"]  # peft train
 @pytest.mark.parametrize(("kind", "tie"), [*UNTIED, *TIED])
 def test_a_teacher_is_its_adapter_whatever_the_adapter_holds(tmp_path: Path, kind: str, tie: bool):
     folder, expected = adapter(tmp_path, ADAPTERS[kind], tie=tie)
-    torch.testing.assert_close(load(folder)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    model = load(folder)
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert linear_head(model) is not None
 
 
 @pytest.mark.parametrize("saved", [["lm_head", "embed_tokens"], None], ids=["modules_to_save", "rows of their own"])

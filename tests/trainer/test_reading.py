@@ -62,7 +62,7 @@ def test_a_thinking_mode_on_one_side_only_is_shown_and_the_advice_mends_it(tmp_p
 def test_two_templates_that_end_a_prompt_differently_are_shown_without_any_argument(tmp_path: Path):
     student, teacher = model(tmp_path / "s", CHAT_TEMPLATE), model(tmp_path / "t", ALWAYS, seed=1)
     (found,) = warnings(tmp_path, student, teacher)
-    assert ENDS.format("", "<think>\\n") in found and "The two chat templates differ" in found
+    assert ENDS.format("", "<think>\\n") in found and "set it for both in chat_template_kwargs" in found
     (found,) = warnings(
         tmp_path, student, None, teachers__big__model=teacher, teachers__old__model=student, mixture__kind="loss"
     )
@@ -82,6 +82,28 @@ def test_a_teacher_s_own_wording_of_the_prompt_is_no_other_end(tmp_path: Path):
     (found,) = warnings(tmp_path, student, teacher, prompts__teacher_prompt=wording, **told)
     assert ENDS.format(OFF, "") in found
     assert warnings(tmp_path, student, None, teacher__source="student", prompts__teacher_prompt=wording, **told) == []
+
+
+EFFORT = "Reasoning: {{ effort if effort is defined else 'medium' }}\n" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_mode_that_a_template_sets_at_the_start_is_shown_too(tmp_path: Path, side: str):
+    student, teacher = model(tmp_path / "s", EFFORT), model(tmp_path / "t", EFFORT, seed=1)
+    other = {"student": "teacher", "teacher": "student"}[side]
+    argument = {f"{side}__chat_template_kwargs__effort": "low"}
+    (found,) = warnings(tmp_path, student, teacher, **argument)
+    assert f"{side}.chat_template_kwargs.effort is set on this side alone" in found
+    assert "'Reasoning: low\\n<|user|>" in found and "'Reasoning: medium\\n<|user|>" in found
+    assert f'Set {other}.chat_template_kwargs.effort="low" too' in found
+    assert warnings(tmp_path, student, teacher, **argument, **{f"{other}__chat_template_kwargs__effort": "high"}) == []
+    assert warnings(tmp_path, student, teacher, **{f"{side}__chat_template_kwargs__effort": "medium"}) == []
+    assert (
+        warnings(
+            tmp_path, student, model(tmp_path / "o", CHAT_TEMPLATE, seed=1), student__chat_template_kwargs__effort="low"
+        )
+        == []
+    )
 
 
 # --- arguments without a template -------------------------------------------------------------------------------------

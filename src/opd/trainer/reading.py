@@ -4,14 +4,16 @@ student and teacher end differently, and a teacher that is the student."""
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
-from opd.errors import ModelError
+from opd.errors import DataError, ModelError
 from opd.trainer.fingerprints import SampledWeights, same_weights
 from opd.trainer.sides import Side
 from opd.types import Prompt
@@ -34,7 +36,7 @@ def check_reading(
         found += _changed_text(side.renderer, role, some)
     found += _untemplated(config, prompts, student.renderer, {_key(n): s.renderer for n, s in teachers.items()})
     for name, side in teachers.items():
-        found += _different_ends(student.renderer, side.renderer, _key(name), some)
+        found += _different_modes(student.renderer, side.renderer, _key(name), some)
         if config.all_teachers[name].source == "model" and _could_only_agree(config):
             found += _agreement(student.renderer, side, _key(name), some, first)
     return found
@@ -134,12 +136,14 @@ def _share(part: int, prompts: Sequence[Prompt]) -> str:
     return f"all {part} prompts" if part == len(prompts) else f"{part} of {len(prompts)} prompts"
 
 
-def _different_ends(student: Renderer, teacher: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
-    """What comes between the last message and the answer decides what a model goes on with, such as a thought or an answer. The same
-    arguments on both sides, with whatever values, say that the difference is meant."""
+def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
+    """What comes between the last message and the answer decides what a model goes on with, such as a thought or an answer; an argument
+    may say the same at the start. The same arguments on both sides, with whatever values, say that the difference is meant."""
     mine, theirs = student.chat_template_kwargs, teacher.chat_template_kwargs
     if mine and mine.keys() == theirs.keys():
         return []
+    single = list(_one_sided(student, teacher, role))
+    advice = single[0].advice if single else "Where an argument decides it, set it for both in chat_template_kwargs."
     for prompt in prompts:
         ends = _end(student, prompt), _end(teacher, prompt)
         if None in ends or ends[0] == ends[1]:
@@ -147,9 +151,56 @@ def _different_ends(student: Renderer, teacher: Renderer, role: str, prompts: Se
         return [
             f"student and {role} read prompts that end differently: the student's with {ends[0]!r}, the teacher's with {ends[1]!r} (prompt "
             f"{prompt.index}). The teacher then scores answers that it was asked for in another way, such as with its thoughts first. "
-            + _advice_on_ends(student, teacher, role)
+            f"{advice}"
         ]
+    for one in single:
+        for prompt in prompts:
+            given, left_out = one.effect(prompt)
+            if given != left_out:
+                return [
+                    f"{one.where}.chat_template_kwargs.{one.name} is set on this side alone, which then reads {given!r} where the other side's "
+                    f"prompts keep to {left_out!r} (prompt {prompt.index}). {one.advice}"
+                ]
     return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneSided:
+    """A template argument that one side has, and that the other side's template would read too."""
+
+    name: str
+    where: str
+    giver: Renderer
+    advice: str
+
+    def effect(self, prompt: Prompt) -> tuple[str, str]:
+        """The rendered prompt around the first difference that the argument makes, with it and without it; empty where it makes none."""
+        if prompt.messages is None:
+            return "", ""
+        others = {key: value for key, value in self.giver.chat_template_kwargs.items() if key != self.name}
+        bare = Renderer(
+            self.giver.tokenizer, name=self.giver.name, chat_template_kwargs=others, system=self.giver.system
+        )
+        try:
+            left_out = _decoded(bare, bare.prompt_ids(_as_read(self.giver, prompt)))
+        except DataError:  # a template that needs the argument: the other side said so where it reads the same template
+            return "", ""
+        given = _decoded(self.giver, self.giver.prompt_ids(prompt))
+        if given == left_out:
+            return "", ""
+        at = _first_difference(given, left_out)
+        return _cut(given, at), _cut(left_out, at)
+
+
+def _one_sided(student: Renderer, teacher: Renderer, role: str) -> Iterator[_OneSided]:
+    for where, giver, other, taker in (("student", student, role, teacher), (role, teacher, "student", student)):
+        for name, value in giver.chat_template_kwargs.items():
+            if name not in taker.chat_template_kwargs and re.search(rf"\b{name}\b", str(taker.tokenizer.chat_template)):
+                advice = (
+                    f"Set {other}.chat_template_kwargs.{name}={json.dumps(value)} too; set on both sides, to whatever values, it counts as "
+                    "meant."
+                )
+                yield _OneSided(name=name, where=where, giver=giver, advice=advice)
 
 
 def _end(renderer: Renderer, prompt: Prompt) -> str | None:
@@ -160,18 +211,6 @@ def _end(renderer: Renderer, prompt: Prompt) -> str | None:
     whole = _decoded(renderer, renderer.prompt_ids(prompt))
     at = whole.rfind(content)
     return whole[at + len(content) :] if content and at >= 0 else None
-
-
-def _advice_on_ends(student: Renderer, teacher: Renderer, role: str) -> str:
-    sides = (("student", student, teacher), (role, teacher, student))
-    for (_, giver, taker), (where, _, _) in zip(sides, reversed(sides), strict=True):
-        for name, value in giver.chat_template_kwargs.items():
-            if name not in taker.chat_template_kwargs and name in str(taker.tokenizer.chat_template):
-                return (
-                    f"Set {where}.chat_template_kwargs.{name}={json.dumps(value)} too; set on both sides, to whatever values, it counts as "
-                    "meant."
-                )
-    return "The two chat templates differ: where an argument decides it, set it for both in chat_template_kwargs."
 
 
 # --- a teacher that is the student ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from opd.seeding import derive_seed
 from opd.teachers.ensemble import AnyTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_dtype_note
+from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.trainer.evaluate import Evaluator
 from opd.trainer.fingerprints import fingerprint_of, prompts_fingerprint, sampled_weights, weights_fingerprint
 from opd.trainer.reading import check_reading
@@ -136,7 +136,7 @@ def _connect(
         pad_id=pad_id,
         fingerprints=fingerprints,
         warnings=(*vocabulary.warnings, *notices(config), *warnings),
-        notes=tuple(saved_dtype_note(config, str(side.model.dtype).removeprefix("torch."))),
+        notes=tuple(saved_notes(config, side.model)),
     )
 
 
