@@ -3,6 +3,7 @@ random."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,17 @@ PREFIX = "base_model.model."
 def is_adapter(name: str, revision: str | None = None) -> bool:
     """Whether a local folder or a hub name holds an adapter_config.json."""
     return find_adapter_config_file(name, revision=revision) is not None
+
+
+def base_of(name: str) -> str | None:
+    """The base that a local adapter folder names; None for other folders and for hub names."""
+    file = Path(name, "adapter_config.json")
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{file}' cannot be read: {error}. Get the adapter's folder again.") from error
 
 
 def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:

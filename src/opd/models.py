@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,16 @@ def stored_kind(name: str, revision: str | None = None) -> str | None:
     """model_type of a checkpoint of several parts, text among them; None for a plain language model."""
     config = _stored_config(name, revision)
     return config.get("model_type") if config.get("text_config") else None
+
+
+def switched_off(name: str, revision: str | None = None) -> list[str]:
+    """What a checkpoint's config.json adds to the output of a model and opd leaves out, as 'key=value'."""
+    config = _stored_config(name, revision)
+    parts = (config, config.get("text_config") or {})
+    found = {
+        key: part[key] for part in parts for key, value in OUTPUT_SWITCHES.items() if part.get(key, value) != value
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
 
 
 def stored_dtype(name: str, revision: str | None = None) -> str | None:

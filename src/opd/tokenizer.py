@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from opd.adapter import base_of
 from opd.errors import ModelError
 from opd.models import UNREADABLE, check_folder, load_failure
 
@@ -44,6 +45,9 @@ def load_tokenizer(
     transformers builds some tokenizer classes anew from the vocabulary alone (a byte-level tokenizer.json under LlamaTokenizerFast
     loses every space that way), while a model was trained with what its tokenizer.json says.
     """
+    base = base_of(name)
+    if base is not None and not any(True for pattern in TOKENIZER_FILES for _ in Path(name).glob(pattern)):
+        name, revision = base, None  # peft saves none beside an adapter that keeps its base's
     check_folder(role, name, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"types", "errors", "losses"},
     "adapter": {"errors"},
     "models": {"adapter", "types", "errors"},
-    "tokenizer": {"models", "errors"},
+    "tokenizer": {"adapter", "models", "errors"},
     "algorithm": {"errors"},
     "optimization": {"errors"},
     "config": {"algorithm", "optimization", "types", "errors"},

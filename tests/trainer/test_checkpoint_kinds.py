@@ -31,6 +31,7 @@ from opd.errors import MissingDependencyError, ModelError
 from opd.models import linear_head, load_causal_lm
 from opd.recipe import build, merge
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
+from opd.tokenizer import load_tokenizer
 from opd.trainer.run import train
 from worlds import settings
 
@@ -87,10 +88,14 @@ def tiny_moe(kind: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_a_mixture_of_experts_saved_with_its_router_logits_trains_and_its_student_generates(tmp_path: Path, kind: str):
+def test_a_mixture_of_experts_saved_with_its_router_logits_trains_and_its_student_generates(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
     save_model(tiny_moe(kind), byte_tokenizer(), tmp_path / "moe")
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["output_router_logits"] is True
-    student = AutoModelForCausalLM.from_pretrained(one_step(tmp_path, tmp_path / "moe", tmp_path / "moe"))
+    saved = one_step(tmp_path, tmp_path / "moe", tmp_path / "moe", log__progress="plain")
+    assert "note: output_router_logits=true in the config.json" in capsys.readouterr().out
+    student = AutoModelForCausalLM.from_pretrained(saved)
     assert student.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2).shape[1] > IDS.shape[1]
 
 
@@ -107,7 +112,9 @@ def test_what_a_config_adds_to_the_output_changes_nothing_about_the_logits(tmp_p
 # --- multimodal -------------------------------------------------------------------------------------------------------
 
 
-def test_a_multimodal_student_trained_on_text_keeps_its_processor_and_forgets_its_switches(tmp_path: Path):
+def test_a_multimodal_student_trained_on_text_keeps_its_processor_and_forgets_its_switches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     tokenizer = byte_tokenizer(extra_tokens=["<img>", "<boi>", "<eoi>"])
     text = {k: v for k, v in MOE.items() if k != "num_experts_per_tok"} | {
         "vocab_size": 261,
@@ -130,7 +137,9 @@ def test_a_multimodal_student_trained_on_text_keeps_its_processor_and_forgets_it
     for name in ("preprocessor_config.json", "processor_config.json", "image_processor_config.json"):
         (tmp_path / "g" / name).write_text(f'{{"of": "{name}"}}')
     assert load(tmp_path / "g")(IDS).hidden_states is None
-    student = one_step(tmp_path, tmp_path / "g", tmp_path / "g")
+    student = one_step(tmp_path, tmp_path / "g", tmp_path / "g", log__progress="plain")
+    printed = capsys.readouterr().out
+    assert "output_hidden_states=true" in printed and "text part alone" not in printed
     assert {file.name for file in (tmp_path / "g").iterdir()} <= {file.name for file in student.iterdir()}
     assert (student / "processor_config.json").read_text() == '{"of": "processor_config.json"}'
 
@@ -232,6 +241,14 @@ def test_an_adapter_trained_with_added_tokens_brings_their_rows(tmp_path: Path, 
 def test_an_adapter_teacher_with_modules_to_save_teaches(tmp_path: Path):
     folder, _ = adapter(tmp_path, ADAPTERS["modules_to_save"], tie=False)
     assert (one_step(tmp_path, tmp_path / "base", folder) / "model.safetensors").exists()
+
+
+def test_an_adapter_without_a_tokenizer_has_its_base_s(tmp_path: Path):
+    folder, _ = adapter(tmp_path, ADAPTERS["token rows"], tie=False)
+    for file in [*folder.glob("tokenizer*"), *folder.glob("chat_template*")]:
+        file.unlink()
+    assert (one_step(tmp_path, tmp_path / "base", folder) / "model.safetensors").exists()
+    assert load_tokenizer(str(folder)).get_vocab() == byte_tokenizer().get_vocab()
 
 
 def test_an_adapter_that_cannot_be_used_is_refused_for_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ from opd.config import Config
 from opd.data.pack import arrange
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
-from opd.models import context_length, response_logits, stored_dtype, stored_kind
+from opd.models import context_length, response_logits, stored_dtype, stored_kind, switched_off
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt
 
@@ -112,6 +112,12 @@ def saved_notes(config: Config, model: PreTrainedModel) -> list[str]:
         found.append(
             f"'{name}' is a {kind} checkpoint, of which the text part alone is read: student/ will be a {type(model).__name__}, without "
             "the weights for images and sound."
+        )
+    switches = switched_off(name, revision)
+    if switches:
+        found.append(
+            f"{', '.join(switches)} in the config.json of '{name}' is turned back, in student/ too: a model that only answers does "
+            "without it."
         )
     trained, stored = str(model.dtype).removeprefix("torch."), stored_dtype(name, revision)
     if stored in (None, trained):

@@ -174,7 +174,7 @@ class _OneSided:
     advice: str
 
     def effect(self, prompt: Prompt) -> tuple[str, str]:
-        """The rendered prompt around the first difference that the argument makes, with it and without it; empty where it makes none."""
+        """The rendered prompt around the first difference that the argument makes, with it and without it; the same text twice where it makes none."""
         if prompt.messages is None:
             return "", ""
         others = {key: value for key, value in self.giver.chat_template_kwargs.items() if key != self.name}
@@ -186,8 +186,6 @@ class _OneSided:
         except DataError:  # a template that needs the argument: the other side said so where it reads the same template
             return "", ""
         given = _decoded(self.giver, self.giver.prompt_ids(prompt))
-        if given == left_out:
-            return "", ""
         at = _first_difference(given, left_out)
         return _cut(given, at), _cut(left_out, at)
 
