@@ -20,7 +20,7 @@ from opd.errors import ModelError
 from opd.recipe import build, merge
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.tokenizer import load_tokenizer
-from opd.trainer.reading import _changed_text
+from opd.trainer.reading import check_text
 from opd.trainer.run import save_student, train
 from opd.trainer.run_folder import RunFolder
 from opd.trainer.setup import build_parts
@@ -210,10 +210,22 @@ def test_a_tokenizer_that_loses_the_prompts_is_refused_on_either_side(tmp_path: 
         build_parts(build(merge({}, recipe(tmp_path, *sides))))
 
 
+def test_a_vocabulary_that_the_tokenizer_class_never_reads_is_refused_for_what_it_loses(tmp_path: Path):
+    """Without a tokenizer.json transformers makes an empty tokenizer of some classes, and says nothing."""
+    folder = folder_of(byte_level(), tmp_path / "m", "LlamaTokenizerFast")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(byte_alphabet())}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(
+        ModelError, match=r"student .* loses 100% of the prompts' characters .*student.model.*tokenizer.json"
+    ):
+        build_parts(build(merge({}, recipe(tmp_path, folder, folder))))
+
+
 def test_text_that_comes_back_changed_is_shown_and_a_normal_form_is_not():
     def notices(backend: Tokenizer, *texts: str) -> list[str]:
         renderer = Renderer(PreTrainedTokenizerFast(tokenizer_object=backend), name="student 'm'")
-        return _changed_text(renderer, "student", [Prompt(index=i, text=text) for i, text in enumerate(texts)])
+        return check_text(renderer, "student", [Prompt(index=i, text=text) for i, text in enumerate(texts)])
 
     assert notices(composed(), "e\u0301", "plain") == []
     assert notices(byte_tokenizer().backend_tokenizer, TEXT) == []

@@ -26,20 +26,23 @@ EXCERPT = 60
 def check_reading(
     config: Config, prompts: Sequence[Prompt], student: Side, teachers: Mapping[str, Side], first: SampledWeights
 ) -> list[str]:
-    """Warnings about how the prompts reach the models; `first` are the student's weights as they were loaded. Raises ModelError where a
-    tokenizer loses the prompts."""
-    step = max(1, len(prompts) // LOOKED_AT)
-    some = prompts[::step][:LOOKED_AT]
-    own = {_key(name): side for name, side in teachers.items() if config.all_teachers[name].source == "model"}
+    """Warnings about how the prompts reach the models, other than check_text's about the student; `first` are the student's weights as
+    they were loaded. Raises ModelError where a teacher's tokenizer loses the prompts."""
+    some = _some(prompts)
     found = []
-    for role, side in {"student": student, **own}.items():
-        found += _changed_text(side.renderer, role, some)
+    for name, side in teachers.items():
+        if config.all_teachers[name].source == "model":
+            found += check_text(side.renderer, _key(name), prompts)
     found += _untemplated(config, prompts, student.renderer, {_key(n): s.renderer for n, s in teachers.items()})
     for name, side in teachers.items():
         found += _different_modes(student.renderer, side.renderer, _key(name), some)
         if config.all_teachers[name].source == "model" and _could_only_agree(config):
             found += _agreement(student.renderer, side, _key(name), some, first)
     return found
+
+
+def _some(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    return prompts[:: max(1, len(prompts) // LOOKED_AT)][:LOOKED_AT]
 
 
 def _key(name: str) -> str:
@@ -50,12 +53,18 @@ def _key(name: str) -> str:
 # --- text in, text out ------------------------------------------------------------------------------------------------
 
 
-def _changed_text(renderer: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
-    """Does decode(encode(text)) give the text back? Unicode normalisation and a leading space are a tokenizer's own business."""
+def check_text(renderer: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Does decode(encode(text)) give the text back? Unicode normalisation and a leading space are a tokenizer's own business. Returns
+    warnings; raises ModelError where more is lost than a rare character."""
     changed, lost, characters = [], 0, 0
-    for prompt in prompts:
+    some = _some(prompts)
+    for prompt in some:
         for text in _texts(_as_read(renderer, prompt)):
-            ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            try:
+                ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            except Exception:  # the Rust tokenizers raise nothing more specific
+                renderer.prompt_ids(prompt)  # says it of the row
+                continue
             back = _decoded(renderer, ids)  # pyright: ignore[reportArgumentType]
             characters += len(text)
             if _normal(back) != _normal(text):
@@ -73,7 +82,7 @@ def _changed_text(renderer: Renderer, role: str, prompts: Sequence[Prompt]) -> l
             "with, or use prompts that its vocabulary can spell."
         )
     return [
-        f"the tokenizer of {renderer.name} does not give {len(changed)} of the texts back as they were, in {len(prompts)} prompts looked "
+        f"the tokenizer of {renderer.name} does not give {len(changed)} of the texts back as they were, in {len(some)} prompts looked "
         f"at; {shown}. The model reads what came back."
     ]
 
