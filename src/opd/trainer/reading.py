@@ -10,17 +10,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from transformers import PreTrainedModel
+
 from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ModelError
-from opd.trainer.fingerprints import SampledWeights, same_weights
 from opd.trainer.sides import Side
 from opd.types import Prompt
+
+SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
+"""Shape and some entries of every parameter, by name."""
 
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
+SAMPLED_ENTRIES = 256  # per tensor: two models that differ differ in many of them
 
 
 def check_reading(
@@ -223,6 +229,34 @@ def _end(renderer: Renderer, prompt: Prompt) -> str | None:
 # --- a teacher that is the student ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def sampled_weights(model: PreTrainedModel) -> SampledWeights:
+    """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
+    sampled = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // SAMPLED_ENTRIES)
+        sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
+    return sampled
+
+
+def _same_weights(sampled: SampledWeights, model: PreTrainedModel) -> bool:
+    """Whether the model has these weights, as far as the coarser of the two dtypes can tell."""
+    other = sampled_weights(model)
+    if {name: shape for name, (shape, _) in sampled.items()} != {name: shape for name, (shape, _) in other.items()}:
+        return False
+    return all(_same_entries(entries, other[name][1]) for name, (_, entries) in sampled.items())
+
+
+def _same_entries(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one.dtype != two.dtype:
+        if not (one.is_floating_point() and two.is_floating_point()):
+            return False  # of which one is quantised
+        coarser = max(one.dtype, two.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        one, two = one.to(coarser), two.to(coarser)
+    return torch.equal(one, two)
+
+
 def _could_only_agree(config: Config) -> bool:
     """Whether a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
     it tells the two apart."""
@@ -236,7 +270,7 @@ def _agreement(
 ) -> list[str]:
     if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
         return []
-    if not same_weights(first, teacher.model):
+    if not _same_weights(first, teacher.model):
         return []
     ends = [_decoded(renderer, renderer.prompt_ids(prompts[0]))[-EXCERPT:] for renderer in (student, teacher.renderer)]
     return [

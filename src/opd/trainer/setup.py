@@ -22,8 +22,8 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.trainer.evaluate import Evaluator
-from opd.trainer.fingerprints import fingerprint_of, prompts_fingerprint, sampled_weights, weights_fingerprint
-from opd.trainer.reading import check_reading, check_text
+from opd.trainer.fingerprints import prompts_fingerprint, weights_fingerprint
+from opd.trainer.reading import check_reading, check_text, sampled_weights
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
 from opd.trainer.sides import Side, load_side, make_sampler, pad_id_of
@@ -68,7 +68,8 @@ def build_parts(config: Config) -> Parts:
     # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
     warnings = check_text(side.renderer, "student", [*prompts, *held_out])
     pad_id = pad_id_of(side)
-    first = sampled_weights(side.model)
+    first_weights = weights_fingerprint(side.model)
+    loaded = sampled_weights(side.model)
     model = _trainable(config, side)
     faculty = build_faculty(config, side, pad_id, model)
     check_teachers(faculty, [*prompts, *held_out])
@@ -77,8 +78,8 @@ def build_parts(config: Config) -> Parts:
         check_lengths(config, [*prompts, *held_out], one.renderer, one.model)
         if config.train.layout == "packed":
             check_packing(one.model, role, pad_id)
-    warnings += check_reading(config, [*prompts, *held_out], side, faculty.sides, first)
-    fingerprints = _fingerprints(config, [*prompts, *held_out], fingerprint_of(first), faculty)
+    warnings += check_reading(config, [*prompts, *held_out], side, faculty.sides, loaded)
+    fingerprints = _fingerprints(config, [*prompts, *held_out], first_weights, faculty)
     return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints, warnings)
 
 
