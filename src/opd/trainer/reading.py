@@ -100,7 +100,15 @@ def _as_read(renderer: Renderer, prompt: Prompt) -> Prompt:
 def _texts(prompt: Prompt) -> list[str]:
     if prompt.messages is None:
         return [prompt.text or ""]
-    return [content for message in prompt.messages if isinstance(content := message.get("content"), str)]
+    return [text for message in prompt.messages for text in _parts(message.get("content"))]
+
+
+def _parts(content: object) -> list[str]:
+    """A message's texts: its content, or those of the content's parts."""
+    if isinstance(content, str):
+        return [content]
+    parts = content if isinstance(content, list) else []
+    return [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
 
 
 def _decoded(renderer: Renderer, ids: Sequence[int]) -> str:
