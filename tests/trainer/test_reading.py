@@ -69,9 +69,20 @@ def test_two_templates_that_end_a_prompt_differently_are_shown_without_any_argum
     assert "student and teachers.big read prompts" in found
 
 
-def test_templates_that_differ_before_the_end_alone_are_left_in_peace(tmp_path: Path):
-    student = model(tmp_path / "s", "You are kind.\n" + CHAT_TEMPLATE)
-    assert warnings(tmp_path, student, model(tmp_path / "t", CHAT_TEMPLATE, seed=1)) == []
+FORMATS = {
+    "another start": "You are kind.\n" + CHAT_TEMPLATE,
+    "ChatML": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n",
+    "no head": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_another_format_of_the_turns_is_every_model_s_own(tmp_path: Path, name: str):
+    student, teacher = model(tmp_path / "s", FORMATS[name]), model(tmp_path / "t", CHAT_TEMPLATE, seed=1)
+    assert warnings(tmp_path, student, teacher) == []
+    thinking = model(tmp_path / "o", FORMATS[name] + "<think>", seed=1)
+    (found,) = warnings(tmp_path, teacher, thinking)
+    assert "end differently: the student's with '\\n<|assistant|>'" in found and "<think>' (prompt 0)" in found
 
 
 def test_a_teacher_s_own_wording_of_the_prompt_is_no_other_end(tmp_path: Path):

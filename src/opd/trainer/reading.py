@@ -8,7 +8,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
-from opd.errors import DataError, ModelError
+from opd.errors import ModelError
 from opd.trainer.sides import Side
 from opd.types import Prompt
 
@@ -26,6 +27,7 @@ SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
+ANSWER = "The answer is 42."  # in a conversation that is only rendered
 SAMPLED_ENTRIES = 256  # per tensor: two models that differ differ in many of them
 
 
@@ -160,8 +162,9 @@ def _share(part: int, prompts: Sequence[Prompt]) -> str:
 
 
 def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: Sequence[Prompt]) -> list[str]:
-    """What comes between the last message and the answer decides what a model goes on with, such as a thought or an answer; an argument
-    may say the same at the start. The same arguments on both sides, with whatever values, say that the difference is meant."""
+    """What a template writes between the head of the assistant's turn and the answer decides what a model goes on with, such as a
+    thought or an answer; an argument may say the same at the start. The same arguments on both sides, with whatever values, say that
+    the difference is meant; another format of the turns is every model's own."""
     mine, theirs = student.chat_template_kwargs, teacher.chat_template_kwargs
     if mine and mine.keys() == theirs.keys():
         return []
@@ -169,12 +172,12 @@ def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: S
     advice = single[0].advice if single else "Where an argument decides it, set it for both in chat_template_kwargs."
     for prompt in prompts:
         ends = _end(student, prompt), _end(teacher, prompt)
-        if None in ends or ends[0] == ends[1]:
+        if ends[0] is None or ends[1] is None or ends[0].opening == ends[1].opening:
             continue
         return [
-            f"student and {role} read prompts that end differently: the student's with {ends[0]!r}, the teacher's with {ends[1]!r} (prompt "
-            f"{prompt.index}). The teacher then scores answers that it was asked for in another way, such as with its thoughts first. "
-            f"{advice}"
+            f"student and {role} read prompts that end differently: the student's with {ends[0].text!r}, the teacher's with "
+            f"{ends[1].text!r} (prompt {prompt.index}). The teacher then scores answers that it was asked for in another way, such as with "
+            f"its thoughts first. {advice}"
         ]
     for one in single:
         for prompt in prompts:
@@ -188,6 +191,40 @@ def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: S
 
 
 @dataclass(frozen=True, kw_only=True)
+class _End:
+    """A rendered prompt from the end of the last message on."""
+
+    text: str
+    opening: str
+    """What of it stands before the answer and not before an answer given earlier in a conversation."""
+
+
+def _end(renderer: Renderer, prompt: Prompt) -> _End | None:
+    """None for text, and where a template rewrites the last message or takes no further turns."""
+    if prompt.messages is None:
+        return None
+    read = _as_read(renderer, prompt)
+    content = next(reversed(_texts(read)), "").strip()
+    longer = [*(read.messages or ()), {"role": "assistant", "content": ANSWER}, {"role": "user", "content": ANSWER}]
+    bare = _bare(renderer, renderer.chat_template_kwargs)
+    whole = _decoded(renderer, renderer.prompt_ids(prompt))
+    try:
+        answered = _decoded(bare, bare.prompt_ids(replace(read, messages=tuple(longer))))
+    except Exception:  # somebody else's template, on a conversation that nobody gave
+        return None
+    before = answered[: answered.find(ANSWER)]
+    if not content or content not in whole or content not in before:
+        return None
+    text, head = (part[part.rfind(content) + len(content) :] for part in (whole, before))
+    return _End(text=text, opening=text.removeprefix(head.rstrip()).strip())
+
+
+def _bare(renderer: Renderer, arguments: Mapping[str, Any]) -> Renderer:
+    """The same tokenizer and system message with other arguments, for prompts as they are."""
+    return Renderer(renderer.tokenizer, name=renderer.name, chat_template_kwargs=arguments, system=renderer.system)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _OneSided:
     """A template argument that one side has, and that the other side's template would read too."""
 
@@ -197,16 +234,14 @@ class _OneSided:
     advice: str
 
     def effect(self, prompt: Prompt) -> tuple[str, str]:
-        """The rendered prompt around the first difference that the argument makes, with it and without it; the same text twice where it makes none."""
+        """The rendered prompt around the first difference that the argument makes, with it and without it; the same text twice where it
+        makes none."""
         if prompt.messages is None:
             return "", ""
-        others = {key: value for key, value in self.giver.chat_template_kwargs.items() if key != self.name}
-        bare = Renderer(
-            self.giver.tokenizer, name=self.giver.name, chat_template_kwargs=others, system=self.giver.system
-        )
+        bare = _bare(self.giver, {k: v for k, v in self.giver.chat_template_kwargs.items() if k != self.name})
         try:
             left_out = _decoded(bare, bare.prompt_ids(_as_read(self.giver, prompt)))
-        except DataError:  # a template that needs the argument: the other side said so where it reads the same template
+        except Exception:  # somebody else's template, without an argument that it may need
             return "", ""
         given = _decoded(self.giver, self.giver.prompt_ids(prompt))
         at = _first_difference(given, left_out)
@@ -222,16 +257,6 @@ def _one_sided(student: Renderer, teacher: Renderer, role: str) -> Iterator[_One
                     "meant."
                 )
                 yield _OneSided(name=name, where=where, giver=giver, advice=advice)
-
-
-def _end(renderer: Renderer, prompt: Prompt) -> str | None:
-    """The rendered prompt from the end of the last message's content on; None for text, and where the template rewrote the content."""
-    if prompt.messages is None:
-        return None
-    content = next(reversed(_texts(_as_read(renderer, prompt))), "").strip()
-    whole = _decoded(renderer, renderer.prompt_ids(prompt))
-    at = whole.rfind(content)
-    return whole[at + len(content) :] if content and at >= 0 else None
 
 
 # --- a teacher that is the student ------------------------------------------------------------------------------------
