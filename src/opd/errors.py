@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 
@@ -20,11 +20,34 @@ def require(ok: bool, what: str) -> None:
         raise ConfigError(what)
 
 
-def did_you_mean(word: str, choices: Sequence[str], also_called: Mapping[str, Sequence[str]] | None = None) -> str:
-    """' Did you mean …?' for a word that is not among the choices, or nothing: choices that go by that name elsewhere (`also_called`),
-    that have it as one of their parts, or that it misspells."""
+ALSO_CALLED: dict[str, tuple[str, ...]] = {
+    "kl": ("reverse_kl", "forward_kl"),
+    "kld": ("reverse_kl", "forward_kl"),
+    "kl_div": ("reverse_kl", "forward_kl"),
+    "rkl": ("reverse_kl",),
+    "fkl": ("forward_kl",),
+    "js": ("generalized_jsd",),
+    "jensen_shannon": ("generalized_jsd",),
+    "gkd": ("generalized_jsd", "skew_reverse_kl"),
+    "skl": ("skew_forward_kl",),
+    "srkl": ("skew_reverse_kl",),
+    "tv": ("total_variation",),
+    "tvd": ("total_variation",),
+    "ab": ("alpha_beta_divergence",),
+    "topk": ("teacher_top_k", "student_top_k"),
+    "fp32": ("float32",),
+    "fp16": ("float16",),
+    "half": ("float16",),
+    "adam": ("adamw",),
+}
+"""Choices of a recipe by the names that papers and other programs give them (SKL and SRKL: DistiLLM, arXiv 2402.03898)."""
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """' Did you mean …?' for a word that is not among the choices, or nothing: choices that go by that name elsewhere, that have it as
+    one of their parts, or that it misspells."""
     plain = word.strip().lower().replace("-", "_").replace(" ", "_")
-    meant = [choice for choice in (also_called or {}).get(plain, ()) if choice in choices]
+    meant = [choice for choice in ALSO_CALLED.get(plain, ()) if choice in choices]
     meant = meant or [choice for choice in choices if choice == plain]
     meant = meant or [choice for choice in choices if plain and f"_{plain}_" in f"_{choice}_"]
     meant = meant or get_close_matches(plain, choices, n=1)

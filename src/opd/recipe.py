@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from opd.config import Config
 from opd.errors import ConfigError, ObjectiveError, OpdError, did_you_mean
-from opd.losses import ALSO_CALLED, Objective
+from opd.losses import Objective
 
 
 class _Yaml(yaml.SafeLoader):
@@ -108,10 +108,6 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
 
 FLAGS = ("--resume", "--overwrite", "--debug")
 """Words on the command line that take no value."""
-
-
-SAID_AS = {**ALSO_CALLED, "fp32": ("float32",), "fp16": ("float16",), "half": ("float16",), "adam": ("adamw",)}
-"""Values by the names that other programs give them."""
 
 
 def _scalar(text: str) -> Any:
@@ -280,7 +276,7 @@ def _explain(error: ValidationError) -> OpdError:
     more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
     hint = ""
     if first["type"] == "literal_error":
-        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]), SAID_AS)
+        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
     elif first["type"] == "string_type":
         hint = " Put it in quotes if it is meant as text."
     problem = first["msg"][0].lower() + first["msg"][1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from opd.losses._refusals import ALSO_CALLED
 from opd.losses.diagnostics import (
     dense_diagnostics,
     overlap,
@@ -68,7 +67,6 @@ from opd.losses.sampled import (
 from opd.losses.targets import dense_from_hidden
 
 __all__ = [
-    "ALSO_CALLED",
     "NO_SPREAD",
     "WEIGHT_SUM_TOLERANCE",
     "Combine",

@@ -26,23 +26,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "baseline": ("none", "value"),
     "reduction": get_args(Reduction),
 }
-ALSO_CALLED: dict[str, tuple[str, ...]] = {
-    "kl": ("reverse_kl", "forward_kl"),
-    "kld": ("reverse_kl", "forward_kl"),
-    "kl_div": ("reverse_kl", "forward_kl"),
-    "rkl": ("reverse_kl",),
-    "fkl": ("forward_kl",),
-    "js": ("generalized_jsd",),
-    "jensen_shannon": ("generalized_jsd",),
-    "gkd": ("generalized_jsd", "skew_reverse_kl"),
-    "skl": ("skew_forward_kl",),
-    "srkl": ("skew_reverse_kl",),
-    "tv": ("total_variation",),
-    "tvd": ("total_variation",),
-    "topk": ("teacher_top_k", "student_top_k"),
-    "ab": ("alpha_beta_divergence",),
-}
-"""Choices by the names that papers and other libraries give them (SKL and SRKL: DistiLLM, arXiv 2402.03898)."""
 BETA_READERS = ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl", "alpha_beta_divergence")
 
 
@@ -63,7 +46,7 @@ def _names(o: Objective) -> Iterator[str]:
     for name, choices in CHOICES.items():
         value = getattr(o, name)
         if value not in choices:
-            hint = did_you_mean(str(value), choices, ALSO_CALLED)
+            hint = did_you_mean(str(value), choices)
             yield f"{name}={value!r} is not known; use one of {', '.join(choices)}.{hint}"
 
 
