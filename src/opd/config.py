@@ -63,7 +63,7 @@ class StudentConfig(ModelConfig):
     """The model that samples and learns."""
 
     dtype: DType = "float32"
-    """Type of the weights and the optimizer state; float32 with train.autocast is the safe choice."""
+    """Type of the weights, of the optimizer state and of the saved student; float32 with train.autocast is the safe choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
