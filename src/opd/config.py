@@ -20,6 +20,7 @@ from opd.optimization import OptimizerConfig
 from opd.sections import Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+USUAL_LORA_SCALE = 2  # alpha = 2 · rank: LLaMA-Factory's default, and what Unsloth and TRL's examples use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +29,16 @@ class LoraConfig(Section):
 
     rank: int = 32
     """Rank of every adapter."""
-    alpha: int = 64
-    """Scale: the update is alpha / rank · B A. Change it along with the rank."""
+    alpha: int | None = None
+    """Scale: the update is alpha / rank · B A. Unset, it is twice the rank, so that the scale stays 2 whatever the rank."""
     target_modules: str = "all-linear"
     """'all-linear', or a comma-separated list of module names."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"student.lora.rank must be at least 1, not {self.rank}")
-        require(self.alpha > 0, f"student.lora.alpha must be positive, not {self.alpha}")
+        require(self.alpha is None or self.alpha > 0, f"student.lora.alpha must be positive, not {self.alpha}")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", USUAL_LORA_SCALE * self.rank)  # config.yaml says the number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class StudentConfig(ModelConfig):
     """The model that samples and learns."""
 
     dtype: DType = "float32"
-    """Type of the weights and the optimizer state; float32 with train.autocast is the safe choice."""
+    """Type of the weights, of the optimizer state and of the saved student; float32 with train.autocast is the safe choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None

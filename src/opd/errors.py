@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that move a terminal's cursor, set its title, reorder its text, or cannot be written at all."""
@@ -28,6 +30,40 @@ def require(ok: bool, what: str) -> None:
     """Raise ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(what)
+
+
+ALSO_CALLED: dict[str, tuple[str, ...]] = {
+    "kl": ("reverse_kl", "forward_kl"),
+    "kld": ("reverse_kl", "forward_kl"),
+    "kl_div": ("reverse_kl", "forward_kl"),
+    "rkl": ("reverse_kl",),
+    "fkl": ("forward_kl",),
+    "js": ("generalized_jsd",),
+    "jensen_shannon": ("generalized_jsd",),
+    "gkd": ("generalized_jsd", "skew_reverse_kl"),
+    "skl": ("skew_forward_kl",),
+    "srkl": ("skew_reverse_kl",),
+    "tv": ("total_variation",),
+    "tvd": ("total_variation",),
+    "ab": ("alpha_beta_divergence",),
+    "topk": ("teacher_top_k", "student_top_k"),
+    "fp32": ("float32",),
+    "fp16": ("float16",),
+    "half": ("float16",),
+    "adam": ("adamw",),
+}
+"""Choices of a recipe by the names that papers and other programs give them (SKL and SRKL: DistiLLM, arXiv 2402.03898)."""
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """' Did you mean …?' for a word that is not among the choices, or nothing: choices that go by that name elsewhere, that have it as
+    one of their parts, or that it misspells."""
+    plain = word.strip().lower().replace("-", "_").replace(" ", "_")
+    meant = [choice for choice in ALSO_CALLED.get(plain, ()) if choice in choices]
+    meant = meant or [choice for choice in choices if choice == plain]
+    meant = meant or [choice for choice in choices if plain and f"_{plain}_" in f"_{choice}_"]
+    meant = meant or get_close_matches(plain, choices, n=1)
+    return f" Did you mean {' or '.join(repr(choice) for choice in meant)}?" if meant else ""
 
 
 class ObjectiveError(OpdError):

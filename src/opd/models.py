@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,21 +13,28 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from opd.errors import ModelError
+from opd.adapter import is_adapter, load_adapter
+from opd.errors import ModelError, OpdError
 from opd.types import Head, Sequences
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 LINEAR_HEAD_TOLERANCE = 1e-3  # relative; float32 rounding stays far under it, soft-caps and scales do not
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises for a folder that is incomplete, damaged or of another kind."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+OUTPUT_SWITCHES = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+"""What a config.json can tell a model to return besides, or in place of, its logits; opd reads the logits by name."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,27 +73,31 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError, also for weights that are
     missing (they would be random) or not finite."""
-    _check_folder(role, name, ("config.json", "adapter_config.json"))
-    if role == "student" and Path(name, "adapter_config.json").exists():
-        raise ModelError(
-            f"The student '{name}' is a LoRA adapter, whose base would stay frozen. Merge it into its base first (peft's "
-            "merge_and_unload), and give student.model the merged folder."
-        )
-    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    check_folder(role, name, ("config.json", "adapter_config.json"))
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with loading info
-            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True, **extra
-        )
+        if is_adapter(name, revision):
+            _refuse_adapter_student(role, name)
+            model, missing = load_adapter(name, revision=revision, role=role, **options)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with loading info
+                name, revision=revision, output_loading_info=True, **options
+            )
+            missing = sorted(loading["missing_keys"])
+    except OpdError:
+        raise
     except UNREADABLE as error:
         if isinstance(error, RuntimeError) and "allocate" in str(error):
             raise  # memory, not the folder
-        raise ModelError(_load_failure(role, "model", name, error)) from error
-    missing = sorted(loading["missing_keys"])
+        raise ModelError(load_failure(role, "model", name, error)) from error
     if missing:
         raise ModelError(
             f"The {role} '{name}' lacks {len(missing)} of its weights ({missing[0]}, …), which would be random numbers. The "
             "download is incomplete, or config.json belongs to another model; get the whole folder again."
         )
+    _return_logits(model)
     _make_saveable(model, role)
     model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
     bad = next((n for n, p in model.named_parameters() if p.dtype in FLOATS and not p.isfinite().all()), None)
@@ -95,6 +107,26 @@ def load_causal_lm(
             "diverged, or overflowed in float16; use another checkpoint, or another dtype."
         )
     return model.eval()
+
+
+def _refuse_adapter_student(role: str, name: str) -> None:
+    if role == "student":
+        raise ModelError(
+            f"The student '{name}' is a LoRA adapter, whose base would stay frozen. Merge it into its base first (peft's "
+            "merge_and_unload), and give student.model the merged folder."
+        )
+
+
+def _return_logits(model: PreTrainedModel) -> None:
+    """Switch off what a config.json adds to a model's output: a fine-tuned mixture of experts is saved with output_router_logits=true,
+    and `generate` fails on it. The parts of a multimodal model have configs of their own."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    for config in configs.values():
+        for name, value in OUTPUT_SWITCHES.items():
+            if isinstance(config, PreTrainedConfig) and getattr(config, name, value) != value:
+                setattr(config, name, value)
 
 
 def _make_saveable(model: PreTrainedModel, role: str) -> None:
@@ -115,18 +147,38 @@ def _make_saveable(model: PreTrainedModel, role: str) -> None:
             ) from error
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, role: str = "model"
-) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, from the same folder or hub name. Raises ModelError."""
-    _check_folder(role, name, TOKENIZER_FILES)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise ModelError(_load_failure(role, "tokenizer", name, error)) from error
+def stored_kind(name: str, revision: str | None = None) -> str | None:
+    """model_type of a checkpoint of several parts, text among them; None for a plain language model."""
+    config = _stored_config(name, revision)
+    return config.get("model_type") if config.get("text_config") else None
 
 
-def _check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
+def switched_off(name: str, revision: str | None = None) -> list[str]:
+    """What a checkpoint's config.json adds to the output of a model and opd leaves out, as 'key=value'."""
+    config = _stored_config(name, revision)
+    parts = (config, config.get("text_config") or {})
+    found = {
+        key: part[key] for part in parts for key, value in OUTPUT_SWITCHES.items() if part.get(key, value) != value
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+
+
+def stored_dtype(name: str, revision: str | None = None) -> str | None:
+    """Dtype of the weights as config.json gives it, such as 'bfloat16'; None where it does not say."""
+    config = _stored_config(name, revision)
+    for part in (config, config.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):  # the second is what transformers 4 wrote
+            if part.get(key):
+                return str(part[key]).removeprefix("torch.")
+    return None
+
+
+def _stored_config(name: str, revision: str | None) -> dict[str, Any]:
+    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    return config
+
+
+def check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
     """Say it of a local folder before transformers asks the hub for it, or makes up what is missing."""
     folder = Path(name)
     if not folder.is_dir():
@@ -141,7 +193,13 @@ def _check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
         )
 
 
-def _load_failure(role: str, what: str, name: str, error: Exception) -> str:
+def load_failure(role: str, what: str, name: str, error: Exception) -> str:
+    """The message for what transformers raised while loading."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"The {role} '{name}' comes with Python code of its own, which opd does not run unasked. Read that code; if you trust it, set "
+            f"{role}.trust_remote_code=true."
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     reason = " ".join(lines)[:300] if isinstance(error, OSError) else f"{type(error).__name__}: {' '.join(lines)[:300]}"
     return (

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from opd.errors import ConfigError, ObjectiveError, OpdError
+from opd.errors import ConfigError, ObjectiveError, OpdError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -227,8 +227,7 @@ def explain(error: ValidationError, place: tuple[str, ...] = ()) -> OpdError:
     more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
     hint = ""
     if first["type"] == "literal_error":
-        near = difflib.get_close_matches(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
     elif first["type"] == "string_type" and first["input"] is not None and not callable(first["input"]):
         hint = " Put it in quotes if it is meant as text."
     problem = first["msg"][0].lower() + first["msg"][1:]

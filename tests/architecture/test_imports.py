@@ -18,7 +18,19 @@ SOURCE = Path(opd.__file__).parent
 
 GROUND = {"errors", "types", "seeding"}
 ROOMS = {"teachers", "rollouts", "rewards", "data", "reporting"}
-BELOW_TRAINER = {"algorithm", "optimization", "config", "recipe", "models", "losses", "kernels", *GROUND, *ROOMS}
+BELOW_TRAINER = {
+    "algorithm",
+    "optimization",
+    "config",
+    "recipe",
+    "adapter",
+    "models",
+    "tokenizer",
+    "losses",
+    "kernels",
+    *GROUND,
+    *ROOMS,
+}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -26,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "seeding": set(),
     "losses": {"types", "errors"},
     "kernels": {"types", "errors", "losses"},
-    "models": {"types", "errors"},
+    "adapter": {"errors"},
+    "models": {"adapter", "types", "errors"},
+    "tokenizer": {"adapter", "models", "errors"},
     "sections": {"errors"},
     "algorithm": {"errors", "sections"},
     "optimization": {"errors", "sections"},

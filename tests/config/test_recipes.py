@@ -286,3 +286,18 @@ def test_several_teachers_and_their_weights_can_be_given_on_the_command_line():
     assert {name: teacher.model for name, teacher in made.all_teachers.items()} == {"math": "m", "code": "c"}
     assert made.mixture.weights == {"math": 0.7, "code": 0.3}
     assert build(yaml.safe_load(to_yaml(made))) == made
+
+
+def test_the_scale_of_an_adapter_stays_what_it_is_when_its_rank_changes():
+    def alpha(**lora: object) -> int | None:
+        made = config(**{f"student__lora__{key}": value for key, value in lora.items()}).student.lora
+        assert made is not None
+        return made.alpha
+
+    assert (alpha(rank=32), alpha(rank=64), alpha(rank=1), alpha(target_modules="q_proj")) == (64, 128, 2, 64)
+    assert (alpha(rank=64, alpha=16), alpha(rank=8, alpha=None)) == (16, 16)
+    saved = yaml.safe_load(to_yaml(config(student__lora__rank=8)))
+    assert saved["student"]["lora"]["alpha"] == 16
+    assert build(saved) == config(student__lora__rank=8)
+    with pytest.raises(ConfigError, match=r"student\.lora\.alpha must be positive, not 0"):
+        alpha(rank=8, alpha=0)

@@ -181,3 +181,25 @@ def test_an_objective_cannot_be_changed_only_replaced():
 def test_inputs_that_do_not_fit_are_refused_before_they_are_computed_with(call, why):
     with pytest.raises(ObjectiveError, match=why):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("kl", "'reverse_kl' or 'forward_kl'"),
+        ("jsd", "'generalized_jsd'"),
+        ("js", "'generalized_jsd'"),
+        ("rkl", "'reverse_kl'"),
+        ("Total Variation", "'total_variation'"),
+        ("forward-kl", "'forward_kl'"),
+        ("revers_kl", "'reverse_kl'"),
+    ],
+)
+def test_a_divergence_by_another_name_is_answered_with_the_one_that_is_meant(name: str, meant: str):
+    with pytest.raises(ObjectiveError, match=rf"is not known.*Did you mean {meant}\?$"):
+        Objective(divergence=name)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_name_like_no_other_is_answered_without_a_guess():
+    with pytest.raises(ObjectiveError, match=r"total_variation\.$"):
+        Objective(divergence="cosine")  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ from dataclasses import fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args
 
-from opd.errors import ObjectiveError
+from opd.errors import ObjectiveError, did_you_mean
 from opd.losses.divergences import Divergence, check_shape_parameters
 from opd.losses.partial import Tail
 from opd.losses.reduce import Reduction
@@ -49,7 +49,8 @@ def _names(o: Objective) -> Iterator[str]:
     for name, choices in CHOICES.items():
         value = getattr(o, name)
         if value not in choices:
-            yield f"{name}={value!r} is not known; use one of {', '.join(choices)}."
+            hint = did_you_mean(str(value), choices)
+            yield f"{name}={value!r} is not known; use one of {', '.join(choices)}.{hint}"
 
 
 def _types(o: Objective) -> Iterator[str]:

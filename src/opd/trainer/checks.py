@@ -9,7 +9,7 @@ from opd.config import Config
 from opd.data.pack import arrange
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
-from opd.models import context_length, response_logits
+from opd.models import context_length, response_logits, stored_dtype, stored_kind, switched_off
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt
 
@@ -119,6 +119,34 @@ def _reduction_notices(config: Config) -> list[str]:
         f"so the expected gradient is off by about 1/{sequences} of its size (1 over the responses of a step). objective.reduction=fixed "
         "with objective.fixed_count set to the response tokens of a usual step has no such error."
     ]
+
+
+def saved_notes(config: Config, model: PreTrainedModel) -> list[str]:
+    """In what student/ will differ from the checkpoint that the student came from, its trained weights aside."""
+    name, revision = config.student.model, config.student.revision
+    found = []
+    kind = stored_kind(name, revision)
+    if kind not in (None, model.config.model_type):
+        found.append(
+            f"'{name}' is a {kind} checkpoint, of which the text part alone is read: student/ will be a {type(model).__name__}, without "
+            "the weights for images and sound."
+        )
+    switches = switched_off(name, revision)
+    if switches:
+        found.append(
+            f"{', '.join(switches)} in the config.json of '{name}' is turned back, in student/ too: a model that only answers does "
+            "without it."
+        )
+    trained, stored = str(model.dtype).removeprefix("torch."), stored_dtype(name, revision)
+    if stored in (None, trained):
+        return found
+    advice = ""
+    if trained == "float32":  # rounding them back to the checkpoint's dtype could take back the training
+        advice = f" Rounding could undo small updates; what serves it can round, with dtype={stored}."
+    elif stored != "float16":  # which a student cannot be trained in
+        advice = f" student.dtype={stored} trains and saves it in the dtype that it came in."
+    found.append(f"'{name}' came in {stored} and is trained in {trained}, so student/ is saved in {trained}.{advice}")
+    return found
 
 
 def _natural_gradient_notices(config: Config) -> list[str]:

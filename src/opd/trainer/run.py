@@ -20,6 +20,7 @@ from opd.reporting.record import MetricSink, RunRecorder
 from opd.reporting.report import write_report
 from opd.reporting.sinks import open_sinks
 from opd.reporting.summary import write_summary
+from opd.tokenizer import write_own_files
 from opd.trainer.checkpoint import behind_link, checkpoints, load_checkpoint, publish, version_of
 from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.interrupts import Interrupted, RunStopped, StopRequest
@@ -65,7 +66,11 @@ def _train(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool
         with recorder as run, Progress(config.train.steps, start or 0, enabled=config.log.progress) as progress:
             for warning in parts.warnings:
                 progress.message(f"warning: {warning}")
-            for note in [*notes, *(_resumed(folder, start, config) if resume else ())]:
+            for note in [
+                *(f"note: {note}" for note in parts.notes),
+                *notes,
+                *(_resumed(folder, start, config) if resume else ()),
+            ]:
                 progress.message(note)
             try:
                 run_steps(config, parts, folder, run, progress, stop)
@@ -144,7 +149,7 @@ def save_student(parts: Parts, folder: RunFolder) -> None:
             raise RunFolderError(
                 f"Cannot save the student to {folder.student}: {error}. Free some space, then continue with --resume."
             ) from error
-        parts.tokenizer.save_pretrained(temporary)
+        write_own_files(parts.student_files, temporary)
         publish(temporary, final)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from opd.config import Config
 from opd.data.chat import left_out_notices
@@ -22,9 +22,10 @@ from opd.seeding import derive_seed
 from opd.teachers.ensemble import AnyTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices
+from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import HELD_OUT, prompts_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from opd.trainer.reading import check_reading, check_text, sampled_weights
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
 from opd.trainer.sides import Side, load_side, make_sampler, pad_id_of
@@ -49,12 +50,15 @@ class Parts:
     """The teacher's weights, to be evaluated as the student is; None for several."""
     order: PromptOrder
     evaluator: Evaluator | None
-    tokenizer: PreTrainedTokenizerBase
+    student_files: Mapping[str, bytes]
+    """Tokenizer and processor files of the student's model."""
     renderer: Renderer
     pad_id: int
     fingerprints: dict[str, str]
     """Of the prompts, of the student's first weights and tokenizer, and of the teachers'."""
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What is as it should be, and good to know."""
 
 
 def build_parts(config: Config) -> Parts:
@@ -64,8 +68,11 @@ def build_parts(config: Config) -> Parts:
     check_rows(config, prompts, held_out)
     rewards = _reward_scorer(config, config.eval.reward)
     side = load_side(config.student, "student", config.student.device, config.prompts.system)
+    # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
+    said += check_text(side.renderer, "student", [*prompts, *held_out])
     pad_id = pad_id_of(side)
     first_weights = weights_fingerprint(side.model)
+    loaded = sampled_weights(side.model)
     model = _trainable(config, side)
     faculty = build_faculty(config, side, pad_id, model)
     check_teachers(faculty, [*prompts, *held_out])
@@ -74,10 +81,10 @@ def build_parts(config: Config) -> Parts:
         check_lengths(config, [*prompts, *held_out], one.renderer, one.model)
         if config.train.layout == "packed":
             check_packing(one.model, role, pad_id)
-    fingerprints = _fingerprints(config, prompts, held_out, side, first_weights, faculty)
+    said += check_reading(config, [*prompts, *held_out], side, faculty.sides, loaded)
     said += left_out_notices(one.renderer.chat for one in (side, *faculty.sides.values()))
-    parts = _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints)
-    return replace(parts, warnings=tuple(dict.fromkeys([*said, *parts.warnings])))
+    fingerprints = _fingerprints(config, prompts, held_out, side, first_weights, faculty)
+    return _connect(config, prompts, held_out, side, model, faculty, pad_id, rewards, fingerprints, said)
 
 
 def _connect(
@@ -90,6 +97,7 @@ def _connect(
     pad_id: int,
     rewards: Scorer,
     fingerprints: dict[str, str],
+    said: list[str],
 ) -> Parts:
     teacher, vocabulary = faculty.scorer, faculty.vocabulary
     student = Student(
@@ -130,11 +138,12 @@ def _connect(
         teacher_policy=faculty.policy(),
         order=PromptOrder(prompts, seed=derive_seed(config.seed, 0, "prompts"), shuffle=config.prompts.shuffle),
         evaluator=_evaluator(config, held_out, teacher, pad_id, rewards) if held_out else None,
-        tokenizer=side.tokenizer,
+        student_files=side.files,
         renderer=side.renderer,
         pad_id=pad_id,
         fingerprints=fingerprints,
-        warnings=(*vocabulary.warnings, *notices(config)),
+        warnings=tuple(dict.fromkeys([*said, *vocabulary.warnings, *notices(config)])),
+        notes=tuple(saved_notes(config, side.model)),
     )
 
 

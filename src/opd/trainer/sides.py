@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config, ModelConfig, StudentConfig, TeacherConfig
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
-from opd.models import load_causal_lm, load_tokenizer, resolve_device, resolve_dtype
+from opd.models import load_causal_lm, resolve_device, resolve_dtype
 from opd.rollouts.base import Sampling
 from opd.rollouts.hf import HfSampler
 from opd.teachers.vocabulary import VocabularyMatch
+from opd.tokenizer import load_tokenizer, own_files
 from opd.trainer.guardrails import memory_advice
 from opd.types import RolloutSource
 
@@ -26,6 +28,8 @@ class Side:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     eos: tuple[int, ...]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The student's own tokenizer and processor files, which its trained form takes along."""
 
 
 def load_side(
@@ -44,7 +48,11 @@ def load_side(
             **options,
         )
     renderer = make_renderer(config, tokenizer, f"{role} '{config.model}'", system, template)
-    return Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos_ids(model.generation_config, tokenizer))
+    files = {}
+    if role == "student":
+        files = own_files(config.model, tokenizer, revision=config.revision, code=config.trust_remote_code)
+    eos = eos_ids(model.generation_config, tokenizer)
+    return Side(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files)
 
 
 def make_renderer(

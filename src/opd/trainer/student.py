@@ -307,6 +307,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PreTra
         ) from None
     targets = config.target_modules
     names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    assert config.alpha is not None  # the config fills it in
     lora = PeftLora(
         r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
