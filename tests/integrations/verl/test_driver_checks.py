@@ -10,14 +10,31 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import (
+    Cohere2Config,
+    CohereConfig,
+    DeepseekV3Config,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    GraniteMoeConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+)
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 from verl_world import make_models
 
-import opd.integrations.verl.driver as driver
 from opd.errors import ConfigError, ModelError
+from opd.integrations.verl import driver, hook_check, targets
 from opd.integrations.verl.compose import compose, read_words
+from opd.integrations.verl.hooks import Hook
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer
 
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "model", "rollout"))
@@ -81,11 +98,32 @@ def validate(
     validate_config(config, need_reference_policy(config), need_critic(config))
 
 
+@pytest.fixture(autouse=True)
+def no_look_at_hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_hooks is about them; reading verl's source for every case here would take half of the time."""
+    if "told" not in request.node.name:
+        monkeypatch.setattr(targets, "check_hooks", lambda *_, **__: "")
+
+
 def test_a_run_that_works_is_taken_and_told(folder: Path, capsys: pytest.CaptureFixture[str]):
     validate(folder)
     out = capsys.readouterr().out
     assert f"reverse_kl lambda_distill=1 lambda_rl=0, teacher '{folder}/teacher' in the actor" in out
     assert "none of the releases" not in out and "warning" not in out
+
+
+def test_a_verl_of_another_number_is_taken_and_one_that_moved_a_hook_only_when_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(hook_check, "version_of", lambda _: "0.10.0.dev")
+    validate(folder)
+    assert "verl 0.10.0.dev is none of the releases that opd was tested with" in capsys.readouterr().out
+    moved = Hook(where="verl.workers.utils.padding:no_padding_2_padding", needs="tensor data gone", why="a test")
+    monkeypatch.setitem(hook_check.BY_PART, "engine", (moved,))
+    with pytest.raises(ConfigError, match=r"no_padding_2_padding has no gone .* set opd\.try_verl=true"):
+        validate(folder)
+    validate(folder, {"opd.try_verl": True})
+    assert "opd: warning: verl 0.10.0.dev differs at 1 of" in capsys.readouterr().out
 
 
 def test_a_tokenizer_in_a_folder_of_its_own_is_read(folder: Path):
@@ -217,5 +255,35 @@ def test_a_teacher_that_would_see_parts_of_sequences_is_refused(folder: Path, at
 
 
 def test_a_class_that_cannot_be_made_small_is_left_to_the_first_step(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(driver, "small_model", lambda *_: "too large")
+    with pytest.raises(ModelError):
+        driver.refuse_changed_logits(Gemma2Config(), "student")
+    monkeypatch.setattr(driver, "shrink", lambda *_: int("no number"))
     driver.refuse_changed_logits(Gemma2Config(), "student")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RecurrentGemmaConfig(),
+        FalconH1Config(lm_head_multiplier=0.5),
+        Cohere2Config(),
+        GraniteMoeConfig(logits_scaling=4.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_classes_that_nobody_listed_are_found_by_running_them(config):
+    with pytest.raises(ModelError, match="changes its logits after the output layer"):
+        driver.refuse_changed_logits(config, "student")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconH1Config(lm_head_multiplier=1.0), DeepseekV3Config(), PhiConfig(), GPT2Config(), Qwen3NextConfig(), Gemma3TextConfig(),
+        GraniteMoeConfig(logits_scaling=1.0), MixtralConfig(), Lfm2Config(),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_classes_whose_logits_are_a_product_are_taken(config):
+    """Biased, tied, recurrent, convolutional, of experts."""
+    driver.refuse_changed_logits(config, "student")

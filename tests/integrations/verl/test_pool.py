@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from transformers import AutoModelForCausalLM
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig
 from verl_engines import RESPONSE_LENGTHS, batch, engine, jagged, policy_loss, same, step
 
 from opd.errors import ConfigError, ModelError, NonFiniteError, ObjectiveError
 from opd.integrations.verl.checks import Pool, Run, check_run
 from opd.integrations.verl.cpu.sampling import score
-from opd.integrations.verl.pool import in_vocabulary, refuse_nonsense
-from opd.integrations.verl.settings import parse
+from opd.integrations.verl.pool import in_vocabulary, refuse_nonsense, vocabulary_of
+from opd.integrations.verl.settings import TeacherSettings, parse
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget, SampledTarget, Target, TopKTarget
@@ -293,3 +296,15 @@ def test_what_a_pool_cannot_feed_is_refused(section: dict, run: dict, said: str)
 def test_what_a_pool_can_feed_is_taken(section: dict):
     settings, _ = parse({"teacher": {"model_path": "teacher"}, **POOL, **section})
     check_run(settings, Run(**SERVED, pool=VLLM))
+
+
+def test_a_student_with_a_tokenizer_of_its_own_shares_the_teachers_vocabulary(models: Path, tmp_path: Path):
+    """In the worker, where verl's model config has read it from model.tokenizer_path."""
+    bare, words = tmp_path / "bare", tmp_path / "words"
+    for folder, keeps in ((bare, lambda name: "token" not in name), (words, lambda name: "token" in name)):
+        folder.mkdir()
+        for file in filter(lambda file: keeps(file.name), (models / "student").iterdir()):
+            shutil.copy(file, folder / file.name)
+    student = HFModelConfig(path=str(bare), tokenizer_path=str(words))
+    teacher = TeacherSettings(model_path=str(models / "teacher"))
+    assert vocabulary_of(teacher, SimpleNamespace(model_config=student)).size == 258

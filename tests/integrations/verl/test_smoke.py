@@ -115,10 +115,15 @@ def mine(process: psutil.Process, word: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
+    """GRPO beside distillation, with KL to a reference policy, whose engine verl would keep in pinned memory."""
     env = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        command(own_words(world, "opd.divergence=forward_kl")), capture_output=True, text=True, timeout=500, env=env
-    )
+    hybrid = [
+        "opd.lambda_rl=1",
+        f"{ACTOR}.use_kl_loss=true",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
+    ]
+    words = own_words(world, "opd.divergence=forward_kl", *hybrid)
+    done = subprocess.run(command(words), capture_output=True, text=True, timeout=500, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.glob("opd-smoke-*")
     lines = done.stdout.splitlines()
@@ -130,6 +135,7 @@ def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
     assert lines[-1].startswith("ok: 2 steps in ")
     metrics = [json.loads(line)["data"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(step["actor/opd/forward_kl"] > 0 for step in metrics)
+    assert abs(metrics[0]["actor/kl_loss"]) < 1e-6  # the student starts as its reference, in one precision
     assert not list(folder.glob("model*"))
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from verl.trainer.ppo.on_policy_distillation import OnPolicyDistillation
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
 from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl_engines import RESPONSE_LENGTHS, batch, join, step
 
 import opd.integrations.verl.cpu.register
@@ -100,6 +102,12 @@ def plainly(models: Path, data: Any, teachers: tuple[str, ...], policy: dict[str
     return total.item(), {name: p.grad for name, p in learner.named_parameters()}
 
 
+def gathered(module: Any) -> list[str]:
+    """The layers that FSDP2 has not sharded again."""
+    layers = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, FSDPModule))
+    return [name for name, layer in layers if not layer._get_fsdp_state()._fsdp_param_group.is_sharded]
+
+
 def main(models: Path) -> None:
     assert opd.integrations.verl.cpu.register
     join()
@@ -122,14 +130,20 @@ def main(models: Path) -> None:
                 override_config={"attn_implementation": "sdpa"},
                 use_remove_padding=packed,
             ),
-            engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=FP32, use_torch_compile=False),
+            engine_config=FSDPEngineConfig(
+                strategy="fsdp2", mixed_precision=FP32, use_torch_compile=False, reshard_after_forward=micro > 2
+            ),
             optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
             checkpoint_config=None,
         )
-        assert type(built).__module__.startswith("verl."), type(built)
+        # The class for a CPU is ours, and its steps are those of the tree.
+        assert type(built).forward_step.__module__ == "verl.workers.engine.fsdp.transformer_impl", type(built)
+        assert isinstance(built, FSDPEngineWithLMHead)
         built.initialize()
         data = batch(micro_batch_size=micro, remove_padding=packed, temperature=rollout, hide=HIDDEN)
-        value, gradients, metrics = step(built, data, OnPolicyDistillation(config=config, engine=built))
+        loss = OnPolicyDistillation(config=config, engine=built)
+        value, gradients, metrics = step(built, data, loss)
+        assert not any(gathered(teacher.module) for teacher in loss.teachers), f"{told}: a teacher holds whole layers"
         expected, wanted = plainly(models, data, teachers, case, rollout)
         assert abs(value - expected) < 1e-5 * max(1.0, abs(expected)), f"{told}: {value}, not {expected}"
         assert gradients.keys() == wanted.keys()

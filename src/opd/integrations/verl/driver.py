@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import AutoModelForCausalLM
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.fs import copy_to_local
 from verl.utils.import_utils import import_external_libs
@@ -25,7 +27,7 @@ from opd.integrations.verl.checks import (
 )
 from opd.integrations.verl.head import output_layer, run_to_head
 from opd.integrations.verl.settings import Settings
-from opd.integrations.verl.small_model import NOT_BUILT, small_model
+from opd.integrations.verl.small_model import NOT_BUILT, shrink
 from opd.integrations.verl.teacher import precision_of
 
 STUDENT = "actor_rollout_ref.model"
@@ -85,11 +87,11 @@ def read_student(model: DictConfig) -> HFModelConfig:
 def refuse_changed_logits(config: Any, who: str) -> None:
     """Raise ModelError for a class of model whose logits are not a product of its last hidden states, by running a small one.
 
-    Nothing is said of a class that cannot be made small; the first step looks at the model itself.
+    Nothing is said of a class that cannot be built so; the first step looks at the model itself.
     """
-    text = config.get_text_config()
-    small = small_model(text, text.vocab_size, 0)
-    if isinstance(small, str):
+    try:
+        small = _without_layers(config.get_text_config())
+    except NOT_BUILT:
         return
     output_layer(small, who)
 
@@ -98,8 +100,24 @@ def refuse_changed_logits(config: Any, who: str) -> None:
 
     try:
         with torch.no_grad():
-            run_to_head(small, {"input_ids": torch.arange(4)[None]}, at_head, who)
+            run_to_head(small, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}, at_head, who)
     except ModelError:
         raise
     except NOT_BUILT:
         return
+
+
+def _without_layers(config: Any) -> nn.Module:
+    """Embedding, norm and output layer of a small model of this class, and whatever it does to its logits. Its weights are arbitrary."""
+    small = shrink(config, config.vocab_size)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    stacks = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == small.num_hidden_layers
+    ]
+    for module, name in stacks:
+        setattr(module, name, nn.ModuleList())
+    return model.to_empty(device="cpu")

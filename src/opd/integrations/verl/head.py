@@ -62,7 +62,8 @@ def run_to_head(
     if logits.numel() != made[0].numel() or not _same(logits.detach().flatten(), made[0].detach()):
         raise ModelError(
             f"The {role} changes its logits after the output layer (a soft-cap or a scale), so hidden states alone do not give them. "
-            "Use a model without that; opd's own trainer takes such models from whole logits."
+            "Use a model without that; verl with opd's patch (opd verl patch --help) and opd's own trainer take such models from whole "
+            "logits."
         )
     return logits.flatten()[:-1]
 
