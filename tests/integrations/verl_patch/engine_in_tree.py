@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,8 @@ from verl.workers.engine import EngineRegistry
 from verl_engines import RESPONSE_LENGTHS, batch, join, step
 
 import opd.integrations.verl.cpu.register
+from mixing_models import tiny
+from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model
 
 TOKENS = 258  # of the byte tokenizer
 ROUNDING = 1e-5  # of the largest entry: float32 sums in another order
@@ -46,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher_weights": [0.3, 0.7],
         "micro": 1,
     },
+    "a teacher with convolutions, which would mix packed sequences": {"teachers": ("lfm2",), "micro": 2},
+    "a teacher with linear attention, and one without, which stays packed": {"teachers": ("qwen3_5_text", "teacher")},
 }
 
 
@@ -68,11 +73,11 @@ def ppo(logp: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
     return torch.where(advantage < 0, torch.minimum(clipped, -3.0 * advantage), clipped)
 
 
-def plainly(models: Path, data: Any, teachers: tuple[str, ...], policy: dict[str, Any], rollout: float):
+def plainly(models: Path, data: Any, names: tuple[str, ...], policy: dict[str, Any], rollout: float):
     """Sequence by sequence, from whole logits, by autograd."""
     learner, *experts = (
         AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager", dtype=torch.float32)
-        for name in ("student", *teachers)
+        for name in names
     )
     temperature, beta = policy.get("distillation_temperature", 1.0), policy.get("distillation_beta", 0.5)
     terms = []
@@ -86,7 +91,7 @@ def plainly(models: Path, data: Any, teachers: tuple[str, ...], policy: dict[str
             said = [
                 (e(input_ids=ids).logits[0, at, :TOKENS] / temperature).log_softmax(-1).double().exp() for e in experts
             ]
-        weights = policy.get("teacher_weights", [1.0])
+        weights = policy.get("teacher_weights", [1.0 / len(experts)] * len(experts))
         q = sum(w * x for w, x in zip(weights, said, strict=True)).log().float()  # pyright: ignore[reportAttributeAccessIssue]
         loss = policy.get("hybrid_lambda_distill", 1.0) * divergence(
             policy.get("distillation_type", "reverse_kl"), p, q, beta
@@ -100,37 +105,54 @@ def plainly(models: Path, data: Any, teachers: tuple[str, ...], policy: dict[str
     return total.item(), {name: p.grad for name, p in learner.named_parameters()}
 
 
+def student_engine(models: Path, name: str, packed: bool) -> Any:
+    built = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=HFModelConfig(
+            path=str(models / name), override_config={"attn_implementation": "sdpa"}, use_remove_padding=packed
+        ),
+        engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=FP32, use_torch_compile=False),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
+        checkpoint_config=None,
+    )
+    assert type(built).__module__.startswith("verl."), type(built)
+    built.initialize()
+    return built
+
+
+def loss_function(models: Path, built: Any, teachers: tuple[str, ...], micro: int, **policy: Any) -> Any:
+    paths = [str(models / name) for name in teachers]
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=micro,
+        policy_loss=PolicyLossConfig(loss_mode="on_policy_distillation", teacher_path=paths, **policy),
+    )
+    return OnPolicyDistillation(config=config, engine=built)
+
+
+def refuses_a_student_that_mixes(models: Path) -> None:
+    """verl prepares its inputs before the loss sees them."""
+    built = student_engine(models, "qwen3_next", packed=True)
+    with pytest.raises(ValueError, match="use_remove_padding=False"):
+        loss_function(models, built, ("teacher",), 4)
+
+
 def main(models: Path) -> None:
     assert opd.integrations.verl.cpu.register
     join()
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    for seed, kind in enumerate(("lfm2", "qwen3_next", "qwen3_5_text")):
+        save_model(tiny(kind, len(tokenizer), seed=seed, initializer_range=0.2), tokenizer, models / kind)
     for told, case in CASES.items():
         case = dict(case)
         rollout, packed, micro = case.pop("rollout", 1.0), case.pop("packed", True), case.pop("micro", 4)
         teachers = case.pop("teachers", ("teacher",))
-        paths = [str(models / name) for name in teachers]
-        config = FSDPActorConfig(
-            strategy="fsdp2",
-            rollout_n=1,
-            ppo_micro_batch_size_per_gpu=micro,
-            policy_loss=PolicyLossConfig(loss_mode="on_policy_distillation", teacher_path=paths, **case),
-        )
-        built = EngineRegistry.new(
-            model_type="language_model",
-            backend="fsdp2",
-            model_config=HFModelConfig(
-                path=str(models / "student"),
-                override_config={"attn_implementation": "sdpa"},
-                use_remove_padding=packed,
-            ),
-            engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=FP32, use_torch_compile=False),
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
-            checkpoint_config=None,
-        )
-        assert type(built).__module__.startswith("verl."), type(built)
-        built.initialize()
+        built = student_engine(models, "student", packed)
         data = batch(micro_batch_size=micro, remove_padding=packed, temperature=rollout, hide=HIDDEN)
-        value, gradients, metrics = step(built, data, OnPolicyDistillation(config=config, engine=built))
-        expected, wanted = plainly(models, data, teachers, case, rollout)
+        value, gradients, metrics = step(built, data, loss_function(models, built, teachers, micro, **case))
+        expected, wanted = plainly(models, data, ("student", *teachers), case, rollout)
         assert abs(value - expected) < 1e-5 * max(1.0, abs(expected)), f"{told}: {value}, not {expected}"
         assert gradients.keys() == wanted.keys()
         for name, gradient in wanted.items():
@@ -140,6 +162,7 @@ def main(models: Path) -> None:
             )
         tokens = sum(RESPONSE_LENGTHS) - len(HIDDEN)
         print(f"ok {told}: {value:.6f} over {tokens} tokens, {sorted(metrics)[:3]}", flush=True)
+    refuses_a_student_that_mixes(models)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ class ResponseTokens:
     """Position, among all tokens of the micro-batch without padding, whose output predicts the token."""
     model_index: Int[Tensor, " tokens"]
     """The same position in what the model is given, flattened: with padding where the model gets padding."""
+    row_index: Int[Tensor, " tokens"]
+    """The same position where each sequence is a row, padded to the longest."""
     ids: Int[Tensor, " tokens"]
     sequence_index: Int[Tensor, " tokens"]
     position: Int[Tensor, " tokens"]
@@ -40,12 +42,14 @@ def response_tokens(micro_batch: Any, *, packed: bool, reduction: Mapping[str, A
     at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
     mask = _padded(micro_batch, "response_mask").bool()
     index = at[mask]
+    row_index = _in_rows(offsets)[index]
     counts = {name: micro_batch[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     scale = {"loss_agg_mode": "token-mean", **{k: v for k, v in reduction.items() if v is not None}}
     sampler = next((name for name in ("rollout_log_probs", "old_log_probs") if name in micro_batch), None)
     return ResponseTokens(
         packed_index=index,
-        model_index=index if packed else _in_rows(offsets)[index],
+        model_index=index if packed else row_index,
+        row_index=row_index,
         ids=values[index + 1],
         sequence_index=mask.nonzero()[:, 0],
         position=mask.nonzero()[:, 1],

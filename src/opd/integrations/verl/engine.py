@@ -23,6 +23,7 @@ from opd.integrations.verl.alignment import ResponseTokens, advantages_of, respo
 from opd.integrations.verl.canary import check_teacher
 from opd.integrations.verl.checks import end_ids
 from opd.integrations.verl.head import output_layer, run_to_head
+from opd.integrations.verl.patch.tree.reading import in_rows, packed, reads_rows
 from opd.integrations.verl.pool import policy_loss
 from opd.integrations.verl.settings import Settings
 from opd.integrations.verl.shard import Shard, shard_of, whole_group
@@ -52,6 +53,8 @@ class OpdEngine(FSDPEngineWithLMHead):
     traced = 0
     weights = Weights(0.0, 0.0)
     """Of the update at hand."""
+    reads_rows = False
+    """Whether each packed sequence is read in a row of its own, because the student would let them see each other."""
     spread: Spread | None = None
     """While both terms are looked at before an update."""
 
@@ -68,6 +71,7 @@ class OpdEngine(FSDPEngineWithLMHead):
         if not self.settings.distils:
             return
         output_layer(self.module, "student")
+        self.reads_rows = reads_rows(self, "student", self.model_config.processor)
         self.source = make_source(self.settings, self)
         self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
 
@@ -105,6 +109,8 @@ class OpdEngine(FSDPEngineWithLMHead):
     ) -> tuple[Tensor, dict[str, Any]]:
         """One micro-batch. Only training steps of an actor that distils differ from verl's."""
         looks = self.spread is not None
+        if self.reads_rows:
+            micro_batch = in_rows(micro_batch)
         if self.settings is None or loss_function is None or (forward_only and not looks):
             return super().forward_step(micro_batch, loss_function, forward_only)
         rl, distill = self.weights
@@ -113,8 +119,7 @@ class OpdEngine(FSDPEngineWithLMHead):
             return loss * rl, {**output, "loss": output["loss"] * rl}
         micro_batch = micro_batch.to(get_device_id())
         inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
-        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
-        tokens = response_tokens(micro_batch, packed=packed, reduction=self.reduction)
+        tokens = response_tokens(micro_batch, packed=packed(micro_batch), reduction=self.reduction)
         shard = shard_of(self, micro_batch, output_args)
         total, whole, values = self._distil(self.settings, micro_batch, inputs, shard.own(tokens), shard)
         if looks:

@@ -264,6 +264,11 @@ LOSS = (
         why="what that name asks of verl's teachers",
     ),
     Hook(
+        where="verl.trainer.ppo.core_algos:register_policy_loss",
+        needs="name",
+        why="puts the policy loss on_policy_distillation, called with logits, into verl's registry",
+    ),
+    Hook(
         where=f"{WORKERS}:ActorRolloutRefWorker.set_loss_fn",
         needs="loss_fn",
         why="puts a loss function of ours into the workers",

@@ -38,6 +38,7 @@ class Shard:
             tokens,
             packed_index=tokens.packed_index[here],
             model_index=tokens.packed_index[here] - self.first,
+            row_index=tokens.row_index[here],
             ids=tokens.ids[here],
             sequence_index=tokens.sequence_index[here],
             position=tokens.position[here],

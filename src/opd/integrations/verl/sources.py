@@ -66,8 +66,7 @@ class ActorTeachers:
         self.settings = settings
         self.names = tuple(settings.teachers)
         self.members = [
-            StudentBase(engine) if one.adapter_off else Teacher(one, engine.model_config, engine.engine_config)
-            for one in settings.teachers.values()
+            StudentBase(engine) if one.adapter_off else Teacher(one, engine) for one in settings.teachers.values()
         ]
         self.vocabulary = joined([self._vocabulary(engine.model_config, member) for member in self.members])
 
@@ -82,7 +81,7 @@ class ActorTeachers:
         self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens, /
     ) -> AbstractContextManager[Sequence[Part]]:
         """Every teacher reads the whole micro-batch, in the same order on every worker: gathering its weights is a collective."""
-        hidden = [member.hidden(inputs, tokens.model_index) for member in self.members]
+        hidden = [member.hidden(inputs, micro_batch, tokens) for member in self.members]
         routes = self._routes(micro_batch, tokens) if self.settings.mixture == "routing" else None
         return self._parts(hidden, routes)
 

@@ -15,7 +15,9 @@ from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.errors import ConfigError
+from opd.integrations.verl.alignment import ResponseTokens
 from opd.integrations.verl.head import output_layer, run_to_head
+from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.settings import TeacherSettings
 from opd.types import Head, HiddenTarget
 
@@ -27,17 +29,24 @@ DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not
 class Teacher(FSDPEngineWithLMHead):
     """Every worker holds a shard; a forward pass gathers one layer at a time."""
 
-    def __init__(self, settings: TeacherSettings, student: HFModelConfig, engine_config: FSDPEngineConfig) -> None:
-        model = _model_config(settings, student)
-        super().__init__(model, _engine_config(settings, engine_config), None, None)  # pyright: ignore[reportArgumentType]
+    def __init__(self, settings: TeacherSettings, student: Any) -> None:
+        """`student` is the actor's engine, whose sharding the teacher shares."""
+        model = _model_config(settings, student.model_config)
+        super().__init__(model, _engine_config(settings, student.engine_config), None, None)  # pyright: ignore[reportArgumentType]
         module = self._build_module().requires_grad_(False)
+        self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: nn.Module = self._build_fsdp_module(module).eval()
+        self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
 
     @torch.no_grad()
-    def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
-        """The hidden states that enter the output layer at some positions of what the student reads."""
+    def hidden(self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens) -> Tensor:
+        """The hidden states that enter the output layer where response tokens are predicted; `inputs` are what the student reads."""
+        index = tokens.model_index
+        if self.reads_rows and packed(micro_batch):
+            inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
+            index = tokens.row_index
         with _autocast(self._autocast_dtype, index.device.type):
-            return _hidden_at(self.module, inputs, index, "teacher")
+            return _hidden_at(self.module, readable(self, inputs), index, "teacher")
 
     @contextmanager
     def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
@@ -66,8 +75,9 @@ class StudentBase:
             )
 
     @torch.no_grad()
-    def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
-        """As `Teacher.hidden`, by the student's own layers."""
+    def hidden(self, inputs: Mapping[str, Any], _micro_batch: Any, tokens: ResponseTokens) -> Tensor:
+        """As `Teacher.hidden`, by the student's own layers, which read what the student reads."""
+        index = tokens.model_index
         module = self.engine.module
         training = module.training
         module.eval()

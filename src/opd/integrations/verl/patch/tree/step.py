@@ -19,6 +19,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from opd.errors import ConfigError, NonFiniteError
 from opd.integrations.verl.patch.tree.face import PREFIX
 from opd.integrations.verl.patch.tree.logits import WATCHED, token_losses
+from opd.integrations.verl.patch.tree.reading import refuse_mixing
 from opd.integrations.verl.patch.tree.settings import settings_of
 from opd.integrations.verl.patch.tree.teacher import Teacher
 
@@ -37,6 +38,7 @@ class OnPolicyDistillation:
         rl = copy.copy(config.policy_loss)
         object.__setattr__(rl, "loss_mode", self.settings.hybrid_loss_mode)
         object.__setattr__(self.policy_config, "policy_loss", rl)
+        refuse_mixing(engine)
         self.teachers = [Teacher(path, engine, self.settings) for path in self.settings.teacher_path]
         self.vocab = min(teacher.vocabulary.size for teacher in self.teachers)
         self.masked = tuple(sorted({i for t in self.teachers for i in t.vocabulary.invalid_ids if i < self.vocab}))
@@ -48,7 +50,7 @@ class OnPolicyDistillation:
     def look(self, micro_batch: Any, model_inputs: Mapping[str, Any]) -> None:
         """Let every teacher read what the student is about to read, and ask the engine for the student's logits."""
         tu.assign_non_tensor(micro_batch, distillation_use_topk=True, distillation_only=not self.settings.trains_rl)
-        self.teacher_logits = [teacher.logits(model_inputs) for teacher in self.teachers]
+        self.teacher_logits = [teacher.logits(micro_batch, model_inputs) for teacher in self.teachers]
 
     def __call__(
         self,
