@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from verl.trainer.ppo.on_policy_distillation import OnPolicyDistillation
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
 from verl.workers.engine import EngineRegistry
-from verl_engines import RESPONSE_LENGTHS, batch, join, step
+from verl_engines import PROMPT_LENGTHS, RESPONSE_LENGTHS, batch, join, step
 
 import opd.integrations.verl.cpu.register
 from mixing_models import tiny
@@ -50,6 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
         "micro": 1,
     },
     "a teacher with convolutions, which would mix packed sequences": {"teachers": ("lfm2",), "micro": 2},
+    "a padding row that was sampled, which a teacher has no row for": {"student": "padded", "token": 280, "last": True},
+    "a padding row that was sampled, and that both models read on after": {
+        "student": "padded",
+        "token": 280,
+        "teachers": ("wide",),
+    },
     "a teacher with linear attention, and one without, which stays packed": {"teachers": ("qwen3_5_text", "teacher")},
 }
 
@@ -86,6 +92,7 @@ def plainly(models: Path, data: Any, names: tuple[str, ...], policy: dict[str, A
         ids = torch.cat([prompt, response]).unsqueeze(0)
         at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
         whole = learner(input_ids=ids).logits[0, at]
+        ids = ids[:, :-1]  # the last token is read by nobody
         p = (whole[:, :TOKENS] / temperature).log_softmax(-1)
         with torch.no_grad():
             said = [
@@ -103,6 +110,12 @@ def plainly(models: Path, data: Any, names: tuple[str, ...], policy: dict[str, A
     total = torch.cat(terms).mean()
     total.backward()
     return total.item(), {name: p.grad for name, p in learner.named_parameters()}
+
+
+def put(data: Any, token: int, position: int) -> None:
+    """In place of a response token of the third sequence, of eight."""
+    data["input_ids"].values()[int(data["input_ids"].offsets()[2]) + PROMPT_LENGTHS[2] + position] = token
+    data["responses"].values()[int(data["responses"].offsets()[2]) + position] = token
 
 
 def student_engine(models: Path, name: str, packed: bool) -> Any:
@@ -148,11 +161,14 @@ def main(models: Path) -> None:
     for told, case in CASES.items():
         case = dict(case)
         rollout, packed, micro = case.pop("rollout", 1.0), case.pop("packed", True), case.pop("micro", 4)
-        teachers = case.pop("teachers", ("teacher",))
-        built = student_engine(models, "student", packed)
+        student, teachers = case.pop("student", "student"), case.pop("teachers", ("teacher",))
+        token, last = case.pop("token", None), case.pop("last", False)
+        built = student_engine(models, student, packed)
         data = batch(micro_batch_size=micro, remove_padding=packed, temperature=rollout, hide=HIDDEN)
+        if token is not None:
+            put(data, token, 7 if last else 2)
         value, gradients, metrics = step(built, data, loss_function(models, built, teachers, micro, **case))
-        expected, wanted = plainly(models, data, ("student", *teachers), case, rollout)
+        expected, wanted = plainly(models, data, (student, *teachers), case, rollout)
         assert abs(value - expected) < 1e-5 * max(1.0, abs(expected)), f"{told}: {value}, not {expected}"
         assert gradients.keys() == wanted.keys()
         for name, gradient in wanted.items():

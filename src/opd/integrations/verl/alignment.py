@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from opd.integrations.verl.patch.tree.reading import followed
 from opd.integrations.verl.weights import Weights
-from opd.losses._shapes import Float, Int
+from opd.losses._shapes import Bool, Float, Int
+from opd.teachers.vocabulary import VocabularyMatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,25 @@ class ResponseTokens:
     weights: Float[Tensor, " tokens"]
     """What verl's loss_agg_mode multiplies the token's loss by, the number of data-parallel ranks included."""
     sampler_logp: Float[Tensor, " tokens"] | None
+    known: Bool[Tensor, " tokens"]
+    """Whether it is a token of student and teachers. verl's engines may draw others: rows that pad the output layer."""
+    followed: Bool[Tensor, " tokens"]
+    """Whether every teacher can read what stands before it; one may have no row for a padding row of the student."""
+
+    def at(self, rows: Int[Tensor, " some"]) -> ResponseTokens:
+        """Some of them."""
+
+        def cut(value: Any) -> Any:
+            return None if value is None else value[rows]
+
+        return ResponseTokens(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})
 
 
-def response_tokens(micro_batch: Any, *, packed: bool, reduction: Mapping[str, Any]) -> ResponseTokens:
-    """The alignment is verl's own: its function that cuts log-probs to the responses is given positions instead."""
+def response_tokens(
+    micro_batch: Any, *, packed: bool, reduction: Mapping[str, Any], vocabulary: VocabularyMatch, rows: int
+) -> ResponseTokens:
+    """The alignment is verl's own: its function that cuts log-probs to the responses is given positions instead. `rows` is how many ids
+    every teacher can read."""
     input_ids = micro_batch["input_ids"]
     offsets, values = input_ids.offsets(), input_ids.values()
     at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
@@ -51,6 +68,8 @@ def response_tokens(micro_batch: Any, *, packed: bool, reduction: Mapping[str, A
         model_index=index if packed else row_index,
         row_index=row_index,
         ids=values[index + 1],
+        known=vocabulary.owns(values[index + 1]),
+        followed=followed(values, offsets, index, rows),
         sequence_index=mask.nonzero()[:, 0],
         position=mask.nonzero()[:, 1],
         weights=_weights(mask, **counts, **scale)[mask],

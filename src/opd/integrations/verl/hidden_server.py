@@ -33,7 +33,10 @@ def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
         kept.append(hidden)
         return hidden.new_zeros(0, dtype=torch.float32)
 
-    run_to_head(model, {"input_ids": torch.tensor([ids], device=model.device)}, keep, "teacher")
+    rows: Any = model.get_input_embeddings().num_embeddings
+    read = torch.tensor([ids], device=model.device)
+    # Ids of the student's padding have no row here; the actor leaves out what is said after one.
+    run_to_head(model, {"input_ids": read.masked_fill(read >= rows, 0)}, keep, "teacher")
     return kept[0].cpu()
 
 

@@ -18,7 +18,7 @@ from opd.integrations.verl.checks import common_vocabulary
 from opd.integrations.verl.settings import Settings
 from opd.integrations.verl.teacher import StudentBase, Teacher
 from opd.kernels.request import AnyTarget, TeacherMixture
-from opd.teachers.vocabulary import VocabularyMatch
+from opd.teachers.vocabulary import VocabularyMatch, joined
 from opd.types import HiddenTarget
 
 
@@ -38,6 +38,8 @@ class Source(Protocol):
 
     vocabulary: VocabularyMatch
     """Token ids that student and every teacher own."""
+    rows: int
+    """Ids that every teacher has a row to read by."""
 
     def look(
         self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens, /
@@ -69,6 +71,7 @@ class ActorTeachers:
             StudentBase(engine) if one.adapter_off else Teacher(one, engine) for one in settings.teachers.values()
         ]
         self.vocabulary = joined([self._vocabulary(engine.model_config, member) for member in self.members])
+        self.rows = min(member.rows for member in self.members)
 
     @staticmethod
     def _vocabulary(student: Any, member: Teacher | StudentBase) -> VocabularyMatch:
@@ -125,13 +128,6 @@ class ActorTeachers:
         number = torch.tensor([self.names.index(value) for value in said], device=tokens.ids.device)
         of_token = number[tokens.sequence_index]
         return {name: (of_token == i).nonzero().squeeze(-1) for i, name in enumerate(self.names)}
-
-
-def joined(matches: Sequence[VocabularyMatch]) -> VocabularyMatch:
-    """The token ids that are in all of them."""
-    size = min(match.size for match in matches)
-    invalid = sorted({i for match in matches for i in match.invalid_ids if i < size})
-    return VocabularyMatch(size=size, invalid_ids=tuple(invalid))
 
 
 def _part_of(name: str, target: HiddenTarget, rows: Tensor) -> Part:

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -34,6 +35,7 @@ class Teacher(FSDPEngineWithLMHead):
         model = _model_config(settings, student.model_config)
         super().__init__(model, _engine_config(settings, student.engine_config), None, None)  # pyright: ignore[reportArgumentType]
         module = self._build_module().requires_grad_(False)
+        self.rows: int = module.get_input_embeddings().num_embeddings
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: nn.Module = self._build_fsdp_module(module).eval()
         self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
@@ -68,6 +70,7 @@ class StudentBase:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.model_config = engine.model_config
+        self.rows = sys.maxsize  # it reads whatever the student wrote
         if not hasattr(engine.module, "disable_adapter"):
             raise ConfigError(
                 "opd.teacher.adapter_off=true, but the student has no LoRA adapter; set actor_rollout_ref.model.lora_rank, or give a "

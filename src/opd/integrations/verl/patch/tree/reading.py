@@ -16,6 +16,7 @@ from verl.utils.device import get_device_id
 from verl.utils.ulysses import gather_outputs_and_unpad
 
 from opd.errors import ConfigError
+from opd.losses._shapes import Bool, Int
 from opd.teachers.packing import mixes_packed
 
 BOUNDS = ("cu_seqlens", "cu_seqlens_cpu")
@@ -34,8 +35,20 @@ def takes_bounds(module: Any, student: Any) -> bool:
 
 
 def readable(teacher: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the student reads, without what the teacher's forward would not take."""
-    return {name: value for name, value in inputs.items() if name not in BOUNDS or teacher.pass_packed_cu_seqlens}
+    """What the student reads, without what the teacher's forward would not take, and with some token in place of ids that the teacher
+    has no row for: what it says from there on is not used (`followed`)."""
+    taken = {name: value for name, value in inputs.items() if name not in BOUNDS or teacher.pass_packed_cu_seqlens}
+    ids = taken["input_ids"]
+    return {**taken, "input_ids": ids.masked_fill(ids >= teacher.rows, 0)}
+
+
+def followed(
+    ids: Int[Tensor, " tokens"], offsets: Int[Tensor, " sequences+1"], positions: Int[Tensor, " predicted"], rows: int
+) -> Bool[Tensor, " predicted"]:
+    """Whether a model of so many embedding rows can read its sequence up to and with each position."""
+    unreadable = torch.nn.functional.pad((ids >= rows).cumsum(0), (1, 0))
+    start = offsets[torch.searchsorted(offsets, positions, right=True) - 1]
+    return unreadable[positions + 1] == unreadable[start]
 
 
 def mixes(engine: Any, processor: Any = None) -> bool:

@@ -29,6 +29,7 @@ class Teacher(FSDPEngineWithLMHead):
         self.vocabulary = _common_vocabulary(student.model_config, model)
         super().__init__(model, _engine_config(student.engine_config, settings.teacher_offload), None, None)
         module = self._build_module().requires_grad_(False)
+        self.rows: int = module.get_input_embeddings().num_embeddings
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: Any = self._build_fsdp_module(module).eval()
         self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
