@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,6 +45,11 @@ class VocabularyMatch:
         invalid = set(self.invalid_ids)
         stand_in = next(i for i in range(self.size) if i not in invalid)
         return torch.where(self.owns(ids), ids, stand_in)
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids a model can read."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def joined(matches: Sequence[VocabularyMatch]) -> VocabularyMatch:

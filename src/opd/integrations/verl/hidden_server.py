@@ -22,6 +22,7 @@ from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutpu
 
 from opd.errors import ConfigError
 from opd.integrations.verl.head import run_to_head
+from opd.teachers.vocabulary import embedding_rows
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
         kept.append(hidden)
         return hidden.new_zeros(0, dtype=torch.float32)
 
-    rows: Any = model.get_input_embeddings().num_embeddings
+    rows = embedding_rows(model)
     read = torch.tensor([ids], device=model.device)
     # Ids of the student's padding have no row here; the actor leaves out what is said after one.
     run_to_head(model, {"input_ids": read.masked_fill(read >= rows, 0)}, keep, "teacher")

@@ -20,6 +20,7 @@ from opd.integrations.verl.alignment import ResponseTokens
 from opd.integrations.verl.head import output_layer, run_to_head
 from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.settings import TeacherSettings
+from opd.teachers.vocabulary import embedding_rows
 from opd.types import Head, HiddenTarget
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -35,7 +36,7 @@ class Teacher(FSDPEngineWithLMHead):
         model = _model_config(settings, student.model_config)
         super().__init__(model, _engine_config(settings, student.engine_config), None, None)  # pyright: ignore[reportArgumentType]
         module = self._build_module().requires_grad_(False)
-        self.rows: int = module.get_input_embeddings().num_embeddings
+        self.rows = embedding_rows(module)
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: nn.Module = self._build_fsdp_module(module).eval()
         self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.errors import ConfigError
+from opd.teachers.vocabulary import embedding_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def sample(
 def score(model: PreTrainedModel, ids: Sequence[int], top_k: int) -> tuple[list[list[int]], list[list[float]]]:
     """Token ids and their log-probs (nats) as verl reads `prompt_logprobs`: row t is about the token after t, the top_k likeliest
     first, or the very token when top_k is 0; the last row is a dummy."""
-    rows: Any = model.get_input_embeddings().num_embeddings
+    rows = embedding_rows(model)
     read = torch.tensor([list(ids)])
     read = read.masked_fill(read >= rows, 0)  # padding of the student's: the actor leaves out what is said after it
     logp = model(input_ids=read).logits[0, :-1].float().log_softmax(-1)

@@ -15,7 +15,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.patch.tree.settings import Settings
-from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
 
@@ -29,7 +29,7 @@ class Teacher(FSDPEngineWithLMHead):
         self.vocabulary = _common_vocabulary(student.model_config, model)
         super().__init__(model, _engine_config(student.engine_config, settings.teacher_offload), None, None)
         module = self._build_module().requires_grad_(False)
-        self.rows: int = module.get_input_embeddings().num_embeddings
+        self.rows = embedding_rows(module)
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: Any = self._build_fsdp_module(module).eval()
         self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
