@@ -44,9 +44,14 @@ def test_a_teacher_with_a_state_reads_each_packed_sequence_alone(zoo: Path, kind
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
-def test_a_student_with_a_state_reads_each_packed_sequence_alone(zoo: Path, kind: str):
-    """Its log-probs outside training too, or ratios would not start at 1."""
+def test_a_student_with_a_state_reads_each_packed_sequence_alone(
+    zoo: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    """Its log-probs outside training too, or ratios would not start at 1. The reference policy is verl's, and the log says what to set."""
     student = built(zoo, student=kind, teacher="teacher")
+    assert "Set actor_rollout_ref.model.use_remove_padding=False if verl's reference" in capsys.readouterr().out
+    advised = built(zoo, student=kind, teacher="teacher", remove_padding=False)
+    assert not advised.reads_rows and "row of its own" not in capsys.readouterr().out
     loss, gradients, _ = step(student, batch())
     expected, plain_gradients = plainly(zoo, batch(), Objective(), student=kind)
     assert loss == pytest.approx(expected, rel=1e-5)

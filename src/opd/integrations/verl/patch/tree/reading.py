@@ -109,8 +109,11 @@ def reads_rows(engine: Any, who: str, processor: Any = None) -> bool:
             "every loss would be wrong. Set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1."
         )
     if engine.rank == 0:
+        advice = " Set actor_rollout_ref.model.use_remove_padding=False if verl's reference policy runs, too."
         print(
-            f"on-policy distillation: {what}, so it reads each in a row of its own, padded to the longest.", flush=True
+            f"on-policy distillation: {what}, so it reads each in a row of its own, padded to the longest."
+            f"{advice if who == 'student' else ''}",
+            flush=True,
         )
     return True
 
