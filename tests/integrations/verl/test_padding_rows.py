@@ -139,6 +139,52 @@ def test_of_several_teachers_all_must_have_read_it(models: Path):
     assert counted(metrics) == (1, 4)
 
 
+@pytest.mark.parametrize("settings", [{}, K1], ids=["full", "sampled"])
+def test_an_id_in_a_hole_of_the_vocabulary_is_no_token_either(models: Path, settings: dict):
+    data = batch()
+    holes = [int(data["responses"].values()[-1])]
+    drawn = int((data["responses"].values() == holes[0]).sum())
+    learner = built(models, "wide", **settings)
+    learner.source.vocabulary = VocabularyMatch(size=258, invalid_ids=tuple(holes))
+    loss, gradients, metrics = step(learner, data)
+    assert counted(metrics) == (drawn, 0)
+    assert all(math.isfinite(value) for value in (loss, *metrics.values()))
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def answered(models: Path, teacher: str, placement: str, settings: dict, data):
+    """The batch with what a server of ours says about every sequence."""
+    model = AutoModelForCausalLM.from_pretrained(models / teacher, dtype=torch.float32)
+    sequences = [ids.tolist() for ids in data["input_ids"].unbind()]
+    if placement == "hidden":
+        said = [([[token] for token in [*ids[1:], 0]], hidden_states(model, ids)) for ids in sequences]
+    else:
+        said = [score(model, ids, 0 if settings == K1 else settings["top_k"]) for ids in sequences]
+    data["teacher_ids"] = jagged([torch.tensor(ids, dtype=torch.int32) for ids, _ in said])
+    data["teacher_logprobs"] = jagged([torch.as_tensor(values) for _, values in said])
+    return data
+
+
+@pytest.mark.parametrize(
+    ("teacher", "placement", "settings"),
+    [
+        ("wide", "hidden", {}),
+        ("teacher", "hidden", {}),
+        ("teacher", "hidden", K1),
+        ("teacher", "pool", K1),
+        ("teacher", "pool", {"support": "teacher_top_k", "top_k": 16}),
+    ],
+    ids=["hidden, read on", "hidden, full", "hidden, sampled", "pool, sampled", "pool, top-k"],
+)
+def test_a_teacher_in_a_server_is_one_in_the_worker(models: Path, teacher: str, placement: str, settings: dict):
+    data = answered(models, teacher, placement, settings, sampled((2, 3)))
+    loss, gradients, metrics = step(built(models, teacher, placement=placement, **settings), data)
+    expected, others, theirs = step(built(models, teacher, **settings), sampled((2, 3)))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    same(gradients, others)
+    assert counted(metrics) == counted(theirs) == (1, 0 if teacher == "wide" else 4)
+
+
 def test_ids_that_no_token_owns_are_told_by_the_vocabulary():
     """Beyond the last token, and in a hole below it."""
     vocabulary = VocabularyMatch(size=6, invalid_ids=(0, 4))
