@@ -77,7 +77,7 @@ CONFIG = (
     Hook(
         where="verl.workers.config:HFModelConfig",
         needs="path local_path trust_remote_code override_config use_remove_padding enable_gradient_checkpointing "
-        "lora_rank hf_config tokenizer generation_config external_lib",
+        "lora_rank hf_config tokenizer processor generation_config external_lib",
         why="the student's is read and the teacher's is made",
     ),
     Hook(
