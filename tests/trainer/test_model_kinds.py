@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
+from mixing_models import APART, MIXING, tiny
 from opd.config import LoraConfig, OptimizerConfig
 from opd.data.pack import arrange, pack
 from opd.data.rendering import Renderer
@@ -72,6 +73,20 @@ def tiny_gemma2(tokens: int, cap: float | None = 30.0) -> Gemma2ForCausalLM:
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
 def test_models_that_keep_packed_sequences_apart_pass(architecture):
     check_packing(tiny_causal_lm(40, architecture=architecture, initializer_range=0.3), "student", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", APART)
+def test_attention_keeps_packed_sequences_apart_in_either_precision(kind: str, dtype: torch.dtype):
+    check_packing(tiny(kind, 40, dtype=dtype), "student", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MIXING)
+def test_a_state_that_leaks_from_sequence_to_sequence_is_found_however_small(kind: str, dtype: torch.dtype):
+    """At transformers' own initialisation, where a convolution moves a logit by less than a thousandth of its spread."""
+    with pytest.raises(ConfigError, match=r"(?s)packed.*see each other.*right_padded"):
+        check_packing(tiny(kind, 40, dtype=dtype), "teacher", 0)
 
 
 def test_a_model_that_mixes_packed_sequences_is_refused():

@@ -13,6 +13,7 @@ from opd.data.rows import lookup
 from opd.errors import DataError, ObjectiveError
 from opd.losses import WEIGHT_SUM_TOLERANCE, Objective
 from opd.teachers.local import LocalTeacher
+from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import AnyTarget, DenseTarget, HiddenTarget, Prompt, Rollout, TargetKind, TeacherMixture
 
 WHOLE: frozenset[TargetKind] = frozenset({"hidden", "dense"})
@@ -32,6 +33,16 @@ class Ensemble:
     @property
     def name(self) -> str:
         return ", ".join(self.members)
+
+    @property
+    def vocabulary(self) -> VocabularyMatch:
+        """The same for all."""
+        return next(iter(self.members.values())).vocabulary
+
+    @property
+    def rows(self) -> int:
+        """Ids that every member can read."""
+        return min(member.rows for member in self.members.values())
 
     @property
     def supplies(self) -> frozenset[TargetKind]:

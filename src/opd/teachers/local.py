@@ -15,7 +15,7 @@ from opd.errors import DataError, ObjectiveError
 from opd.kernels import linear_logits, linear_top_k, top_k_of
 from opd.losses import Objective, to_logp
 from opd.models import context_length, linear_head, response_hidden, response_logits
-from opd.teachers.vocabulary import VocabularyMatch
+from opd.teachers.vocabulary import VocabularyMatch, embedding_rows
 from opd.types import (
     DenseTarget,
     Head,
@@ -61,6 +61,8 @@ class LocalTeacher:
         self.pad_id = pad_id
         self.tokens_per_batch = tokens_per_batch
         self.layout: Layout = layout
+        self.rows = embedding_rows(model)
+        """Ids that it can read. A sampler of somebody's own may draw rows that pad the student's output layer."""
         self.head = linear_head(model)
         possible: set[TargetKind] = {"dense", "top_k", "sampled"}
         if self.head is not None:
@@ -113,12 +115,13 @@ class LocalTeacher:
         for members in plan(lengths, budget=self.tokens_per_batch, layout=self.layout):
             sequences = arrange(
                 [prompts[i] for i in members],
-                [rollouts[i].response_ids for i in members],
+                [[t if t < self.rows else 0 for t in rollouts[i].response_ids] for i in members],
                 layout=self.layout,
                 pad_id=self.pad_id,
                 device=self.model.device,
             )
             ids = torch.tensor([t for i in members for t in rollouts[i].response_ids], device=self.model.device)
+            ids = self.vocabulary.with_stand_ins(ids)
             sizes = [len(rollouts[i].response_ids) for i in members]
             targets |= zip(members, self._targets(kind, sequences, ids, sizes), strict=True)
         return [targets[i] for i in range(len(rollouts))]

@@ -6,13 +6,17 @@ embeddings may differ: released models pad them (151 936 rows and 152 064 rows o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from opd.errors import VocabularyError
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 MAX_SHOWN = 5
@@ -28,6 +32,31 @@ class VocabularyMatch:
     invalid_ids: tuple[int, ...] = ()
     """Ids below `size` that are not a token of both; their logits are −inf on both sides too."""
     warnings: tuple[str, ...] = ()
+
+    def owns(self, ids: Int[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+        """Which ids are a token of both. An inference engine may sample others: rows of padding have a probability too."""
+        inside = ids < self.size
+        if self.invalid_ids:
+            inside &= ~torch.isin(ids, torch.tensor(self.invalid_ids, device=ids.device, dtype=ids.dtype))
+        return inside
+
+    def with_stand_ins(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+        """The ids, and a token of both in place of each that is none: for a loss that asks for ids and does not read these."""
+        invalid = set(self.invalid_ids)
+        stand_in = next(i for i in range(self.size) if i not in invalid)
+        return torch.where(self.owns(ids), ids, stand_in)
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids a model can read."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def joined(matches: Sequence[VocabularyMatch]) -> VocabularyMatch:
+    """The token ids that are in all of them."""
+    size = min(match.size for match in matches)
+    invalid = sorted({i for match in matches for i in match.invalid_ids if i < size})
+    return VocabularyMatch(size=size, invalid_ids=tuple(invalid))
 
 
 def check_vocabularies(

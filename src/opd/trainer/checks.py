@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -10,10 +12,10 @@ from opd.data.pack import arrange
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
 from opd.models import context_length, response_logits, stored_dtype, stored_kind, switched_off
+from opd.teachers.packing import mixes_packed
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt
 
-PACKING_TOLERANCE = 0.02  # of the spread of the logits; bfloat16 rounding stays under it, a leak does not
 SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 
 
@@ -71,19 +73,16 @@ def check_lengths(config: Config, prompts: list[Prompt], renderer: Renderer, mod
             renderer.check_length(prompt, ids, config.rollout.max_new_tokens, limit)
 
 
-@torch.no_grad()
 def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
-    """Two short sequences, packed and alone: a model that does not read position_ids as the borders would mix them."""
-    pairs = (([1, 2, 3], [4, 5]), ([5, 4], [3, 2]))
+    """Raise ConfigError for a model that would mix packed sequences."""
 
-    def logits(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-        sequences = arrange(prompts, responses, layout="packed", pad_id=pad_id, device=model.device)
-        return response_logits(model, sequences).float()
+    def read(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        prompts = [sequence[:1] for sequence in sequences]
+        responses = [[*sequence[1:], pad_id] for sequence in sequences]  # the last token is not fed
+        arranged = arrange(prompts, responses, layout="packed", pad_id=pad_id, device=model.device)
+        return response_logits(model, arranged)
 
-    alone = torch.cat([logits([prompt], [response]) for prompt, response in pairs])
-    together = logits([p for p, _ in pairs], [r for _, r in pairs])
-    spread = (alone - alone.mean(dim=-1, keepdim=True)).abs().max().clamp_min(1e-6)
-    if (together - alone).abs().max() > PACKING_TOLERANCE * spread:
+    if mixes_packed(read):
         raise ConfigError(
             f"train.layout=packed: {type(model).__name__}, the {role}, lets packed sequences see each other, so every loss would be "
             "wrong. Use train.layout=right_padded."

@@ -62,14 +62,14 @@ class StepScorer:
         if objective.rl_weight != 0.0:
             assert self.reinforcement is not None
             said = self.reinforcement.advantages(rollouts)
-        layout = {
-            **self.layout,
-            "advantages": None if said is None else said.per_token,
-            "keep": None
-            if self.config.train.token_fraction == 1
-            else least_sure(rollouts, self.config.train.token_fraction),
-        }
+        fraction = self.config.train.token_fraction
+        keep = None if fraction == 1 else least_sure(rollouts, fraction)
         metrics: dict[str, float] = {}
+        told = None if self.teacher is None else heard(rollouts, self.teacher)
+        if told is not None:
+            metrics["unheard_tokens"] = float(sum(int((~tokens).sum()) for tokens in told))
+            keep = told if keep is None else [one & other for one, other in zip(keep, told, strict=True)]
+        layout = {**self.layout, "advantages": None if said is None else said.per_token, "keep": keep}
         if objective.distill_weight == 0.0:
             batches: Sequence[Batch] = pack(rollouts, None, **layout)
         else:
@@ -108,6 +108,21 @@ def least_sure(rollouts: Sequence[Rollout], fraction: float) -> list[torch.Tenso
     kept = torch.zeros(len(entropy), dtype=torch.bool)
     kept[entropy.argsort(descending=True, stable=True)[: math.ceil(fraction * len(entropy))]] = True
     return list(kept.split(sizes))
+
+
+def heard(rollouts: Sequence[Rollout], teacher: AnyTeacher) -> list[torch.Tensor] | None:
+    """For every rollout, which tokens the teacher can judge; None where that is all, as it is for samplers of ours.
+
+    Left out are ids that are no token of both models, such as rows that pad the output layer, and what stands after one that the
+    teacher has no row for.
+    """
+    vocabulary, rows = teacher.vocabulary, teacher.rows
+    told = []
+    for rollout in rollouts:
+        ids = torch.tensor(rollout.response_ids)
+        unreadable = (ids >= rows).long()
+        told.append(vocabulary.owns(ids) & (unreadable.cumsum(0) == unreadable))
+    return None if all(bool(tokens.all()) for tokens in told) else told
 
 
 def member_metrics(rollouts: Sequence[Rollout], batches: Sequence[Batch], teacher: Ensemble) -> dict[str, float]:
@@ -172,6 +187,7 @@ def scored_batches(
             **layout,
         )
     for name, group in packed.items():
+        group = [dataclasses.replace(b, response_ids=teacher.vocabulary.with_stand_ins(b.response_ids)) for b in group]
         batches += group if shares is None else _weighed(group, _factor(name, packed, shares))
     return batches if kind != "dense" else _ScoredWhenUsed(batches, teacher)
 

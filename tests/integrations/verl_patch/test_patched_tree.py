@@ -23,7 +23,7 @@ RUNNABLE = [version for version in VERSIONS if version.split(".")[:2] == INSTALL
 """The releases whose dependencies this environment has."""
 
 HERE = Path(__file__).parent
-HARNESS = (HERE.parents[2] / "src", HERE.parent / "verl", HERE)
+HARNESS = (HERE.parents[2] / "src", HERE.parents[1], HERE.parent / "verl", HERE)
 """For a platform on a CPU and tiny models, which are no part of the patch."""
 MODULES = "verl080_cpu" if INSTALLED.startswith("0.8.") else "opd.integrations.verl.cpu.platform"
 
@@ -84,7 +84,7 @@ def test_it_is_the_trees_own_verl_and_no_part_of_opd(tree: Path):
 
 
 def test_a_step_of_the_trees_own_engine_equals_plain_transformers(tree: Path, tmp_path: Path):
-    """Loss and every gradient: packed and padded, micro-batches, masks, temperatures, PPO beside it, two teachers."""
+    """Loss and every gradient: packed and padded, micro-batches, masks, temperatures, PPO beside it, two teachers, models with a state, padding rows."""
     sys.path.append(str(HERE.parent / "verl"))
     from verl_world import make_models
 
@@ -92,7 +92,7 @@ def test_a_step_of_the_trees_own_engine_equals_plain_transformers(tree: Path, tm
     env = {"PYTHONPATH": path, "VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": MODULES, "OMP_NUM_THREADS": "1"}
     done = python(tree, HERE / "engine_in_tree.py", make_models(tmp_path), **env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("\nok ") + done.stdout.startswith("ok ") == 4, done.stdout
+    assert done.stdout.count("\nok ") + done.stdout.startswith("ok ") == 8, done.stdout
 
 
 IMPORTED = """

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from opd.integrations.verl.patch.tree.reading import followed
 from opd.integrations.verl.weights import Weights
-from opd.losses._shapes import Float, Int
+from opd.losses._shapes import Bool, Float, Int
+from opd.teachers.vocabulary import VocabularyMatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class ResponseTokens:
     """Position, among all tokens of the micro-batch without padding, whose output predicts the token."""
     model_index: Int[Tensor, " tokens"]
     """The same position in what the model is given, flattened: with padding where the model gets padding."""
+    row_index: Int[Tensor, " tokens"]
+    """The same position where each sequence is a row, padded to the longest."""
     ids: Int[Tensor, " tokens"]
     sequence_index: Int[Tensor, " tokens"]
     position: Int[Tensor, " tokens"]
@@ -31,22 +35,41 @@ class ResponseTokens:
     weights: Float[Tensor, " tokens"]
     """What verl's loss_agg_mode multiplies the token's loss by, the number of data-parallel ranks included."""
     sampler_logp: Float[Tensor, " tokens"] | None
+    known: Bool[Tensor, " tokens"]
+    """Whether it is a token of student and teachers. verl's engines may draw others: rows that pad the output layer."""
+    followed: Bool[Tensor, " tokens"]
+    """Whether every teacher can read what stands before it; one may have no row for a padding row of the student."""
+
+    def at(self, rows: Int[Tensor, " some"]) -> ResponseTokens:
+        """Some of them."""
+
+        def cut(value: Any) -> Any:
+            return None if value is None else value[rows]
+
+        return ResponseTokens(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})
 
 
-def response_tokens(micro_batch: Any, *, packed: bool, reduction: Mapping[str, Any]) -> ResponseTokens:
-    """The alignment is verl's own: its function that cuts log-probs to the responses is given positions instead."""
+def response_tokens(
+    micro_batch: Any, *, packed: bool, reduction: Mapping[str, Any], vocabulary: VocabularyMatch, rows: int
+) -> ResponseTokens:
+    """The alignment is verl's own: its function that cuts log-probs to the responses is given positions instead. `rows` is how many ids
+    every teacher can read."""
     input_ids = micro_batch["input_ids"]
     offsets, values = input_ids.offsets(), input_ids.values()
     at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
     mask = _padded(micro_batch, "response_mask").bool()
     index = at[mask]
+    row_index = _in_rows(offsets)[index]
     counts = {name: micro_batch[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     scale = {"loss_agg_mode": "token-mean", **{k: v for k, v in reduction.items() if v is not None}}
     sampler = next((name for name in ("rollout_log_probs", "old_log_probs") if name in micro_batch), None)
     return ResponseTokens(
         packed_index=index,
-        model_index=index if packed else _in_rows(offsets)[index],
+        model_index=index if packed else row_index,
+        row_index=row_index,
         ids=values[index + 1],
+        known=vocabulary.owns(values[index + 1]),
+        followed=followed(values, offsets, index, rows),
         sequence_index=mask.nonzero()[:, 0],
         position=mask.nonzero()[:, 1],
         weights=_weights(mask, **counts, **scale)[mask],

@@ -23,6 +23,7 @@ from opd.integrations.verl.canary import check_teacher
 from opd.integrations.verl.checks import end_ids
 from opd.integrations.verl.head import output_layer, run_to_head
 from opd.integrations.verl.one_memory import LanguageModelEngine
+from opd.integrations.verl.patch.tree.reading import in_rows, packed, reads_rows
 from opd.integrations.verl.pool import policy_loss
 from opd.integrations.verl.settings import Settings
 from opd.integrations.verl.shard import Shard, shard_of, whole_group
@@ -33,6 +34,7 @@ from opd.integrations.verl.trace import write_trace
 from opd.integrations.verl.v080 import register_engine
 from opd.integrations.verl.weights import Spread, Weights, matched, scheduled
 from opd.kernels import linear_log_prob, linear_objective
+from opd.kernels.request import select_target
 from opd.types import Head, HiddenTarget
 
 PREFIX = "actor/opd/"
@@ -53,6 +55,8 @@ class OpdEngine(LanguageModelEngine):
     traced = 0
     weights = Weights(0.0, 0.0)
     """Of the update at hand."""
+    reads_rows = False
+    """Whether each packed sequence is read in a row of its own, because the student would let them see each other."""
     spread: Spread | None = None
     """While both terms are looked at before an update."""
 
@@ -69,6 +73,7 @@ class OpdEngine(LanguageModelEngine):
         if not self.settings.distils:
             return
         output_layer(self.module, "student")
+        self.reads_rows = reads_rows(self, "student", self.model_config.processor)
         self.source = make_source(self.settings, self)
         if self.is_param_offload_enabled:
             self.source.leave()
@@ -114,6 +119,8 @@ class OpdEngine(LanguageModelEngine):
     ) -> tuple[Tensor, dict[str, Any]]:
         """One micro-batch. Only training steps of an actor that distils differ from verl's."""
         looks = self.spread is not None
+        if self.reads_rows:
+            micro_batch = in_rows(micro_batch)
         if self.settings is None or loss_function is None or (forward_only and not looks):
             return super().forward_step(micro_batch, loss_function, forward_only)
         rl, distill = self.weights
@@ -122,8 +129,13 @@ class OpdEngine(LanguageModelEngine):
             return loss * rl, {**output, "loss": output["loss"] * rl}
         micro_batch = micro_batch.to(get_device_id())
         inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
-        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
-        tokens = response_tokens(micro_batch, packed=packed, reduction=self.reduction)
+        tokens = response_tokens(
+            micro_batch,
+            packed=packed(micro_batch),
+            reduction=self.reduction,
+            vocabulary=self.source.vocabulary,
+            rows=self.source.rows,
+        )
         shard = shard_of(self, micro_batch, output_args)
         total, whole, values = self._distil(self.settings, micro_batch, inputs, shard.own(tokens), shard)
         if looks:
@@ -159,12 +171,14 @@ class OpdEngine(LanguageModelEngine):
         wants_rl = self.weights.rl > 0
         distils = self.weights.distill > 0
         as_advantage = wants_rl and distils and settings.hybrid == "advantages"
-        said = self.source.look(inputs, micro_batch, own) if distils else nullcontext(())
+        heard, rows = self._heard(settings, own)
+        said = self.source.look(inputs, micro_batch, heard) if distils else nullcontext(())
 
         def at_head(hidden: Tensor, layer: nn.Linear) -> Tensor:
             hidden = hidden.index_select(0, own.model_index).to(layer.weight.dtype)
             with said as parts, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
-                each = [self._divergence(settings, hidden, layer, part, own, seen) for part in parts]
+                told = hidden if rows is None else hidden[rows]
+                each = [self._divergence(settings, told, layer, part, heard, seen) for part in parts]
                 total = sum(each, start=hidden.new_zeros((), dtype=torch.float32))
             if not wants_rl:
                 return total.view(1)
@@ -181,20 +195,41 @@ class OpdEngine(LanguageModelEngine):
             wanted["log_probs"], entropy = values[1:].tensor_split(2)
             if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
                 wanted["entropy"] = entropy
+        gap = whole.new_zeros(0)
         if as_advantage:
-            wanted["advantage"] = seen["teacher_logp"] - seen["student_logp"]
+            gap = seen["teacher_logp"] - seen["student_logp"] if len(heard.ids) else gap
+            wanted["advantage"] = gap if rows is None else gap.new_zeros(len(own.ids)).index_copy(0, rows, gap)
         if self.spread is not None:
-            term = wanted["advantage"] if as_advantage else seen["per_token"]
-            self.spread.see(advantages_of(micro_batch, own), term)
+            term = gap if as_advantage else seen["per_token"]
+            self.spread.see(advantages_of(micro_batch, heard), term)
             return total, whole, {}
         if distils:
-            self.tally.add_total("loss", whole)
-            self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, own)
+            self._count(whole, own, heard, seen)
         if distils and settings.trace is not None:
             self.traced += 1
-            write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], own, seen["per_token"])
+            write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], heard, seen["per_token"])
         length = len(micro_batch["input_ids"].values())
         return total, whole, {name: shard.everywhere(value, own, length) for name, value in wanted.items()}
+
+    def _heard(self, settings: Settings, own: ResponseTokens) -> tuple[ResponseTokens, Tensor | None]:
+        """The response tokens that the distillation is about, and which they are; None is all.
+
+        A loss over the vocabulary does not read the response token, so that one which is no token counts like any other; a loss of the
+        sampled token leaves it out. What stands after an id that a teacher has no row for, no teacher has read.
+        """
+        counts = own.followed
+        if "sampled" in (settings.objective.support, settings.objective.tail):
+            counts = counts & own.known
+        if bool(counts.all()):
+            return own, None
+        rows = counts.nonzero().squeeze(-1)
+        return own.at(rows), rows
+
+    def _count(self, whole: Tensor, own: ResponseTokens, heard: ResponseTokens, seen: dict[str, Tensor]) -> None:
+        self.tally.add_total("loss", whole)
+        self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, heard)
+        self.tally.add_count("padding_tokens", ~own.known)
+        self.tally.add_count("unread_tokens", ~own.followed)
 
     def _divergence(
         self,
@@ -215,7 +250,7 @@ class OpdEngine(LanguageModelEngine):
             own(hidden),
             layer.weight,
             part.target,
-            own(tokens.ids),
+            own(self.source.vocabulary.with_stand_ins(tokens.ids)),
             settings.objective,
             token_weights=own(tokens.weights),
             bias=layer.bias,
@@ -234,15 +269,18 @@ class OpdEngine(LanguageModelEngine):
                 if name in TOLD_APART:
                     self.tally.add(f"{part.name}/{name}", value)
         if self.canary_due and "student_logp" in metrics:
+            known = own(tokens.known).nonzero().squeeze(-1)
+            target = select_target(part.target, known)
+            assert target is not None
             check_teacher(
-                part.target,
-                own(tokens.ids),
-                own(tokens.sequence_index),
-                metrics["student_logp"],
+                target,
+                own(tokens.ids)[known],
+                own(tokens.sequence_index)[known],
+                metrics["student_logp"][known],
                 vocab=self.source.vocabulary.size,
                 name=part.name,
                 student=HiddenTarget(
-                    hidden=own(hidden).detach(),
+                    hidden=own(hidden).detach()[known],
                     head=Head(weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach()),
                 ),
             )

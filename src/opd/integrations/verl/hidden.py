@@ -39,6 +39,7 @@ class HiddenTeacher:
         (self.teacher,) = settings.teachers.values()
         self.vocabulary = vocabulary_of(self.teacher, engine)
         self.head = load_head(copy_to_local(self.teacher.model_path), trust_remote_code=self.teacher.trust_remote_code)
+        self.rows = self.head.weight.shape[0]
 
     def look(
         self, _inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens

@@ -23,6 +23,7 @@ from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutpu
 
 from opd.errors import ConfigError
 from opd.integrations.verl.head import run_to_head
+from opd.teachers.vocabulary import embedding_rows
 
 NAME = "opd_hidden"
 """Of these servers in verl's config, and of our part of their engine_kwargs."""
@@ -37,7 +38,10 @@ def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
         kept.append(hidden)
         return hidden.new_zeros(0, dtype=torch.float32)
 
-    run_to_head(model, {"input_ids": torch.tensor([ids], device=model.device)}, keep, "teacher")
+    rows = embedding_rows(model)
+    read = torch.tensor([ids], device=model.device)
+    # Ids of the student's padding have no row here; the actor leaves out what is said after one.
+    run_to_head(model, {"input_ids": read.masked_fill(read >= rows, 0)}, keep, "teacher")
     return kept[0].cpu()
 
 

@@ -77,7 +77,7 @@ CONFIG = (
     Hook(
         where="verl.workers.config:HFModelConfig",
         needs="path local_path trust_remote_code override_config use_remove_padding enable_gradient_checkpointing "
-        "lora_rank hf_config tokenizer generation_config external_lib tokenizer_path hf_config_path use_shm",
+        "lora_rank hf_config tokenizer processor generation_config external_lib tokenizer_path hf_config_path use_shm",
         why="the student's is read and the teacher's is made",
     ),
     Hook(
@@ -284,6 +284,11 @@ LOSS = (
         where=f"{NATIVE}.losses:DistillationLossSettings",
         needs="names use_topk use_estimator",
         why="what that name asks of verl's teachers",
+    ),
+    Hook(
+        where="verl.trainer.ppo.core_algos:register_policy_loss",
+        needs="name",
+        why="puts the policy loss on_policy_distillation, called with logits, into verl's registry",
     ),
     Hook(
         where=f"{WORKERS}:ActorRolloutRefWorker.set_loss_fn",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.utils.fs import copy_to_local
 from verl.workers.utils.losses import ppo_loss
@@ -42,6 +43,7 @@ class PoolTeacher:
         (self.teacher,) = settings.teachers.values()
         self.objective = settings.objective
         self.vocabulary = vocabulary_of(self.teacher, engine)
+        self.rows = rows_of(self.teacher)
 
     def look(
         self, _inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens
@@ -73,6 +75,12 @@ def vocabulary_of(teacher: TeacherSettings, engine: Any) -> VocabularyMatch:
         copy_to_local(teacher.model_path), teacher.trust_remote_code, "opd.teacher.model_path"
     )
     return common_vocabulary(student.path, teacher.model_path, student.hf_config, config, student.tokenizer, tokenizer)
+
+
+def rows_of(teacher: TeacherSettings) -> int:
+    """How many ids a teacher in a server can read, from its config."""
+    config = AutoConfig.from_pretrained(copy_to_local(teacher.model_path), trust_remote_code=teacher.trust_remote_code)
+    return config.get_text_config().vocab_size
 
 
 def sent(micro_batch: Any, tokens: ResponseTokens) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:

@@ -33,17 +33,8 @@ class Shard:
         if self.group is None:
             return tokens
         here = (tokens.packed_index >= self.first) & (tokens.packed_index < self.first + self.length)
-        sampler = tokens.sampler_logp
-        return replace(
-            tokens,
-            packed_index=tokens.packed_index[here],
-            model_index=tokens.packed_index[here] - self.first,
-            ids=tokens.ids[here],
-            sequence_index=tokens.sequence_index[here],
-            position=tokens.position[here],
-            weights=tokens.weights[here],
-            sampler_logp=None if sampler is None else sampler[here],
-        )
+        own = tokens.at(here.nonzero().squeeze(-1))
+        return replace(own, model_index=own.packed_index - self.first)
 
     def everywhere(self, values: Float[Tensor, " own"], own: ResponseTokens, length: int) -> Float[Tensor, " tokens"]:
         """Values of all `length` tokens of the micro-batch, from every rank; 0 where none is a response token's.

@@ -18,7 +18,7 @@ from opd.integrations.verl.checks import common_vocabulary
 from opd.integrations.verl.settings import Settings
 from opd.integrations.verl.teacher import StudentBase, Teacher
 from opd.kernels.request import AnyTarget, TeacherMixture
-from opd.teachers.vocabulary import VocabularyMatch
+from opd.teachers.vocabulary import VocabularyMatch, joined
 from opd.types import HiddenTarget
 
 
@@ -38,6 +38,8 @@ class Source(Protocol):
 
     vocabulary: VocabularyMatch
     """Token ids that student and every teacher own."""
+    rows: int
+    """Ids that every teacher has a row to read by."""
 
     def look(
         self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens, /
@@ -70,10 +72,10 @@ class ActorTeachers:
         self.settings = settings
         self.names = tuple(settings.teachers)
         self.members = [
-            StudentBase(engine) if one.adapter_off else Teacher(one, engine.model_config, engine.engine_config)
-            for one in settings.teachers.values()
+            StudentBase(engine) if one.adapter_off else Teacher(one, engine) for one in settings.teachers.values()
         ]
         self.vocabulary = joined([self._vocabulary(engine.model_config, member) for member in self.members])
+        self.rows = min(member.rows for member in self.members)
 
     def leave(self) -> None:
         """Every teacher's shards move to host memory."""
@@ -91,7 +93,7 @@ class ActorTeachers:
         self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens, /
     ) -> AbstractContextManager[Sequence[Part]]:
         """Every teacher reads the whole micro-batch, in the same order on every worker: gathering its weights is a collective."""
-        hidden = [member.hidden(inputs, tokens.model_index) for member in self.members]
+        hidden = [member.hidden(inputs, micro_batch, tokens) for member in self.members]
         routes = self._routes(micro_batch, tokens) if self.settings.mixture == "routing" else None
         return self._parts(hidden, routes)
 
@@ -135,13 +137,6 @@ class ActorTeachers:
         number = torch.tensor([self.names.index(value) for value in said], device=tokens.ids.device)
         of_token = number[tokens.sequence_index]
         return {name: (of_token == i).nonzero().squeeze(-1) for i, name in enumerate(self.names)}
-
-
-def joined(matches: Sequence[VocabularyMatch]) -> VocabularyMatch:
-    """The token ids that are in all of them."""
-    size = min(match.size for match in matches)
-    invalid = sorted({i for match in matches for i in match.invalid_ids if i < size})
-    return VocabularyMatch(size=size, invalid_ids=tuple(invalid))
 
 
 def _part_of(name: str, target: HiddenTarget, rows: Tensor) -> Part:

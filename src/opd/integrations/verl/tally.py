@@ -12,6 +12,8 @@ from torch import distributed as dist
 
 from opd.integrations.verl.alignment import ResponseTokens
 
+OF_THE_TOKEN = ("student_logp", "teacher_logp")
+"""Metrics that are about the response token itself, which has to be a token of both models."""
 POSITIONS = (0, 16, 64, 256, 1024, 4096)
 """First positions of the buckets of a response in which the reverse KL is told apart."""
 
@@ -21,6 +23,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
+        self.counts: dict[str, int] = {}
 
     def add(self, name: str, values: Tensor) -> None:
         """One number per token."""
@@ -34,10 +37,14 @@ class Tally:
         held = self.sums.setdefault(name, [0.0, math.nan])
         held[0] += float(value.detach())
 
+    def add_count(self, name: str, where: Tensor) -> None:
+        """How many tokens are so, in the whole mini-batch."""
+        self.counts[name] = self.counts.get(name, 0) + int(where.sum())
+
     def see(self, seen: dict[str, Tensor], tokens: ResponseTokens) -> None:
         """The diagnostics of one micro-batch."""
         for name, value in seen.items():
-            self.add(name, value)
+            self.add(name, value[tokens.known] if name in OF_THE_TOKEN else value)
         kl = seen.get("reverse_kl")
         if kl is None:
             return
@@ -49,9 +56,11 @@ class Tally:
 
     def means(self, group: Any) -> dict[str, float]:
         """Of all ranks of the group together; every rank has to ask."""
-        everyone: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(everyone, self.sums, group=group)
-        found: dict[str, float] = {}
+        ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, (self.sums, self.counts), group=group)
+        everyone: list[dict[str, list[float]]] = [sums for sums, _ in ranks]
+        names = dict.fromkeys(name for _, counts in ranks for name in counts)
+        found = {name: float(sum(counts.get(name, 0) for _, counts in ranks)) for name in names}
         for name in dict.fromkeys(name for sums in everyone for name in sums):
             parts = [sums[name] for sums in everyone if name in sums]
             total, count = (sum(part[i] for part in parts) for i in range(2))

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,10 +16,13 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
 from opd.errors import ConfigError
+from opd.integrations.verl.alignment import ResponseTokens
 from opd.integrations.verl.checks import NO_ADAPTER, teacher_attention
 from opd.integrations.verl.head import output_layer, run_to_head
 from opd.integrations.verl.one_memory import LanguageModelEngine
+from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.settings import TeacherSettings
+from opd.teachers.vocabulary import embedding_rows
 from opd.types import Head, HiddenTarget
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -32,11 +36,15 @@ class Teacher(LanguageModelEngine):
     away = False
     """Whether its shards are in host memory until it is next asked."""
 
-    def __init__(self, settings: TeacherSettings, student: HFModelConfig, engine_config: FSDPEngineConfig) -> None:
-        model = _model_config(settings, student, engine_config)
-        super().__init__(model, _engine_config(settings, engine_config), None, None)  # pyright: ignore[reportArgumentType]
+    def __init__(self, settings: TeacherSettings, student: Any) -> None:
+        """`student` is the actor's engine, whose sharding the teacher shares."""
+        model = _model_config(settings, student.model_config, student.engine_config)
+        super().__init__(model, _engine_config(settings, student.engine_config), None, None)  # pyright: ignore[reportArgumentType]
         module = self._build_module().requires_grad_(False)
+        self.rows = embedding_rows(module)
+        self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: nn.Module = self._build_fsdp_module(module).eval()
+        self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
 
     def leave(self) -> None:
         """Move the shards to host memory. The next question brings them back."""
@@ -45,13 +53,17 @@ class Teacher(LanguageModelEngine):
             self.away = True
 
     @torch.no_grad()
-    def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
-        """The hidden states that enter the output layer at some positions of what the student reads."""
+    def hidden(self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens) -> Tensor:
+        """The hidden states that enter the output layer where response tokens are predicted; `inputs` are what the student reads."""
         if self.away:
             load_fsdp_model_to_gpu(self.module)  # pyright: ignore[reportArgumentType]
             self.away = False
+        index = tokens.model_index
+        if self.reads_rows and packed(micro_batch):
+            inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
+            index = tokens.row_index
         with _autocast(self._autocast_dtype, index.device.type):
-            return _hidden_at(self.module, inputs, index, "teacher")
+            return _hidden_at(self.module, readable(self, inputs), index, "teacher")
 
     @contextmanager
     def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
@@ -74,6 +86,7 @@ class StudentBase:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.model_config = engine.model_config
+        self.rows = sys.maxsize  # it reads whatever the student wrote
         if not hasattr(engine.module, "disable_adapter"):
             raise ConfigError(NO_ADAPTER)
 
@@ -81,8 +94,9 @@ class StudentBase:
         """Nothing: it is the student, which verl moves."""
 
     @torch.no_grad()
-    def hidden(self, inputs: Mapping[str, Any], index: Tensor) -> Tensor:
-        """As `Teacher.hidden`, by the student's own layers."""
+    def hidden(self, inputs: Mapping[str, Any], _micro_batch: Any, tokens: ResponseTokens) -> Tensor:
+        """As `Teacher.hidden`, by the student's own layers, which read what the student reads."""
+        index = tokens.model_index
         module = self.engine.module
         training = module.training
         module.eval()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.errors import ConfigError
+from opd.teachers.vocabulary import embedding_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,10 @@ def sample(
 def score(model: PreTrainedModel, ids: Sequence[int], top_k: int) -> tuple[list[list[int]], list[list[float]]]:
     """Token ids and their log-probs (nats) as verl reads `prompt_logprobs`: row t is about the token after t, the top_k likeliest
     first, or the very token when top_k is 0; the last row is a dummy."""
-    logp = model(input_ids=torch.tensor([list(ids)])).logits[0, :-1].float().log_softmax(-1)
+    rows = embedding_rows(model)
+    read = torch.tensor([list(ids)])
+    read = read.masked_fill(read >= rows, 0)  # padding of the student's: the actor leaves out what is said after it
+    logp = model(input_ids=read).logits[0, :-1].float().log_softmax(-1)
     if not 0 <= top_k <= logp.shape[-1]:
         raise ConfigError(
             f"prompt_logprobs={top_k} asks for more tokens than the {logp.shape[-1]} that the teacher knows; lower opd.top_k."
@@ -85,7 +89,8 @@ def score(model: PreTrainedModel, ids: Sequence[int], top_k: int) -> tuple[list[
         said, tokens = logp.topk(top_k, dim=-1)
     else:
         tokens = torch.tensor(list(ids[1:]), dtype=torch.int64).unsqueeze(-1)
-        said = logp.gather(-1, tokens)
+        inside = tokens < logp.shape[-1]
+        said = torch.where(inside, logp.gather(-1, tokens.where(inside, 0)), -torch.inf)
     width = max(top_k, 1)
     return [*tokens.tolist(), [0] * width], [*said.tolist(), [0.0] * width]
 

@@ -30,8 +30,8 @@ def new_name(module: str) -> str:
         return FACE
     if module == TREE or module.startswith(f"{TREE}."):
         return CORE + module.removeprefix(TREE)
-    if module == "opd.teachers.vocabulary":
-        return f"{CORE}.vocabulary"
+    if module.startswith("opd.teachers."):
+        return CORE + module.removeprefix("opd.teachers")
     return CORE + module.removeprefix("opd")
 
 

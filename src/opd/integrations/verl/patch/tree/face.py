@@ -15,6 +15,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 
 from opd.errors import ConfigError, NonFiniteError, ObjectiveError
+from opd.integrations.verl.patch.tree.call_config import read_config
 from opd.integrations.verl.patch.tree.logits import TokenLosses, token_losses
 from opd.integrations.verl.patch.tree.settings import LOSS_MODE, Settings, check_config, settings_of
 from opd.losses import Objective
@@ -29,7 +30,6 @@ __all__ = [
     "forward_kl_loss",
     "generalized_jsd_loss",
     "gkd",
-    "policy_loss_on_policy_distillation",
     "reverse_kl_loss",
     "settings_of",
 ]
@@ -69,6 +69,7 @@ def gkd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, tempe
     return _per_token(student_logits, teacher_logits, "skew_reverse_kl", temperature, beta=beta)
 
 
+@register_policy_loss(LOSS_MODE)
 def compute_on_policy_distillation_loss(
     old_log_prob: Tensor | None,
     log_prob: Tensor | None,
@@ -81,15 +82,17 @@ def compute_on_policy_distillation_loss(
     teacher_logits: Tensor | Sequence[Tensor] | None = None,
     student_logits: Tensor | None = None,
 ) -> Losses:
-    """λ_rl · policy loss + λ_distill · divergence, as `config.policy_loss` says (an ActorConfig; None is pure reverse KL).
+    """λ_rl · policy loss + λ_distill · divergence, as `config` says: verl's ActorConfig, or its keys in a dict, an OmegaConf node or a
+    namespace; None is pure reverse KL.
 
-    Logits are [sequences, response, vocab], raw, and row t predicts response token t; the others are [sequences, response]. With
+    This is what verl's registry holds as `on_policy_distillation`. verl's trainers hand a policy loss no logits: in training
+    `OnPolicyDistillation` takes its place. Logits are [sequences, response, vocab], raw, and row t predicts response token t; the others are [sequences, response]. With
     λ_rl = 0 the first three are not read and may be None. The KL returned is the mean KL(student ‖ teacher) at temperature 1,
     whatever is trained; the clip fractions are those of the policy loss, 0 without one. A sequence of teachers is mixed by
     `config.policy_loss.teacher_weights` and `teacher_mixture`. Raises ObjectiveError for missing or misshapen logits, NonFiniteError
     for a NaN or infinite loss.
     """
-    settings = settings_of(None if config is None else config.policy_loss)
+    settings, config = read_config(config)
     return _total(
         settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
         teacher_logits, student_logits,
@@ -111,7 +114,7 @@ def compute_hybrid_distillation_loss(
     lambda_distill: float = 1.0,
 ) -> Losses:
     """`compute_on_policy_distillation_loss` with both weights given here. verl's policy loss reads its clip ratios in `config`."""
-    told = settings_of(None if config is None else config.policy_loss)
+    told, config = read_config(config)
     settings = Settings(**{**vars(told), "hybrid_lambda_rl": lambda_rl, "hybrid_lambda_distill": lambda_distill})
     return _total(
         settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
@@ -130,7 +133,7 @@ def compute_multi_teacher_distillation_loss(
     mixture: str = "probability",
 ) -> Losses:
     """Pure distillation from several teachers: q = Σ w q_i (probability), log q ∝ Σ w log q_i (logit), or Σ w D(student, q_i) (loss)."""
-    told = settings_of(None if config is None else config.policy_loss)
+    told, config = read_config(config)
     weights = tuple(float(w) for w in teacher_weights or ())
     names = tuple(f"teacher {i}" for i in range(len(teacher_logits)))
     changed = {"teacher_path": names, "teacher_weights": weights, "teacher_mixture": mixture, "hybrid_lambda_rl": 0.0}
@@ -138,34 +141,6 @@ def compute_multi_teacher_distillation_loss(
     return _total(
         settings, (None, None, None), response_mask, loss_agg_mode, config, None, teacher_logits, student_logits
     )
-
-
-@register_policy_loss(LOSS_MODE)
-def policy_loss_on_policy_distillation(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-    *,
-    teacher_logits: Tensor | Sequence[Tensor] | None = None,
-    student_logits: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """`compute_on_policy_distillation_loss` in the form of verl's registry: the loss and its metrics.
-
-    verl's trainers hand a policy loss no logits; in training `OnPolicyDistillation` takes its place. Without logits this raises.
-    """
-    loss, clipped, kl, clipped_lower = compute_on_policy_distillation_loss(
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
-        teacher_logits=teacher_logits, student_logits=student_logits,
-    )  # fmt: skip
-    return loss, {
-        "actor/pg_clipfrac": clipped.item(),
-        f"{PREFIX}reverse_kl": kl.item(),
-        "actor/pg_clipfrac_lower": clipped_lower.item(),
-    }
 
 
 def __getattr__(name: str) -> Any:
@@ -197,7 +172,8 @@ def _total(
     if student_logits is None or teacher_logits is None:
         raise ObjectiveError(
             f"the policy loss {LOSS_MODE} was called without teacher_logits and student_logits. In training, verl's FSDP engine hands "
-            "them over; is the patch applied whole (apply_patch.sh --check), and actor.strategy fsdp or fsdp2?"
+            "them over: with the patch, is it applied whole (apply_patch.sh --check), and actor.strategy fsdp or fsdp2? With the package "
+            "opd, start with +opd=default."
         )
     info = {} if config is None else dict(config.global_batch_info)
     found, mask = _divergences(settings, response_mask, teacher_logits, student_logits)

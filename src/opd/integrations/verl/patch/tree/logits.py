@@ -24,6 +24,7 @@ from opd.kernels.request import Needs, Request, TeacherMixture, Watch
 from opd.kernels.rows import Rows
 from opd.kernels.walk import TeacherRows, lifted, masked_columns
 from opd.losses import Objective
+from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget
 
 CPU_CHUNK_BYTES = 8 << 20  # of one float32 buffer of rows
@@ -57,13 +58,16 @@ def token_losses(
 ) -> TokenLosses:
     """`objective`'s divergence at `positions` of [tokens, vocab] logits; all positions when None.
 
-    `response_ids` [tokens] are the tokens that followed. `student_scale` multiplies the student's logits first, which undoes a division
+    `response_ids` [tokens] are the tokens that followed; what the metrics say about one that is none of the common ones is of another.
+    `student_scale` multiplies the student's logits first, which undoes a division
     by the rollout temperature. Ids from `vocab` on and `masked_ids` have probability 0 on both sides. Several teachers need
     `teacher_weights` (1 in sum) and a `mixture`: probability, logit or loss. Raises ObjectiveError for shapes that do not fit.
     """
     target = _target(student_logits, teacher_logits, teacher_weights, mixture)
     tokens, columns = student_logits.shape
     device = student_logits.device
+    common = min(columns, *(t.shape[-1] for t in teacher_logits), columns if vocab is None else vocab)
+    inside = VocabularyMatch(size=common, invalid_ids=masked_ids)
     ids = torch.zeros(tokens, dtype=torch.long, device=device) if response_ids is None else response_ids
     request = Request(
         hidden=student_logits.detach(),
@@ -72,8 +76,8 @@ def token_losses(
         target=target,
         objective=objective,
         token_weights=student_logits.new_ones(1),
-        response_ids=ids,
-        vocab=min(columns, *(t.shape[-1] for t in teacher_logits), columns if vocab is None else vocab),
+        response_ids=inside.with_stand_ins(ids),
+        vocab=common,
         masked_ids=masked_ids,
         needs=Needs(),
         shards=Shards(columns),
@@ -81,11 +85,6 @@ def token_losses(
         watch=Watch(target=target) if watch else None,
     )
     where = torch.arange(tokens, device=device) if positions is None else positions
-    if response_ids is not None and len(where) and int(response_ids[where].max()) >= request.vocab:
-        raise ObjectiveError(
-            f"a response has token {int(response_ids[where].max())}, but student and teacher have only {request.vocab} tokens in common; "
-            "use a teacher with the student's tokenizer."
-        )
     walker = _Walker(request, where, student_scale, torch.is_grad_enabled() and student_logits.requires_grad)
     loss = _Differentiable.apply(student_logits, walker)
     assert isinstance(loss, Tensor)

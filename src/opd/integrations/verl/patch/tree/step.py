@@ -19,8 +19,10 @@ from verl.workers.utils.padding import no_padding_2_padding
 from opd.errors import ConfigError, NonFiniteError
 from opd.integrations.verl.patch.tree.face import PREFIX
 from opd.integrations.verl.patch.tree.logits import WATCHED, token_losses
+from opd.integrations.verl.patch.tree.reading import followed, refuse_mixing
 from opd.integrations.verl.patch.tree.settings import settings_of
 from opd.integrations.verl.patch.tree.teacher import Teacher
+from opd.teachers.vocabulary import joined
 
 LOSSES = "distillation_losses"
 """In the engine's model output: the divergence at each token of the micro-batch, 0 where no response token follows."""
@@ -37,18 +39,20 @@ class OnPolicyDistillation:
         rl = copy.copy(config.policy_loss)
         object.__setattr__(rl, "loss_mode", self.settings.hybrid_loss_mode)
         object.__setattr__(self.policy_config, "policy_loss", rl)
+        refuse_mixing(engine)
         self.teachers = [Teacher(path, engine, self.settings) for path in self.settings.teacher_path]
-        self.vocab = min(teacher.vocabulary.size for teacher in self.teachers)
-        self.masked = tuple(sorted({i for t in self.teachers for i in t.vocabulary.invalid_ids if i < self.vocab}))
+        self.vocabulary = joined([teacher.vocabulary for teacher in self.teachers])
+        self.rows = min(teacher.rows for teacher in self.teachers)
         self.rank, self.traced = engine.rank, 0
+        self.counts: dict[str, int] = {}
         self.teacher_logits: list[Tensor] = []
         if self.rank == 0:
-            print(f"on-policy distillation: {self.settings}, {self.vocab} tokens in common", flush=True)
+            print(f"on-policy distillation: {self.settings}, {self.vocabulary.size} tokens in common", flush=True)
 
     def look(self, micro_batch: Any, model_inputs: Mapping[str, Any]) -> None:
         """Let every teacher read what the student is about to read, and ask the engine for the student's logits."""
         tu.assign_non_tensor(micro_batch, distillation_use_topk=True, distillation_only=not self.settings.trains_rl)
-        self.teacher_logits = [teacher.logits(model_inputs) for teacher in self.teachers]
+        self.teacher_logits = [teacher.logits(micro_batch, model_inputs) for teacher in self.teachers]
 
     def __call__(
         self,
@@ -68,6 +72,14 @@ class OnPolicyDistillation:
         teachers, self.teacher_logits = self.teacher_logits, []
         values = data["input_ids"].values()
         positions, next_ids = response_positions(data), values.roll(-1)
+        # A divergence does not read the token that followed, so that padding of the output layer counts like any other; what stands
+        # after an id that a teacher has no row for, no teacher has read.
+        heard = followed(values, data["input_ids"].offsets(), positions, self.rows)
+        self.counts = {
+            "padding_tokens": int((~self.vocabulary.owns(next_ids[positions])).sum()),
+            "unread_tokens": int((~heard).sum()),
+        }
+        positions = positions[heard]
         found = token_losses(
             logits,
             teachers,
@@ -77,8 +89,8 @@ class OnPolicyDistillation:
             teacher_weights=torch.tensor(self.settings.shares(len(teachers)), dtype=torch.float64),
             mixture=self.settings.teacher_mixture,
             student_scale=rollout_temperature(data),
-            vocab=self.vocab,
-            masked_ids=self.masked,
+            vocab=self.vocabulary.size,
+            masked_ids=self.vocabulary.invalid_ids,
         )
         bad = int((~found.loss.detach().isfinite()).sum())
         if bad:
@@ -105,6 +117,8 @@ class OnPolicyDistillation:
         for name in WATCHED:
             if name in model_output:
                 metrics[PREFIX + name] = Metric(AggregationType.SUM, mean(name).detach())
+        for name, count in self.counts.items():
+            metrics[PREFIX + name] = Metric(AggregationType.SUM, torch.tensor(float(count)))
         loss = self.settings.hybrid_lambda_distill * distilled
         if self.settings.trains_rl:
             theirs, more = ppo_loss(self.policy_config, model_output, data, dp_group)

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.patch.tree.settings import Settings
-from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
 
@@ -28,11 +29,17 @@ class Teacher(FSDPEngineWithLMHead):
         self.vocabulary = _common_vocabulary(student.model_config, model)
         super().__init__(model, _engine_config(student.engine_config, settings.teacher_offload), None, None)
         module = self._build_module().requires_grad_(False)
+        self.rows = embedding_rows(module)
+        self.pass_packed_cu_seqlens = takes_bounds(module, student)
         self.module: Any = self._build_fsdp_module(module).eval()
+        self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
 
     @torch.no_grad()
-    def logits(self, model_inputs: Mapping[str, Any]) -> Tensor:
-        """[tokens, vocab] at every token of the micro-batch, padding left out."""
+    def logits(self, micro_batch: Any, model_inputs: Mapping[str, Any]) -> Tensor:
+        """[tokens, vocab] at every token of the micro-batch, padding left out; `model_inputs` are what the student reads."""
+        if self.reads_rows and packed(micro_batch):
+            model_inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
+        model_inputs = readable(self, model_inputs)
         device_type = model_inputs["input_ids"].device.type
         with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
             logits = self.module(**model_inputs, use_cache=False).logits

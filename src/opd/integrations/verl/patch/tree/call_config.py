@@ -1,0 +1,90 @@
+"""The `config` of a call of the policy loss: verl's own actor config, or the same keys in a dict, an OmegaConf node or a namespace."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from verl.base_config import BaseConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
+
+from opd.errors import ConfigError
+from opd.integrations.verl.patch.tree.settings import LOSS_MODE, Settings, settings_of
+
+OURS = tuple(Settings.__dataclass_fields__)
+PREFIXES = ("distillation_", "hybrid_", "teacher_")
+"""Of our keys; verl's actor has none that begins so."""
+FILLED = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1, "ppo_micro_batch_size": None}
+"""What verl's dataclass insists on, and no policy loss reads."""
+SCALARS = (bool, int, float, str, type(None))
+
+
+def read_config(config: Any) -> tuple[Settings, Any]:
+    """What a call's `config` says about distillation, and the config that verl's policy losses can read; None gives the defaults.
+
+    Our keys stand in its `policy_loss` section, or beside `policy_loss: on_policy_distillation`. Raises ConfigError.
+    """
+    if config is None:
+        return Settings(), None
+    if isinstance(config, BaseConfig):
+        return settings_of(getattr(config, "policy_loss", None)), config
+    given = _mapping(config, "config")
+    section = given.get("policy_loss", {})
+    if isinstance(section, str):
+        if section != LOSS_MODE:
+            raise ConfigError(
+                f"config.policy_loss={section!r} names another loss; leave it out, or set it to {LOSS_MODE}."
+            )
+        section = {}
+    section = _mapping(section or {}, "config.policy_loss")
+    settings = settings_of(_ours(given, section))
+    return settings, _actor_config(given, section, settings)
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    if hasattr(value, "__dict__"):
+        return vars(value)
+    raise ConfigError(
+        f"{name} is a {type(value).__name__}; pass verl's actor config, or its keys in a dict, an OmegaConf node or a namespace."
+    )
+
+
+def _ours(given: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    for key in (*given, *section):
+        if str(key).startswith(PREFIXES) and key not in OURS:
+            raise ConfigError(f"config has {key}, which nothing reads; the keys are {', '.join(OURS)}.")
+    found = {}
+    for key in OURS:
+        values = [place[key] for place in (given, section) if key in place]
+        if len(values) == 2 and values[0] != values[1]:
+            raise ConfigError(f"config says {key}={values[0]!r}, and its policy_loss {values[1]!r}; drop one.")
+        if values:
+            found[key] = values[0]
+    return found
+
+
+def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings: Settings) -> ActorConfig:
+    """verl's dataclass with the numbers that policy losses read; verl's defaults for the others."""
+    values = dict(_scalars(ActorConfig, given))
+    values.pop("policy_loss", None)
+    for bound in ("clip_ratio_low", "clip_ratio_high"):  # verl's default is 0.2, whatever clip_ratio is
+        values.setdefault(bound, values.get("clip_ratio", ActorConfig.clip_ratio))
+    policy_loss = {**dict(_scalars(PolicyLossConfig, section)), "loss_mode": settings.hybrid_loss_mode}
+    made = ActorConfig(**{**values, **FILLED}, policy_loss=PolicyLossConfig(**policy_loss))
+    made.global_batch_info.update(given.get("global_batch_info") or {})
+    if values.get("loss_scale_factor") is not None:
+        made.global_batch_info.setdefault("loss_scale_factor", values["loss_scale_factor"])
+    return made
+
+
+def _scalars(kind: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(kind):
+        name = field.name
+        if name not in given or name.startswith("_") or name in FILLED or name in OURS:
+            continue
+        if isinstance(given[name], SCALARS):
+            yield name, given[name]
