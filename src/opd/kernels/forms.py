@@ -131,27 +131,30 @@ class Form:
     def _skewed(self, z: Tensor, t: Tensor, q_over_s: Tensor | None = None) -> Tensor:
         """(q − p)/M into z; the log-ratio of M to the model that the divergence weighs with. t is used up."""
         self._log_ratio(z, t, q_over_s)
-        sign = 1.0 if self.beta <= 0.5 else -1.0
-        torch.mul(t, sign, out=z).expm1_()
+        teachers = self.beta <= 0.5  # the teacher's weight is the smaller one
+        if teachers:
+            torch.expm1(t, out=z)
+        else:
+            torch.neg(t, out=z).expm1_()
         share = torch.mul(z, min(self.beta, self.rest), out=self.buffer("share", z))
         smaller = torch.log1p(share, out=self.buffer("m", z))
-        z.div_(share.add_(1.0)).mul_(sign)
-        if (self.kind == "skew_reverse_kl") == (self.beta <= 0.5):
+        z.div_(share.add_(1.0))
+        if not teachers:
+            z.neg_()
+        if (self.kind == "skew_reverse_kl") == teachers:
             return smaller
-        return t.mul_(-sign).add_(smaller)
+        return torch.sub(smaller, t, out=t) if teachers else t.add_(smaller)
 
     def _skewed_slope(self, z: Tensor, over_p: Tensor) -> None:
-        """f from (q − p)/M, in z."""
+        """f over `factor` from (q − p)/M, in z."""
         if self.kind == "skew_reverse_kl":
-            z.mul_(self.beta * self.rest).sub_(over_p)
-        else:
-            z.mul_(-self.rest * self.rest)
+            z.sub_(over_p, alpha=1.0 / (self.beta * self.rest))
 
     def factor(self, s: Tensor, q: Tensor) -> Tensor | float:
         """What `slope` leaves out of f."""
         if self.kind == "generalized_jsd":
             return -1.0 / self.beta if self.normalize else -self.rest
-        return 1.0
+        return {"skew_reverse_kl": self.beta * self.rest, "skew_forward_kl": -self.rest * self.rest}.get(self.kind, 1.0)
 
     def divergence(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
         """D from `slope`'s sums."""

@@ -20,7 +20,9 @@ HOLDERS = (Request, PolicyTerm, Watch, TeacherMixture, HiddenTarget, DenseTarget
 """What a request's tensors are in."""
 HALF_WEIGHT = 64.0  # largest token weight beside 16-bit floats: their products stay far from 65 504, and from the smallest numbers
 HALF_TOP = 14  # a float16 gradient is kept with its largest entry below 2^14
-HALF_ROUGH = 2.0**-19  # a float16 gradient of this size, root mean square, is rounded by about a percent
+HALF_ROUGH = (
+    0.005  # share of a float16 gradient that rounding may take; as a normal number it loses a twentieth of that
+)
 
 
 def apply(
@@ -66,9 +68,7 @@ class Gradient:
         """`value` is `lift` times the gradient, in the dtype of the accumulators, and is used up."""
         self.dtype = dtype
         self.scale: Tensor | None = None
-        self.size: Tensor | None = None
         if dtype == torch.float16:
-            self.size = torch.linalg.vector_norm(value) / (lift * math.sqrt(max(1, value.numel())))
             top = torch.frexp(torch.linalg.vector_norm(value, math.inf)).exponent if value.numel() else None
             self.scale = value.new_ones(()) if top is None else torch.exp2((HALF_TOP - top).to(value.dtype))
             value.mul_(self.scale)
@@ -83,22 +83,22 @@ class Gradient:
             if factor.is_cuda or float(factor) != 1.0:  # on CUDA, looking would wait for the device
                 self.value.mul_(factor)
             return self.value
-        factor = factor.to(self.scale.dtype)
+        factor = factor.to(self.scale.dtype) / self.scale
+        lost, whole = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         for rows in self.value.split(1024):
-            rows.copy_(rows.to(self.scale.dtype) * (factor / self.scale))
-        self._warn_if_rough(factor)
-        return self.value
-
-    def _warn_if_rough(self, factor: Tensor) -> None:
-        assert self.size is not None
-        size = float(self.size * factor.abs())
-        if 0.0 < size < HALF_ROUGH:
+            exact = rows.to(factor.dtype)
+            rows.copy_(exact * factor)
+            whole += exact.square().sum()
+            lost += exact.sub_(rows.to(factor.dtype) / factor).square_().sum()
+        share = float((lost / whole).sqrt())
+        if HALF_ROUGH < share <= 1.0:
             warnings.warn(
-                f"a float16 gradient of a fused loss has entries of {size:.0e} on average, and float16 rounds them to multiples of 6e-8: "
-                "part of it is lost. Multiply the loss by a large number before backward() and divide the gradients afterwards "
+                f"float16 rounds away {share:.1%} of a gradient of a fused loss, whose entries are near 6e-8, the smallest number that "
+                "float16 holds. Multiply the loss by a large number before backward() and divide the gradients afterwards "
                 "(torch.amp.GradScaler does), or use bfloat16.",
                 stacklevel=2,
             )
+        return self.value
 
 
 class _Fused(torch.autograd.Function):

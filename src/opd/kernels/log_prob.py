@@ -127,8 +127,7 @@ class _Gradients(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
             slopes = [part[rows].to(request.dtype) for part in (grad_logp, grad_entropy)]
             up = lift(request, *slopes)
-            slopes = [slope * up for slope in slopes]
-            answer = _gradients(request, *slopes, log_z[rows], entropy[rows]).answer({})
+            answer = _gradients(request, slopes[0] * up, slopes[1] * up, log_z[rows], entropy[rows]).answer({})
             found = answer.hidden_grad, answer.weight_grad, answer.bias_grad
             own = [
                 None if value is None or like is None else (value / up if up != 1.0 else value).to(like.dtype)

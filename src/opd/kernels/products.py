@@ -19,9 +19,10 @@ WIDENED_ENTRIES = 1 << 20  # weight entries that are widened at a time: 4 MiB of
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Products of float32 in float32, whatever PyTorch has been told (TF32 keeps 10 of 23 bits, and so would the logits)."""
-    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     told = backend.fp32_precision
-    if told in ("none", "ieee") and torch.backends.fp32_precision in ("none", "ieee"):
+    if told in ("none", "ieee") and backends.fp32_precision in ("none", "ieee"):
         yield
         return
     # PyTorch has two settings that must agree: the one that was used is the one that is changed and put back.

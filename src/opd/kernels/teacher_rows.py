@@ -13,6 +13,7 @@ from opd.kernels.api import default_chunk
 from opd.kernels.checks import check_request, check_shapes, common_vocabulary
 from opd.kernels.normal import log_probs
 from opd.kernels.parallel import Shards
+from opd.kernels.products import exact_float32
 from opd.kernels.request import Needs, Request
 from opd.kernels.walk import chunk_of, masked_columns, student_head
 from opd.losses import Objective, gather_logp, likeliest
@@ -98,4 +99,6 @@ def _chunks(
     with torch.autocast(hidden.device.type, enabled=False):
         for first in range(0, max(1, request.tokens), chunk):
             rows = slice(first, min(first + chunk, request.tokens))
-            yield rows, layer.logits(hidden[rows], buffer[: rows.stop - rows.start], -torch.inf)
+            with exact_float32(hidden.device):
+                logits = layer.logits(hidden[rows], buffer[: rows.stop - rows.start], -torch.inf)
+            yield rows, logits
