@@ -19,6 +19,8 @@ from opd.types import Head, HiddenTarget, TopKTarget
 TOKENS, HIDDEN, VOCAB, CHUNK, TOP_K = 512, 256, 32000, 128, 16
 
 CASES: dict[str, dict[str, Any]] = {
+    "products": {},
+    "products of one model": {},
     "reverse_kl": {"divergence": "reverse_kl"},
     "forward_kl": {"divergence": "forward_kl"},
     "generalized_jsd": {"divergence": "generalized_jsd"},
@@ -44,8 +46,24 @@ class Inputs:
         top = torch.randint(vocab, (tokens, TOP_K))
         self.top_k = TopKTarget(ids=top, teacher_logp=torch.full(top.shape, -5.0))
 
+    def products(self, *, teacher: bool) -> None:
+        """Logits of one model or two, a chunk at a time, and both gradients of the student's."""
+        hidden, weight, head = self.hidden.detach(), self.weight.detach(), self.teacher.head
+        logits = [torch.empty(CHUNK, len(weight)) for _ in range(1 + teacher)]
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            torch.mm(hidden[rows], weight.T, out=logits[0])
+            if teacher:
+                torch.mm(self.teacher.hidden[rows], head.weight.T, out=logits[1])
+            torch.mm(logits[0], weight, out=hidden_grad[rows])
+            weight_grad.addmm_(logits[0].T, hidden[rows])
+
     def once(self, case: str) -> None:
-        """A forward and a backward."""
+        """A forward and a backward; or the matrix products alone, whose operands the library packs in buffers of its own."""
+        if case.startswith("products"):
+            self.products(teacher=case == "products")
+            return
         if case == "log_prob":
             logp, entropy = linear_log_prob(self.hidden, self.weight, self.ids, chunk_tokens=CHUNK)
             (logp + entropy).sum().backward()

@@ -156,9 +156,12 @@ def test_rows_in_and_out_of_range_in_one_chunk(divergence):
 @pytest.mark.parametrize("scale", [8.0, 40.0])
 @pytest.mark.parametrize("divergence", CLOSED + ENDS, ids=named)
 def test_peaked_distributions(divergence, scale):
-    """Logits tens of nats apart: most probabilities vanish in float32, and their logarithms must not."""
+    """Logits tens of nats apart: most probabilities vanish in float32, and their logarithms must not.
+
+    Operands of eight bits have products that float32 holds, so that the order in which a library adds them hardly matters.
+    """
     for shape in ((7, 5, 129), (33, 64, 1003)):
-        assert_as_accurate(World(*shape, FLOAT32, scale=scale), "hidden", FLOAT32, **divergence)
+        assert_as_accurate(World(*shape, BFLOAT16, scale=scale), "hidden", FLOAT32, **divergence)
 
 
 def test_temperatures():
