@@ -22,7 +22,6 @@ from opd.kernels.request import Request, select_policy, target_has_logits
 from opd.kernels.terms import policy_loss
 
 CLOSED_FORMS = ("reverse_kl", "forward_kl", "generalized_jsd", "skew_reverse_kl", "skew_forward_kl")
-GRAM_ROWS = 4  # (benchmarks/LOG.md)
 MAX_LOG_RATIO = (
     80.0  # |d| from which on one model has no part in M: e^80 ≈ 6e34 and its inverse are normal float32 numbers
 )
@@ -225,9 +224,5 @@ def with_extras(request: Request, values: dict[str, Tensor], total: Tensor, inde
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b of each row, [rows, 1]. Of a few long rows, the diagonal of a b.T is had at half the time of a product and a sum."""
-    if a.shape[0] == 1:
-        return torch.dot(a[0], b[0]).view(1, 1)
-    if a.shape[0] <= GRAM_ROWS and not a.is_cuda:
-        return torch.mm(a, b.T).diagonal().unsqueeze(-1)
+    """Σ a b of each row, [rows, 1], added pairwise: a matrix product would add 10⁵ columns with thirty times the error."""
     return torch.linalg.vecdot(a, b).unsqueeze(-1)

@@ -23,6 +23,8 @@ PROMPT_LENGTHS = (5, 9, 1, 7)
 RESPONSE_LENGTHS = (6, 1, 8, 4)
 ROUNDING = 1e-5
 """Of a gradient's largest entry."""
+TERM = 2.0**-23
+"""One rounding of a term of a nat: the terms of an advantage cancel in their mean."""
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
