@@ -67,8 +67,13 @@ def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) 
     return adapted.get_base_model(), missing  # pyright: ignore[reportReturnType]
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a folder, on whatever system it was written: a hub has 'owner/name' alone."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or ":" in name
+
+
 def _load_base(base: str, name: str, role: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+    if not Path(base).is_dir() and is_path(base):
         raise ModelError(
             f"The {role} '{name}' is an adapter of '{base}' (base_model_name_or_path in its adapter_config.json), and there is no such "
             f"folder. Put the base's path there, or give {role}.model a merged folder (peft's merge_and_unload)."

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from opd.adapter import is_adapter, load_adapter
+from opd.adapter import is_adapter, is_path, load_adapter
 from opd.errors import ModelError, OpdError
 from opd.types import Head, Sequences
 
@@ -182,7 +182,7 @@ def check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
     """Say it of a local folder before transformers asks the hub for it, or makes up what is missing."""
     folder = Path(name)
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+        if is_path(name) or folder.exists():
             raise ModelError(
                 f"There is no folder '{name}'. Give {role}.model a model's folder, or a hub name 'owner/name'."
             )

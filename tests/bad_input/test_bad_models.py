@@ -16,7 +16,9 @@ from opd.testing import byte_tokenizer, digit_tokenizer, tiny_causal_lm
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 1, "max_positions": 64}
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "runs/demo/nowhere"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "runs/demo/nowhere", r"C:\Users\me\model", "D:/nowhere"]
+)
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_missing_model_folder_is_named(user: User, role: str, name: str):
     user.train(**{f"{role}__model": name}).refuses(f"no folder '{name}'", f"Give {role}.model a model's folder")
