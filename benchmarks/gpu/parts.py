@@ -39,7 +39,7 @@ PARTS = (
         name="step",
         shows="One update at the shapes of released models with random weights: where its time and its memory go.",
         share=2.5,
-        needs=("torch", "transformers"),
+        needs=("torch", "transformers", "pydantic"),
     ),
     Part(
         name="run",
