@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,9 @@ def test_a_float32_teacher_is_built_with_sdpa_where_the_student_has_flash_attent
     join()
     student = HFModelConfig(path=str(models / "student"))  # verl's default attention
     one = TeacherSettings(model_path=str(models / "teacher"), dtype="float32")
-    built = teacher_module.Teacher(one, student, FSDPEngineConfig(strategy="fsdp2", use_torch_compile=False))
+    actor = SimpleNamespace(  # what a teacher reads of the actor's engine, which cannot be built with FlashAttention on a CPU
+        model_config=student, engine_config=FSDPEngineConfig(strategy="fsdp2", use_torch_compile=False)
+    )
+    built = teacher_module.Teacher(one, actor)
     assert student.hf_config._attn_implementation == "flash_attention_2"
     assert built.module.config._attn_implementation == "sdpa"
