@@ -132,7 +132,7 @@ def test_an_infinite_loss_that_no_floor_bounds_does_not_advise_one():
     with pytest.raises(NonFiniteError) as refusal:
         check_loss(losses, batch, Objective(divergence="forward_kl"))
     assert "floor" not in str(refusal.value)
-    assert "Use objective.divergence=generalized_jsd." in str(refusal.value)
+    assert "Begin a new run with objective.divergence=generalized_jsd." in str(refusal.value)
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [6, 12, 100])

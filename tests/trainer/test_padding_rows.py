@@ -108,6 +108,7 @@ def test_an_evaluation_reads_it_as_any_other(config: Config):
     evaluator = Evaluator(
         prompts=(), samples_per_prompt=1, scorer=None, teacher=teacher, max_new_tokens=9, teacher_logp_floor=None,  # pyright: ignore[reportArgumentType]
         temperature=1.0, extra_temperatures=(), layout="right_padded", tokens_per_microbatch=9999, pad_id=256, seed=0,
+        measure="own",
     )  # fmt: skip
     rows = evaluator._reverse_kl(rollouts(teacher, position=3), student, teacher)
     assert [len(row) for row in rows] == [9, 6] and all(value >= 0 for row in rows for value in row)

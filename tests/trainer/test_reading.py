@@ -32,8 +32,9 @@ def model(folder: Path, template: str | None, seed: int = 0, **more: Any) -> str
 
 
 def warnings(tmp_path: Path, student: str, teacher: str | None, *rows: dict[str, Any], **more: object) -> list[str]:
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or (MESSAGES,)))
-    values = settings(tmp_path, tmp_path / "run", eval__every=0, **more)
+    rows = rows or (MESSAGES,)
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = settings(tmp_path, tmp_path / "run", eval__every=0, **{"train__prompts_per_step": len(rows), **more})
     values |= {"student.model": student, "prompts.path": str(tmp_path / "own.jsonl"), "prompts.eval_path": None}
     values.pop("teacher.model")
     values |= {"teacher.model": teacher} if teacher is not None else {}
