@@ -125,7 +125,7 @@ def evaluate(
             record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log, parts.evaluator.measure)
     reached = student.metrics
     apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
-    cut = f", {reached['truncated']:.0%} cut off" if reached["truncated"] else ""
+    cut = f", {reached['truncated']:.1%} cut off" if reached["truncated"] else ""
     progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}{cut}")
     progress.warn_once(cut_off(reached["truncated"], config.rollout.max_new_tokens), "cut off")
     if teacher is not None and version == 0:
