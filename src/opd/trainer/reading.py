@@ -73,7 +73,7 @@ def check_text(renderer: Renderer, role: str, prompts: Sequence[Prompt]) -> list
             except Exception:  # the Rust tokenizers raise nothing more specific
                 renderer.prompt_ids(prompt)  # says it of the row
                 continue
-            back = _decoded(renderer, ids)  # pyright: ignore[reportArgumentType]
+            back = renderer.decode_all(ids)  # pyright: ignore[reportArgumentType]
             characters += len(text)
             if _normal(back) != _normal(text):
                 changed.append((prompt.index, text, back))
@@ -111,10 +111,6 @@ def _parts(content: object) -> list[str]:
         return [content]
     parts = content if isinstance(content, list) else []
     return [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-
-
-def _decoded(renderer: Renderer, ids: Sequence[int]) -> str:
-    return str(renderer.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _normal(text: str) -> str:
@@ -207,9 +203,9 @@ def _end(renderer: Renderer, prompt: Prompt) -> _End | None:
     content = next(reversed(_texts(read)), "").strip()
     longer = [*(read.messages or ()), {"role": "assistant", "content": ANSWER}, {"role": "user", "content": ANSWER}]
     bare = _bare(renderer, renderer.chat_template_kwargs)
-    whole = _decoded(renderer, renderer.prompt_ids(prompt))
+    whole = renderer.decode_all(renderer.prompt_ids(prompt))
     try:
-        answered = _decoded(bare, bare.prompt_ids(replace(read, messages=tuple(longer))))
+        answered = bare.decode_all(bare.prompt_ids(replace(read, messages=tuple(longer))))
     except Exception:  # somebody else's template, on a conversation that nobody gave
         return None
     before = answered[: answered.find(ANSWER)]
@@ -240,10 +236,10 @@ class _OneSided:
             return "", ""
         bare = _bare(self.giver, {k: v for k, v in self.giver.chat_template_kwargs.items() if k != self.name})
         try:
-            left_out = _decoded(bare, bare.prompt_ids(_as_read(self.giver, prompt)))
+            left_out = bare.decode_all(bare.prompt_ids(_as_read(self.giver, prompt)))
         except Exception:  # somebody else's template, without an argument that it may need
             return "", ""
-        given = _decoded(self.giver, self.giver.prompt_ids(prompt))
+        given = self.giver.decode_all(self.giver.prompt_ids(prompt))
         at = _first_difference(given, left_out)
         return _cut(given, at), _cut(left_out, at)
 
@@ -305,7 +301,7 @@ def _agreement(
         return []
     if not _same_weights(first, teacher.model):
         return []
-    ends = [_decoded(renderer, renderer.prompt_ids(prompts[0]))[-EXCERPT:] for renderer in (student, teacher.renderer)]
+    ends = [renderer.decode_all(renderer.prompt_ids(prompts[0]))[-EXCERPT:] for renderer in (student, teacher.renderer)]
     return [
         f"{role} has the student's own weights and reads the same prompts (the first ends with {ends[0]!r} for the student, {ends[1]!r} for "
         f"the teacher), so the two agree everywhere and nothing will be learnt. Give {role}.model another model, show it more with "
