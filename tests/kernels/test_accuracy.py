@@ -188,7 +188,7 @@ def test_float16_gradients_survive_a_loss_scale_that_float16_cannot_hold():
 @pytest.mark.parametrize(
     "divergence", [{"divergence": "reverse_kl"}, {"divergence": "generalized_jsd", "beta": 0.3}], ids=named
 )
-def test_rows_of_a_released_model_are_summed_pairwise(divergence):
+def test_rows_of_a_released_model_keep_the_digits_of_their_sums(divergence):
     """Entropies and divergences of 152k columns: a sum that runs through them one by one is off by tens of roundings."""
     world = World(3, 8, 151_936, BFLOAT16)
     assert_as_accurate(world, "hidden", FLOAT32, sum_depth=math.log2(world.vocab), **divergence)
