@@ -26,9 +26,9 @@ from opd.losses import (
     token_weights,
     weighted_sum,
 )
-from opd.trainer.mixing import preview, whole_logits_loss
-from opd.trainer.natural_gradient import natural_gradient_step
-from opd.trainer.optim import build_optimizer, learning_rate_factor
+from opd.optim.build import build_optimizer, learning_rate_factor
+from opd.optim.natural_gradient import natural_gradient_step
+from opd.trainer.hybrid_update import preview, whole_logits_loss
 from opd.types import Batch, DenseTarget, Sequences
 
 NATURAL, DAMPED = "natural_gradient", "natural_gradient_damped"

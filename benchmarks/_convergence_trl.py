@@ -27,9 +27,9 @@ from benchmarks._trl import ON_CPU, versions
 from opd.config import OptimizerConfig
 from opd.kernels import PolicyTerm
 from opd.losses import weighted_sum
+from opd.optim.build import learning_rate_factor
 from opd.testing import digit_tokenizer
-from opd.trainer.mixing import whole_logits_loss
-from opd.trainer.optim import learning_rate_factor
+from opd.trainer.hybrid_update import whole_logits_loss
 
 CHARACTERS = "0123456789><"
 """Of token ids 0 to 11. <pad> and <eos> have ids that the model has no rows for, so a response is never shorter."""

@@ -12,7 +12,7 @@ import transformers
 
 from benchmarks._loop_clock import Case, StepClock, read_case
 from opd.config import Config
-from opd.recipe import build
+from opd.config.recipe import build
 from opd.reporting.progress import Progress
 from opd.reporting.record import RunRecorder
 from opd.trainer.loop import run_steps

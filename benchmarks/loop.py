@@ -292,7 +292,7 @@ def report(
                     [
                         "workload",
                         "trainer",
-                        "rollouts/step",
+                        "samplers/step",
                         "response length",
                         "first loss, nats/token",
                         "divisor / tokens",

@@ -20,8 +20,8 @@ from benchmarks.gpu.sheet import Sheet
 from opd.config import LoraConfig, OptimizerConfig
 from opd.data.rendering import Renderer
 from opd.losses import Objective
-from opd.rollouts.base import Sampling
-from opd.rollouts.hf import HfSampler
+from opd.samplers.base import Sampling
+from opd.samplers.hf import HfSampler
 from opd.seeding import seeded
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch

@@ -8,4 +8,4 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin  # pyright: ignore
 
 class OpdSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append(provider="opd", path="pkg://opd.integrations.verl.conf")
+        search_path.append(provider="opd", path="pkg://opd.integrations.verl.plugin.conf")

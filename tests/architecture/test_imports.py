@@ -17,12 +17,9 @@ import opd
 SOURCE = Path(opd.__file__).parent
 
 GROUND = {"errors", "types", "seeding"}
-ROOMS = {"teachers", "rollouts", "rewards", "data", "reporting"}
+ROOMS = {"teachers", "samplers", "rewards", "data", "reporting", "optim"}
 BELOW_TRAINER = {
-    "algorithm",
-    "optimization",
     "config",
-    "recipe",
     "adapter",
     "models",
     "tokenizer",
@@ -41,33 +38,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapter": {"errors"},
     "models": {"adapter", "types", "errors"},
     "tokenizer": {"adapter", "models", "errors"},
-    "sections": {"errors"},
-    "algorithm": {"errors", "sections"},
-    "optimization": {"errors", "sections"},
-    "config": {"algorithm", "optimization", "sections", "types", "errors"},
-    "recipe": {"config", "sections", "types", "errors"},
+    "config": {"types", "errors"},
     **{room: {"types", "errors"} for room in ROOMS},
     "trainer": BELOW_TRAINER,
     "doctor": BELOW_TRAINER,
     "demo": BELOW_TRAINER,
     "testing": {"types", "errors", "losses"},
-    "integrations": {"types", "errors", "config", "recipe", "losses", "kernels", "teachers", "reporting"},
+    "integrations": {"types", "errors", "config", "losses", "kernels", "teachers", "reporting"},
     "cli": {"", "trainer", "demo", "doctor", "integrations", *BELOW_TRAINER},
 }
 
 CROSS_EDGES = {
-    ("algorithm", "losses"): "a reward's section makes the hybrid of every step",
     ("config", "losses"): "the objective is a section of the recipe",
-    ("sections", "losses"): "an objective explains its own refusals",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",
     ("teachers", "losses"): "a teacher settles with the objective what it hands out",
     ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",
     ("teachers", "models"): "a local teacher is a Hugging Face model",
-    ("rollouts", "data"): "a sampler renders prompts",
-    ("rollouts", "models"): "a sampler asks a model for its context",
-    ("rollouts", "seeding"): "samples are a pure function of the seed",
-    ("rollouts", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
+    ("samplers", "data"): "a sampler renders prompts",
+    ("samplers", "models"): "a sampler asks a model for its context",
+    ("samplers", "seeding"): "samples are a pure function of the seed",
+    ("samplers", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
+    ("optim", "config"): "an optimizer is built from its section",
     ("demo", "testing"): "the demo's models are the tiny ones",
     ("integrations", "testing"): "the stand-ins of a dry run are tiny models",
     ("integrations", ""): "the patch for verl says which version of the package it was made from",
@@ -75,7 +67,7 @@ CROSS_EDGES = {
 }
 
 EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "httpx", "vllm", "verl", "ray", "triton"}
-HOME_OF_AN_EXTRA = ("teachers/server.py", "rollouts/vllm.py", "integrations/", "kernels/impl/triton/")
+HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/impl/triton/")
 
 
 @dataclass(frozen=True)

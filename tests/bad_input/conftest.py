@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from opd_user import Desk, User
 
-from opd.recipe import load
+from opd.config.recipe import load
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.run import train
 

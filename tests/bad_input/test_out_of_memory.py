@@ -7,7 +7,7 @@ import torch
 from opd_user import User
 from transformers import PreTrainedModel
 
-import opd.trainer.sides
+import opd.trainer.load_models
 from opd.errors import OpdError, OutOfMemoryError
 from opd.models import load_causal_lm
 from opd.trainer.guardrails import OUT_OF_MEMORY_ADVICE, memory_advice
@@ -53,7 +53,7 @@ def test_running_out_of_memory_says_in_which_phase_and_what_to_lower(
         _greedy_student(phase, model, role)
         return model
 
-    monkeypatch.setattr(opd.trainer.sides, "load_causal_lm", load)
+    monkeypatch.setattr(opd.trainer.load_models, "load_causal_lm", load)
     evaluation = ("--eval.every", "1", "--prompts.eval_path", user.desk.prompts) if phase == "eval" else ()
     outcome = user.train(*evaluation)
     outcome.refuses(f"Out of memory during {phase}", "Lower", *advice, "allocate memory")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd.algorithm import MixtureConfig, RlConfig, RolloutConfig
 from opd.config import Config
+from opd.config.algorithm import MixtureConfig, RlConfig, RolloutConfig
+from opd.config.recipe import build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
 from opd.errors import ConfigError, OpdError
 from opd.losses import Objective
-from opd.recipe import build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"student.model": "s", "teacher.model": "t", "prompts.path": "p"}
@@ -202,7 +202,7 @@ def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
 
 def test_every_field_of_every_section_has_a_help_text():
     """tyro and readers of the source both live from the string under each field."""
-    files = ("config.py", "algorithm.py", "optimization.py", "losses/objective.py")
+    files = ("config.py", "config/algorithm.py", "config/optimizer.py", "losses/objective.py")
     source = "".join((ROOT / "src/opd" / name).read_text() for name in files)
     lines = [line.strip() for line in source.splitlines()]
     for name in to_dict(config(student__lora__rank=1)):

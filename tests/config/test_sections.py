@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import opd
-from opd.algorithm import MixtureConfig, RlConfig, RolloutConfig
 from opd.config import Config, EvalConfig, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig, TrainConfig
+from opd.config.algorithm import MixtureConfig, RlConfig, RolloutConfig
+from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
+from opd.config.recipe import build, to_dict
+from opd.config.sections import Section, section_of
 from opd.errors import ConfigError, ObjectiveError, OpdError
 from opd.losses import Objective
-from opd.optimization import NaturalGradientConfig, OptimizerConfig
-from opd.recipe import build, to_dict
-from opd.sections import Section, section_of
 
 STUDENT, TEACHER, PROMPTS = {"model": "s"}, {"model": "t"}, {"path": "p"}
 
@@ -85,7 +85,7 @@ def test_every_section_of_a_recipe_is_a_section():
         (lambda: EvalConfig(reward=lambda p, r: 1.0), "'eval.reward' cannot be"),
         (lambda: RlConfig(weight=[1.0]), "'rl.weight' cannot be"),
         (lambda: dataclasses.replace(TrainConfig(), steps="many"), "'train.steps' cannot be 'many'"),
-        (lambda: opd.train("recipe.yaml"), "a recipe file is opd.recipe.load(PATH)"),
+        (lambda: opd.train("recipe.yaml"), "a recipe file is opd.config.recipe.load(PATH)"),
         (lambda: opd.train({"student": STUDENT}), "'prompts' is not set"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.data.prompts import PromptOrder, load_prompts
+from opd.data.prompts import PromptSchedule, load_prompts
 from opd.errors import ConfigError, DataError, MissingDependencyError
 from opd.types import Prompt
 
@@ -313,13 +313,13 @@ def prompts(size: int) -> list[Prompt]:
     return [Prompt(index=index, text=str(index)) for index in range(size)]
 
 
-def indices(order: PromptOrder, steps: range, count: int) -> list[int]:
+def indices(order: PromptSchedule, steps: range, count: int) -> list[int]:
     return [prompt.index for step in steps for prompt in order.take(step, count)]
 
 
 @given(size=st.integers(1, 12), count=st.integers(1, 30), seed=st.integers(0, 2**40), shuffle=st.booleans())
 def test_every_prompt_comes_once_per_epoch(size, count, seed, shuffle):
-    order = PromptOrder(prompts(size), seed, shuffle)
+    order = PromptSchedule(prompts(size), seed, shuffle)
     epochs = 3
     taken = indices(order, range(-(-epochs * size // count)), count)
     for epoch in range(epochs):
@@ -328,28 +328,28 @@ def test_every_prompt_comes_once_per_epoch(size, count, seed, shuffle):
 
 @given(st.permutations(range(6)))
 def test_take_depends_on_the_step_alone_and_not_on_what_was_taken_before(steps):
-    in_order = PromptOrder(prompts(5), seed=7)
+    in_order = PromptSchedule(prompts(5), seed=7)
     expected = {step: in_order.take(step, 4) for step in range(6)}
-    resumed = PromptOrder(prompts(5), seed=7)
+    resumed = PromptSchedule(prompts(5), seed=7)
     assert {step: resumed.take(step, 4) for step in steps} == expected
 
 
 def test_seeds_and_epochs_have_orders_of_their_own():
-    first = indices(PromptOrder(prompts(50), seed=0), range(2), 50)
-    other = indices(PromptOrder(prompts(50), seed=1), range(2), 50)
+    first = indices(PromptSchedule(prompts(50), seed=0), range(2), 50)
+    other = indices(PromptSchedule(prompts(50), seed=1), range(2), 50)
     assert first[:50] != first[50:]
     assert first[:50] != other[:50]
     assert first[50:] != other[:50]
 
 
 def test_order_is_the_same_on_every_machine():
-    assert indices(PromptOrder(prompts(8), seed=0), range(1), 8) == [0, 2, 1, 4, 6, 7, 3, 5]
+    assert indices(PromptSchedule(prompts(8), seed=0), range(1), 8) == [0, 2, 1, 4, 6, 7, 3, 5]
 
 
 def test_unshuffled_order_is_file_order_over_and_over():
-    assert indices(PromptOrder(prompts(3), seed=0, shuffle=False), range(2), 4) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert indices(PromptSchedule(prompts(3), seed=0, shuffle=False), range(2), 4) == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 def test_an_order_of_nothing_is_refused():
     with pytest.raises(DataError, match="no prompts to take"):
-        PromptOrder([], seed=0)
+        PromptSchedule([], seed=0)

@@ -13,8 +13,8 @@ from opd.config import OptimizerConfig
 from opd.data.pack import pack
 from opd.data.rendering import Renderer, eos_ids
 from opd.losses import Objective
-from opd.rollouts.base import Sampling
-from opd.rollouts.hf import HfSampler
+from opd.samplers.base import Sampling
+from opd.samplers.hf import HfSampler
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, tiny_causal_lm

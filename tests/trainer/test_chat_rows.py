@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from opd.config.recipe import build, merge
 from opd.data.privileged import PrivilegedRenderer
-from opd.recipe import build, merge
 from opd.teachers.ensemble import Ensemble
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.fingerprints import prompts_fingerprint

@@ -27,9 +27,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from opd.config.recipe import build, merge
 from opd.errors import MissingDependencyError, ModelError
 from opd.models import linear_head, load_causal_lm
-from opd.recipe import build, merge
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
 from opd.tokenizer import load_tokenizer
 from opd.trainer.run import train

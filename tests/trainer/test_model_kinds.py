@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, OPTConf
 
 from mixing_models import APART, MIXING, tiny
 from opd.config import LoraConfig, OptimizerConfig
+from opd.config.recipe import build, merge
 from opd.data.pack import arrange, pack
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError, ModelError
 from opd.losses import Objective
 from opd.models import linear_head, response_hidden, response_logits
-from opd.recipe import build, merge
+from opd.optim.build import build_optimizer
 from opd.reporting.record import read_metrics
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
@@ -27,7 +28,6 @@ from opd.testing import byte_tokenizer, random_logits, random_rollout, save_mode
 from opd.trainer.checks import check_packing
 from opd.trainer.evaluate import _mean_over_prompts, _reward_interval
 from opd.trainer.metrics import TokenMetrics
-from opd.trainer.optim import build_optimizer
 from opd.trainer.run import train
 from opd.trainer.setup import build_parts
 from opd.trainer.student import Policy, Student, add_lora

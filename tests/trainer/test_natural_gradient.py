@@ -9,8 +9,8 @@ from torch import nn
 from opd.data.pack import pack
 from opd.errors import ModelError
 from opd.models import response_logits
+from opd.optim.natural_gradient import Fisher, conjugate_gradient, flatten, natural_gradient_step, unflatten
 from opd.testing import random_rollout, tiny_causal_lm
-from opd.trainer.natural_gradient import Fisher, conjugate_gradient, flatten, natural_gradient_step, unflatten
 
 VOCAB = 7
 LENGTHS = (1, 5, 3, 2)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.config import OptimizerConfig
+from opd.config.optimizer import NaturalGradientConfig
+from opd.config.recipe import build, merge, read_recipe
 from opd.data.pack import pack
 from opd.demo.prepare import prepare, recipe_path
 from opd.errors import ConfigError, NonFiniteError
 from opd.losses import Objective
-from opd.optimization import NaturalGradientConfig
-from opd.recipe import build, merge, read_recipe
 from opd.reporting.record import read_metrics
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import random_logits, random_rollout, tiny_causal_lm

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from opd.config import Config, OptimizerConfig
+from opd.config.recipe import build, merge
 from opd.data.rendering import Renderer
 from opd.losses import Objective
 from opd.models import response_logits
-from opd.recipe import build, merge
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, random_rollout, tiny_causal_lm

@@ -7,13 +7,13 @@ import torch
 from test_natural_gradient import World, random_vector
 from test_natural_gradient_training import batches_of, student_of
 
+from opd.config.optimizer import NaturalGradientConfig
 from opd.errors import ConfigError
 from opd.losses import Objective
-from opd.optimization import NaturalGradientConfig
+from opd.optim import preconditioner
+from opd.optim.natural_gradient import Fisher, conjugate_gradient, flatten
+from opd.optim.preconditioner import Kronecker
 from opd.testing import tiny_causal_lm
-from opd.trainer import preconditioner
-from opd.trainer.natural_gradient import Fisher, conjugate_gradient, flatten
-from opd.trainer.preconditioner import Kronecker
 
 COVARIANCE_ERROR = 0.05  # relative, of 20 000 samples; five seeds of rows had 0.008 to 0.019
 HARD = 0.01  # damping with which ten iterations leave a residual

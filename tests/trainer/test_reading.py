@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.recipe import build, merge
+from opd.config.recipe import build, merge
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.setup import build_parts
 from worlds import settings

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd.config.recipe import build, merge
 from opd.errors import ConfigError, DataError, ObjectiveError
 from opd.losses import Hybrid, Objective
 from opd.models import response_logits
-from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.teachers.local import LocalTeacher
+from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import TokenMetrics
-from opd.trainer.mixing import preview
 from opd.trainer.reinforce import NO_SIGNAL
 from opd.trainer.run import train
 from opd.trainer.scoring import scored_batches

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from opd.config.recipe import build, merge
 from opd.errors import RunFolderError
-from opd.recipe import build, merge
 from opd.trainer.run import train
 from worlds import settings
 

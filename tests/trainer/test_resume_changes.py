@@ -15,10 +15,10 @@ from test_resume import assert_same_run
 from transformers import AutoTokenizer
 
 from opd.config import Config
+from opd.config.recipe import build, merge
+from opd.config.sections import whole_keys
 from opd.errors import DataError, RunFolderError
-from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
-from opd.sections import whole_keys
 from opd.trainer import loop
 from opd.trainer.guardrails import OUT_OF_MEMORY_ADVICE
 from opd.trainer.resume import EFFECTS, effect_of, table_key

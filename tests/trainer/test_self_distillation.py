@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd.config.recipe import build, load, merge, to_yaml
 from opd.data.privileged import PrivilegedRenderer
 from opd.errors import ConfigError, DataError
-from opd.recipe import build, load, merge, to_yaml
 from opd.reporting.record import read_metrics
 from opd.testing import byte_tokenizer, digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.checkpoint import checkpoints

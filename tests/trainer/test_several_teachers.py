@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd.config.recipe import build, load, merge, to_yaml
 from opd.errors import ConfigError, DataError, ObjectiveError, VocabularyError
 from opd.losses import Hybrid, Objective, mix_teachers
 from opd.models import response_logits
-from opd.recipe import build, load, merge, to_yaml
 from opd.reporting.record import read_metrics
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.metrics import TokenMetrics

@@ -18,7 +18,7 @@ import yaml
 from test_resume import assert_same_run
 
 from opd.cli.main import main
-from opd.recipe import build, merge
+from opd.config.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.trainer import evaluate, loop
 from opd.trainer.interrupts import RunStopped

@@ -15,9 +15,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opd.config.recipe import build, merge
 from opd.data.rendering import Renderer, byte_alphabet
 from opd.errors import ModelError
-from opd.recipe import build, merge
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.tokenizer import load_tokenizer
 from opd.trainer.reading import check_text

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd.config.recipe import build, merge
 from opd.data.pack import single
 from opd.errors import ConfigError
 from opd.models import response_logits
-from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd.config.recipe import build, merge
 from opd.models import response_logits
-from opd.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.run import train

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from opd.cli.show import show_result
-from opd.recipe import build, merge
+from opd.config.recipe import build, merge
 from opd.reporting.record import read_metrics
 from opd.trainer.checks import notices
 from opd.trainer.run import train

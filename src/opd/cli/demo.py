@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd.cli.train import print_help
+from opd.config.recipe import build, merge, parse_overrides, read_recipe
 from opd.errors import ConfigError
-from opd.recipe import build, merge, parse_overrides, read_recipe
 
 USAGE = "opd demo [--resume | --overwrite] [--debug] [--section.key value …]"
 

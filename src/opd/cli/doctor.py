@@ -15,6 +15,6 @@ def run(args: Sequence[str]) -> int:
         return 0
     if list(args) != ["verl"]:
         raise ConfigError(f"Name the plugin to look at: {USAGE}")
-    from opd.integrations.verl.doctor import run as examine
+    from opd.integrations.verl.contract.doctor import run as examine
 
     return examine()

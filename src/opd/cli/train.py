@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig
+from opd.config.recipe import load
 from opd.errors import ConfigError
-from opd.recipe import load
 
 USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
 

@@ -37,7 +37,7 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError(f"Give your verl overrides: {USAGE}")
     if importlib.util.find_spec("verl") is None:
         raise MissingDependencyError("verl is not installed in this environment; pip install 'opd[verl]'.")
-    from opd.integrations.verl.smoke import smoke
+    from opd.integrations.verl.dry_run.smoke import smoke
 
     before = signal.signal(signal.SIGTERM, _interrupt)  # its processes are to end with it
     try:

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.data.prompts import PromptOrder, load_prompts
+    from opd.data.prompts import PromptSchedule, load_prompts
     from opd.data.rendering import Renderer, eos_ids
 
-__all__ = ["PromptOrder", "Renderer", "eos_ids", "load_prompts"]
+__all__ = ["PromptSchedule", "Renderer", "eos_ids", "load_prompts"]
 
 _HOMES = {
-    "PromptOrder": "opd.data.prompts",
+    "PromptSchedule": "opd.data.prompts",
     "Renderer": "opd.data.rendering",
     "eos_ids": "opd.data.rendering",
     "load_prompts": "opd.data.prompts",

@@ -109,7 +109,7 @@ def _notes(path: str, found: Sequence[_Read]) -> list[str]:
     return notes
 
 
-class PromptOrder:
+class PromptSchedule:
     """The prompts of every step, as a pure function of (seed, step, count), so that a resumed run needs no state.
 
     Epoch e is the prompts permuted by (seed, e); steps walk through the epochs laid end to end. A step across the end

@@ -13,8 +13,8 @@ from opd.data.pack import Layout
 from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
 from opd.rewards import Scorer
-from opd.rollouts.hf import HfSampler
-from opd.rollouts.mix import ChosenSampler
+from opd.samplers.hf import HfSampler
+from opd.samplers.off_policy import RoutedSampler
 from opd.seeding import derive_seed
 from opd.teachers.ensemble import AnyTeacher, Ensemble
 from opd.trainer.metrics import TokenMetrics
@@ -55,7 +55,7 @@ class Evaluator:
     measure: str
     """The same in evaluations that may be compared: a hash of the prompts, the reward, and how answers are drawn."""
 
-    def run(self, sampler: HfSampler | ChosenSampler, model: Policy | None, *, extra: bool) -> Evaluation:
+    def run(self, sampler: HfSampler | RoutedSampler, model: Policy | None, *, extra: bool) -> Evaluation:
         """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's (None: they are not). `extra`
         adds accuracies at the extra temperatures."""
         began = time.perf_counter()
@@ -99,7 +99,7 @@ class Evaluator:
             key = f"teacher/{teacher}/{name}"
             metrics[key], intervals[key] = interval([values[i] for i in members], self.samples_per_prompt)
 
-    def _sample(self, sampler: HfSampler | ChosenSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
+    def _sample(self, sampler: HfSampler | RoutedSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
         kept = sampler.sampling
         sampler.sampling = replace(
             kept, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=self.max_new_tokens

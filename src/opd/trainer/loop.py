@@ -17,13 +17,13 @@ from opd.trainer.guardrails import memory_advice
 from opd.trainer.interrupts import Interrupted, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
-from opd.trainer.setup import Parts
+from opd.trainer.setup import RunComponents
 from opd.types import LossOutput
 
 
 def run_steps(
     config: Config,
-    parts: Parts,
+    parts: RunComponents,
     folder: RunFolder,
     run: RunRecorder,
     progress: Progress,
@@ -68,7 +68,7 @@ def run_steps(
 
 
 @contextmanager
-def saved_on_error(config: Config, parts: Parts, folder: RunFolder) -> Iterator[None]:
+def saved_on_error(config: Config, parts: RunComponents, folder: RunFolder) -> Iterator[None]:
     """A signal, a reward that fails or memory that runs out where no weight moves: what was trained is saved first, so that a run
     resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
     try:
@@ -80,7 +80,7 @@ def saved_on_error(config: Config, parts: Parts, folder: RunFolder) -> Iterator[
         raise
 
 
-def save(config: Config, parts: Parts, folder: RunFolder) -> None:
+def save(config: Config, parts: RunComponents, folder: RunFolder) -> None:
     save_checkpoint(folder.checkpoints, parts.student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
 
 
@@ -89,7 +89,9 @@ def evaluation_due(config: Config, version: int) -> bool:
     return config.eval.every > 0 and (version % config.eval.every == 0 or version == config.train.steps)
 
 
-def evaluate_if_missing(config: Config, parts: Parts, run: RunRecorder, progress: Progress, stop: StopRequest) -> None:
+def evaluate_if_missing(
+    config: Config, parts: RunComponents, run: RunRecorder, progress: Progress, stop: StopRequest
+) -> None:
     """The evaluation before the first step, or the one that a stopped run left out; and a first one where a resumed run measures
     something else than before."""
     evaluator = parts.evaluator
@@ -106,7 +108,7 @@ def evaluate_if_missing(config: Config, parts: Parts, run: RunRecorder, progress
 
 
 def evaluate(
-    config: Config, parts: Parts, run: RunRecorder, progress: Progress, stop: StopRequest, *, first: bool
+    config: Config, parts: RunComponents, run: RunRecorder, progress: Progress, stop: StopRequest, *, first: bool
 ) -> None:
     """Held-out evaluation of the student, and of the teacher before the first step. A signal cuts it short: no weight moves."""
     if parts.evaluator is None:

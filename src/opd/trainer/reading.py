@@ -18,7 +18,7 @@ from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
-from opd.trainer.sides import Side
+from opd.trainer.load_models import LoadedModel
 from opd.types import Prompt
 
 SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
@@ -32,7 +32,11 @@ SAMPLED_ENTRIES = 256  # per tensor: two models that differ differ in many of th
 
 
 def check_reading(
-    config: Config, prompts: Sequence[Prompt], student: Side, teachers: Mapping[str, Side], first: SampledWeights
+    config: Config,
+    prompts: Sequence[Prompt],
+    student: LoadedModel,
+    teachers: Mapping[str, LoadedModel],
+    first: SampledWeights,
 ) -> list[str]:
     """Warnings about how the prompts reach the models, other than check_text's about the student; `first` are the student's weights as
     they were loaded. Raises ModelError where a teacher's tokenizer loses the prompts."""
@@ -295,7 +299,7 @@ def _could_only_agree(config: Config) -> bool:
 
 
 def _agreement(
-    student: Renderer, teacher: Side, role: str, prompts: Sequence[Prompt], first: SampledWeights
+    student: Renderer, teacher: LoadedModel, role: str, prompts: Sequence[Prompt], first: SampledWeights
 ) -> list[str]:
     if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
         return []

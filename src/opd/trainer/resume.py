@@ -9,9 +9,9 @@ from typing import Any, Literal
 import yaml
 
 from opd.config import Config
+from opd.config.optimizer import default_warmup
+from opd.config.recipe import build, to_dict
 from opd.errors import OpdError, RunFolderError
-from opd.optimization import default_warmup
-from opd.recipe import build, to_dict
 
 Effect = Literal["none", "inputs", "evaluation", "later", "all"]
 Change = tuple[object, object]

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from opd.config import Config
+from opd.config.recipe import build, to_dict
 from opd.errors import ConfigError, MissingDependencyError, RunFolderError
-from opd.recipe import build, to_dict
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, RunRecorder
@@ -29,7 +29,7 @@ from opd.trainer.records import summarize
 from opd.trainer.resume import continued, described
 from opd.trainer.resume import notes as change_notes
 from opd.trainer.run_folder import RunFolder, open_run
-from opd.trainer.setup import Parts, build_parts
+from opd.trainer.setup import RunComponents, build_parts
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
         config = build(config)
     if not isinstance(config, Config):
         raise ConfigError(
-            f"train() takes an opd.Config or a dict of its sections, not {config!r}; a recipe file is opd.recipe.load(PATH)."
+            f"train() takes an opd.Config or a dict of its sections, not {config!r}; a recipe file is opd.config.recipe.load(PATH)."
         )
     with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
         try:
@@ -111,7 +111,7 @@ def _stopped(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bo
     return RunStopped(facts, signal_number=number, next="again")
 
 
-def _restore(folder: RunFolder, parts: Parts, config: Config) -> int | None:
+def _restore(folder: RunFolder, parts: RunComponents, config: Config) -> int | None:
     """Load the newest checkpoint; the number of updates it holds, or None when there is none yet."""
     found = checkpoints(folder.checkpoints)
     if not found:
@@ -133,7 +133,7 @@ def _restore(folder: RunFolder, parts: Parts, config: Config) -> int | None:
     return version
 
 
-def save_student(parts: Parts, folder: RunFolder) -> None:
+def save_student(parts: RunComponents, folder: RunFolder) -> None:
     """The trained student as an ordinary Hugging Face folder; adapters are merged, and kept beside it in adapter/."""
     final = behind_link(folder.student)
     temporary = final.with_name(f".writing-{final.name}")

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opd.config import Config
+from opd.config.recipe import to_yaml
 from opd.errors import RunFolderError
-from opd.recipe import to_yaml
 from opd.reporting.files import dangling_link, explain_link, explain_os_errors, remove, write_atomically
 from opd.reporting.record import HISTORY_FILE, METRICS_FILE, read_metrics
 from opd.trainer.checkpoint import checkpoints

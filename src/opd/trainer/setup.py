@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from opd.config import Config
 from opd.data.chat import left_out_notices
-from opd.data.prompts import PromptOrder, load_prompts, unread_columns
+from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError
 from opd.rewards import Scorer, load_reward
-from opd.rollouts.hf import HfSampler
-from opd.rollouts.mix import ChosenSampler, DatasetResponses, MixedSampler
+from opd.samplers.hf import HfSampler
+from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler, RoutedSampler
 from opd.seeding import derive_seed
 from opd.teachers.ensemble import AnyTeacher
 from opd.teachers.local import LocalTeacher
@@ -25,30 +25,30 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import HELD_OUT, prompts_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from opd.trainer.load_models import LoadedModel, load_side, make_sampler, pad_id_of
 from opd.trainer.reading import check_reading, check_text, sampled_weights
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
-from opd.trainer.sides import Side, load_side, make_sampler, pad_id_of
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
-from opd.trainer.teachers import Faculty, build_faculty, check_teachers
+from opd.trainer.teacher_set import TeacherSet, build_faculty, check_teachers
 from opd.types import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class RunComponents:
     """Everything a run needs, built once."""
 
     student: Student
     student_sampler: HfSampler
-    sampler: MixedSampler
+    sampler: OnOffPolicySampler
     scorer: StepScorer
     teacher: AnyTeacher | None
     """None where the student learns from a reward alone."""
-    teacher_sampler: HfSampler | ChosenSampler | None
+    teacher_sampler: HfSampler | RoutedSampler | None
     """The teacher on its own rendering of the prompts, for evaluation."""
     teacher_policy: Policy | None
     """The teacher's weights, to be evaluated as the student is; None for several."""
-    order: PromptOrder
+    order: PromptSchedule
     evaluator: Evaluator | None
     student_files: Mapping[str, bytes]
     """Tokenizer and processor files of the student's model."""
@@ -61,7 +61,7 @@ class Parts:
     """What is as it should be, and good to know."""
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config) -> RunComponents:
     """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
     said: list[str] = []
     prompts, held_out = _prompts(config, said.append)
@@ -91,14 +91,14 @@ def _connect(
     config: Config,
     prompts: list[Prompt],
     held_out: list[Prompt],
-    side: Side,
+    side: LoadedModel,
     model: PreTrainedModel,
-    faculty: Faculty,
+    faculty: TeacherSet,
     pad_id: int,
     rewards: Scorer,
     fingerprints: dict[str, str],
     said: list[str],
-) -> Parts:
+) -> RunComponents:
     teacher, vocabulary = faculty.scorer, faculty.vocabulary
     student = Student(
         model,
@@ -122,10 +122,10 @@ def _connect(
         autocast=student.autocast,
         record_entropy=config.train.token_fraction < 1,
     )
-    return Parts(
+    return RunComponents(
         student=student,
         student_sampler=student_sampler,
-        sampler=MixedSampler(student_sampler, _off_policy(config, side, faculty, pad_id), config.rollout.lmbda),
+        sampler=OnOffPolicySampler(student_sampler, _off_policy(config, side, faculty, pad_id), config.rollout.lmbda),
         scorer=StepScorer(
             config,
             teacher=teacher,
@@ -136,7 +136,7 @@ def _connect(
         teacher=teacher,
         teacher_sampler=faculty.sampler(config, pad_id),
         teacher_policy=faculty.policy(),
-        order=PromptOrder(prompts, seed=derive_seed(config.seed, 0, "prompts"), shuffle=config.prompts.shuffle),
+        order=PromptSchedule(prompts, seed=derive_seed(config.seed, 0, "prompts"), shuffle=config.prompts.shuffle),
         evaluator=_evaluator(config, held_out, teacher, pad_id, rewards) if held_out else None,
         student_files=side.files,
         renderer=side.renderer,
@@ -148,8 +148,8 @@ def _connect(
 
 
 def _off_policy(
-    config: Config, side: Side, faculty: Faculty, pad_id: int
-) -> HfSampler | ChosenSampler | DatasetResponses | None:
+    config: Config, side: LoadedModel, faculty: TeacherSet, pad_id: int
+) -> HfSampler | RoutedSampler | DatasetResponses | None:
     """Who gives the samples that the student does not draw."""
     if config.rollout.lmbda == 1:
         return None
@@ -159,7 +159,12 @@ def _off_policy(
 
 
 def _fingerprints(
-    config: Config, prompts: list[Prompt], held_out: list[Prompt], side: Side, first_weights: str, faculty: Faculty
+    config: Config,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    side: LoadedModel,
+    first_weights: str,
+    faculty: TeacherSet,
 ) -> dict[str, str]:
     found = {"training prompts": prompts_fingerprint(prompts)}
     if held_out:
@@ -179,7 +184,7 @@ def _reward_scorer(config: Config, reward: str) -> Scorer:
 
 
 def _reinforcement(
-    config: Config, model: PreTrainedModel, side: Side, vocabulary: VocabularyMatch, pad_id: int
+    config: Config, model: PreTrainedModel, side: LoadedModel, vocabulary: VocabularyMatch, pad_id: int
 ) -> Reinforcement | None:
     if not config.rl.rewarded:
         return None
@@ -253,7 +258,7 @@ def _evaluator(
     )
 
 
-def _trainable(config: Config, side: Side) -> PreTrainedModel:
+def _trainable(config: Config, side: LoadedModel) -> PreTrainedModel:
     if config.student.lora is None:
         return side.model
     try:

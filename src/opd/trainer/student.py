@@ -18,14 +18,14 @@ from opd.errors import ConfigError, MissingDependencyError
 from opd.kernels import PolicyTerm, linear_objective
 from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
+from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
 from opd.seeding import seeded
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.ema import Ema
 from opd.trainer.guardrails import check_gradient, check_loss
+from opd.trainer.hybrid_update import preview, whole_logits_loss
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
-from opd.trainer.mixing import preview, whole_logits_loss
-from opd.trainer.optim import NaturalGradient, build_optimizer, learning_rate_factor
 from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, TeacherMixture
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import pytest
 from verl_world import make_models
 
 from opd.errors import ConfigError, ModelError, VocabularyError
-from opd.integrations.verl.checks import Run, check_run, common_vocabulary, notes, read_model
-from opd.integrations.verl.settings import parse
+from opd.integrations.verl.plugin.checks import Run, check_run, common_vocabulary, notes, read_model
+from opd.integrations.verl.plugin.settings import parse
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 
 K1 = {"support": "sampled", "estimator": "k1", "delivery": "advantage"}

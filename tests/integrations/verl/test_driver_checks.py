@@ -32,9 +32,11 @@ from verl.utils.config import validate_config
 from verl_world import make_models
 
 from opd.errors import ConfigError, ModelError
-from opd.integrations.verl import driver, hook_check, targets
-from opd.integrations.verl.compose import compose, read_words
-from opd.integrations.verl.hooks import Hook
+from opd.integrations.verl.contract import hook_check
+from opd.integrations.verl.contract.hooks import Hook
+from opd.integrations.verl.dry_run.compose import compose, read_words
+from opd.integrations.verl.plugin import driver
+from opd.integrations.verl.plugin import hydra_targets as targets
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer
 
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "model", "rollout"))

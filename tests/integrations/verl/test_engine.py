@@ -17,7 +17,7 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl_engines import FP32, RESPONSE_LENGTHS, TERM, batch, engine, policy_loss, same, step
 
 from opd.errors import ModelError, NonFiniteError
-from opd.integrations.verl.head import run_to_head
+from opd.integrations.verl.plugin.head import run_to_head
 from opd.losses import Objective
 from opd.types import DenseTarget
 

@@ -16,10 +16,10 @@ from verl.workers.rollout.replica import get_rollout_replica_class
 from verl_engines import batch, engine, jagged, same, step
 
 from opd.errors import ConfigError, ModelError, NonFiniteError
-from opd.integrations.verl.checks import Pool, Run, check_run
-from opd.integrations.verl.hidden import load_head
-from opd.integrations.verl.hidden_server import hidden_states, load_teacher, trusts
-from opd.integrations.verl.settings import parse
+from opd.integrations.verl.plugin.checks import Pool, Run, check_run
+from opd.integrations.verl.plugin.hidden_server import hidden_states, load_teacher, trusts
+from opd.integrations.verl.plugin.served_hidden_states import load_head
+from opd.integrations.verl.plugin.settings import parse
 
 HIDDEN = {"placement": "hidden"}
 
@@ -109,7 +109,7 @@ def test_the_config_group_asks_our_server_for_one_row_per_token():
     assert made.distillation_loss.loss_settings.use_topk is False
     (teacher,) = made.teacher_models.values()
     assert (teacher.model_path, teacher.inference.name) == ("/teacher", "opd_hidden")
-    assert get_rollout_replica_class("opd_hidden").__module__ == "opd.integrations.verl.hidden_server"
+    assert get_rollout_replica_class("opd_hidden").__module__ == "opd.integrations.verl.plugin.hidden_server"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from matrix import RELEASES, NoDownload, table, unpacked
 
 import opd.integrations.verl
 from opd.errors import ConfigError
-from opd.integrations.verl import doctor
-from opd.integrations.verl.hook_check import (
+from opd.integrations.verl.contract import doctor
+from opd.integrations.verl.contract.hook_check import (
     BY_PART,
     HOOKS,
     PARTS,
@@ -26,7 +26,7 @@ from opd.integrations.verl.hook_check import (
     moved,
     version_of,
 )
-from opd.integrations.verl.hooks import Hook
+from opd.integrations.verl.contract.hooks import Hook
 
 PLUGIN = Path(opd.integrations.verl.__file__).parent
 
@@ -245,7 +245,7 @@ def test_the_doctor_looks_at_the_verl_that_is_imported(tmp_path: Path):
     folder = another(tmp_path, "0.10.0.dev", "trainer/ppo/padding_utils.py", "teacher_ids", "expert_ids")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, "-c", "from opd.integrations.verl import doctor as d; print(d._version().text, d._hooks().text)"],
+        [sys.executable, "-c", "from opd.integrations.verl.contract import doctor as d; print(d._version().text, d._hooks().text)"],
         env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert folder.exists() and done.returncode == 0, done.stderr

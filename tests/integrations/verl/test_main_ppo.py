@@ -101,7 +101,7 @@ def test_padded_jsd_in_micro_batches_without_a_reward(folder: Path):
         "opd.beta=0.3",
         "actor_rollout_ref.model.use_remove_padding=false",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
-        "reward.custom_reward_function.path=pkg://opd.integrations.verl.no_reward",
+        "reward.custom_reward_function.path=pkg://opd.integrations.verl.plugin.no_reward",
         group="pure",
     )
 

@@ -11,9 +11,9 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 from verl_engines import FP32, batch, engine, join, same, step
 
-import opd.integrations.verl.cpu.register
+import opd.integrations.verl.dry_run.register
 
-assert opd.integrations.verl.cpu.register
+assert opd.integrations.verl.dry_run.register
 
 
 def reference(models: Path, **settings: object):

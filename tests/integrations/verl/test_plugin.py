@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from opd.integrations.verl.doctor import run
+from opd.integrations.verl.contract.doctor import run
 
 LIGHT = """
 import sys, time
 import torch
 import verl
 before = set(sys.modules)
-import opd.integrations.verl.plugin
+import opd.integrations.verl.plugin.register
 print(sorted(m for m in set(sys.modules) - before if not m.startswith("opd")))
 print([m for m in sys.modules if m.startswith("opd")])
 """
@@ -72,7 +72,7 @@ def test_on_a_gpu_machine_the_plugin_imports_nothing_of_its_own():
     assert done.returncode == 0, done.stderr[-2000:]
     new, ours = done.stdout.splitlines()[-2:]
     assert new == "[]"
-    assert ours == "['opd', 'opd.integrations', 'opd.integrations.verl', 'opd.integrations.verl.plugin']"
+    assert ours == "['opd', 'opd.integrations', 'opd.integrations.verl', 'opd.integrations.verl.plugin.register']"
 
 
 def test_verls_registry_gives_the_policy_loss_to_a_process_that_imports_verl_alone():

@@ -18,10 +18,10 @@ from verl.workers.config import HFModelConfig
 from verl_engines import RESPONSE_LENGTHS, TERM, batch, engine, jagged, policy_loss, same, step
 
 from opd.errors import ConfigError, ModelError, NonFiniteError, ObjectiveError
-from opd.integrations.verl.checks import Pool, Run, check_run
-from opd.integrations.verl.cpu.sampling import score
-from opd.integrations.verl.pool import in_vocabulary, refuse_nonsense, vocabulary_of
-from opd.integrations.verl.settings import TeacherSettings, parse
+from opd.integrations.verl.dry_run.sampling import score
+from opd.integrations.verl.plugin.checks import Pool, Run, check_run
+from opd.integrations.verl.plugin.served_logprobs import in_vocabulary, refuse_nonsense, vocabulary_of
+from opd.integrations.verl.plugin.settings import TeacherSettings, parse
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget, SampledTarget, Target, TopKTarget

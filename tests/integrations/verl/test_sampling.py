@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.errors import ConfigError
-from opd.integrations.verl.cpu.sampling import Sampling, log_probs, sample, seed_of
+from opd.integrations.verl.dry_run.sampling import Sampling, log_probs, sample, seed_of
 
 
 def test_temperature_0_is_the_likeliest_token():

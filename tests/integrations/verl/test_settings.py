@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import opd.integrations.verl.conf
+import opd.integrations.verl.plugin.conf
 from opd.errors import ConfigError, ObjectiveError
-from opd.integrations.verl.settings import OBJECTIVE_KEYS, OLDER_NAMES, Settings, TeacherSettings, parse
+from opd.integrations.verl.plugin.settings import OBJECTIVE_KEYS, OLDER_NAMES, Settings, TeacherSettings, parse
 from opd.losses import Objective
 
-GROUP = Path(opd.integrations.verl.conf.__file__).parent / "opd" / "default.yaml"
+GROUP = Path(opd.integrations.verl.plugin.conf.__file__).parent / "opd" / "default.yaml"
 TEACHER = {"teacher": {"model_path": "teacher"}}
 BOTH = {"a": {"model_path": "one"}, "b": {"model_path": "two"}}
 

@@ -15,8 +15,8 @@ from test_smoke_config import ACTOR, CLUSTER
 from verl_world import REWARD, make_prompts
 
 from opd.errors import OpdError
-from opd.integrations.verl.launch import MARK, cpu_environment, first_error, launch
-from opd.integrations.verl.smoke import smoke, step_lines
+from opd.integrations.verl.dry_run.launch import MARK, cpu_environment, first_error, launch
+from opd.integrations.verl.dry_run.smoke import smoke, step_lines
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, digit_tokenizer, save_model, tiny_causal_lm
 
 LOG = """\

@@ -20,14 +20,14 @@ from verl_world import REWARD, make_prompts
 
 from opd.cli.verl import _split
 from opd.errors import ConfigError, DataError, OpdError
-from opd.integrations.verl.compose import compose, literal, read_words
-from opd.integrations.verl.cpu.overrides import Replaced
-from opd.integrations.verl.cpu.replace import asked_models, check_given, replace
-from opd.integrations.verl.cpu.sizes import check_sizes
-from opd.integrations.verl.cpu.stand_in import Asked, StandIn, make_models
-from opd.integrations.verl.settings import parse
-from opd.integrations.verl.small_model import shrink
-from opd.integrations.verl.smoke import _Run
+from opd.integrations.verl.dry_run.compose import compose, literal, read_words
+from opd.integrations.verl.dry_run.overrides import Replaced
+from opd.integrations.verl.dry_run.shrink_config import asked_models, check_given, replace
+from opd.integrations.verl.dry_run.sizes import check_sizes
+from opd.integrations.verl.dry_run.small_model import shrink
+from opd.integrations.verl.dry_run.smoke import _Run
+from opd.integrations.verl.dry_run.tiny_models import Asked, StandIn, make_models
+from opd.integrations.verl.plugin.settings import parse
 from opd.testing import byte_tokenizer
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -114,7 +114,7 @@ def test_what_the_user_said_of_the_objective_stays(tmp_path: Path):
 def test_a_library_of_the_users_is_imported_too(tmp_path: Path):
     _, here = replaced(tmp_path, "actor_rollout_ref.model.external_lib=my_library")
     text = (tmp_path / f"{here.actor_rollout_ref.model.external_lib}.py").read_text()
-    assert text == "import my_library\nimport opd.integrations.verl.cpu.register\n"
+    assert text == "import my_library\nimport opd.integrations.verl.dry_run.register\n"
 
 
 def test_data_and_reward_that_are_here_are_used(tmp_path: Path):
@@ -336,7 +336,7 @@ def test_a_stand_in_of_a_class_that_a_library_registers_is_of_that_class(
     )
     (before,) = make_models(asked(own), tmp_path / "before")
     assert not before.readable
-    imported(tmp_path, ["own_kind_library", "opd.integrations.verl.cpu.register"])
+    imported(tmp_path, ["own_kind_library", "opd.integrations.verl.dry_run.register"])
     (made,) = make_models(asked(own), tmp_path / "after")
     assert made.readable and AutoConfig.from_pretrained(made.folder).model_type == "own_kind"
     assert "own_kind, 2 layers of 64" in made.told

@@ -12,8 +12,8 @@ from verl_engines import batch, engine, join, same, step
 
 from opd.errors import ConfigError
 from opd.integrations.verl import teacher as teacher_module
-from opd.integrations.verl.checks import teacher_attention
-from opd.integrations.verl.settings import TeacherSettings
+from opd.integrations.verl.plugin.checks import teacher_attention
+from opd.integrations.verl.plugin.settings import TeacherSettings
 
 
 def gathered(module: torch.nn.Module) -> list[str]:

@@ -11,8 +11,8 @@ from verl.utils import tensordict_utils as tu
 from verl_engines import batch, engine, same, step
 
 from opd.errors import ConfigError, ModelError
-from opd.integrations.verl.canary import check_teacher
-from opd.integrations.verl.tally import POSITIONS, Tally
+from opd.integrations.verl.plugin.canary import check_teacher
+from opd.integrations.verl.plugin.metrics import POSITIONS, Tally
 from opd.losses import full_divergence
 from opd.testing import tiny_causal_lm
 from opd.types import Head, HiddenTarget, TopKTarget

@@ -12,7 +12,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine import BaseEngine, EngineRegistry
 from verl_runs import main_ppo, make_folder, recomputed, reverse_kl
 
-from opd.integrations.verl.v080 import register_engine
+from opd.integrations.verl.plugin.v080 import register_engine
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("OPD_VERL080", ROOT / ".venv-verl080" / "bin" / "python"))
@@ -67,7 +67,7 @@ def test_a_real_run_of_verl_0_8_trains_on_what_plain_transformers_compute(tmp_pa
         "trainer.total_training_steps=2",
         "+ray_kwargs.ray_init.resources={cpu:8}",
         python=str(PYTHON),
-        VERL_USE_EXTERNAL_MODULES="verl080_cpu,opd.integrations.verl.cpu.register",
+        VERL_USE_EXTERNAL_MODULES="verl080_cpu,opd.integrations.verl.dry_run.register",
         PYTHONPATH=here,
     )
     assert done.code == 0, done.log[-4000:]

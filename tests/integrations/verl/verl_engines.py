@@ -15,8 +15,8 @@ from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, HFModelCon
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
-from opd.integrations.verl.cpu import attention
-from opd.integrations.verl.targets import OpdEngineConfig
+from opd.integrations.verl.dry_run import attention
+from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig
 
 attention.register()
 PROMPT_LENGTHS = (5, 9, 1, 7)

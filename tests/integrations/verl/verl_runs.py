@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from verl_world import REWARD, make_models, make_prompts, read_metrics
 
-from opd.integrations.verl.launch import cpu_environment, launch, ray_folder
+from opd.integrations.verl.dry_run.launch import cpu_environment, launch, ray_folder
 
 TOKENS = 258  # of the byte tokenizer
 Loss = Callable[..., Tensor]

@@ -20,7 +20,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl_engines import PROMPT_LENGTHS, RESPONSE_LENGTHS, batch, join, step
 
-import opd.integrations.verl.cpu.register
+import opd.integrations.verl.dry_run.register
 from mixing_models import tiny
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model
 
@@ -166,7 +166,7 @@ def refuses_a_student_that_mixes(models: Path) -> None:
 
 
 def main(models: Path) -> None:
-    assert opd.integrations.verl.cpu.register
+    assert opd.integrations.verl.dry_run.register
     join()
     tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     for seed, kind in enumerate(("lfm2", "qwen3_next", "qwen3_5_text")):

@@ -34,7 +34,9 @@ RUNNABLE = [version for version in VERSIONS if version.split(".")[:2] == INSTALL
 """The releases whose dependencies this environment has."""
 OLD = INSTALLED.startswith("0.8.")  # it has no platforms, and pools of devices that are named after the device
 MODULES = (
-    "verl080_cpu,verl080_rollout,opd.integrations.verl.cpu.register" if OLD else "opd.integrations.verl.cpu.platform"
+    "verl080_cpu,verl080_rollout,opd.integrations.verl.dry_run.register"
+    if OLD
+    else "opd.integrations.verl.dry_run.platform"
 )
 OF_THE_RELEASE = (
     ["+ray_kwargs.ray_init.resources={cpu:8}", "actor_rollout_ref.rollout.calculate_log_probs=True"] if OLD else []

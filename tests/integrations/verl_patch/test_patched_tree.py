@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from patch_trees import NEWEST, PATCHES, VERSIONS, make_tree, release, script, state
 
-from opd.integrations.verl.launch import NOT_INHERITED
+from opd.integrations.verl.dry_run.launch import NOT_INHERITED
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed, so a tree of it cannot be imported", allow_module_level=True)
@@ -25,7 +25,7 @@ RUNNABLE = [version for version in VERSIONS if version.split(".")[:2] == INSTALL
 HERE = Path(__file__).parent
 HARNESS = (HERE.parents[2] / "src", HERE.parents[1], HERE.parent / "verl", HERE)
 """For a platform on a CPU and tiny models, which are no part of the patch."""
-MODULES = "verl080_cpu" if INSTALLED.startswith("0.8.") else "opd.integrations.verl.cpu.platform"
+MODULES = "verl080_cpu" if INSTALLED.startswith("0.8.") else "opd.integrations.verl.dry_run.platform"
 
 COMPOSE = """
 import sys

@@ -1,0 +1,34 @@
+"""`actor_rollout_ref.model.external_lib` names this module on a CPU: importing it registers the rollout and the engines."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from verl.utils.device import get_device_name
+from verl.workers.engine import EngineRegistry
+from verl.workers.rollout import base
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
+
+from opd.errors import ConfigError
+from opd.integrations.verl.dry_run import attention
+from opd.integrations.verl.dry_run.rollout import NAME
+from opd.integrations.verl.plugin.one_memory import LanguageModelEngine, ValueModelEngine
+
+if get_device_name() != "cpu":
+    raise ConfigError(
+        f"+opd_device=cpu, but verl settled on the device '{get_device_name()}'; set VERL_PLATFORM=cpu in the environment."
+    )
+
+
+def _replica() -> type[RolloutReplica]:
+    from opd.integrations.verl.dry_run.rollout import Replica
+
+    return Replica
+
+
+RolloutReplicaRegistry.register(NAME, _replica)
+# verl has no function to register the trainer's side of a rollout; the table is what there is.
+base._ROLLOUT_REGISTRY[(NAME, "async")] = "opd.integrations.verl.dry_run.rollout.Adapter"
+# verl registers its own engines for CUDA and NPU only.
+EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(LanguageModelEngine)
+EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(ValueModelEngine)
+attention.register()

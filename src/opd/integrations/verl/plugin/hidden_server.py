@@ -1,0 +1,129 @@
+"""`inference.name=opd_hidden`: a teacher server that sends hidden states where vLLM would send log-probs.
+
+One transformers model per GPU of verl's teacher pool, one sequence at a time.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from verl.utils import normalize_token_ids
+from verl.utils.device import get_device_name
+from verl.utils.fs import copy_to_local
+from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
+
+from opd.errors import ConfigError
+from opd.integrations.verl.plugin.head import run_to_head
+from opd.teachers.vocabulary import embedding_rows
+
+NAME = "opd_hidden"
+"""Of these servers in verl's config, and of our part of their engine_kwargs."""
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """What enters the output layer at every position, [tokens, hidden], on the CPU."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
+        kept.append(hidden)
+        return hidden.new_zeros(0, dtype=torch.float32)
+
+    rows = embedding_rows(model)
+    read = torch.tensor([ids], device=model.device)
+    # Ids of the student's padding have no row here; the actor leaves out what is said after one.
+    run_to_head(model, {"input_ids": read.masked_fill(read >= rows, 0)}, keep, "teacher")
+    return kept[0].cpu()
+
+
+def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The frozen model on its device, with an attention that every dtype has."""
+    model = AutoModelForCausalLM.from_pretrained(
+        copy_to_local(path),
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        trust_remote_code=trust_remote_code,
+    )
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
+@ray.remote
+class Server:
+    """Holds the teacher; answers hidden states for token ids."""
+
+    def __init__(self, path: str, dtype: str, device: str, trust_remote_code: bool) -> None:
+        self.model = load_teacher(path, dtype, device, trust_remote_code=trust_remote_code)
+        self.turn = asyncio.Lock()
+
+    async def address(self) -> str:
+        return f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **_images: Any
+    ) -> TokenOutput:
+        """In verl's layout of `prompt_logprobs=0`: row t names the token after t, and its score is the state at t."""
+        ids = normalize_token_ids(prompt_ids)
+        async with self.turn:
+            states = await asyncio.to_thread(hidden_states, self.model, ids)
+        named = [[token] for token in [*ids[1:], 0]]
+        return TokenOutput(
+            token_ids=[0], stop_reason="completed", extra_fields={"prompt_ids": named, "prompt_logprobs": states}
+        )
+
+    async def sleep(self) -> None:
+        """Nothing to free: the pool's GPUs are the teacher's own."""
+
+    wake_up = abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = sleep
+    start_profile = stop_profile = sleep
+
+
+def trusts(engine_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the teacher's own code may run: verl tells a server no more of its model than the path."""
+    return bool(engine_kwargs.get(NAME, {}).get("trust_remote_code"))
+
+
+class Replica(RolloutReplica):
+    """One server on one GPU of the teacher pool."""
+
+    async def init_colocated(self, resource_pool: Any) -> None:
+        """A teacher's weights never change, so it has no workers to bring it new ones."""
+        if not self.is_teacher_model or self.world_size != 1:
+            raise ConfigError(
+                "inference.name=opd_hidden serves a teacher on one GPU; set distillation.teacher_models.teacher_model.inference."
+                "tensor_model_parallel_size=1, and a name of vLLM or SGLang for other models."
+            )
+        self.rollout_mode, self.resource_pool = RolloutMode.COLOCATED, resource_pool
+        await self.launch_servers()
+
+    async def launch_servers(self) -> None:
+        options: dict[str, Any] = {
+            "name": f"opd_hidden_server_{self.replica_rank}{self.name_suffix}",
+            "max_concurrency": self.max_concurrency,
+            "num_cpus": 0,
+        }
+        device = get_device_name()
+        if device != "cpu":
+            options |= {"num_gpus": 1, "scheduling_strategy": self._bundle()}
+        own_code = trusts(self.config.engine_kwargs)
+        server = Server.options(**options).remote(self.model_config.path, self.config.dtype, device, own_code)  # pyright: ignore[reportAttributeAccessIssue]
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = await server.address.remote()
+
+    def _bundle(self) -> PlacementGroupSchedulingStrategy:
+        """This replica's GPU: the pool's bundles are counted through its nodes."""
+        number, groups = self.resource_pool.start_bundle_index, self.resource_pool.get_placement_groups()
+        for group in groups:
+            if number < group.bundle_count:
+                return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=int(number))
+            number -= group.bundle_count
+        raise ConfigError("the teacher pool has fewer GPUs than teacher replicas; raise distillation.n_gpus_per_node.")

@@ -1,0 +1,165 @@
+"""The frozen teacher inside an actor worker: loaded and sharded as verl does it, without an optimizer."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
+from verl.workers.config import FSDPEngineConfig, HFModelConfig
+
+from opd.errors import ConfigError
+from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
+from opd.integrations.verl.plugin.alignment import ResponseTokens
+from opd.integrations.verl.plugin.checks import NO_ADAPTER, teacher_attention
+from opd.integrations.verl.plugin.head import output_layer, run_to_head
+from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
+from opd.integrations.verl.plugin.settings import TeacherSettings
+from opd.teachers.vocabulary import embedding_rows
+from opd.types import Head, HiddenTarget
+
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""verl's names."""
+DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
+
+
+class Teacher(LanguageModelEngine):
+    """Every worker holds a shard; a forward pass gathers one layer at a time."""
+
+    away = False
+    """Whether its shards are in host memory until it is next asked."""
+
+    def __init__(self, settings: TeacherSettings, student: Any) -> None:
+        """`student` is the actor's engine, whose sharding the teacher shares."""
+        model = _model_config(settings, student.model_config, student.engine_config)
+        super().__init__(model, _engine_config(settings, student.engine_config), None, None)  # pyright: ignore[reportArgumentType]
+        module = self._build_module().requires_grad_(False)
+        self.rows = embedding_rows(module)
+        self.pass_packed_cu_seqlens = takes_bounds(module, student)
+        self.module: nn.Module = self._build_fsdp_module(module).eval()
+        self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
+
+    def leave(self) -> None:
+        """Move the shards to host memory. The next question brings them back."""
+        if not self.away and not self.engine_config.offload_policy:  # that policy keeps them there anyway
+            offload_fsdp_model_to_cpu(self.module)  # pyright: ignore[reportArgumentType]
+            self.away = True
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens) -> Tensor:
+        """The hidden states that enter the output layer where response tokens are predicted; `inputs` are what the student reads."""
+        if self.away:
+            load_fsdp_model_to_gpu(self.module)  # pyright: ignore[reportArgumentType]
+            self.away = False
+        index = tokens.model_index
+        if self.reads_rows and packed(micro_batch):
+            inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
+            index = tokens.row_index
+        with _autocast(self._autocast_dtype, index.device.type):
+            return _hidden_at(self.module, readable(self, inputs), index, "teacher")
+
+    @contextmanager
+    def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
+        """What the teacher says, for as long as its output layer is gathered."""
+        layer = output_layer(self.module, "teacher")
+        owner = layer if isinstance(layer, FSDPModule) else self.module  # the root, where embeddings are tied
+        owner.unshard()  # pyright: ignore[reportCallIssue]
+        try:
+            weight = layer.weight.detach().to(hidden.device, self._autocast_dtype)
+            bias = None if layer.bias is None else layer.bias.detach().to(hidden.device)
+            yield HiddenTarget(hidden=hidden.to(weight.dtype), head=Head(weight=weight, bias=bias))
+        finally:
+            owner.reshard()  # pyright: ignore[reportCallIssue]
+            self.module.reshard()  # pyright: ignore[reportCallIssue]  # its own few weights wait for a backward pass
+
+
+class StudentBase:
+    """The student with its LoRA adapter off: a teacher that takes no memory of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.model_config = engine.model_config
+        self.rows = sys.maxsize  # it reads whatever the student wrote
+        if not hasattr(engine.module, "disable_adapter"):
+            raise ConfigError(NO_ADAPTER)
+
+    def leave(self) -> None:
+        """Nothing: it is the student, which verl moves."""
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, Any], _micro_batch: Any, tokens: ResponseTokens) -> Tensor:
+        """As `Teacher.hidden`, by the student's own layers, which read what the student reads."""
+        index = tokens.model_index
+        module = self.engine.module
+        training = module.training
+        module.eval()
+        try:
+            with self.engine.disable_adapter(), _autocast(self.engine._autocast_dtype, index.device.type):
+                return _hidden_at(module, inputs, index, "student's base")
+        finally:
+            module.train(training)
+
+    @contextmanager
+    def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
+        """Entered at the student's output layer, which is gathered there and has no adapter."""
+        layer = output_layer(self.engine.module, "student")
+        bias = None if layer.bias is None else layer.bias.detach()
+        yield HiddenTarget(hidden=hidden.to(layer.weight.dtype), head=Head(weight=layer.weight.detach(), bias=bias))
+
+
+def _hidden_at(module: nn.Module, inputs: Mapping[str, Any], index: Tensor, role: str) -> Tensor:
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
+        kept.append(hidden.index_select(0, index))
+        return hidden.new_zeros(0, dtype=torch.float32)
+
+    run_to_head(module, inputs, keep, role)
+    return kept[0]
+
+
+def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def precision_of(settings: TeacherSettings, actor: FSDPEngineConfig) -> Any:
+    """verl's name of what the teacher computes in."""
+    return PRECISIONS.get(settings.dtype, dict(actor.mixed_precision or {}).get("param_dtype", DEFAULT_PRECISION))
+
+
+def _model_config(settings: TeacherSettings, student: HFModelConfig, actor: FSDPEngineConfig) -> HFModelConfig:
+    attention = teacher_attention(
+        settings,
+        student=student.override_config.get("attn_implementation"),
+        precision=precision_of(settings, actor),
+        sequence_parallel=actor.ulysses_sequence_parallel_size,
+    )
+    return HFModelConfig(
+        path=settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        override_config={} if attention is None else {"attn_implementation": attention},
+        use_remove_padding=student.use_remove_padding,
+        enable_gradient_checkpointing=False,
+    )
+
+
+def _engine_config(settings: TeacherSettings, actor: FSDPEngineConfig) -> FSDPEngineConfig:
+    asked = precision_of(settings, actor)
+    return FSDPEngineConfig(
+        strategy="fsdp2",
+        model_dtype=asked,
+        mixed_precision={**dict(actor.mixed_precision or {}), "param_dtype": asked},
+        offload_policy=settings.offload or actor.offload_policy,
+        reshard_after_forward=True,  # no backward pass of the teacher would do it later
+        fsdp_size=actor.fsdp_size,
+        ulysses_sequence_parallel_size=actor.ulysses_sequence_parallel_size,
+        wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
+        use_torch_compile=False,
+    )

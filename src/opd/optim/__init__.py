@@ -1,0 +1,1 @@
+"""Optimizers: AdamW, Muon and the natural gradient. Nothing here imports the trainer."""
