@@ -135,7 +135,7 @@ def test_the_students_base_is_a_teacher():
         ({**TEACHER, "divergence": "kl"}, ConfigError, "opd.divergence cannot be 'kl'"),
         ({**TEACHER, "beta": 0.3}, ObjectiveError, "beta=0.3 is not read by reverse_kl"),
         ({**TEACHER, "tail": "ignore", "support": "union"}, ObjectiveError, "use tail=bucket"),
-        ({**TEACHER, "top_k": 8}, ConfigError, "opd.top_k=8 is read by top-k supports"),
+        ({**TEACHER, "top_k": 8}, ObjectiveError, "top_k=8 is read by top-k supports"),
         ({**TEACHER, "distillation_type": "jsd"}, ConfigError, "not one of reverse_kl, forward_kl, gkd"),
         (
             {**TEACHER, "distillation_type": "gkd", "divergence": "forward_kl"},

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from opd.errors import ConfigError, ObjectiveError
-from opd.losses import Objective, moving
+from opd.losses import Objective, linear_schedule
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -162,8 +162,8 @@ class Settings:
         """λ_rl and λ_distill at a step, from 0, of a run of so many."""
         over = self.lambda_steps or max(1, steps - 1)
         return (
-            moving(self.lambda_rl, self.lambda_rl_end, over).at(step),
-            moving(self.lambda_distill, self.lambda_distill_end, over).at(step),
+            linear_schedule(self.lambda_rl, self.lambda_rl_end, over).at(step),
+            linear_schedule(self.lambda_distill, self.lambda_distill_end, over).at(step),
         )
 
     @property
@@ -240,11 +240,6 @@ def parse(section: Mapping[str, Any]) -> tuple[Settings, tuple[str, ...]]:
         plain["always_include"] = tuple(_listed(plain["always_include"]))
     objective = _typed(Objective, plain, "opd.")
     settings = _typed(Settings, {**own, "teachers": teachers, "objective": objective}, "opd.")  # fmt: skip
-    if settings.objective.top_k != Objective.top_k and settings.objective.support in ("full", "sampled"):
-        raise ConfigError(
-            f"opd.top_k={objective.top_k} is read by top-k supports, and opd.support={objective.support} looks at something else; set "
-            "opd.support=teacher_top_k, student_top_k or union, or drop top_k."
-        )
     return settings, notes
 
 
@@ -276,9 +271,7 @@ def _teacher(section: Any, key: str) -> TeacherSettings:
 
 def changed(objective: Objective) -> dict[str, Any]:
     """What differs from the default objective."""
-    return {
-        key: getattr(objective, key) for key in OBJECTIVE_KEYS if getattr(objective, key) != getattr(Objective(), key)
-    }
+    return {key: value for key, value in objective.changed().items() if key in OBJECTIVE_KEYS}
 
 
 def _map_older_names(section: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
