@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_engines import PROMPT_LENGTHS, RESPONSE_LENGTHS, batch, engine, jagged, policy_loss, same, step
 
 from opd.integrations.verl.dry_run.sampling import score
-from opd.integrations.verl.patch.tree.reading import followed
 from opd.integrations.verl.plugin.hidden_server import hidden_states
+from opd.integrations.verl.plugin.packed_reading import followed
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import save_model

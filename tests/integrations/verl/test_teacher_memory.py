@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from verl_engines import batch, engine, join, same, step
 
 from opd.errors import ConfigError
-from opd.integrations.verl import teacher as teacher_module
+from opd.integrations.verl.plugin import teacher as teacher_module
 from opd.integrations.verl.plugin.checks import teacher_attention
 from opd.integrations.verl.plugin.settings import TeacherSettings
 

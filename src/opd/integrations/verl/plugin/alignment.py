@@ -12,7 +12,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from opd.integrations.verl.patch.tree.reading import followed
+from opd.integrations.verl.plugin.packed_reading import followed
 from opd.integrations.verl.plugin.weights import Weights
 from opd.losses._shapes import Bool, Float, Int
 from opd.teachers.vocabulary import VocabularyMatch

@@ -18,7 +18,6 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.patch.tree.reading import in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
 from opd.integrations.verl.plugin.canary import check_teacher
 from opd.integrations.verl.plugin.checks import end_ids
@@ -26,6 +25,7 @@ from opd.integrations.verl.plugin.head import output_layer, run_to_head
 from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig, start_line
 from opd.integrations.verl.plugin.metrics import Tally
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
+from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.served_logprobs import policy_loss
 from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.shard import Shard, shard_of, whole_group

@@ -26,7 +26,7 @@ if os.environ.get(PLATFORM_VARIABLE, "").strip().lower() == "cpu":
 
 def policy_loss(*args: Any, **kwargs: Any) -> Any:
     """`compute_on_policy_distillation_loss`, whose kernels are loaded at the first call."""
-    from opd.integrations.verl.patch.tree.face import compute_on_policy_distillation_loss
+    from opd.integrations.verl.plugin.on_policy_distillation import compute_on_policy_distillation_loss
 
     return compute_on_policy_distillation_loss(*args, **kwargs)
 

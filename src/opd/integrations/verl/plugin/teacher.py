@@ -16,11 +16,11 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
 from opd.errors import ConfigError
-from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.alignment import ResponseTokens
 from opd.integrations.verl.plugin.checks import NO_ADAPTER, teacher_attention
 from opd.integrations.verl.plugin.head import output_layer, run_to_head
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
+from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.settings import TeacherSettings
 from opd.teachers.vocabulary import embedding_rows
 from opd.types import Head, HiddenTarget
