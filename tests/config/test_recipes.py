@@ -202,8 +202,8 @@ def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
 
 def test_every_field_of_every_section_has_a_help_text():
     """tyro and readers of the source both live from the string under each field."""
-    files = ("config.py", "config/algorithm.py", "config/optimizer.py", "losses/objective.py")
-    source = "".join((ROOT / "src/opd" / name).read_text() for name in files)
+    files = [*(ROOT / "src/opd/config").glob("*.py"), ROOT / "src/opd/losses/objective.py"]
+    source = "".join(path.read_text() for path in files)
     lines = [line.strip() for line in source.splitlines()]
     for name in to_dict(config(student__lora__rank=1)):
         section = getattr(config(student__lora__rank=1), name)

@@ -15,8 +15,7 @@ from test_resume import assert_same_run
 from transformers import AutoTokenizer
 
 from opd.config import Config
-from opd.config.recipe import build, merge
-from opd.config.sections import whole_keys
+from opd.config.recipe import build, merge, whole_keys
 from opd.errors import DataError, RunFolderError
 from opd.reporting.record import read_metrics
 from opd.trainer import loop

@@ -1,6 +1,6 @@
 """All sections of a run's configuration: frozen dataclasses with a help text under every field. Imports no torch."""
 
-from opd.config.algorithm import MixtureConfig, RewardConfig, RlConfig, RolloutConfig
+from opd.config.algorithm import BaseMixtureConfig, HybridConfig, MixtureConfig, RewardConfig, RlConfig, RolloutConfig
 from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
 from opd.config.run import (
     CheckpointConfig,
@@ -17,10 +17,12 @@ from opd.config.run import (
 )
 
 __all__ = [
+    "BaseMixtureConfig",
     "CheckpointConfig",
     "Config",
     "DType",
     "EvalConfig",
+    "HybridConfig",
     "LogConfig",
     "LoraConfig",
     "MixtureConfig",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import ClassVar, Literal
 
 from opd.config.sections import Section
 from opd.errors import ConfigError, require
 from opd.losses import WEIGHT_SUM_TOLERANCE, Combine, Hybrid, Objective, Scale, Schedule, moving
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig(Section):
+class RolloutConfig(Section, key="rollout"):
     """How the student's answers are drawn."""
 
     max_new_tokens: int = 256
@@ -73,8 +72,7 @@ class RolloutConfig(Section):
         return round(grown)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig(Section):
+class RewardConfig(Section, key="reward"):
     """How rewards are called, in training and in evaluation."""
 
     timeout: float = 10.0
@@ -87,9 +85,8 @@ class RewardConfig(Section):
         require(ok, f"reward.timeout must be 0 (no limit) or a positive number of seconds, not {self.timeout}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RlConfig(Section):
-    """Reinforcement learning on the same rollouts, alone or beside distillation. Off while rl.weight is 0."""
+class HybridConfig(Section, key="rl"):
+    """Weights of distillation and of a reward's loss, and how the two make one. Shared by the recipe and verl's `opd.rl`."""
 
     weight: float = 0.0
     """λ_rl, the weight of the policy gradient. How responses of different length share it is objective.reduction: sequence_mean is
@@ -102,37 +99,14 @@ class RlConfig(Section):
     """λ_distill moves from `distill_weight` to this, linearly; None keeps it."""
     schedule_steps: int | None = None
     """Steps that both moves take; None is the whole run."""
-    reward: str | None = None
-    """As eval.reward, which None takes."""
-    advantage: Literal["grpo", "rloo"] = "grpo"
-    """grpo: reward minus the mean of its prompt's samples (arXiv 2402.03300); rloo: minus the mean of the others (arXiv 2402.14740)."""
-    normalize_std: bool = True
-    """grpo: divide by the standard deviation of the prompt's samples; False is arXiv 2503.20783."""
-    clip_range: float | None = 0.2
-    """ε of the clipped ratio student / sampler, arXiv 1707.06347; None does not clip."""
-    clip_high: float | None = None
-    """ε above 1, where it differs from the one below (arXiv 2503.14476 uses 0.28)."""
-    reference_kl: float = 0.0
-    """β of a penalty −β (log p − log p_reference) in each token's advantage; the reference is the student before training: a copy
-    of its weights, or, with student.lora, the student without its adapter."""
     combine: Combine = "losses"
     """With distillation: add the two losses, or the two per-token advantages (objective.delivery=advantage)."""
     scale: Scale = "none"
     """match divides both terms by their standard deviation over the batch before they are weighed: one more forward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "weight_end", "distill_weight", "distill_weight_end", "reference_kl"):
-            value = getattr(self, name)
-            ok = value is None or (math.isfinite(value) and value >= 0)
-            require(ok, f"rl.{name} must be 0 or a positive number, not {value}")
-        for name in ("clip_range", "clip_high"):
-            value = getattr(self, name)
-            ok = value is None or (math.isfinite(value) and value > 0)
-            require(ok, f"rl.{name} must be a positive number, or null for no clipping, not {value}")
-        require(
-            self.clip_high is None or self.clip_range is not None,
-            "rl.clip_high is the upper end of a clipped ratio, and rl.clip_range=null does not clip; set both or neither.",
-        )
+        for name in ("weight", "weight_end", "distill_weight", "distill_weight_end"):
+            check_not_negative(f"rl.{name}", getattr(self, name))
         steps = self.schedule_steps
         require(steps is None or steps >= 1, f"rl.schedule_steps must be at least 1, not {steps}")
         ends = [self.weight if self.weight_end is None else self.weight_end]
@@ -158,19 +132,58 @@ class RlConfig(Section):
         """Whether a teacher has a say at any step."""
         return max(self.distill_weight, self.distill_weight_end or 0.0) > 0
 
+    def weights_at(self, step: int, total_steps: int) -> tuple[float, float]:
+        """λ_rl and λ_distill at a step, counted from 0."""
+        steps = self.schedule_steps or max(1, total_steps - 1)
+        return (
+            moving(self.weight, self.weight_end, steps).at(step),
+            moving(self.distill_weight, self.distill_weight_end, steps).at(step),
+        )
+
+
+class RlConfig(HybridConfig, key="rl"):
+    """Reinforcement learning on the same rollouts, alone or beside distillation. Off while rl.weight is 0."""
+
+    reward: str | None = None
+    """As eval.reward, which None takes."""
+    advantage: Literal["grpo", "rloo"] = "grpo"
+    """grpo: reward minus the mean of its prompt's samples (arXiv 2402.03300); rloo: minus the mean of the others (arXiv 2402.14740)."""
+    normalize_std: bool = True
+    """grpo: divide by the standard deviation of the prompt's samples; False is arXiv 2503.20783."""
+    clip_range: float | None = 0.2
+    """ε of the clipped ratio student / sampler, arXiv 1707.06347; None does not clip."""
+    clip_high: float | None = None
+    """ε above 1, where it differs from the one below (arXiv 2503.14476 uses 0.28)."""
+    reference_kl: float = 0.0
+    """β of a penalty −β (log p − log p_reference) in each token's advantage; the reference is the student before training: a copy
+    of its weights, or, with student.lora, the student without its adapter."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("rl.reference_kl", self.reference_kl)
+        for name in ("clip_range", "clip_high"):
+            value = getattr(self, name)
+            ok = value is None or (math.isfinite(value) and value > 0)
+            require(ok, f"rl.{name} must be a positive number, or null for no clipping, not {value}")
+        require(
+            self.clip_high is None or self.clip_range is not None,
+            "rl.clip_high is the upper end of a clipped ratio, and rl.clip_range=null does not clip; set both or neither.",
+        )
+
     @property
     def clip(self) -> float | tuple[float, float] | None:
+        """`Hybrid.clip_range`: one ε, or a pair."""
         if self.clip_range is None or self.clip_high is None:
             return self.clip_range
         return self.clip_range, self.clip_high
 
     def at(self, step: int, total_steps: int, objective: Objective) -> Hybrid:
         """What the update of this step minimises."""
-        steps = self.schedule_steps or max(1, total_steps - 1)
+        rl_weight, distill_weight = self.weights_at(step, total_steps)
         return Hybrid(
             distill=objective,
-            rl_weight=moving(self.weight, self.weight_end, steps).at(step),
-            distill_weight=moving(self.distill_weight, self.distill_weight_end, steps).at(step),
+            rl_weight=rl_weight,
+            distill_weight=distill_weight,
             combine=self.combine,
             scale=self.scale,
             clip_range=self.clip,
@@ -191,20 +204,45 @@ class RlConfig(Section):
             "set it and rollout.temperature to 1, or rl.reference_kl=0.",
         )
         if self.distilled:
-            Hybrid(
-                distill=objective, rl_weight=1.0, combine=self.combine, scale=self.scale
-            )  # refuses what cannot be mixed
+            # refuses what cannot be mixed
+            Hybrid(distill=objective, rl_weight=1.0, combine=self.combine, scale=self.scale)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MixtureConfig(Section):
-    """How several teachers (section teachers) make one. Read where there are two or more."""
+class BaseMixtureConfig(Section, key="mixture"):
+    """The kind of a mixture of teachers and its weights. Shared by the recipe and verl's `opd.mixture`."""
 
     kind: Literal["routing", "probability", "logit", "loss"] = "routing"
     """routing: every prompt has one teacher, which its column prompts.teacher_column names; probability: Σ w q; logit: softmax of
     Σ w log q; loss: Σ w D(S, T), a loss for each."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of every teacher by name, 1 in sum; empty is the same for all. With routing, read by balance_tokens."""
+
+    def __post_init__(self) -> None:
+        if self.weights:
+            check_weights("mixture.weights", self.weights)
+            require(self.reads_weights, f"mixture.weights {self._idle}")
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the weights of the teachers matter."""
+        return self.kind != "routing"
+
+    _idle: ClassVar[str] = (
+        "would change nothing: with mixture.kind=routing a prompt has one teacher. Use another kind, or drop it."
+    )
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ConfigError for weights of teachers that are not there, or teachers without one."""
+        check_names("mixture.weights", self.weights, names)
+
+    def at(self, step: int, total_steps: int, names: Sequence[str]) -> dict[str, float]:
+        """The weights of this step."""
+        return {name: self.weights[name] if self.weights else 1.0 / len(names) for name in names}
+
+
+class MixtureConfig(BaseMixtureConfig, key="mixture"):
+    """How several teachers (section teachers) make one. Read where there are two or more."""
+
     weights_end: dict[str, float] = field(default_factory=dict)
     """The weights move to these, linearly; empty keeps them."""
     schedule_steps: int | None = None
@@ -214,11 +252,15 @@ class MixtureConfig(Section):
     balance_tokens: bool = False
     """routing: the tokens of every teacher's prompts count as mixture.weights say in sum, however many or long the responses are."""
 
+    _idle = (
+        "would change nothing: with mixture.kind=routing a prompt has one teacher. Set balance_tokens=true to weigh the teachers' tokens, "
+        "or another kind."
+    )
+
     def __post_init__(self) -> None:
-        for name in ("weights", "weights_end"):
-            given = getattr(self, name)
-            if given:
-                check_weights(f"mixture.{name}", given)
+        super().__post_init__()
+        if self.weights_end:
+            check_weights("mixture.weights_end", self.weights_end)
         steps = self.schedule_steps
         require(steps is None or steps >= 1, f"mixture.schedule_steps must be at least 1, not {steps}")
         require(
@@ -230,36 +272,45 @@ class MixtureConfig(Section):
             f"mixture.balance_tokens is about prompts that have a teacher each, and mixture.kind={self.kind} asks all teachers about "
             "all prompts; use kind=routing, or mixture.weights.",
         )
-        read = self.kind != "routing" or self.balance_tokens
-        for name in ("weights", "weights_end", "weights_column"):
-            require(
-                read or not getattr(self, name),
-                f"mixture.{name} would change nothing: with mixture.kind=routing a prompt has one teacher. Set balance_tokens=true to "
-                "weigh the teachers' tokens, or another kind.",
-            )
+        require(self.reads_weights or not self.weights_end, f"mixture.weights_end {self._idle}")
         require(
             self.weights_column is None or self.kind != "routing",
             "mixture.weights_column gives a prompt several teachers, and mixture.kind=routing gives it one; use kind=probability, logit "
             "or loss.",
         )
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the weights of the teachers matter."""
+        return self.kind != "routing" or self.balance_tokens
+
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ConfigError for weights of teachers that are not there, or teachers without one."""
-        for key in ("weights", "weights_end"):
-            given = getattr(self, key)
-            require(
-                not given or sorted(given) == sorted(names),
-                f"mixture.{key} names {', '.join(sorted(given))}, and the teachers are {', '.join(sorted(names))}; give every teacher one "
-                "weight (0 is allowed).",
-            )
+        super().check_names(names)
+        check_names("mixture.weights_end", self.weights_end, names)
 
     def at(self, step: int, total_steps: int, names: Sequence[str]) -> dict[str, float]:
         """The weights of this step."""
-        start = self.weights or {name: 1.0 / len(names) for name in names}
+        start = super().at(step, total_steps, names)
         if not self.weights_end:
-            return {name: start[name] for name in names}
+            return start
         steps = self.schedule_steps or max(1, total_steps - 1)
         return {name: moving(start[name], self.weights_end[name], steps).at(step) for name in names}
+
+
+def check_not_negative(key: str, value: float | None) -> None:
+    """Raise ConfigError unless the value is None, 0 or a positive number."""
+    ok = value is None or (math.isfinite(value) and value >= 0)
+    require(ok, f"{key} must be 0 or a positive number, not {value}")
+
+
+def check_names(key: str, weights: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise ConfigError unless the weights are none, or one for every name."""
+    require(
+        not weights or sorted(weights) == sorted(names),
+        f"{key} names {', '.join(sorted(weights))}, and the teachers are {', '.join(sorted(names))}; give every teacher one weight "
+        "(0 is allowed).",
+    )
 
 
 def check_weights(what: str, weights: Mapping[str, float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from opd.config.sections import Section
@@ -15,8 +15,7 @@ DEFAULT_WARMUP_STEPS = 10
 DEFAULT_MAX_GRAD_NORM = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class NaturalGradientConfig(Section):
+class NaturalGradientConfig(Section, key="optimizer.natural_gradient"):
     """(F + damping·I) x = −g by conjugate gradients, F the Fisher matrix of the student's next-token distributions on the step's
     rollouts. For exact divergences, and for small students, adapters or last layers: a step costs several AdamW updates, holds whole
     logits and needs more memory (optim/natural_gradient.py says how much)."""
@@ -56,8 +55,7 @@ class NaturalGradientConfig(Section):
                 ) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, key="optimizer"):
     """How the weights move."""
 
     name: Literal["adamw", "muon", "natural_gradient"] = "adamw"

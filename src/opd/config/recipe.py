@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from opd.config import Config
-from opd.config.sections import explain, hint_of, lists_to_tuples, refuse_unknown_keys, whole_keys
+from opd.config.sections import all_keys, hint_of, parse_section
 from opd.errors import ConfigError
 
 
@@ -46,6 +45,11 @@ class _Yaml(yaml.SafeLoader):
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+
+
+def whole_keys() -> list[str]:
+    """Every key of a recipe."""
+    return all_keys(Config)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _scalar(text: str) -> Any:
 def _reader(dotted: str) -> Callable[[str], Any]:
     """How the words of a key are read: as YAML, or word for word where it takes text and nothing else: a path may hold what is a list,
     a comment or a date to YAML."""
-    annotation = hint_of(dotted)
+    annotation = hint_of(Config, dotted)
     kinds = set(get_args(annotation)) or {annotation}
     if str not in kinds or not kinds <= {str, type(None), Ellipsis}:
         return _scalar
@@ -156,11 +160,7 @@ def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 def build(data: Mapping[str, Any]) -> Config:
     """A validated Config. Raises ConfigError (or a section's own OpdError) saying what, why and what to do."""
-    refuse_unknown_keys(Config, data, "")
-    try:
-        return TypeAdapter(Config).validate_python(lists_to_tuples(Config, data))
-    except ValidationError as error:
-        raise explain(error) from None
+    return parse_section(Config, data)
 
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:

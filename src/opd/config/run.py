@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from opd.config.algorithm import (
@@ -23,8 +23,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 USUAL_LORA_SCALE = 2  # alpha = 2 · rank: LLaMA-Factory's default, and what Unsloth and TRL's examples use
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(Section):
+class LoraConfig(Section, key="student.lora"):
     """Low-rank adapters (arXiv 2106.09685) through peft. Off unless one of these keys is set; needs `pip install 'opd[peft]'`."""
 
     rank: int = 32
@@ -41,7 +40,6 @@ class LoraConfig(Section):
             object.__setattr__(self, "alpha", USUAL_LORA_SCALE * self.rank)  # config.yaml says the number
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """A causal language model and how to load it."""
 
@@ -60,8 +58,7 @@ class ModelConfig(Section):
     chat_template: NAME chooses among several templates."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudentConfig(ModelConfig):
+class StudentConfig(ModelConfig, key="student"):
     """The model that samples and learns."""
 
     dtype: DType = "float32"
@@ -79,8 +76,7 @@ class StudentConfig(ModelConfig):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig(ModelConfig):
+class TeacherConfig(ModelConfig, key="teacher"):
     """The frozen model that scores the student's samples, in this process. It has the student's vocabulary."""
 
     model: str = ""
@@ -117,8 +113,7 @@ class TeacherConfig(ModelConfig):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptsConfig(Section):
+class PromptsConfig(Section, key="prompts"):
     """Where the prompts come from."""
 
     path: str
@@ -149,8 +144,7 @@ class PromptsConfig(Section):
     """Use only the first rows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Section):
+class TrainConfig(Section, key="train"):
     """The size and shape of a step. One step is one batch of rollouts and one optimizer update."""
 
     steps: int = 100
@@ -178,8 +172,7 @@ class TrainConfig(Section):
         require(0 < self.token_fraction <= 1, f"train.token_fraction must lie in (0, 1], not {self.token_fraction}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(Section):
+class EvalConfig(Section, key="eval"):
     """Held-out evaluation: task reward and reverse KL to the teacher, with intervals."""
 
     every: int = 10
@@ -208,8 +201,7 @@ class EvalConfig(Section):
                 require(ok, f"eval.{name} must be 0 (greedy) or positive, not {value}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, key="checkpoint"):
     """Checkpoints are written beside, then renamed: a kill at any moment leaves the last good one."""
 
     every: int = 20
@@ -222,8 +214,7 @@ class CheckpointConfig(Section):
         require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogConfig(Section):
+class LogConfig(Section, key="log"):
     """What is shown and kept. JSONL is always written."""
 
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
@@ -242,8 +233,7 @@ class LogConfig(Section):
         require(self.samples >= 0, f"log.samples must not be negative, not {self.samples}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(Section, whole=True):
+class Config(Section):
     """A whole run."""
 
     student: StudentConfig

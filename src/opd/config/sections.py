@@ -1,245 +1,237 @@
-"""The sections of a recipe as classes: each takes its keys by name, with values that are of their types or become so.
+"""`Section`: the frozen dataclasses that a recipe is made of, and `parse_section`, which makes one from a mapping.
 
-A recipe file, the command line and Python come the same way: unknown keys are refused with the nearest known name, pydantic checks
-types, a dict becomes the section that it stands for, then the section's own rules run.
+A recipe file, the command line, Python and verl's `opd:` section come the same way. Unknown keys are refused with the nearest known
+name; pydantic checks the type of every value; a mapping becomes the section that it stands for; then each section's own rules run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from typing_extensions import dataclass_transform
 
 from opd.errors import ConfigError, ObjectiveError, OpdError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
+T = TypeVar("T")
 
-class _Typed(type):
-    """Settles the values before the dataclass gets them. pydantic, which has checked them itself, and copies do not come this way."""
 
-    if not TYPE_CHECKING:  # to a type checker the call is that of the dataclass
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+class Section:
+    """Base class: a subclass is a frozen, keyword-only dataclass whose constructor checks keys and types.
 
-        def __call__(cls, *args: Any, **given: Any) -> Any:
+    `class TrainConfig(Section, key="train")` stands under `train:` in a recipe; error messages name its keys so.
+    Raises ConfigError for keys and values that it cannot take. Copies, which hold checked values already, skip the check.
+    """
+
+    def __init_subclass__(cls, *, key: str = "") -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+        plain_init, at = cast(Any, cls.__init__), f"{key}." if key else ""
+
+        def checked_init(self: Section, *args: Any, **given: Any) -> None:
             if args:
-                first = dataclasses.fields(cls)[0].name
+                first = fields(cast(Any, cls))[0].name
                 raise ConfigError(
                     f"{cls.__name__} takes its keys by name, e.g. {cls.__name__}({first}=…), not {args[0]!r}."
                 )
-            return super().__call__(**settled(cls, given))
+            plain_init(self, **_checked_values(cls, given, at, _Tree(cls, at)))
+
+        cls.__init__ = checked_init
 
 
-class Section(metaclass=_Typed):
-    """Base of the frozen dataclasses that a recipe is made of. Raises ConfigError for keys and values that it cannot take."""
+def parse_section(section: type[T], data: Mapping[str, Any], prefix: str = "") -> T:
+    """The section with the values of `data`, whose nested mappings become nested sections.
 
-    _whole: type | None = None
-
-    def __init_subclass__(cls, *, whole: bool = False) -> None:
-        if whole:
-            Section._whole = cls
-
-
-def settled(section: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of these keys, each of its type. Raises ConfigError saying what, why and what to do."""
-    prefix = _prefix_of(section)
-    refuse_unknown_keys(section, given, prefix)
-    for item in dataclasses.fields(section):
-        if item.name not in given and item.default is item.default_factory is dataclasses.MISSING:
-            raise ConfigError(_not_set(f"{prefix}{item.name}"))
-    values = lists_to_tuples(section, _paths_to_text(given))
-    return {key: _checked(section, key, value, prefix) for key, value in values.items()}
+    `section` is a `Section` or another dataclass, such as `Objective`. `prefix` says where the mapping stands in the config of another
+    program, e.g. "opd.": messages then name keys as `opd.rl.weight`, and show `opd.rl.weight=VALUE` for `--rl.weight VALUE`.
+    Raises ConfigError, or a section's own OpdError, that says what, why and what to do.
+    """
+    return _parse(section, data, prefix, _Tree(section, prefix, foreign=bool(prefix)))
 
 
-def _checked(section: type, key: str, value: Any, prefix: str) -> Any:
+def all_keys(section: type, prefix: str = "") -> list[str]:
+    """Every dotted key below a section; NAME stands for the name of a section in `dict[str, Section]`."""
+    keys: list[str] = []
+    for name, hint in _hints(section).items():
+        named, child = sections_by_name(hint), section_of(hint)
+        if named is not None:
+            keys += all_keys(named, f"{prefix}{name}.NAME.")
+        else:
+            keys += all_keys(child, f"{prefix}{name}.") if child is not None else [f"{prefix}{name}"]
+    return keys
+
+
+def hint_of(section: type, dotted: str) -> Any:
+    """The type of a key below a section, and None for a key that does not exist."""
+    hint: Any = section
+    for part in dotted.split("."):
+        child, named = section_of(hint), sections_by_name(hint)
+        if named is None and child is None:
+            return None
+        hint = named if named is not None else _hints(cast(type, child)).get(part)
+    return hint
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass in `Section` or `Section | None`."""
+    if get_origin(hint) is dict:
+        return None
+    candidates = get_args(hint) if get_origin(hint) is not None else (hint,)
+    return next((c for c in candidates if isinstance(c, type) and is_dataclass(c)), None)
+
+
+def sections_by_name(hint: Any) -> type | None:
+    """The dataclass in `dict[str, Section]`."""
+    return section_of(get_args(hint)[1]) if get_origin(hint) is dict else None
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The whole that error messages speak of: its class, its place, and whether another program's config holds it."""
+
+    root: type
+    at: str
+    foreign: bool = False
+
+    def example(self, key: str) -> str:
+        """How a person sets this key."""
+        return f"{key}=VALUE" if self.foreign else f"--{key} VALUE"
+
+    def renamed(self, message: str) -> str:
+        """A rule's message, which has a recipe's keys, each with its place before it."""
+        if not self.foreign:
+            return message
+        keys = "|".join(re.escape(key) for key in sorted(all_keys(self.root), key=len, reverse=True))
+        message = re.sub(rf"--({keys}) VALUE", rf"{self.at}\1=VALUE", message)
+        return re.sub(rf"(?<![\w.])({keys})\b", rf"{self.at}\1", message)
+
+
+def _parse(section: type[T], data: Mapping[str, Any], at: str, tree: _Tree) -> T:
+    return _made(section, _checked_values(section, data, at, tree), at, tree)
+
+
+def _made(section: type[T], values: Mapping[str, Any], at: str, tree: _Tree) -> T:
+    """The section, by its own rules."""
+    try:
+        return section(**values)
+    except ObjectiveError as error:
+        raise ObjectiveError(f"{tree.at if tree.foreign else ''}objective: {error}") from None
+    except OpdError as error:
+        raise type(error)(tree.renamed(str(error))) from None
+
+
+def _checked_values(section: type, data: Mapping[str, Any], at: str, tree: _Tree) -> dict[str, Any]:
+    """The values by key, each of its type; `at` is the dotted place of the section, with a dot at its end."""
+    hints = _hints(section)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(_unknown_key(at, str(key), list(hints), tree))
+    for name in _required(section):
+        if name not in data:
+            raise ConfigError(_not_set(f"{at}{name}", hints[name], tree))
+    return {key: _checked_value(section, key, value, at, tree) for key, value in data.items()}
+
+
+def _checked_value(section: type, key: str, value: Any, at: str, tree: _Tree) -> Any:
+    hint, dotted = _hints(section)[key], f"{at}{key}"
+    child, named = section_of(hint), sections_by_name(hint)
+    if named is not None and isinstance(value, Mapping):
+        several = cast("Mapping[Any, Any]", value)
+        return {str(name): _subsection(named, one, f"{dotted}.{name}", tree) for name, one in several.items()}
+    if child is not None:
+        optional = child is not hint
+        return None if value is None and optional else _subsection(child, value, dotted, tree)
+    if isinstance(value, bool) and {int, float} & {hint, *get_args(hint)}:
+        raise ConfigError(f"'{dotted}' cannot be {str(value).lower()}: it is a number; write one.")
     from pydantic import ValidationError
 
     try:
-        return _adapter(section, key).validate_python(value)
+        return _adapter(section, key).validate_python(wrap_scalar(hint, _paths_to_text(value)))
     except ValidationError as error:
-        raise explain(error, tuple(f"{prefix}{key}".split("."))) from None
+        if not issubclass(section, Section) and error.errors()[0]["type"] == "literal_error":
+            _made(section, {key: value}, at, tree)  # a class that is no Section says itself what is wrong with a choice
+        raise _wrong_value(error, dotted) from None
+
+
+def _subsection(section: type, value: Any, dotted: str, tree: _Tree) -> Any:
+    if isinstance(value, section):
+        return value
+    if isinstance(value, Mapping):
+        return _parse(section, value, f"{dotted}.", tree)
+    what = "is empty" if value is None else f"cannot be {value!r}"
+    example = tree.example(f"{dotted}.{next(iter(_hints(section)))}")
+    raise ConfigError(f"'{dotted}' is a section and {what}; set its keys, e.g. {example}.")
+
+
+def wrap_scalar(hint: Any, value: Any) -> Any:
+    """A single value where the key takes a tuple becomes a tuple of one: `--rollout.stop END` is `stop: [END]`."""
+    wraps = get_origin(hint) is tuple and value is not None and not isinstance(value, (list, tuple))
+    return (value,) if wraps else value
+
+
+def _paths_to_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _paths_to_text(inner) for key, inner in cast("Mapping[Any, Any]", value).items()}
+    return os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
+
+
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    """The type of every key of a section, in order."""
+    hints = get_type_hints(section)
+    return {item.name: hints[item.name] for item in fields(cast(Any, section))}
 
 
 @cache
 def _adapter(section: type, key: str) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(get_type_hints(section)[key])
+    return TypeAdapter(_hints(section)[key])
 
 
-def _paths_to_text(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _paths_to_text(inner) for key, inner in value.items()}
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def _required(section: type) -> Iterator[str]:
+    for item in fields(cast(Any, section)):
+        if item.default is MISSING and item.default_factory is MISSING:
+            yield item.name
 
 
-def whole_keys() -> list[str]:
-    """Every key of a recipe."""
-    return all_keys(Section._whole) if Section._whole is not None else []
+def _not_set(dotted: str, hint: Any, tree: _Tree) -> str:
+    child = section_of(hint)
+    key = dotted if child is None else f"{dotted}.{next(iter(_hints(child)))}"
+    return f"'{dotted}' is not set, and has no default. Add it to the recipe or pass {tree.example(key)}."
 
 
-def hint_of(dotted: str) -> Any:
-    """The type of a section or key of a recipe, and None for one that does not exist."""
-    annotation: Any = Section._whole
-    for part in dotted.split("."):
-        section, named = section_of(annotation), sections_by_name(annotation)
-        if named is not None:
-            annotation = named  # `part` is the name of a teacher
-        elif section is not None:
-            annotation = get_type_hints(section).get(part)
-        else:
-            return None
-    return annotation
+def _unknown_key(at: str, key: str, names: list[str], tree: _Tree) -> str:
+    near = [f"{at}{name}" for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
+    if not near:  # the right name in the wrong section?
+        everywhere = all_keys(tree.root, tree.at)
+        near = [dotted for dotted in everywhere if dotted.rsplit(".", 1)[-1] == key]
+        near = near or difflib.get_close_matches(f"{at}{key}", everywhere, n=1, cutoff=0.6)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    where = f"section '{at[:-1]}'" if at else "a recipe"
+    return f"Unknown key '{at}{key}'.{hint} Keys of {where}: {', '.join(names)}."
 
 
-@cache
-def _prefix_of(section: type) -> str:
-    """Where a section stands in a recipe: "student.lora." """
-
-    def search(whole: type, prefix: str) -> str | None:
-        for item in dataclasses.fields(whole):
-            child = section_of(get_type_hints(whole)[item.name])
-            if child is section:
-                return f"{prefix}{item.name}."
-            found = None if child is None else search(child, f"{prefix}{item.name}.")
-            if found is not None:
-                return found
-        return None
-
-    whole = Section._whole
-    return "" if whole is None or section is whole else search(whole, "") or ""
-
-
-def sections_by_name(annotation: Any) -> type | None:
-    """The dataclass in `dict[str, Section]`."""
-    if get_origin(annotation) is not dict:
-        return None
-    section = get_args(annotation)[1]
-    return section if dataclasses.is_dataclass(section) and isinstance(section, type) else None
-
-
-def section_of(annotation: Any) -> type | None:
-    """The dataclass in `Section` or `Section | None`."""
-    if get_origin(annotation) is dict:
-        return None
-    candidates = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
-    return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
-
-
-def refuse_unknown_keys(section: type, data: Any, prefix: str) -> None:
-    if not isinstance(data, Mapping):
-        return  # the type check says what is wrong
-    hints = get_type_hints(section)
-    names = [f.name for f in dataclasses.fields(section)]
-    for key, value in data.items():
-        if key not in names:
-            raise ConfigError(_unknown(f"{prefix}{key}", str(key), names, prefix))
-        child, named = section_of(hints[key]), sections_by_name(hints[key])
-        if named is not None and isinstance(value, Mapping):
-            for name, section_of_it in value.items():
-                if not isinstance(section_of_it, (Mapping, named)):
-                    example = f"{prefix}{key}.{name}.{dataclasses.fields(named)[0].name}"
-                    raise ConfigError(
-                        f"'{prefix}{key}.{name}' is a section and cannot be {section_of_it!r}; set its keys, e.g. --{example} VALUE."
-                    )
-                refuse_unknown_keys(named, section_of_it, f"{prefix}{key}.{name}.")
-        elif child is not None:
-            optional = child is not hints[key]
-            if not isinstance(value, (Mapping, child)) and not (optional and value is None):
-                what = "is empty" if value is None else f"cannot be {value!r}"
-                example = f"{prefix}{key}.{dataclasses.fields(child)[0].name}"
-                raise ConfigError(f"'{prefix}{key}' is a section and {what}; set its keys, e.g. --{example} VALUE.")
-            refuse_unknown_keys(child, value, f"{prefix}{key}.")
-        elif isinstance(value, bool) and {int, float} & {hints[key], *get_args(hints[key])}:
-            raise ConfigError(f"'{prefix}{key}' cannot be {str(value).lower()}: it is a number; write one.")
-
-
-def all_keys(section: type, prefix: str = "") -> list[str]:
-    hints = get_type_hints(section)
-    keys = []
-    for item in dataclasses.fields(section):
-        child, named = section_of(hints[item.name]), sections_by_name(hints[item.name])
-        if named is not None:
-            keys += all_keys(named, f"{prefix}{item.name}.NAME.")
-        else:
-            keys += all_keys(child, f"{prefix}{item.name}.") if child else [f"{prefix}{item.name}"]
-    return keys
-
-
-def _unknown(dotted: str, key: str, names: Sequence[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    suggestion = f"{prefix}{near[0]}" if near else None
-    if suggestion is None:  # right name, wrong section?
-        elsewhere = [k for k in whole_keys() if k.rsplit(".", 1)[-1] == key]
-        near_all = elsewhere or difflib.get_close_matches(dotted, whole_keys(), n=1, cutoff=0.6)
-        suggestion = near_all[0] if near_all else None
-    hint = f" Did you mean '{suggestion}'?" if suggestion else ""
-    where = f"section '{prefix[:-1]}'" if prefix else "a recipe"
-    return f"Unknown key '{dotted}'.{hint} Keys of {where}: {', '.join(names)}."
-
-
-def lists_to_tuples(section: type, data: Any) -> Any:
-    """A single value where the field is a tuple becomes a tuple of one: `--rollout.stop END` is `stop: [END]`."""
-    if not isinstance(data, Mapping):
-        return data
-    hints = get_type_hints(section)
-    out: dict[str, Any] = {}
-    for key, value in data.items():
-        child, named = section_of(hints[key]), sections_by_name(hints[key])
-        if child is not None:
-            out[key] = lists_to_tuples(child, value)
-        elif named is not None and isinstance(value, Mapping):
-            out[key] = {name: lists_to_tuples(named, section_of_it) for name, section_of_it in value.items()}
-        elif get_origin(hints[key]) is tuple and not isinstance(value, (list, tuple)) and value is not None:
-            out[key] = (value,)
-        else:
-            out[key] = value
-    return out
-
-
-def _not_set(dotted: str) -> str:
-    section = section_of(hint_of(dotted))
-    key = f"{dotted}.{dataclasses.fields(section)[0].name}" if section else dotted
-    return f"'{dotted}' is not set, and has no default. Add it to the recipe or pass --{key} VALUE."
-
-
-def explain(error: ValidationError, place: tuple[str, ...] = ()) -> OpdError:
-    """A section's own refusal as it is, and pydantic's as a ConfigError that names the key, which lies in `place`."""
+def _wrong_value(error: ValidationError, dotted: str) -> ConfigError:
+    """pydantic's refusal of the value at `dotted`."""
     first = error.errors()[0]
-    loc = (*place, *first["loc"])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, OpdError):
-        return type(cause)(f"objective: {cause}") if isinstance(cause, ObjectiveError) else cause
-    dotted = ".".join(str(part) for part in loc)
-    if dotted == "objective.tail" and first["input"] == "ignore":
-        return _no_ignored_tail()
-    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        if isinstance(loc[-1], int):  # a tuple of fixed length
-            whole = ".".join(map(str, loc[:-1]))
-            return ConfigError(
-                f"'{whole}' has too few values, {first['input']!r}; the default shows how many it takes."
-            )
-        return ConfigError(_not_set(dotted))
-    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
+    if first["type"] == "missing":  # of a tuple of fixed length
+        return ConfigError(f"'{dotted}' has too few values, {first['input']!r}; the default shows how many it takes.")
     hint = ""
     if first["type"] == "literal_error":
         hint = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
     elif first["type"] == "string_type" and first["input"] is not None and not callable(first["input"]):
         hint = " Put it in quotes if it is meant as text."
-    problem = first["msg"][0].lower() + first["msg"][1:]
-    return ConfigError(f"'{dotted}' cannot be {first['input']!r}: {problem}{more}.{hint}")
-
-
-def _no_ignored_tail() -> OpdError:
-    """Not a misspelling but a loss in wide use: the objective itself says why it has none of it."""
-    from opd.losses import Objective
-
-    try:
-        Objective(support="teacher_top_k", tail="ignore")  # pyright: ignore[reportArgumentType]
-    except ObjectiveError as error:
-        return ObjectiveError(f"objective: {error}")
-    raise AssertionError("an objective has learnt to ignore the tail")
+    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
+    key = ".".join((dotted, *map(str, first["loc"])))
+    return ConfigError(
+        f"'{key}' cannot be {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}.{hint}"
+    )
