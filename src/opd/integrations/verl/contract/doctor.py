@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opd.integrations.verl.contract.hook_check import (
+from opd.integrations.verl.contract.source_check import (
     BY_PART,
     HOOKS,
     PARTS,
@@ -111,7 +111,7 @@ def _config_group() -> Finding:
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides)
     target = config.actor_rollout_ref.actor.fsdp_config._target_
-    if target != "opd.integrations.verl.plugin.hydra_targets.OpdEngineConfig":
+    if target != "opd.integrations.verl.plugin.hydra_targets.engine_config":
         return Finding(
             ok=False, text=f"+opd=default does not reach the actor's engine, whose config is made by {target}"
         )

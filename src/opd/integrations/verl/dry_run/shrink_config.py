@@ -75,7 +75,7 @@ def asked_models(config: DictConfig) -> list[Asked]:
     found = [_asked(config, "student", f"{MODEL}.path")]
     for key, value in leaves(config.get("opd") or OmegaConf.create({}), "opd."):
         section, _, name = key.rpartition(".")
-        if name == "model_path" and value:
+        if name == "model" and value:
             found.append(_asked(config, "teacher" + section.removeprefix("opd.teacher").replace("s.", " "), key))
     for name in _pool(config):
         if not OmegaConf.is_interpolation(config.distillation.teacher_models[name], "model_path"):
@@ -231,8 +231,8 @@ def _data(done: Replaced, folder: Path) -> None:
 def _routes(config: DictConfig) -> tuple[str, list[str]]:
     """The column that says which teacher a sample goes to, and what it may hold."""
     opd = config.get("opd")
-    if opd is not None and opd.get("mixture") == "routing":
-        return str(opd.teacher_key), list(opd.get("teachers") or {})
+    if opd is not None and opd.mixture.kind == "routing":
+        return str(opd.prompts.teacher_column), list(opd.teachers)
     pool = _pool(config)
     if len(pool) > 1:
         return str(config.distillation.teacher_key), [str(config.distillation.teacher_models[n].key) for n in pool]

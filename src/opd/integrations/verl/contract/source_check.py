@@ -6,7 +6,7 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,8 @@ from typing import Any
 import yaml
 
 from opd.errors import ConfigError
-from opd.integrations.verl.contract.hooks import CONFIG, ENGINE, LOSS, TEACHER, Hook
-from opd.integrations.verl.plugin.serving_hooks import CPU, POOL, SERVING
+from opd.integrations.verl.contract.relied_on import BY_PART, HOOKS, ReliedOn
 
-BY_PART: Mapping[str, tuple[Hook, ...]] = {
-    "config": CONFIG,
-    "engine": ENGINE,
-    "teacher": TEACHER,
-    "loss": LOSS,
-    "serving": SERVING,
-    "cpu": CPU,
-    "pool": POOL,
-}
-"""The hooks of each part of the plugin."""
 PARTS = ("config", "engine", "teacher")
 """What every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
 TESTED = ("0.8.0", "0.9.0", "0.9.1")
@@ -34,14 +23,13 @@ TESTED = ("0.8.0", "0.9.0", "0.9.1")
 OLDEST = (0, 8, 0)
 NAMED = 3
 """Of hooks that moved, at most, in one error."""
-HOOKS = tuple(hook for part in BY_PART.values() for hook in part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
     """A hook that is not where it was."""
 
-    hook: Hook
+    hook: ReliedOn
     how: str
 
     def __str__(self) -> str:
@@ -61,13 +49,13 @@ def version_of(folder: Path) -> str:
     return (folder / "version/version").read_text(encoding="utf-8").strip()
 
 
-def moved(folder: Path, hooks: Iterable[Hook] = HOOKS) -> list[Moved]:
+def moved(folder: Path, hooks: Iterable[ReliedOn] = HOOKS) -> list[Moved]:
     """What of `hooks` the verl in this folder does not have, or has in another form."""
-    source = Source(folder)
+    source = VerlSource(folder)
     return [Moved(hook=hook, how=how) for hook in hooks if (how := source.lacks(hook)) is not None]
 
 
-def check_hooks(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = False) -> str:
+def check_contract(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = False) -> str:
     """What to say of the verl in this folder; nothing of a release that was tested and is as it was.
 
     Its source decides, not its number. Raises ConfigError where a hook of `parts` has moved, unless `anyway`.
@@ -92,7 +80,7 @@ def check_hooks(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = Fa
     )
 
 
-def expected(version: str, hooks: Iterable[Hook] = HOOKS) -> tuple[Hook, ...]:
+def expected(version: str, hooks: Iterable[ReliedOn] = HOOKS) -> tuple[ReliedOn, ...]:
     """Those that a release should have; the others came after it. A release without a number (a fork) should have all.
 
     Of a release before 0.8 the hooks of 0.8 are expected.
@@ -102,7 +90,7 @@ def expected(version: str, hooks: Iterable[Hook] = HOOKS) -> tuple[Hook, ...]:
     return tuple(hook for hook in hooks if release is None or hook.since <= release)
 
 
-class Source:
+class VerlSource:
     """verl's files, parsed once each."""
 
     def __init__(self, folder: Path) -> None:
@@ -110,7 +98,7 @@ class Source:
         self.module = functools.cache(self._module)
         self.section = functools.cache(self._section)
 
-    def lacks(self, hook: Hook) -> str | None:
+    def lacks(self, hook: ReliedOn) -> str | None:
         """What is wrong with a hook; None where nothing is."""
         where, _, name = hook.where.partition(":")
         if where.endswith(".yaml"):
@@ -123,7 +111,7 @@ class Source:
             return "is gone"
         return next(self._differences(*found, hook), None)
 
-    def _differences(self, module: str, node: ast.AST, hook: Hook) -> Iterator[str]:
+    def _differences(self, module: str, node: ast.AST, hook: ReliedOn) -> Iterator[str]:
         names = set(self.members(module, node)) if isinstance(node, ast.ClassDef) else _parameters(node)
         if missing := [name for name in hook.needs.split() if name not in names]:
             yield f"has no {', '.join(missing)}"
@@ -136,7 +124,7 @@ class Source:
             if more := sorted(asked - set(hook.abstract.split())):
                 yield f"asks its subclasses for {', '.join(more)}"
 
-    def _lacks_keys(self, path: str, dotted: str, hook: Hook) -> str | None:
+    def _lacks_keys(self, path: str, dotted: str, hook: ReliedOn) -> str | None:
         section: Any = self.section(path)
         if section is None:
             return "is gone: there is no such file"

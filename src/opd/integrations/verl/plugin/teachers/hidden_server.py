@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.utils import normalize_token_ids
 from verl.utils.device import get_device_name
@@ -22,7 +22,7 @@ from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 
 from opd.errors import ConfigError
-from opd.integrations.verl.plugin.head import run_to_head
+from opd.integrations.verl.plugin.head import hidden_states
 from opd.teachers.vocabulary import embedding_rows
 
 NAME = "opd_hidden"
@@ -30,19 +30,12 @@ NAME = "opd_hidden"
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """What enters the output layer at every position, [tokens, hidden], on the CPU."""
-    kept: list[Tensor] = []
-
-    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
-        kept.append(hidden)
-        return hidden.new_zeros(0, dtype=torch.float32)
-
+def read_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """The states that enter the output layer at every position, [tokens, hidden], on the CPU."""
     rows = embedding_rows(model)
     read = torch.tensor([ids], device=model.device)
     # Ids of the student's padding have no row here; the actor leaves out what is said after one.
-    run_to_head(model, {"input_ids": read.masked_fill(read >= rows, 0)}, keep, "teacher")
-    return kept[0].cpu()
+    return hidden_states(model, {"input_ids": read.masked_fill(read >= rows, 0)}, None, "teacher").cpu()
 
 
 def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -57,7 +50,7 @@ def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool 
 
 
 @ray.remote
-class Server:
+class HiddenStateServer:
     """Holds the teacher; answers hidden states for token ids."""
 
     def __init__(self, path: str, dtype: str, device: str, trust_remote_code: bool) -> None:
@@ -73,7 +66,7 @@ class Server:
         """In verl's layout of `prompt_logprobs=0`: row t names the token after t, and its score is the state at t."""
         ids = normalize_token_ids(prompt_ids)
         async with self.turn:
-            states = await asyncio.to_thread(hidden_states, self.model, ids)
+            states = await asyncio.to_thread(read_states, self.model, ids)
         named = [[token] for token in [*ids[1:], 0]]
         return TokenOutput(
             token_ids=[0], stop_reason="completed", extra_fields={"prompt_ids": named, "prompt_logprobs": states}
@@ -91,7 +84,7 @@ def trusts(engine_kwargs: Mapping[str, Any]) -> bool:
     return bool(engine_kwargs.get(NAME, {}).get("trust_remote_code"))
 
 
-class Replica(RolloutReplica):
+class HiddenStateReplica(RolloutReplica):
     """One server on one GPU of the teacher pool."""
 
     async def init_colocated(self, resource_pool: Any) -> None:
@@ -114,7 +107,9 @@ class Replica(RolloutReplica):
         if device != "cpu":
             options |= {"num_gpus": 1, "scheduling_strategy": self._bundle()}
         own_code = trusts(self.config.engine_kwargs)
-        server = Server.options(**options).remote(self.model_config.path, self.config.dtype, device, own_code)  # pyright: ignore[reportAttributeAccessIssue]
+        server = HiddenStateServer.options(**options).remote(
+            self.model_config.path, self.config.dtype, device, own_code
+        )  # pyright: ignore[reportAttributeAccessIssue]
         self.servers = [server]
         self._server_handle = server
         self._server_address = await server.address.remote()
