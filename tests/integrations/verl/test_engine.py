@@ -305,7 +305,7 @@ def test_scale_match_divides_each_term_by_its_own_spread(
         "distill_std": float(term.std(correction=0)),
     }
     weights = {"rl_weight": 0.5, "rl_distill_weight": 2.0}
-    loss, gradients, metrics = step(engine(models, scale="match", **weights, **settings), data)
+    loss, gradients, metrics = step(engine(models, rl_scale="match", **weights, **settings), data)
     assert {name: metrics[f"actor/opd/{name}"] for name in by_hand} == pytest.approx(by_hand, rel=1e-5)
     divided = {"rl_weight": 0.5 / by_hand["advantage_std"], "rl_distill_weight": 2.0 / by_hand["distill_std"]}
     expected, by_hand_gradients, _ = step(engine(models, **divided, **settings), data)

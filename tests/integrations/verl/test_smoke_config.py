@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from opd.integrations.verl.plugin.small_model import shrink
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,12 +21,13 @@ from verl_world import REWARD, make_prompts
 from opd.cli.verl import _split
 from opd.errors import ConfigError, DataError, OpdError
 from opd.integrations.verl.dry_run.compose import compose, literal, read_words
-from opd.integrations.verl.dry_run.overrides import Replaced
-from opd.integrations.verl.dry_run.shrink_config import asked_models, check_given, replace
+from opd.integrations.verl.dry_run.overrides import ConfigOverrides
+from opd.integrations.verl.dry_run.shrink_config import check_given, replace, requested_models
 from opd.integrations.verl.dry_run.sizes import check_sizes
 from opd.integrations.verl.dry_run.smoke import _Run
-from opd.integrations.verl.dry_run.tiny_models import Asked, StandIn, make_models
+from opd.integrations.verl.dry_run.tiny_models import RequestedModel, StandIn, make_models
 from opd.integrations.verl.plugin.settings import parse
+from opd.integrations.verl.plugin.small_model import shrink
 from opd.testing import byte_tokenizer
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -62,10 +62,13 @@ def checked(*more: str) -> None:
     check_sizes(config)
 
 
-def replaced(folder: Path, *more: str) -> tuple[Replaced, OmegaConf]:
+def replaced(folder: Path, *more: str) -> tuple[ConfigOverrides, OmegaConf]:
     """What is replaced, and the config that comes out; the models are not made."""
     config = composed(*more)
-    models = [StandIn(asked=one, folder=f"/made/{one.role}", told="", readable=False) for one in asked_models(config)]
+    models = [
+        StandIn(requested=one, folder=f"/made/{one.role}", description="", readable=False)
+        for one in requested_models(config)
+    ]
     done = replace(config, models, folder=folder, steps=2)
     return done, compose(read_words([*CLUSTER, *more]), done.overrides())
 
@@ -144,7 +147,7 @@ def test_made_up_prompts_go_to_every_routed_teacher(tmp_path: Path):
     teachers = ["+opd.teachers.math.model=/nfs/math", "+opd.teachers.code.model=/nfs/code"]
     words = [word for word in CLUSTER if "opd.teacher." not in word]
     config = compose(read_words([*words, *teachers, "opd.mixture.kind=routing", "opd.prompts.teacher_column=skill"]))
-    assert [one.role for one in asked_models(config)] == ["student", "teacher math", "teacher code"]
+    assert [one.role for one in requested_models(config)] == ["student", "teacher math", "teacher code"]
     replace(config, [], folder=tmp_path, steps=2)
     assert set(pq.read_table(tmp_path / "prompts.parquet")["skill"].to_pylist()) == {"math", "code"}
 
@@ -245,8 +248,8 @@ def test_a_column_that_is_not_there_is_told(tmp_path: Path):
         replaced(tmp_path, f"data.train_files={data}", "data.prompt_key=question")
 
 
-def asked(*paths: Path | str) -> list[Asked]:
-    return [Asked(role=f"model {i}", key=f"key{i}", path=str(path)) for i, path in enumerate(paths)]
+def asked(*paths: Path | str) -> list[RequestedModel]:
+    return [RequestedModel(role=f"model {i}", key=f"key{i}", path=str(path)) for i, path in enumerate(paths)]
 
 
 def config_folder(folder: Path, config) -> Path:
@@ -344,7 +347,7 @@ def test_a_stand_in_of_a_class_that_a_library_registers_is_of_that_class(
     imported(tmp_path, ["own_kind_library", "opd.integrations.verl.dry_run.register"])
     (made,) = make_models(asked(own), tmp_path / "after")
     assert made.readable and AutoConfig.from_pretrained(made.folder).model_type == "own_kind"
-    assert "own_kind, 2 layers of 64" in made.told
+    assert "own_kind, 2 layers of 64" in made.description
 
 
 def test_a_library_that_is_not_here_is_told_before_anything_runs(tmp_path: Path):

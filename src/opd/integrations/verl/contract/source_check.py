@@ -1,4 +1,4 @@
-"""Which hooks a copy of verl has, read from its source: nothing of verl is imported, so any release can be asked in any environment."""
+"""The hooks of a copy of verl, read from its source: nothing of verl is imported, so any release can be checked in any environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opd.errors import ConfigError
 from opd.integrations.verl.contract.relied_on import BY_PART, HOOKS, ReliedOn
 
 PARTS = ("config", "engine", "teacher")
-"""What every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
+"""The parts that every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
 TESTED = ("0.8.0", "0.9.0", "0.9.1")
 """Releases of verl that the plugin was run with."""
 OLDEST = (0, 8, 0)
@@ -50,13 +50,13 @@ def version_of(folder: Path) -> str:
 
 
 def moved(folder: Path, hooks: Iterable[ReliedOn] = HOOKS) -> list[Moved]:
-    """What of `hooks` the verl in this folder does not have, or has in another form."""
+    """The `hooks` that the verl in this folder does not have, or has in another form."""
     source = VerlSource(folder)
     return [Moved(hook=hook, how=how) for hook in hooks if (how := source.lacks(hook)) is not None]
 
 
 def check_contract(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = False) -> str:
-    """What to say of the verl in this folder; nothing of a release that was tested and is as it was.
+    """A line for the log about the verl in this folder; empty for a release that was tested and is as it was.
 
     Its source decides, not its number. Raises ConfigError where a hook of `parts` has moved, unless `anyway`.
     """
@@ -99,7 +99,7 @@ class VerlSource:
         self.section = functools.cache(self._section)
 
     def lacks(self, hook: ReliedOn) -> str | None:
-        """What is wrong with a hook; None where nothing is."""
+        """The difference at a hook; None where there is none."""
         where, _, name = hook.where.partition(":")
         if where.endswith(".yaml"):
             return self._lacks_keys(where, name, hook)

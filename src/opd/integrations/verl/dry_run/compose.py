@@ -74,7 +74,7 @@ def read_words(words: Sequence[str]) -> Words:
 
 
 def verl_folder() -> Path:
-    """Where `python -m verl` would find it: a checkout in this folder comes before the installed one."""
+    """The package that `python -m verl` would run: a checkout in this folder comes before the installed one."""
     found = PathFinder.find_spec("verl", [os.getcwd(), *sys.path])
     if found is None or found.origin is None:
         raise MissingDependencyError("verl is not installed in this environment; pip install 'opd[verl]'.")

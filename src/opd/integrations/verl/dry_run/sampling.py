@@ -16,7 +16,7 @@ from opd.teachers.vocabulary import embedding_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. The log-probs that `sample` returns are of the distribution after all of this."""
+    """Settings of the sampler. The log-probs that `sample` returns are of the distribution after all of this."""
 
     temperature: float = 1.0
     """0 takes the likeliest token."""
@@ -83,7 +83,7 @@ def score(model: PreTrainedModel, ids: Sequence[int], top_k: int) -> tuple[list[
     logp = model(input_ids=read).logits[0, :-1].float().log_softmax(-1)
     if not 0 <= top_k <= logp.shape[-1]:
         raise ConfigError(
-            f"prompt_logprobs={top_k} asks for more tokens than the {logp.shape[-1]} that the teacher knows; lower opd.top_k."
+            f"prompt_logprobs={top_k} asks for more tokens than the {logp.shape[-1]} that the teacher knows; lower opd.objective.top_k."
         )
     if top_k > 0:
         said, tokens = logp.topk(top_k, dim=-1)

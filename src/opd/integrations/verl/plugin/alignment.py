@@ -35,9 +35,9 @@ class ResponseTokens:
     """The factor of the token's loss in verl's loss_agg_mode, the number of data-parallel ranks included."""
     sampler_logp: Float[Tensor, " tokens"] | None
     known: Bool[Tensor, " tokens"]
-    """Whether it is a token of student and teachers. verl's engines may draw others: rows that pad the output layer."""
+    """True for a token of student and teachers. verl's engines may draw others: rows that pad the output layer."""
     followed: Bool[Tensor, " tokens"]
-    """Whether every teacher can read what stands before it; one may have no row for a padding row of the student."""
+    """True where every teacher has an embedding for all tokens before it; a padding row of the student may have none."""
 
     def at(self, rows: Int[Tensor, " some"]) -> ResponseTokens:
         """The tokens at these indices."""
@@ -96,7 +96,7 @@ def _weights(mask: Tensor, **aggregation: Any) -> Tensor:
 
 
 def _in_rows(offsets: Tensor) -> Tensor:
-    """Where each token is when sequences are rows, padded on the right to the longest, and the rows are flattened."""
+    """The position of each token when sequences are rows, padded on the right to the longest, and the rows are flattened."""
     lengths = offsets.diff()
     row = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
     column = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1][row]

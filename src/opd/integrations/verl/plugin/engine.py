@@ -57,7 +57,7 @@ class OpdEngine(LanguageModelEngine):
     weights = Weights(0.0, 0.0)
     """Of the update at hand."""
     reads_rows = False
-    """Whether each packed sequence is read in a row of its own, because the student would let them see each other."""
+    """True where each packed sequence is read in a row of its own, because the student would let them see each other."""
     spread: Spread | None = None
     """During the pass that measures the standard deviations of both terms before an update."""
 

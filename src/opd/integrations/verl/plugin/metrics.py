@@ -38,7 +38,7 @@ class MetricSums:
         held[0] += float(value.detach())
 
     def add_count(self, name: str, where: Tensor) -> None:
-        """How many tokens are so, in the whole mini-batch."""
+        """A number of tokens of the whole mini-batch."""
         self.counts[name] = self.counts.get(name, 0) + int(where.sum())
 
     def add_diagnostics(self, diagnostics: dict[str, Tensor], tokens: ResponseTokens) -> None:

@@ -1,4 +1,4 @@
-"""What the `verl.plugins` entry point imports inside `import verl`, in every process: keep it light.
+"""The `verl.plugins` entry point, which `import verl` loads in every process: keep it light.
 
 Engines and config classes need no registration here: `+opd=default` names them as Hydra targets, and they register themselves
 when verl resolves the target. A platform, though, must be known before anything else of verl asks for the device, and a policy loss

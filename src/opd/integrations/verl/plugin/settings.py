@@ -38,12 +38,12 @@ class TeacherSettings(Section, key="teacher"):
 
     @property
     def is_student(self) -> bool:
-        """Whether no model of its own is loaded."""
+        """True where no model of its own is loaded."""
         return self.source == "adapter_off"
 
 
 class MixtureSettings(BaseMixtureConfig, key="mixture"):
-    """How several teachers make one."""
+    """The mixture of several teachers."""
 
     kind: Literal["routing", "probability", "logit", "loss"] = "probability"
     """probability: Σ w q; logit: softmax of Σ w log q; loss: Σ w D(S, T); routing: every sample has one teacher, which its field
@@ -70,7 +70,7 @@ class Settings(Section):
     """rl.weight is the weight of verl's own loss (policy, entropy bonus, KL to the reference); 0 computes none of it. With
     rl.distill_weight=0 no teacher is loaded. Schedules count the steps of verl's trainer."""
     placement: Literal["actor", "pool", "hidden"] = "actor"
-    """Where the teacher runs: in the actor's workers, or in servers of verl's, which send log-probs of a few tokens (+opd=pool) or
+    """The place of the teacher: in the actor's workers, or in servers of verl's, which send log-probs of a few tokens (+opd=pool) or
     hidden states (+opd=hidden)."""
     sanity_check_every: int = 100
     """Run the sanity check of the teacher's scores every n updates, the first included; 0 switches it off."""
@@ -136,12 +136,12 @@ class Settings(Section):
 
     @property
     def is_served(self) -> bool:
-        """Whether verl's teacher servers run."""
+        """True where verl's teacher servers run."""
         return self.placement != "actor"
 
     @property
     def adds_advantages(self) -> bool:
-        """Whether the distillation is a term of verl's advantages in place of a loss."""
+        """True where the distillation is a term of verl's advantages in place of a loss."""
         return self.rl.combine == "advantages" and self.rl.rewarded and self.rl.distilled
 
     def shares(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ def suggestion(key: str) -> str:
 
 
 def may_be_added(key: str) -> bool:
-    """Whether a key below `opd.` that the config group lacks has the name of a teacher in it."""
+    """True for a key below `opd.` that the config group lacks because it holds the name of a teacher."""
     section, _, rest = key.removeprefix(PREFIX).partition(".")
     if section == "teachers":
         return hint_of(Settings, f"{section}.{rest}") is not None

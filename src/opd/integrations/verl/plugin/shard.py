@@ -17,7 +17,7 @@ from opd.losses._shapes import Float
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What of a micro-batch this rank's model reads: all of it, or one slice of as many as there are ranks."""
+    """The slice of a micro-batch that this rank's model reads; the whole without sequence parallelism."""
 
     group: Any = None
     """None is all of it."""

@@ -34,7 +34,7 @@ class FrozenTeacher(LanguageModelEngine):
     """Every worker holds a shard; a forward pass gathers one layer at a time."""
 
     is_offloaded = False
-    """Whether its shards are in host memory until the next forward pass."""
+    """True while its shards are in host memory, until the next forward pass."""
 
     def __init__(self, settings: TeacherSettings, student: Any) -> None:
         """`student` is the actor's engine, whose sharding the teacher shares."""

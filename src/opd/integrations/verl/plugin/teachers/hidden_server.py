@@ -7,7 +7,6 @@ One transformers model per GPU of verl's teacher pool, one sequence at a time.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.utils import normalize_token_ids
 from verl.utils.device import get_device_name
 from verl.utils.fs import copy_to_local
-from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
+from verl.workers.rollout.replica import TokenOutput
 
 from opd.errors import ConfigError
 from opd.integrations.verl.plugin.head import hidden_states
+from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
 from opd.teachers.vocabulary import embedding_rows
 
 NAME = "opd_hidden"
@@ -50,15 +50,12 @@ def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool 
 
 
 @ray.remote
-class HiddenStateServer:
+class HiddenStateServer(ModelServer):
     """Holds the teacher; answers hidden states for token ids."""
 
     def __init__(self, path: str, dtype: str, device: str, trust_remote_code: bool) -> None:
+        super().__init__()
         self.model = load_teacher(path, dtype, device, trust_remote_code=trust_remote_code)
-        self.turn = asyncio.Lock()
-
-    async def address(self) -> str:
-        return f"{ray.util.get_node_ip_address()}:{os.getpid()}"
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **_images: Any
@@ -72,30 +69,22 @@ class HiddenStateServer:
             token_ids=[0], stop_reason="completed", extra_fields={"prompt_ids": named, "prompt_logprobs": states}
         )
 
-    async def sleep(self) -> None:
-        """Nothing to free: the pool's GPUs are the teacher's own."""
-
-    wake_up = abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = sleep
-    start_profile = stop_profile = sleep
-
 
 def trusts(engine_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the teacher's own code may run: verl tells a server no more of its model than the path."""
+    """The setting trust_remote_code of the teacher: verl tells a server no more of its model than the path."""
     return bool(engine_kwargs.get(NAME, {}).get("trust_remote_code"))
 
 
-class HiddenStateReplica(RolloutReplica):
+class HiddenStateReplica(ModelReplica):
     """One server on one GPU of the teacher pool."""
 
     async def init_colocated(self, resource_pool: Any) -> None:
-        """A teacher's weights never change, so it has no workers to bring it new ones."""
         if not self.is_teacher_model or self.world_size != 1:
             raise ConfigError(
                 "inference.name=opd_hidden serves a teacher on one GPU; set distillation.teacher_models.teacher_model.inference."
                 "tensor_model_parallel_size=1, and a name of vLLM or SGLang for other models."
             )
-        self.rollout_mode, self.resource_pool = RolloutMode.COLOCATED, resource_pool
-        await self.launch_servers()
+        await super().init_colocated(resource_pool)
 
     async def launch_servers(self) -> None:
         options: dict[str, Any] = {
@@ -107,12 +96,9 @@ class HiddenStateReplica(RolloutReplica):
         if device != "cpu":
             options |= {"num_gpus": 1, "scheduling_strategy": self._bundle()}
         own_code = trusts(self.config.engine_kwargs)
-        server = HiddenStateServer.options(**options).remote(
-            self.model_config.path, self.config.dtype, device, own_code
-        )  # pyright: ignore[reportAttributeAccessIssue]
-        self.servers = [server]
-        self._server_handle = server
-        self._server_address = await server.address.remote()
+        await self.keep(
+            HiddenStateServer.options(**options).remote(self.model_config.path, self.config.dtype, device, own_code)  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
     def _bundle(self) -> PlacementGroupSchedulingStrategy:
         """This replica's GPU: the pool's bundles are counted through its nodes."""
