@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import opd.integrations.verl.plugin.conf
-from opd.config.algorithm import HybridConfig
+from opd.config import HybridConfig
 from opd.errors import ConfigError, ObjectiveError
 from opd.integrations.verl.plugin.concept_names import CONCEPT_NAMES
 from opd.integrations.verl.plugin.settings import (

@@ -136,7 +136,7 @@ class VerlSource:
         return f"has no {', '.join(missing)}" if missing else None
 
     def find(self, module: str, dotted: str) -> tuple[str, ast.AST] | None:
-        """The definition of a name, and the module it stands in, wherever imports lead."""
+        """The definition of a name, and the module it stands in, through imports and base classes."""
         first, _, rest = dotted.partition(".")
         found = self._top_level(module, first, seen=frozenset())
         if found is None or not rest:
@@ -144,29 +144,25 @@ class VerlSource:
         module, node = found
         if not isinstance(node, ast.ClassDef):
             return None
-        return self._member(module, node, rest)
+        for inside, one in self._classes(module, node):
+            if (own := dict(_own_members(one)).get(rest)) is not None:
+                return inside, own
+        return None
 
     def members(self, module: str, node: ast.ClassDef) -> dict[str, ast.AST]:
         """Methods, fields, attributes set on `self` and constructor parameters, base classes' included."""
         found: dict[str, ast.AST] = {}
-        for base in node.bases:
-            if isinstance(base, ast.Name) and (where := self.find(module, base.id)) is not None:
-                inside, parent = where
-                if isinstance(parent, ast.ClassDef) and parent is not node:
-                    found |= self.members(inside, parent)
-        return found | dict(_own_members(node))
+        for _, one in reversed(list(self._classes(module, node))):
+            found |= dict(_own_members(one))
+        return found
 
-    def _member(self, module: str, node: ast.ClassDef, name: str) -> tuple[str, ast.AST] | None:
-        own = dict(_own_members(node))
-        if name in own:
-            return module, own[name]
+    def _classes(self, module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
+        """The class and its base classes, with the module that each stands in."""
+        yield module, node
         for base in node.bases:
-            where = self.find(module, base.id) if isinstance(base, ast.Name) else None
-            if where is not None and isinstance(where[1], ast.ClassDef) and where[1] is not node:
-                found = self._member(where[0], where[1], name)
-                if found is not None:
-                    return found
-        return None
+            found = self.find(module, base.id) if isinstance(base, ast.Name) else None
+            if found is not None and isinstance(found[1], ast.ClassDef) and found[1] is not node:
+                yield from self._classes(found[0], found[1])
 
     def _top_level(self, module: str, name: str, seen: frozenset[tuple[str, str]]) -> tuple[str, ast.AST] | None:
         tree = self.module(module)
@@ -179,11 +175,10 @@ class VerlSource:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and name in _targets(node):
                 return module, node
             if isinstance(node, ast.ImportFrom):
-                source = self._absolute(module, node)
                 for alias in node.names:
                     if alias.name == "*" or (alias.asname or alias.name) == name:
                         wanted = name if alias.name == "*" else alias.name
-                        found = self._top_level(source, wanted, seen)
+                        found = self._top_level(self._absolute(module, node), wanted, seen)
                         if found is not None:
                             return found
         return None

@@ -20,7 +20,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from opd.errors import ConfigError
 from opd.integrations.verl.dry_run.attention import NAME as ULYSSES
-from opd.integrations.verl.dry_run.sampling import Sampling, sample, score, seed_of
+from opd.integrations.verl.dry_run.sampling import SamplingSettings, sample, score, seed_of
 from opd.integrations.verl.plugin.checks import end_ids
 from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
 
@@ -73,7 +73,7 @@ class SamplingServer(ModelServer):
                 sample,
                 self.model,
                 prompt,
-                Sampling(
+                SamplingSettings(
                     temperature=given.get("temperature", 1.0),
                     top_p=given.get("top_p", 1.0),
                     top_k=given.get("top_k", -1),
@@ -110,7 +110,7 @@ class SamplingServer(ModelServer):
             self.served.clear()
 
 
-class Replica(ModelReplica):
+class TransformersReplica(ModelReplica):
     """One server per replica, whatever parallel sizes vLLM would have had."""
 
     async def launch_servers(self) -> None:
@@ -120,7 +120,7 @@ class Replica(ModelReplica):
         await self.keep(server.remote(self.config, self.model_config, self.replica_rank, attention))
 
 
-class Adapter(BaseRollout):
+class WeightSender(BaseRollout):
     """The rollout in a trainer worker: it sends the weights. The first worker of each replica talks to the server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:

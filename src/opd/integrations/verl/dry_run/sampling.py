@@ -15,7 +15,7 @@ from opd.teachers.vocabulary import embedding_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingSettings:
     """Settings of the sampler. The log-probs that `sample` returns are of the distribution after all of this."""
 
     temperature: float = 1.0
@@ -31,7 +31,7 @@ class Sampling:
             )
 
 
-def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+def log_probs(logits: Tensor, sampling: SamplingSettings) -> Tensor:
     """Log-probs of the next token, −inf where it cannot be drawn."""
     if sampling.temperature == 0:
         return torch.full_like(logits, -torch.inf).index_fill_(-1, logits.argmax(-1), 0.0)
@@ -49,7 +49,7 @@ def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample(
     model: PreTrainedModel,
     prompt_ids: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     max_tokens: int,
     stop_ids: Collection[int],

@@ -42,8 +42,9 @@ class ResponseTokens:
     def at(self, rows: Int[Tensor, " some"]) -> ResponseTokens:
         """The tokens at these indices."""
 
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ResponseTokens(**{name: None if value is None else value[rows] for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
+        return ResponseTokens(**cut)
 
 
 def response_positions(micro_batch: Any) -> Int[Tensor, " tokens"]:

@@ -30,5 +30,6 @@ class OpdEngineConfig(FSDPEngineConfig):
 
 def start_line(settings: Settings) -> str:
     """Versions and the resolved objective: the sign that the plugin is in, because verl hides one that failed to load."""
-    versions = f"verl {verl.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    release: str = verl.__version__  # pyright: ignore[reportAttributeAccessIssue]
+    versions = f"verl {release}, torch {torch.__version__}, transformers {transformers.__version__}"
     return f"opd {version('opd')} ({versions}): {settings.describe()}"

@@ -58,21 +58,17 @@ class OpdActorConfig(FSDPActorConfig):
         print(start_line(settings), flush=True)
 
     def _run_facts(self) -> RunFacts:
-        facts = dict(self.opd_run)
-        servers = facts.get("pool")
+        others = {key: value for key, value in self.opd_run.items() if key not in ("model_engine", "pool")}
+        servers = self.opd_run.get("pool")
         return RunFacts(
+            **others,
+            pool=None if servers is None else TeacherServers(**{**servers, "teachers": tuple(servers["teachers"])}),
             strategy=self.strategy,
             sequence_parallel=self.fsdp_config.ulysses_sequence_parallel_size,
             loss_mode=self.policy_loss.get("loss_mode", "vanilla"),
             entropy_coeff=self.entropy_coeff,
             use_kl_loss=self.use_kl_loss,
             sum_pi_squared=self.calculate_sum_pi_squared,
-            native_distillation=bool(facts["native_distillation"]),
-            native_fused_kernels=bool(facts["native_fused_kernels"]),
-            pool=None if servers is None else TeacherServers(**{**servers, "teachers": tuple(servers["teachers"])}),
-            temperature=float(facts["temperature"]),
-            top_p=float(facts["top_p"]),
-            top_k=int(facts["top_k"]),
             loss_agg_mode=self.loss_agg_mode,
             loss_scale_factor=self.loss_scale_factor,
         )

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any, Literal
 
-from opd.config.algorithm import BaseMixtureConfig, HybridConfig
-from opd.config.run import DType
+from opd.config import BaseMixtureConfig, DType, HybridConfig
 from opd.config.sections import Section, hint_of, parse_section, suggested_keys
 from opd.errors import ConfigError, require
 from opd.integrations.verl.plugin.concept_names import apply_concept_names
