@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from opd.config.algorithm import RlConfig
+from opd.config import RlConfig
 from opd.losses import Hybrid, Objective
 
 

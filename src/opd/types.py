@@ -27,14 +27,14 @@ class Prompt:
     """Row number in the data set; identifies the prompt in every report."""
     text: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the row hands to a chat template besides the messages: tools, documents, and other arguments by name."""
     answer: str | None = None
     response: str | None = None
     """A reference response, for off-policy distillation."""
     teacher: str | None = None
     """Name of the teacher this prompt is routed to."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)

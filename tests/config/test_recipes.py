@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd.config import Config
-from opd.config.algorithm import MixtureConfig, RlConfig, RolloutConfig
-from opd.config.recipe import build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml
-from opd.errors import ConfigError, OpdError
+from opd.config import Config, MixtureConfig, RlConfig, RolloutConfig
+from opd.config.recipe import build, load, merge, parse_overrides, read_recipe, to_dict, to_yaml, without_idle_defaults
+from opd.errors import ConfigError, ObjectiveError, OpdError
 from opd.losses import Objective
 
 ROOT = Path(__file__).parents[2]
@@ -99,8 +98,12 @@ def test_the_losses_snippet_in_the_readme_runs():
 
 
 def test_a_setting_that_would_do_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"top_k=16 is read by top-k supports"):
-        config(objective__top_k=16)
+    for key, value in (("top_k", 16), ("top_k", 64), ("beta", 0.4), ("beta", 0.5), ("tail", "bucket")):
+        why = {"top_k": f"top_k={value} is read by top-k supports", "tail": "support='full' has none"}
+        with pytest.raises(ObjectiveError, match=why.get(key, f"objective: beta={value} is not read by reverse_kl")):
+            config(**{f"objective__{key}": value})
+        with pytest.raises(ObjectiveError, match=why.get(key, f"objective: beta={value} is not read by reverse_kl")):
+            build(merge({}, NEEDED | parse_overrides([f"--objective.{key}", str(value)])))
     with pytest.raises(ConfigError, match=r"off_policy=teacher is read where rollout.lmbda < 1"):
         config(rollout__off_policy="teacher")
 
@@ -194,6 +197,21 @@ def test_the_resolved_config_builds_the_same_config_again():
     assert build(yaml.safe_load(to_yaml(made))) == made
 
 
+def test_the_recipe_of_an_older_run_is_read_without_the_defaults_that_nothing_read():
+    """Versions that wrote 0.5 and 64 for "not set" left them in config.yaml."""
+    older = {"beta": 0.5, "alpha": 0.5, "normalize": True, "top_k": 64, "tail": "bucket"}
+    for choice in (
+        {"divergence": "reverse_kl", "support": "full"},
+        {"divergence": "skew_reverse_kl", "support": "union"},
+    ):
+        saved = merge({}, NEEDED | {"objective": choice | older})
+        assert build(without_idle_defaults(saved)).objective == Objective(**choice)
+        with pytest.raises(ObjectiveError, match="drop it"):
+            build(saved)
+    changed = merge({}, NEEDED | {"objective": {"divergence": "reverse_kl", "support": "full", "beta": 0.4}})
+    assert without_idle_defaults(changed) == changed
+
+
 def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
     objective = config().objective
     assert (objective.divergence, objective.support, objective.reduction) == ("reverse_kl", "full", "token_mean")
@@ -202,7 +220,7 @@ def test_the_default_objective_is_exact_reverse_kl_averaged_over_tokens():
 
 def test_every_field_of_every_section_has_a_help_text():
     """tyro and readers of the source both live from the string under each field."""
-    files = [*(ROOT / "src/opd/config").glob("*.py"), ROOT / "src/opd/losses/objective.py"]
+    files = [*(ROOT / "src/opd/config").glob("*.py"), ROOT / "src/opd/losses/settings.py"]
     source = "".join(path.read_text() for path in files)
     lines = [line.strip() for line in source.splitlines()]
     for name in to_dict(config(student__lora__rank=1)):

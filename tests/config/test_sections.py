@@ -13,11 +13,23 @@ import numpy as np
 import pytest
 
 import opd
-from opd.config import Config, EvalConfig, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig, TrainConfig
-from opd.config.algorithm import MixtureConfig, RlConfig, RolloutConfig
+from opd.config import (
+    BaseMixtureConfig,
+    Config,
+    EvalConfig,
+    HybridConfig,
+    LoraConfig,
+    MixtureConfig,
+    PromptsConfig,
+    RlConfig,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
 from opd.config.recipe import build, to_dict
-from opd.config.sections import Section, section_of
+from opd.config.sections import Section, parse_section, section_of
 from opd.errors import ConfigError, ObjectiveError, OpdError
 from opd.losses import Objective
 
@@ -105,7 +117,7 @@ def test_an_objective_s_own_refusal_is_kept():
     ("wrong", "what"),
     [
         ({"student_temperature": "1.0"}, "student_temperature='1.0' must be a number"),
-        ({"beta": None, "divergence": "generalized_jsd"}, "beta=None must be a number"),
+        ({"beta": [0.5], "divergence": "generalized_jsd"}, "beta=[0.5] must be a number"),
         ({"discount": True}, "discount=True must be a number"),
         ({"fixed_count": "7", "reduction": "fixed"}, "fixed_count='7' must be a number or None"),
         ({"teacher_logp_floor": [-3]}, "teacher_logp_floor=[-3] must be a number or None"),
@@ -117,6 +129,52 @@ def test_an_objective_s_own_refusal_is_kept():
 def test_an_objective_made_in_python_refuses_wrong_types_by_name(wrong, what):
     with pytest.raises(ObjectiveError, match=re.escape(what)):
         Objective(**wrong)
+
+
+class Teacher(Section, key="teacher"):
+    model: str
+
+
+class Foreign(Section):
+    rl: HybridConfig = dataclasses.field(default_factory=HybridConfig)
+    mixture: BaseMixtureConfig = dataclasses.field(default_factory=BaseMixtureConfig)
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    teachers: dict[str, Teacher] = dataclasses.field(default_factory=dict)
+
+
+def test_another_program_s_config_holds_the_same_sections():
+    made = parse_section(Foreign, {"rl": {"weight": "0.5"}, "teachers": {"a": {"model": "m"}}}, "opd.")
+    assert made == Foreign(rl=HybridConfig(weight=0.5), teachers={"a": Teacher(model="m")})
+    assert made.rl.weights_at(0, 10) == (0.5, 1.0) and made.mixture.at(0, 10, ("a", "b")) == {"a": 0.5, "b": 0.5}
+    assert RlConfig(weight=1.0).rewarded and isinstance(RlConfig(), HybridConfig)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (
+            {"rl": {"wieght": 1}},
+            "Unknown key 'opd.rl.wieght'. Did you mean 'opd.rl.weight'? Keys of section 'opd.rl': weight,",
+        ),
+        ({"weight": 1}, "Unknown key 'opd.weight'. Did you mean 'opd.rl.weight'? Keys of section 'opd': rl, mixture,"),
+        ({"rl": 3}, "'opd.rl' is a section and cannot be 3; set its keys, e.g. opd.rl.weight=VALUE."),
+        (
+            {"teachers": {"a": {}}},
+            "'opd.teachers.a.model' is not set, and has no default. Add it to the recipe or pass opd.",
+        ),
+        ({"rl": {"weight": True}}, "'opd.rl.weight' cannot be true: it is a number"),
+        ({"rl": {"weight": "x"}}, "'opd.rl.weight' cannot be 'x'"),
+        ({"rl": {"weight": -1}}, "opd.rl.weight must be 0 or a positive number, not -1.0"),
+        ({"rl": {"distill_weight": 0}}, "opd.rl.weight and opd.rl.distill_weight are both 0"),
+        ({"mixture": {"kind": "loss", "weights": {"a": 2}}}, "opd.mixture.weights must be ≥ 0 and sum to 1"),
+        ({"mixture": {"weights": {"a": 1}}}, "opd.mixture.weights would change nothing: with opd.mixture.kind=routing"),
+        ({"objective": {"beta": 0.5}}, "opd.objective: beta=0.5 is not read by reverse_kl"),
+        ({"objective": {"top_k": 64}}, "opd.objective: top_k=64 is read by top-k supports"),
+    ],
+)
+def test_and_its_messages_name_keys_as_they_are_written_there(data, what):
+    with pytest.raises(OpdError, match=re.escape(what)):
+        parse_section(Foreign, data, "opd.")
 
 
 def test_values_become_their_types():

@@ -8,13 +8,11 @@ from opd.errors import ObjectiveError
 from opd.losses import (
     Schedule,
     combine_advantages,
-    combine_losses,
     group_relative_advantage,
     leave_one_out_advantage,
     match_scale,
 )
 
-COMBINE = [combine_advantages, combine_losses]
 GROUPS = torch.tensor([0, 1, 0, 1, 2])
 
 
@@ -61,27 +59,26 @@ def test_no_rewards_have_no_advantages():
     assert group_relative_advantage(torch.zeros(0), torch.zeros(0, dtype=torch.long)).tolist() == []
 
 
-@pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("scale", ["none", "match"])
-def test_a_weight_of_0_leaves_the_other_term_bit_for_bit(combine, scale):
+def test_a_weight_of_0_leaves_the_other_term_bit_for_bit(scale):
     rl, distill = random_logits(9, seed=2, dtype=torch.float32), random_logits(9, seed=3, dtype=torch.float32)
     broken = torch.full((9,), math.nan)
-    assert torch.equal(combine(broken, distill, rl_weight=0.0, distill_weight=1.0, scale=scale), distill)
-    assert torch.equal(combine(rl, broken, rl_weight=1.0, distill_weight=0.0, scale=scale), rl)
+    assert torch.equal(combine_advantages(broken, distill, rl_weight=0.0, distill_weight=1.0, scale=scale), distill)
+    assert torch.equal(combine_advantages(rl, broken, rl_weight=1.0, distill_weight=0.0, scale=scale), rl)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_terms_are_weighed_and_added(combine):
-    value = combine(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), rl_weight=3.0, distill_weight=0.5)
+def test_terms_are_weighed_and_added():
+    value = combine_advantages(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), rl_weight=3.0, distill_weight=0.5)
     assert value.tolist() == [8.0, 16.0]
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_match_divides_each_term_by_its_own_spread(combine):
+def test_match_divides_each_term_by_its_own_spread():
     rl, distill = torch.tensor([0.0, 2.0]), torch.tensor([30.0, 10.0])  # standard deviations 1 and 10
-    value = combine(rl, distill, rl_weight=1.0, distill_weight=1.0, scale="match")
+    value = combine_advantages(rl, distill, rl_weight=1.0, distill_weight=1.0, scale="match")
     assert value.tolist() == [3.0, 3.0]
-    given = combine(rl, distill, rl_weight=1.0, distill_weight=1.0, scale="match", rl_std=2.0, distill_std=5.0)
+    given = combine_advantages(
+        rl, distill, rl_weight=1.0, distill_weight=1.0, scale="match", rl_std=2.0, distill_std=5.0
+    )
     assert given.tolist() == [6.0, 3.0]
 
 
@@ -109,7 +106,6 @@ def test_impossible_schedules_are_refused(wrong):
         Schedule(**wrong)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -118,6 +114,6 @@ def test_impossible_schedules_are_refused(wrong):
         ({"rl_weight": 1.0, "distill_weight": 1.0, "scale": "std"}, "none, match"),
     ],
 )
-def test_combinations_that_train_nothing_or_nonsense_are_refused(combine, settings, why):
+def test_combinations_that_train_nothing_or_nonsense_are_refused(settings, why):
     with pytest.raises(ObjectiveError, match=why):
-        combine(torch.ones(2), torch.ones(2), **settings)
+        combine_advantages(torch.ones(2), torch.ones(2), **settings)

@@ -87,7 +87,6 @@ L.mix_losses([s[:, 0], t[:, 0]], torch.tensor([0.5, 0.5]))
 L.route([s, t], torch.tensor([0, 1, 0]))
 rewards = L.group_relative_advantage(torch.tensor([0.0, 1.0]), torch.tensor([0, 0]))
 L.combine_advantages(s[:, 0], t[:, 0], rl_weight=1.0, distill_weight=1.0, scale="match")
-L.combine_losses(s[:, 0], t[:, 0], rl_weight=1.0, distill_weight=1.0)
 L.weighted_sum(s[:, 0], L.token_weights(index, torch.tensor([2, 1]), reduction="sequence_mean", global_count=2))
 L.policy_gradient_loss(s[:, 0], t[:, 0], s[:, 0], 0.2)
 print("done")
@@ -126,8 +125,8 @@ def test_every_public_name_is_exported_once_and_documented():
 
 
 def test_every_setting_of_the_objective_is_documented_under_its_field():
-    tree = ast.parse((PACKAGE / "objective.py").read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Objective")
+    tree = ast.parse((PACKAGE / "settings.py").read_text())
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ObjectiveSettings")
     for field, after in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), ast.unparse(field)

@@ -350,7 +350,9 @@ def test_the_floor_acts_on_the_baseline():
 
 
 def test_logits_allow_every_diagnostic():
-    metrics = Objective(top_k=4).per_token(STUDENT.clone().requires_grad_(), DENSE, IDS).metrics
+    metrics = (
+        Objective(support="teacher_top_k", top_k=4).per_token(STUDENT.clone().requires_grad_(), DENSE, IDS).metrics
+    )
     student = to_logp(STUDENT)
     same(metrics["reverse_kl"], reverse_kl(student, TEACHER))
     same(metrics["forward_kl"], forward_kl(student, TEACHER))
@@ -368,7 +370,11 @@ def test_logits_allow_every_diagnostic():
 def test_overlap_looks_at_no_more_than_16_tokens_nor_a_quarter_of_the_vocabulary(vocab, k):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(TOKENS, vocab, generator=generator) for _ in range(2))
-    metrics = Objective(top_k=64).per_token(student, DenseTarget(logits=teacher), IDS.clamp(max=vocab - 1)).metrics
+    metrics = (
+        Objective(support="union", top_k=64)
+        .per_token(student, DenseTarget(logits=teacher), IDS.clamp(max=vocab - 1))
+        .metrics
+    )
     mine, theirs = student.topk(k).indices.tolist(), teacher.topk(k).indices.tolist()
     wanted = [len(set(a) & set(b)) / k for a, b in zip(mine, theirs, strict=True)]
     assert metrics["overlap"].tolist() == pytest.approx(wanted)

@@ -104,6 +104,14 @@ REFUSED = [
     ({"divergence": "alpha_beta_divergence", "alpha": -1.0}, "alpha ≥ 0"),
     ({"divergence": "kl"}, "reverse_kl"),
     ({"beta": 0.9}, "not read by reverse_kl"),
+    ({"beta": 0.5}, "beta=0.5 is not read by reverse_kl; drop it"),
+    ({"beta": 0.5, "divergence": "total_variation"}, "not read by total_variation"),
+    ({"alpha": 0.5}, "alpha=0.5 is not read by reverse_kl; drop it"),
+    ({"normalize": True}, "normalize=True is read by generalized_jsd only"),
+    ({"top_k": 64}, "top_k=64 is read by top-k supports, and support='full'"),
+    ({"top_k": 32}, "top_k=32 is read by top-k supports, and support='full'"),
+    ({"support": "sampled", "estimator": "k2", "top_k": 64}, "support='sampled' looks at something else"),
+    ({"tail": "bucket"}, "has none"),
     ({"alpha": 0.9, "divergence": "generalized_jsd"}, "not read by generalized_jsd"),
     ({"normalize": False}, "generalized_jsd only"),
     ({"beta": math.nan, "divergence": "generalized_jsd"}, "finite"),
@@ -142,6 +150,23 @@ REFUSED = [
 def test_what_cannot_work_is_refused_with_the_reason(settings, why):
     with pytest.raises(ObjectiveError, match=why):
         Objective(**settings)
+
+
+@pytest.mark.parametrize(
+    ("choice", "read"),
+    [
+        ({"divergence": "generalized_jsd"}, {"beta": 0.5, "normalize": True}),
+        ({"divergence": "skew_reverse_kl"}, {"beta": 0.5}),
+        ({"divergence": "alpha_beta_divergence"}, {"alpha": 0.5, "beta": 0.5}),
+        ({"support": "union"}, {"top_k": 64, "tail": "bucket"}),
+    ],
+)
+def test_a_setting_has_its_default_where_it_is_read_and_none_elsewhere(choice, read):
+    unset = dict.fromkeys(("beta", "alpha", "normalize", "top_k", "tail"))
+    made = Objective(**choice)
+    assert {name: getattr(made, name) for name in unset} == {**unset, **read}
+    assert made == Objective(**choice, **read) == dataclasses.replace(made, student_temperature=1.0)
+    assert made.changed() == choice
 
 
 def test_the_published_jsd_warns_near_its_ends_when_the_objective_is_made():

@@ -1,20 +1,13 @@
-"""All sections of a run's configuration: frozen dataclasses with a help text under every field. Imports no torch."""
+"""All sections of a run's configuration: frozen dataclasses with a help text under every field. Starts no model."""
 
-from opd.config.algorithm import BaseMixtureConfig, HybridConfig, MixtureConfig, RewardConfig, RlConfig, RolloutConfig
+from opd.config.model import DType, LoraConfig, ModelConfig, StudentConfig
 from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
-from opd.config.run import (
-    CheckpointConfig,
-    Config,
-    DType,
-    EvalConfig,
-    LogConfig,
-    LoraConfig,
-    ModelConfig,
-    PromptsConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from opd.config.prompts import PromptsConfig
+from opd.config.rl import HybridConfig, RewardConfig, RlConfig
+from opd.config.rollout import RolloutConfig
+from opd.config.run import Config
+from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
+from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 __all__ = [
     "BaseMixtureConfig",

@@ -1,4 +1,4 @@
-"""The section of a recipe that says how the weights move. Starts no model."""
+"""Sections of the optimizer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from dataclasses import field
 from typing import Literal
 
+from opd.config.rules import at_least, not_negative, positive
 from opd.config.sections import Section
 from opd.errors import ConfigError, require
 
@@ -38,13 +39,10 @@ class NaturalGradientConfig(Section, key="optimizer.natural_gradient"):
     (a name like model.layers.27.mlp.up_proj.weight). None trains all, or all adapters."""
 
     def __post_init__(self) -> None:
-        for name in ("damping", "trust_region"):
-            value = getattr(self, name)
-            ok = math.isfinite(value) and value >= 0 and (value > 0 or name == "damping")
-            require(ok, f"optimizer.natural_gradient.{name} must be a positive number, not {value}")
-        require(
-            self.iterations >= 1, f"optimizer.natural_gradient.iterations must be at least 1, not {self.iterations}"
-        )
+        ok = math.isfinite(self.damping) and self.damping >= 0
+        require(ok, f"optimizer.natural_gradient.damping must be a positive number, not {self.damping}")
+        positive(self, "trust_region")
+        at_least(1, self, "iterations")
         require(self.probes >= 0, f"optimizer.natural_gradient.probes must be 0 (none) or more, not {self.probes}")
         if self.parameters is not None:
             try:
@@ -85,31 +83,18 @@ class OptimizerConfig(Section, key="optimizer"):
     bounds the step."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "adamw_lr"):
-            value = getattr(self, name)
-            ok = value is None or (math.isfinite(value) and value > 0)
-            require(ok, f"optimizer.{name} must be a positive number, not {value}")
+        positive(self, "lr", "adamw_lr")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
         require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), not {self.momentum}")
-        require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            f"optimizer.weight_decay must be 0 or a positive number, not {self.weight_decay}",
-        )
-        require(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            f"optimizer.warmup_steps must not be negative, not {self.warmup_steps}",
-        )
+        not_negative(self, "weight_decay", "warmup_steps")
         require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must lie in [0, 1], not {self.min_lr_ratio}")
         require(
             self.max_grad_norm is None or self.max_grad_norm >= 0,
             f"optimizer.max_grad_norm must be 0 (off) or positive, not {self.max_grad_norm}",
         )
         self._check_natural_gradient()
-        # What None stands for is said in the run's config.yaml, and when another recipe would resume it. What warmup_steps stands for
-        # depends on the length of the run, so the whole Config says that.
-        resolved = {"lr": self.peak_lr, "max_grad_norm": self.gradient_limit}
-        for name, value in resolved.items():
-            object.__setattr__(self, name, value)
+        # What warmup_steps=None stands for depends on the length of the run, so the whole Config fills that in.
+        self._fill_in(lr=self.peak_lr, max_grad_norm=self.gradient_limit)
 
     def _check_natural_gradient(self) -> None:
         if self.name != "natural_gradient":

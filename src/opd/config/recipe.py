@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 
 from opd.config import Config
 from opd.config.sections import all_keys, hint_of, parse_section
 from opd.errors import ConfigError
+from opd.losses.settings import READ_BY
 
 
 class _Yaml(yaml.SafeLoader):
@@ -32,7 +33,7 @@ class _Yaml(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key: Any = cast(Any, self).construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(
@@ -42,7 +43,7 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Yaml.add_implicit_resolver(
+cast(Any, _Yaml).add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
@@ -77,7 +78,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}; write e.g. 'train: {{steps: 50}}'."
         )
-    return data
+    return cast("dict[str, Any]", data)
 
 
 def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
@@ -141,26 +142,42 @@ def _text(text: str, *, several: bool) -> Any:
     quoted = text[:1] in ("'", '"') and isinstance(value, str)
     nothing = value is None and text.strip() in ("null", "Null", "NULL", "~")
     as_yaml = quoted or nothing or isinstance(value, (bool, int, float)) or (several and isinstance(value, list))
-    return value if as_yaml else text
+    return cast(Any, value) if as_yaml else text
 
 
 def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with dotted overrides put in; the recipe itself is not changed."""
-    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
+    merged = {key: _own_copy(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
     for dotted, value in overrides.items():
         *sections, key = dotted.split(".")
-        node = merged
+        node: dict[str, Any] = merged
         for section in sections:
-            child = node.get(section)
-            node[section] = dict(child) if isinstance(child, Mapping) else {}
-            node = node[section]
+            node[section] = node = _own_copy(node.get(section))
         node[key] = value
     return merged
+
+
+def _own_copy(value: Any) -> dict[str, Any]:
+    return dict(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else {}
 
 
 def build(data: Mapping[str, Any]) -> Config:
     """A validated Config. Raises ConfigError (or a section's own OpdError) saying what, why and what to do."""
     return parse_section(Config, data)
+
+
+def without_idle_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's config.yaml without the defaults of settings that its objective does not read, which older versions wrote down."""
+    objective = saved.get("objective")
+    if not isinstance(objective, Mapping):
+        return saved
+    given = cast("Mapping[str, Any]", objective)
+    idle = {
+        name
+        for name, (default, chooser, choices) in READ_BY.items()
+        if given.get(name) == default and given.get(chooser) not in choices
+    }
+    return {**saved, "objective": {name: value for name, value in given.items() if name not in idle}}
 
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -173,8 +190,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+            return {k: plain(v) for k, v in cast("Mapping[str, Any]", value).items()}
+        return [plain(v) for v in cast("list[Any]", value)] if isinstance(value, (list, tuple)) else value
 
     return plain(dataclasses.asdict(config))
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
 
@@ -32,9 +32,13 @@ class Section:
     Raises ConfigError for keys and values that it cannot take. Copies, which hold checked values already, skip the check.
     """
 
+    place: ClassVar[str] = ""
+    """The key with a dot at its end, for the messages of rules."""
+
     def __init_subclass__(cls, *, key: str = "") -> None:
+        cls.place = f"{key}." if key else ""
         dataclass(frozen=True, kw_only=True)(cls)
-        plain_init, at = cast(Any, cls.__init__), f"{key}." if key else ""
+        plain_init = cast(Any, cls.__init__)
 
         def checked_init(self: Section, *args: Any, **given: Any) -> None:
             if args:
@@ -42,9 +46,14 @@ class Section:
                 raise ConfigError(
                     f"{cls.__name__} takes its keys by name, e.g. {cls.__name__}({first}=…), not {args[0]!r}."
                 )
-            plain_init(self, **_checked_values(cls, given, at, _Tree(cls, at)))
+            plain_init(self, **_checked_values(cls, given, cls.place, _Tree(cls, cls.place)))
 
         cls.__init__ = checked_init
+
+    def _fill_in(self, **values: Any) -> None:
+        """In `__post_init__` alone: the values that None stands for, so that config.yaml says them."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
 def parse_section(section: type[T], data: Mapping[str, Any], prefix: str = "") -> T:
@@ -134,10 +143,11 @@ def _checked_values(section: type, data: Mapping[str, Any], at: str, tree: _Tree
     for key in data:
         if key not in hints:
             raise ConfigError(_unknown_key(at, str(key), list(hints), tree))
+    values = {key: _checked_value(section, key, value, at, tree) for key, value in data.items()}
     for name in _required(section):
         if name not in data:
             raise ConfigError(_not_set(f"{at}{name}", hints[name], tree))
-    return {key: _checked_value(section, key, value, at, tree) for key, value in data.items()}
+    return values
 
 
 def _checked_value(section: type, key: str, value: Any, at: str, tree: _Tree) -> Any:
@@ -156,8 +166,11 @@ def _checked_value(section: type, key: str, value: Any, at: str, tree: _Tree) ->
     try:
         return _adapter(section, key).validate_python(wrap_scalar(hint, _paths_to_text(value)))
     except ValidationError as error:
-        if not issubclass(section, Section) and error.errors()[0]["type"] == "literal_error":
-            _made(section, {key: value}, at, tree)  # a class that is no Section says itself what is wrong with a choice
+        if (key, value) == (
+            "tail",
+            "ignore",
+        ):  # no misspelling but a loss in wide use: the objective itself says why not
+            _made(section, {key: value}, at, tree)
         raise _wrong_value(error, dotted) from None
 
 
@@ -165,7 +178,7 @@ def _subsection(section: type, value: Any, dotted: str, tree: _Tree) -> Any:
     if isinstance(value, section):
         return value
     if isinstance(value, Mapping):
-        return _parse(section, value, f"{dotted}.", tree)
+        return _parse(section, cast("Mapping[str, Any]", value), f"{dotted}.", tree)
     what = "is empty" if value is None else f"cannot be {value!r}"
     example = tree.example(f"{dotted}.{next(iter(_hints(section)))}")
     raise ConfigError(f"'{dotted}' is a section and {what}; set its keys, e.g. {example}.")
@@ -174,13 +187,13 @@ def _subsection(section: type, value: Any, dotted: str, tree: _Tree) -> Any:
 def wrap_scalar(hint: Any, value: Any) -> Any:
     """A single value where the key takes a tuple becomes a tuple of one: `--rollout.stop END` is `stop: [END]`."""
     wraps = get_origin(hint) is tuple and value is not None and not isinstance(value, (list, tuple))
-    return (value,) if wraps else value
+    return (value,) if wraps else cast(Any, value)
 
 
 def _paths_to_text(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _paths_to_text(inner) for key, inner in cast("Mapping[Any, Any]", value).items()}
-    return os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
+    return str(os.fspath(cast(Any, value))) if isinstance(value, os.PathLike) else cast(Any, value)
 
 
 @cache
@@ -233,7 +246,10 @@ def _keys_like(at: str, key: str, names: list[str], everywhere: list[str]) -> li
     near = [f"{at}{name}" for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
     near = near or [dotted for dotted in everywhere if dotted.rpartition(".")[2] == key][:1]
     near = near or [dotted for dotted in everywhere if holds(dotted)]
-    return near or difflib.get_close_matches(f"{at}{key}", everywhere, n=1, cutoff=0.6)
+    if not near:
+        by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(everywhere)}
+        near = [by_name[name] for name in difflib.get_close_matches(key, by_name, n=1, cutoff=0.6)]
+    return near or difflib.get_close_matches(f"{at}{key}", everywhere, n=1, cutoff=0.8)
 
 
 def _wrong_value(error: ValidationError, dotted: str) -> ConfigError:

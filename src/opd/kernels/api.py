@@ -70,10 +70,10 @@ def linear_divergence(
     target: AnyTarget | None,
     *,
     divergence: Divergence = "reverse_kl",
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    normalize: bool = True,
-    tail: Tail = "bucket",
+    alpha: float | None = None,
+    beta: float | None = None,
+    normalize: bool | None = None,
+    tail: Tail | None = None,
     estimator: Literal["k1", "k2", "k3"] = "k1",
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
@@ -254,7 +254,7 @@ def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
         raise ObjectiveError(f"estimator='{estimator}' is what is made of a SampledTarget, and this is none; drop it.")
     if isinstance(target, TopKTarget):
         return Objective(support="teacher_top_k", top_k=max(1, target.ids.shape[-1]), **settings)
-    if settings.pop("tail") != "bucket":
+    if settings.pop("tail") is not None:
         raise ObjectiveError("tail says what happens outside a top-k support, and this target has none; drop it.")
     if isinstance(target, SampledTarget):
         delivery = "advantage" if estimator == "k1" else "loss"
@@ -296,7 +296,7 @@ def _fitting(target: AnyTarget | None, objective: Objective) -> AnyTarget | None
         return target
     if objective.support == "sampled" and target.sampled_logp is not None:
         return SampledTarget(teacher_logp=target.sampled_logp)
-    if objective.support == "sampled" or target.ids.shape[-1] <= objective.top_k:
+    if objective.top_k is None or target.ids.shape[-1] <= objective.top_k:
         return target
     kept = target.teacher_logp.topk(objective.top_k, dim=-1)
     ids = target.ids.gather(-1, kept.indices)

@@ -41,7 +41,7 @@ def has_closed_form(request: Request) -> bool:
 
 def kind_of(request: Request) -> str:
     """The divergence whose form applies: the ends of the β dial are KLs, and a mixture of one model could underflow."""
-    name, beta = request.objective.divergence, request.objective.beta
+    name, (_, beta, _) = request.objective.divergence, request.objective.shape
     ends = {
         ("generalized_jsd", 0.0): "forward_kl",
         ("generalized_jsd", 1.0): "reverse_kl",
@@ -55,8 +55,8 @@ class Form:
     """One divergence, and buffers for its passes that are made once."""
 
     def __init__(self, request: Request) -> None:
-        self.kind, self.beta, self.rest = kind_of(request), request.objective.beta, 1.0 - request.objective.beta
-        self.normalize = request.objective.normalize
+        _, self.beta, self.normalize = request.objective.shape
+        self.kind, self.rest = kind_of(request), 1.0 - self.beta
         self.request = request
         self.mixes = self.kind not in ("reverse_kl", "forward_kl")
         """f depends on the rows' sums, which must be known first."""

@@ -1,4 +1,4 @@
-"""What is computed: distillation losses as pure functions, one number per token. Needs torch and nothing else."""
+"""Distillation losses as pure functions, one number per token. Needs torch and nothing else."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ from opd.losses.hybrid import (
     Schedule,
     as_hybrid,
     combine_advantages,
-    combine_losses,
     group_relative_advantage,
     leave_one_out_advantage,
+    linear_schedule,
     match_scale,
-    moving,
 )
 from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE, Mixture, mix_losses, mix_teachers, route
 from opd.losses.objective import Objective, TokenLoss
@@ -64,9 +63,11 @@ from opd.losses.sampled import (
     policy_gradient_loss,
     value_baseline,
 )
+from opd.losses.settings import DEFAULT_TOP_K
 from opd.losses.targets import dense_from_hidden
 
 __all__ = [
+    "DEFAULT_TOP_K",
     "NO_SPREAD",
     "WEIGHT_SUM_TOLERANCE",
     "Combine",
@@ -84,7 +85,6 @@ __all__ = [
     "alpha_beta_divergence",
     "as_hybrid",
     "combine_advantages",
-    "combine_losses",
     "dense_diagnostics",
     "dense_from_hidden",
     "discounted_return",
@@ -101,12 +101,12 @@ __all__ = [
     "k3",
     "leave_one_out_advantage",
     "likeliest",
+    "linear_schedule",
     "log_mixture_ratio",
     "mass_coefficient",
     "match_scale",
     "mix_losses",
     "mix_teachers",
-    "moving",
     "overlap",
     "partial_divergence",
     "policy_gradient_loss",

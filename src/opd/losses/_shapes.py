@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or importlib.util.find_spec("jaxtyping") is not None:
+CHECKABLE = find_spec("jaxtyping") is not None
+
+if TYPE_CHECKING or CHECKABLE:
     from jaxtyping import Bool, Float, Int
 else:
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def dense_diagnostics(
     student_logp: Float[Tensor, "tokens vocab"],
     teacher_logp: Float[Tensor, "tokens vocab"],
     response_ids: Int[Tensor, " tokens"],
-    top_k: int,
+    top_k: int | None = None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
     """Both KLs, both entropies and log-probs of the response token, and the overlap of the likeliest tokens."""
     return {
@@ -51,7 +53,7 @@ def _kls_and_entropies(
         }
     student_logp, teacher_logp = student_logp.to(difference.dtype), teacher_logp.to(difference.dtype)
     p, q = student_logp.exp(), teacher_logp.exp()
-    dot = torch.linalg.vecdot
+    dot = cast(Any, torch.linalg).vecdot  # torch gives it no type
     return {
         "reverse_kl": dot(p, difference),
         "forward_kl": -dot(q, difference),
@@ -78,10 +80,11 @@ def top_k_diagnostics(
 
 
 def top_overlap(
-    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], top_k: int
+    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], top_k: int | None = None
 ) -> Float[Tensor, " tokens"]:
-    """The share of the likeliest tokens that both agree on, from log-probs or logits."""
-    k = max(1, min(top_k, OVERLAP_K, student.shape[-1] // 4))  # of a whole small vocabulary all would agree
+    """The share of the likeliest tokens, 16 or `top_k` if that is less, that both agree on; from log-probs or logits."""
+    likely = OVERLAP_K if top_k is None else min(top_k, OVERLAP_K)
+    k = max(1, min(likely, student.shape[-1] // 4))  # of a whole small vocabulary all would agree
     return overlap(likeliest(student, k)[1], likeliest(teacher, k)[1])
 
 
@@ -96,7 +99,7 @@ def token_diagnostics(
     student_logp: Float[Tensor, "tokens vocab"],
     target: DenseTarget | TopKTarget | SampledTarget,
     response_ids: Int[Tensor, " tokens"],
-    top_k: int,
+    top_k: int | None = None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
     """Everything that this kind of target can tell."""
     metrics = student_diagnostics(student_logp, response_ids) if not isinstance(target, DenseTarget) else {}
@@ -106,21 +109,17 @@ def token_diagnostics(
         metrics |= top_k_diagnostics(student_logp, target.ids, target.teacher_logp)
         if target.sampled_logp is not None:
             metrics["teacher_logp"] = target.sampled_logp
-    elif isinstance(target, SampledTarget):
+    else:
         metrics["teacher_logp"] = target.teacher_logp
     return metrics
 
 
 def _in_pieces(
-    student_logp: Tensor, teacher_logits: Tensor, response_ids: Tensor, top_k: int
+    student_logp: Tensor, teacher_logits: Tensor, response_ids: Tensor, top_k: int | None
 ) -> dict[str, Float[Tensor, " tokens"]]:
     """Diagnostics of a few rows at a time: on a CPU a piece stays in cache, on a GPU it bounds the temporaries."""
     entries = CPU_PIECE if student_logp.device.type == "cpu" else GPU_PIECE
     rows = max(1, entries // student_logp.shape[-1])
-    pieces = [
-        dense_diagnostics(logp, to_logp(logits), ids, top_k)
-        for logp, logits, ids in zip(
-            student_logp.split(rows), teacher_logits.split(rows), response_ids.split(rows), strict=True
-        )
-    ]
+    parts = [slice(start, start + rows) for start in range(0, max(1, len(response_ids)), rows)]
+    pieces = [dense_diagnostics(student_logp[p], to_logp(teacher_logits[p]), response_ids[p], top_k) for p in parts]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -1,13 +1,13 @@
-"""Distillation together with a reward: combined advantages or combined losses.
+"""Distillation together with a reward: advantages of the reward, schedules of the weights, and `Hybrid`.
 
-A term whose weight is 0 is not computed with, so that the result is bit for bit the other term alone.
+A term whose weight is 0 is left out, so that the result is bit for bit the other term alone.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ class Schedule:
         return self.start + (self.end - self.start) * step / self.steps
 
 
-def moving(start: float, end: float | None, steps: int) -> Schedule:
-    """From `start` to `end` in so many steps; without an end, `start` for good."""
+def linear_schedule(start: float, end: float | None, steps: int) -> Schedule:
+    """From `start` to `end` in so many steps; constant without an end."""
     return Schedule(start=start) if end is None else Schedule(kind="linear", start=start, end=end, steps=steps)
 
 
@@ -108,52 +108,30 @@ def combine_advantages(
     distill_std: float | Tensor | None = None,
 ) -> Float[Tensor, " tokens"]:
     """λ_rl A_rl + λ_distill A_distill, per token; with scale='match' each A is first divided by its batch std."""
-    return _combine(rl_advantage, distill_advantage, rl_weight, distill_weight, scale, rl_std, distill_std)
+    if scale not in get_args(Scale):
+        raise ObjectiveError(f"scale={scale!r} is not one of {', '.join(get_args(Scale))}.")
+    _check_weights(rl_weight, distill_weight)
+    if rl_weight == 0.0:
+        return distill_weight * distill_advantage
+    if distill_weight == 0.0:
+        return rl_weight * rl_advantage
+    if scale == "match":
+        rl_advantage, distill_advantage = match_scale(rl_advantage, rl_std), match_scale(distill_advantage, distill_std)
+    return rl_weight * rl_advantage + distill_weight * distill_advantage
 
 
-def combine_losses(
-    rl_loss: Float[Tensor, " tokens"],
-    distill_loss: Float[Tensor, " tokens"],
-    *,
-    rl_weight: float,
-    distill_weight: float,
-    scale: Scale = "none",
-    rl_std: float | Tensor | None = None,
-    distill_std: float | Tensor | None = None,
-) -> Float[Tensor, " tokens"]:
-    """λ_rl L_rl + λ_distill L_distill, per token; with scale='match' each L is first divided by its detached batch std."""
-    return _combine(rl_loss, distill_loss, rl_weight, distill_weight, scale, rl_std, distill_std)
-
-
-def _combine(
-    rl: Tensor,
-    distill: Tensor,
-    rl_weight: float,
-    distill_weight: float,
-    scale: Scale,
-    rl_std: float | Tensor | None,
-    distill_std: float | Tensor | None,
-) -> Tensor:
-    if scale not in ("none", "match"):
-        raise ObjectiveError(f"scale={scale!r} is not one of none, match.")
+def _check_weights(rl_weight: float, distill_weight: float) -> None:
     if not (math.isfinite(rl_weight) and math.isfinite(distill_weight)):
         raise ObjectiveError(f"weights must be finite, but got rl_weight={rl_weight}, distill_weight={distill_weight}.")
     if rl_weight == 0.0 and distill_weight == 0.0:
         raise ObjectiveError(
             "rl_weight and distill_weight are both 0: nothing is left to train on; make one of them positive."
         )
-    if rl_weight == 0.0:
-        return distill_weight * distill
-    if distill_weight == 0.0:
-        return rl_weight * rl
-    if scale == "match":
-        rl, distill = match_scale(rl, rl_std), match_scale(distill, distill_std)
-    return rl_weight * rl + distill_weight * distill
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
-    """What one update minimises: λ_distill · distillation + λ_rl · clipped policy gradient. A term of weight 0 is not computed."""
+    """The loss of one update: λ_distill · distillation + λ_rl · clipped policy gradient. A term of weight 0 is not computed."""
 
     distill: Objective = field(default_factory=Objective)
     distill_weight: float = 1.0
@@ -168,14 +146,7 @@ class Hybrid:
     """Of the policy gradient: ε, or (low, high)."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rl_weight) and math.isfinite(self.distill_weight)):
-            raise ObjectiveError(
-                f"weights must be finite, but got rl_weight={self.rl_weight}, distill_weight={self.distill_weight}."
-            )
-        if self.rl_weight == 0.0 and self.distill_weight == 0.0:
-            raise ObjectiveError(
-                "rl_weight and distill_weight are both 0: nothing is left to train on; make one of them positive."
-            )
+        _check_weights(self.rl_weight, self.distill_weight)
         if self.combine == "advantages" and self.mixed and self.distill.delivery != "advantage":
             raise ObjectiveError(
                 "combine='advantages' adds the distillation advantage to the reward's, but the objective has delivery='loss'; set "
@@ -189,6 +160,7 @@ class Hybrid:
 
     @property
     def mixed(self) -> bool:
+        """Whether both terms are there."""
         return self.rl_weight != 0.0 and self.distill_weight != 0.0
 
     @property
@@ -198,5 +170,5 @@ class Hybrid:
 
 
 def as_hybrid(objective: Objective | Hybrid) -> Hybrid:
-    """A plain objective is distillation alone."""
+    """The hybrid itself, or distillation alone from a plain objective."""
     return objective if isinstance(objective, Hybrid) else Hybrid(distill=objective)

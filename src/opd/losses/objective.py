@@ -1,38 +1,35 @@
-"""`Objective`: which loss to train with. It refuses what is wrong, says what it needs of a teacher, and computes the loss."""
+"""`Objective`: a distillation loss, computed from student logits and what the teacher supplies."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.losses._refusals import refuse_wrong, takes_floor
 from opd.losses._shapes import Float, Int
 from opd.losses.diagnostics import token_diagnostics
-from opd.losses.divergences import Divergence, full_divergence, to_logp, warn_if_faded
+from opd.losses.divergences import full_divergence, to_logp
 from opd.losses.partial import (
     SampledToken,
     Support,
-    Tail,
     gather_logp,
     partial_divergence,
     support_of,
     top_k_support,
     union_support,
 )
-from opd.losses.reduce import Reduction
 from opd.losses.sampled import discounted_return, distillation_advantage, k2, k3, policy_gradient_loss, value_baseline
+from opd.losses.settings import ObjectiveSettings
 from opd.losses.targets import NO_SAMPLED_LOGP, dense_from_hidden, teacher_logp_of
-from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TargetKind, TopKTarget
+from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TopKTarget
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLoss:
-    """What the loss says about every response token."""
+    """Loss and diagnostics of every response token."""
 
     loss: Float[Tensor, " tokens"]
     """Differentiable, in nats unless T² or another divergence says otherwise; neither masked nor averaged."""
@@ -42,109 +39,12 @@ class TokenLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """A distillation loss. Combinations that cannot work are refused when the object is made."""
+class Objective(ObjectiveSettings):
+    """A distillation loss. Combinations of settings that cannot work are refused when the object is made.
 
-    divergence: Divergence = "reverse_kl"
-    """What to minimise, student S against teacher T; reverse_kl is KL(S‖T)."""
-    beta: float = 0.5
-    """Weight of the teacher in the mixture of generalized_jsd and skew_*, or the β of alpha_beta_divergence."""
-    alpha: float = 0.5
-    """The α of alpha_beta_divergence."""
-    normalize: bool = True
-    """Divide generalized_jsd by β(1−β), which makes β a direction; False is the published form."""
-    support: Literal["full", "teacher_top_k", "student_top_k", "union", "sampled"] = "full"
-    """Vocabulary entries that are compared at each position."""
-    top_k: int = 64
-    """Tokens kept per position by the top_k supports and by union (of each side)."""
-    tail: Tail = "bucket"
-    """What the probability outside a top_k support does."""
-    always_include: tuple[int, ...] = ()
-    """Token ids added to every top_k support, such as EOS or the start of a tool call."""
-    estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
-    """exact sums over the support; k1, k2, k3 look at the sampled token only."""
-    delivery: Literal["loss", "advantage"] = "loss"
-    """Differentiate the number, or use it as a per-token advantage of a policy gradient."""
-    baseline: Literal["none", "value"] = "none"
-    """value subtracts the advantage's expectation −KL(S‖T): same mean, mostly less variance."""
-    discount: float = 0.0
-    """How much of the later tokens' advantage a token gets: 0 nothing, 1 all of it."""
-    student_temperature: float = 1.0
-    """Student logits are divided by this before the divergence; not the sampling temperature."""
-    teacher_temperature: float = 1.0
-    """Teacher logits are divided by this before the divergence."""
-    scale_by_t2: bool = False
-    """Multiply the loss by the square of the (common) temperature."""
-    teacher_logp_floor: float | None = None
-    """Raise teacher log-probs (nats) below this to it in log(p/q); the metric `clamped` tells how often. Read by reverse_kl, and by
-    estimators of the sampled token."""
-    reduction: Reduction = "token_mean"
-    """How per-token losses become one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count. Of
-    losses that look at the sampled token, fixed alone has the exact expected gradient: token_mean is off by about 1 / (sequences of
-    a step), and sequence_mean, which is off at every size, is refused."""
-    fixed_count: float | None = None
-    """What reduction=fixed divides by."""
-    clip_range: float | None = None
-    """ε of the clipped probability ratio student / sampler; None does not clip."""
-
-    def __post_init__(self) -> None:
-        refuse_wrong(self)
-        if self.divergence == "generalized_jsd" and not self.normalize:
-            warn_if_faded(self.beta)
-
-    @property
-    def looks_at_sample(self) -> bool:
-        """Whether the loss depends on which token was sampled: then its weights must not, see `reduction`."""
-        return "sampled" in (self.support, self.tail)
-
-    @property
-    def takes_floor(self) -> bool:
-        """Whether `teacher_logp_floor` can bound this loss."""
-        return takes_floor(self)
-
-    @property
-    def needs(self) -> tuple[TargetKind, ...]:
-        """Kinds of target that can feed this objective, best first."""
-        # Log-probs that come without logits are of temperature 1 and of tokens that somebody else chose.
-        from_logits: tuple[TargetKind, ...] = ("hidden", "dense")
-        if self.teacher_temperature != 1.0:
-            return from_logits
-        if self.support == "sampled":
-            return (*from_logits, "top_k") if self.baseline == "value" else (*from_logits, "sampled", "top_k")
-        if self.support == "teacher_top_k" and not self.always_include:
-            return (*from_logits, "top_k")
-        return from_logits
-
-    def check_supplies(
-        self, supplies: Collection[TargetKind], teacher_name: str, teacher_top_k: int | None = None
-    ) -> TargetKind:
-        """The best kind of target that this teacher has and this objective can use, or ObjectiveError."""
-        best: TargetKind | None = next((kind for kind in self.needs if kind in supplies), None)
-        if best is None:
-            advice = [] if self.teacher_temperature == 1.0 else ["set teacher_temperature=1"]
-            if "top_k" in supplies and self.support != "teacher_top_k":
-                advice.append("use support=teacher_top_k with tail=bucket")
-            elif "top_k" in supplies and self.always_include:
-                advice.append("drop always_include")
-            elif "sampled" in supplies:
-                advice.append("use support=sampled with estimator=k1, delivery=advantage and baseline=none")
-            advice.append("use a local teacher")
-            has = " and ".join(_SUPPLY_WORDS[kind].format(k=teacher_top_k or "k") for kind in sorted(supplies))
-            raise ObjectiveError(
-                f"{self.divergence} needs {self._need()}, but teacher '{teacher_name}' supplies {has or 'nothing'}; "
-                f"{', or '.join(advice)}."
-            )
-        if (
-            best == "top_k"
-            and self.support == "teacher_top_k"
-            and teacher_top_k is not None
-            and teacher_top_k < self.top_k
-        ):
-            raise ObjectiveError(
-                f"top_k={self.top_k} tokens are asked for, but teacher '{teacher_name}' supplies top-{teacher_top_k}; "
-                f"set top_k={teacher_top_k}, or let the teacher return more."
-            )
-        return best
+    Where `sampler_logp` is a parameter, it corrects tail='sampled' and the policy gradient for tokens that were not drawn from this
+    very student. `sequence_index` is needed when discount > 0.
+    """
 
     def per_token(
         self,
@@ -155,11 +55,7 @@ class Objective:
         sampler_logp: Float[Tensor, " tokens"] | None = None,
         sequence_index: Int[Tensor, " tokens"] | None = None,
     ) -> TokenLoss:
-        """Loss and diagnostics of every response token.
-
-        Logits are the student's predictions *of* the response tokens. `sampler_logp` corrects tail='sampled' and the policy
-        gradient for tokens that were not drawn from this very student; `sequence_index` is needed when discount > 0.
-        """
+        """Loss and diagnostics of every response token. Logits are the student's predictions *of* the response tokens."""
         plain = dense_from_hidden(target) if isinstance(target, HiddenTarget) else target
         loss, clamped = self.per_token_loss(
             student_logits, plain, response_ids, sampler_logp=sampler_logp, sequence_index=sequence_index
@@ -179,12 +75,14 @@ class Objective:
         """The loss of every response token and its `clamped` metric, without the other diagnostics."""
         if isinstance(target, HiddenTarget):
             target = dense_from_hidden(target)
-        self._check_inputs(student_logits, target, response_ids, sampler_logp, sequence_index)
+        self._check_inputs(student_logits, target, response_ids)
+        self.check_given(sampler_logp, sequence_index)
         student_logp = to_logp(student_logits, self.student_temperature)
         if self.support == "full" and isinstance(target, DenseTarget):
             teacher_logp, clamped = self._floored(student_logp, to_logp(target.logits, self.teacher_temperature))
+            alpha, beta, normalize = self.shape
             loss = full_divergence(
-                self.divergence, student_logp, teacher_logp, alpha=self.alpha, beta=self.beta, normalize=self.normalize
+                self.divergence, student_logp, teacher_logp, alpha=alpha, beta=beta, normalize=normalize
             )
         elif self.support == "sampled":
             loss, clamped = self._sampled(student_logp, target, response_ids, sampler_logp, sequence_index)
@@ -235,26 +133,7 @@ class Objective:
             advantage = advantage - value_baseline(reverse_kl)
         return policy_gradient_loss(student_logp, advantage, sampler_logp, self.clip_range), clamped
 
-    def _need(self) -> str:
-        if self.support in ("student_top_k", "union"):
-            return "teacher log-probs of tokens that the student chooses"
-        if self.teacher_temperature != 1.0:
-            return f"teacher logits, to divide them by teacher_temperature={self.teacher_temperature},"
-        if self.baseline == "value":
-            return "more of the teacher's distribution than one token, for baseline=value"
-        if self.support == "teacher_top_k":
-            extra = f" and of tokens {self.always_include}" if self.always_include else ""
-            return f"teacher log-probs of its top-{self.top_k}{extra}"
-        return "every vocabulary entry" if self.support == "full" else "the teacher's log-prob of each sampled token"
-
-    def _check_inputs(
-        self,
-        student_logits: Tensor,
-        target: Target,
-        response_ids: Tensor,
-        sampler_logp: Tensor | None,
-        sequence_index: Tensor | None,
-    ) -> None:
+    def _check_inputs(self, student_logits: Tensor, target: object, response_ids: Tensor) -> None:
         if not isinstance(target, (DenseTarget, TopKTarget, SampledTarget)):
             raise ObjectiveError(
                 f"the target is a {type(target).__name__}; wrap what the teacher says, e.g. opd.types.DenseTarget(logits=…)."
@@ -276,26 +155,6 @@ class Objective:
                 f"the teacher names token {int(target.ids.max())}, but the student has {vocab} vocabulary entries; both must "
                 "use the same tokenizer."
             )
-        self.check_given(sampler_logp, sequence_index)
-
-    def check_target(self, target: Target) -> None:
-        """Raise ObjectiveError for a kind of target that cannot feed this objective."""
-        if target.kind not in self.needs:
-            raise ObjectiveError(
-                f"{self.divergence} needs {self._need()}, but got a {type(target).__name__}; "
-                f"give it a target of kind {' or '.join(self.needs)}."
-            )
-
-    def check_given(self, sampler_logp: Tensor | None, sequence_index: Tensor | None) -> None:
-        """Raise ObjectiveError for settings that read a tensor which is missing."""
-        if self.discount > 0 and sequence_index is None:
-            raise ObjectiveError(
-                f"discount={self.discount} adds up along a response; pass sequence_index, or set discount=0."
-            )
-        if self.clip_range is not None and sampler_logp is None:
-            raise ObjectiveError(
-                f"clip_range={self.clip_range} clips the ratio student / sampler; pass sampler_logp, or set clip_range=None."
-            )
 
     def _floored(self, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher log-probs with the floor, and the student's probability of the tokens it raised."""
@@ -308,6 +167,7 @@ class Objective:
     def _partial(
         self, student_logp: Tensor, target: Target, response_ids: Tensor, sampler_logp: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        assert self.top_k is not None
         if isinstance(target, TopKTarget):
             kept = target.teacher_logp.topk(min(self.top_k, target.ids.shape[-1]), dim=-1)
             support = support_of(target.ids.gather(-1, kept.indices))
@@ -315,7 +175,7 @@ class Objective:
         else:
             assert isinstance(target, DenseTarget)
             teacher_logp = to_logp(target.logits, self.teacher_temperature)
-            support = self._choose_support(student_logp, teacher_logp)
+            support = self._choose_support(student_logp, teacher_logp, self.top_k)
             teacher_on_k = support.gather(teacher_logp)
         y_logp = y_logq = None
         if self.tail == "sampled":
@@ -343,23 +203,25 @@ class Objective:
             sampled = SampledToken(
                 student_logp=y_logp, teacher_logp=y_logq.squeeze(-1), in_support=~outside, sampler_logp=sampler_logp
             )
+        assert self.tail is not None
+        _, beta, normalize = self.shape
         loss = partial_divergence(
             self.divergence,
             student_on_k,
             teacher_on_k,
             floored_logp=raised,
             tail=self.tail,
-            beta=self.beta,
-            normalize=self.normalize,
+            beta=beta,
+            normalize=normalize,
             sampled=sampled,
         )
         return loss, clamped
 
-    def _choose_support(self, student_logp: Tensor, teacher_logp: Tensor) -> Support:
+    def _choose_support(self, student_logp: Tensor, teacher_logp: Tensor, k: int) -> Support:
         if self.support == "union":
-            return union_support(student_logp, teacher_logp, self.top_k, self.always_include)
+            return union_support(student_logp, teacher_logp, k, self.always_include)
         chooser = student_logp if self.support == "student_top_k" else teacher_logp
-        return top_k_support(chooser, self.top_k, self.always_include)
+        return top_k_support(chooser, k, self.always_include)
 
     def _sampled(
         self,
@@ -387,11 +249,3 @@ class Objective:
         teacher_on_k = support.mask(target.teacher_logp)
         raised = self._floored(student_on_k, teacher_on_k)[0]
         return partial_divergence("reverse_kl", student_on_k, teacher_on_k, floored_logp=raised)
-
-
-_SUPPLY_WORDS: dict[TargetKind, str] = {
-    "sampled": "the sampled token's log-prob",
-    "top_k": "top-{k}",
-    "dense": "logits",
-    "hidden": "hidden states",
-}

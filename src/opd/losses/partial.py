@@ -156,7 +156,7 @@ def likeliest(
         whole = logp.topk(k, dim=-1)
         return whole.values, whole.indices
     # Group g is {g, g + groups, g + 2 groups, …}: its maximum is then taken entry by entry over whole rows.
-    grouped = logp[..., : GROUP * groups].unflatten(-1, (GROUP, groups))
+    grouped = logp[..., : GROUP * groups].reshape(*logp.shape[:-1], GROUP, groups)
     chosen = grouped.amax(-2).topk(k, dim=-1, sorted=False).indices.unsqueeze(-2)
     values = grouped.gather(-1, chosen.expand(*logp.shape[:-1], GROUP, k)).flatten(-2)
     within = torch.arange(GROUP, device=logp.device).unsqueeze(-1)

@@ -7,6 +7,7 @@ What matters is the expected *gradient*. k1 as a loss: 0. k2 as a loss: ∇ reve
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def discounted_return(
     returns, reach = advantage, 1
     if discount == 0.0 or advantage.numel() == 0:
         return returns
-    longest = int(torch.unique_consecutive(sequence_index, return_counts=True)[1].max())
+    lengths: Tensor = cast(Any, torch).unique_consecutive(sequence_index, return_counts=True)[1]
+    longest = int(lengths.max())
     # After a round, returns[t] holds the first `reach` terms of its sum; adding what stands `reach` later doubles that.
     while reach < longest:
         same_sequence = sequence_index[reach:] == sequence_index[:-reach]

@@ -13,7 +13,7 @@ from opd.data.pack import Layout, arrange, plan
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ObjectiveError
 from opd.kernels import linear_logits, linear_top_k, top_k_of
-from opd.losses import Objective, to_logp
+from opd.losses import DEFAULT_TOP_K, Objective, to_logp
 from opd.models import context_length, linear_head, response_hidden, response_logits
 from opd.teachers.vocabulary import VocabularyMatch, embedding_rows
 from opd.types import (
@@ -81,7 +81,7 @@ class LocalTeacher:
     def serve(self, objective: Objective) -> TargetKind:
         """Settle what `score` hands out for this objective. Raises ObjectiveError when nothing it supplies will do."""
         self.kind = objective.check_supplies(self.supplies, self.name)
-        self.top_k = min(objective.top_k, self.vocabulary.size)
+        self.top_k = min(objective.top_k or DEFAULT_TOP_K, self.vocabulary.size)
         return self.kind
 
     def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.config.algorithm import RlConfig
+from opd.config import RlConfig
 from opd.losses import group_relative_advantage, leave_one_out_advantage
 from opd.rewards import Scorer
 from opd.teachers.local import LocalTeacher

@@ -10,7 +10,7 @@ import yaml
 
 from opd.config import Config
 from opd.config.optimizer import default_warmup
-from opd.config.recipe import build, to_dict
+from opd.config.recipe import build, to_dict, without_idle_defaults
 from opd.errors import OpdError, RunFolderError
 
 Effect = Literal["none", "inputs", "evaluation", "later", "all"]
@@ -195,7 +195,9 @@ def effect_of(key: str, config: Config) -> Effect:
 def compare(saved: Mapping[str, Any], config: Config) -> dict[str, Change]:
     """The keys whose values differ from the recipe that a run was started with, each with both values."""
     try:
-        before = _flat(to_dict(build(saved)))  # a key that is younger than the run gets its default
+        before = _flat(
+            to_dict(build(without_idle_defaults(saved)))
+        )  # a key that is younger than the run gets its default
     except OpdError:
         before = _flat(saved)
     now = _flat(to_dict(config))

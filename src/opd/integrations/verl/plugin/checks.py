@@ -160,7 +160,7 @@ def _scores(settings: Settings, pool: TeacherServers) -> Iterator[str]:
             "opd.objective.tail=sampled needs the teacher's log-prob of every sampled token, and verl drops it where it is not among the top_k; use "
             "opd.objective.tail=bucket, or +opd=default."
         )
-    if pool.engine == "vllm" and pool.max_logprobs is not None and pool.max_logprobs < objective.top_k:
+    if pool.engine == "vllm" and pool.max_logprobs is not None and pool.max_logprobs < (objective.top_k or 0):
         yield (
             f"{SERVER}.engine_kwargs.vllm.max_logprobs={pool.max_logprobs} is less than opd.objective.top_k={objective.top_k}, and the server would "
             f"refuse every request; drop it or set max_logprobs={objective.top_k}, or lower opd.objective.top_k."
@@ -282,7 +282,7 @@ def _sampled_loss(settings: Settings) -> str:
 def check_top_k(settings: Settings, match: VocabularyMatch) -> None:
     """Raise ConfigError for a support that is larger than the vocabulary."""
     objective = settings.objective
-    if objective.support not in ("full", "sampled") and objective.top_k > match.size:
+    if objective.top_k is not None and objective.top_k > match.size:
         full = "" if settings.is_served else ", or use opd.objective.support=full"
         raise ConfigError(
             f"opd.objective.top_k={objective.top_k} is more than the {match.size} tokens of the vocabulary; lower it{full}."

@@ -83,12 +83,6 @@ class Settings(Section):
             self.sanity_check_every >= 0,
             f"opd.sanity_check_every={self.sanity_check_every} must be ≥ 0; 0 switches the check off.",
         )
-        objective = self.objective
-        require(
-            objective.top_k == Objective.top_k or objective.support not in ("full", "sampled"),
-            f"opd.objective.top_k={objective.top_k} is read by top-k supports, and opd.objective.support={objective.support} looks at "
-            "something else; set opd.objective.support=teacher_top_k, student_top_k or union, or drop top_k.",
-        )
         self._check_teachers()
         self._check_both_losses()
 
@@ -186,8 +180,7 @@ def key_of(name: str) -> str:
 
 def changed(objective: Objective) -> dict[str, Any]:
     """The settings of an objective that differ from the default one."""
-    default = Objective()
-    return {key: getattr(objective, key) for key in OBJECTIVE_KEYS if getattr(objective, key) != getattr(default, key)}
+    return {key: value for key, value in objective.changed().items() if key in OBJECTIVE_KEYS}
 
 
 def parse(section: Mapping[str, Any]) -> tuple[Settings, tuple[str, ...]]:

@@ -67,7 +67,8 @@ class RowKernels:
         self.extras = request.policy is not None or request.entropy_bonus != 0.0
         self.kind = kind_of(request)
         objective = request.objective
-        order, zero = objective.alpha >= objective.beta, min(objective.alpha, objective.beta) == 0.0
+        alpha, beta, _ = objective.shape
+        order, zero = alpha >= beta, min(alpha, beta) == 0.0
         self.constants = {"KIND": self.kind, "ORDER": order, "ZERO": zero}
         self.shape = torch.tensor(_shape(objective), dtype=request.dtype, device=request.hidden.device)
 
@@ -230,12 +231,13 @@ class RowKernels:
 
 def _shape(objective: Objective) -> tuple[float, ...]:
     """α, β and what follows from them, in the order of `kernels.ALPHA` to `kernels.EDGE`."""
-    beta, rest = objective.beta, 1.0 - objective.beta
+    alpha, beta, normalize = objective.shape
+    rest = 1.0 - beta
     inside = 0.0 < beta < 1.0
-    shares = (1.0 / beta, 1.0 / rest) if objective.normalize and inside else (rest, beta)
+    shares = (1.0 / beta, 1.0 / rest) if normalize and inside else (rest, beta)
     small, large = min(beta, rest), max(beta, rest)
     edge = max(1.0, math.log(large / small)) if inside else 1.0
-    return (objective.alpha, beta, rest, *shares, 1.0 if beta <= 0.5 else -1.0, small, large, edge)
+    return (alpha, beta, rest, *shares, 1.0 if beta <= 0.5 else -1.0, small, large, edge)
 
 
 def _launch(kernel: Any, z: Tensor, *arguments: Any, **constants: Any) -> None:

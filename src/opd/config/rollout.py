@@ -1,0 +1,69 @@
+"""Section of the rollouts."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from opd.config.rules import at_least
+from opd.config.sections import Section
+from opd.errors import require
+from opd.losses import linear_schedule
+
+
+class RolloutConfig(Section, key="rollout"):
+    """How the student's answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Length limit of a response, EOS included. A response cut here does not supervise EOS."""
+    horizon_start: int | None = None
+    """Progressive horizon: responses end at this length at first, and at max_new_tokens from step horizon_steps on; None is off."""
+    horizon_steps: int | None = None
+    """Steps from horizon_start to max_new_tokens; None is half of the run."""
+    temperature: float = 1.0
+    """Sampling temperature. 1.0 keeps the samples on-policy for a loss at temperature 1."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    batch_size: int = 256
+    """Rows generated at once; lower it when generation runs out of memory."""
+    lmbda: float = 1.0
+    """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
+    off_policy: Literal["dataset", "teacher"] = "dataset"
+    """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_new_tokens", "batch_size")
+        start = self.horizon_start
+        require(
+            start is None or 1 <= start <= self.max_new_tokens,
+            f"rollout.horizon_start must lie between 1 and rollout.max_new_tokens={self.max_new_tokens}, not {start}",
+        )
+        require(
+            self.horizon_steps is None or (start is not None and self.horizon_steps >= 1),
+            f"rollout.horizon_steps={self.horizon_steps} is how long the horizon grows from rollout.horizon_start, which is not set or "
+            "takes no step; set both (steps ≥ 1), or neither.",
+        )
+        require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"rollout.temperature must be a positive number, not {self.temperature}: training needs samples of the "
+            "student's own distribution, and greedy decoding is not one. Use 1.0.",
+        )
+        require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], not {self.top_p}; 1.0 switches it off")
+        require(self.top_k >= 0, f"rollout.top_k must be 0 (off) or positive, not {self.top_k}")
+        require(0 <= self.lmbda <= 1, f"rollout.lmbda is a share of samples, from 0 to 1, not {self.lmbda}")
+        require(
+            self.lmbda < 1 or self.off_policy == "dataset",
+            "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
+        )
+        require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
+
+    def horizon(self, step: int, total_steps: int) -> int:
+        """The length limit of this step's responses."""
+        if self.horizon_start is None:
+            return self.max_new_tokens
+        steps = self.horizon_steps or max(1, total_steps // 2)
+        return round(linear_schedule(self.horizon_start, self.max_new_tokens, steps).at(step))
