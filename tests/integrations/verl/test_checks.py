@@ -8,7 +8,8 @@ import pytest
 from verl_world import make_models, section
 
 from opd.errors import ConfigError, ModelError, VocabularyError
-from opd.integrations.verl.plugin.checks import RunFacts, check_run, common_vocabulary, read_model, remarks
+from opd.integrations.verl.plugin.checks import RunFacts, check_run, remarks
+from opd.integrations.verl.plugin.model_checks import common_vocabulary, read_model
 from opd.integrations.verl.plugin.settings import parse
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 

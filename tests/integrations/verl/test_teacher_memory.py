@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from verl_engines import batch, engine, join, same, step
 
 from opd.errors import ConfigError
-from opd.integrations.verl.plugin.checks import teacher_attention
+from opd.integrations.verl.plugin.model_checks import teacher_attention
 from opd.integrations.verl.plugin.settings import TeacherSettings
 from opd.integrations.verl.plugin.teachers import frozen_model
 

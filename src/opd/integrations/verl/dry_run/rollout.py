@@ -21,7 +21,7 @@ from verl.workers.rollout.replica import TokenOutput
 from opd.errors import ConfigError
 from opd.integrations.verl.dry_run.attention import NAME as ULYSSES
 from opd.integrations.verl.dry_run.sampling import SamplingSettings, sample, score, seed_of
-from opd.integrations.verl.plugin.checks import end_ids
+from opd.integrations.verl.plugin.model_checks import end_ids
 from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
 
 NAME = "transformers"

@@ -17,7 +17,8 @@ from verl.utils.import_utils import import_external_libs
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
 from opd.errors import ConfigError, ModelError, OpdError
-from opd.integrations.verl.plugin.checks import (
+from opd.integrations.verl.plugin.head import output_layer, run_to_head
+from opd.integrations.verl.plugin.model_checks import (
     NO_ADAPTER,
     check_top_k,
     common_vocabulary,
@@ -25,7 +26,6 @@ from opd.integrations.verl.plugin.checks import (
     teacher_attention,
     unreadable,
 )
-from opd.integrations.verl.plugin.head import output_layer, run_to_head
 from opd.integrations.verl.plugin.settings import Settings, key_of
 from opd.integrations.verl.plugin.small_model import NOT_BUILT, shrink
 from opd.integrations.verl.plugin.teachers.frozen_model import precision_of

@@ -19,10 +19,10 @@ from verl.utils.metric import AggregationType, Metric
 
 from opd.errors import ConfigError, NonFiniteError
 from opd.integrations.verl.plugin.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
-from opd.integrations.verl.plugin.checks import end_ids
 from opd.integrations.verl.plugin.engine_config import OpdEngineConfig, start_line
 from opd.integrations.verl.plugin.head import head_of, output_layer, run_to_head
 from opd.integrations.verl.plugin.metrics import MetricSums
+from opd.integrations.verl.plugin.model_checks import end_ids
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
 from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.sanity_check import check_teacher

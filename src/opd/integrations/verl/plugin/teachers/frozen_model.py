@@ -17,8 +17,8 @@ from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
 from opd.errors import ConfigError
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.integrations.verl.plugin.checks import NO_ADAPTER, teacher_attention
 from opd.integrations.verl.plugin.head import head_of, hidden_states, output_layer
+from opd.integrations.verl.plugin.model_checks import NO_ADAPTER, teacher_attention
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
 from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.settings import TeacherSettings

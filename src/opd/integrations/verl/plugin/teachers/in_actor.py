@@ -13,7 +13,7 @@ from verl.utils import tensordict_utils as tu
 
 from opd.errors import ConfigError
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.integrations.verl.plugin.checks import common_vocabulary
+from opd.integrations.verl.plugin.model_checks import common_vocabulary
 from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.teachers.base import TargetSlice
 from opd.integrations.verl.plugin.teachers.frozen_model import FrozenTeacher, StudentBase

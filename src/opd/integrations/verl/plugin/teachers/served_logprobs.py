@@ -23,7 +23,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from opd.errors import ConfigError, ModelError, NonFiniteError
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.integrations.verl.plugin.checks import common_vocabulary, read_model
+from opd.integrations.verl.plugin.model_checks import common_vocabulary, read_model
 from opd.integrations.verl.plugin.settings import Settings, TeacherSettings
 from opd.integrations.verl.plugin.teachers.base import TargetSlice
 from opd.losses._shapes import Float, Int
