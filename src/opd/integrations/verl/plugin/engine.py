@@ -26,8 +26,8 @@ from opd.integrations.verl.plugin.model_checks import end_ids
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
 from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.sanity_check import check_teacher
+from opd.integrations.verl.plugin.sequence_parallel import SequenceSlice, sequence_slice, whole_group
 from opd.integrations.verl.plugin.settings import Settings
-from opd.integrations.verl.plugin.shard import Shard, shard_of, whole_group
 from opd.integrations.verl.plugin.teachers.base import TargetSlice, TeacherBackend
 from opd.integrations.verl.plugin.teachers.choose import make_backend
 from opd.integrations.verl.plugin.teachers.served_logprobs import policy_loss
@@ -137,12 +137,12 @@ class OpdEngine(LanguageModelEngine):
             vocabulary=self.teachers.vocabulary,
             rows=self.teachers.rows,
         )
-        shard = shard_of(self, micro_batch, output_args)
-        total, whole, values = self._distil(self.settings, micro_batch, inputs, shard.own(tokens), shard)
+        piece = sequence_slice(self, micro_batch, output_args)
+        total, whole, values = self._distil(self.settings, micro_batch, inputs, piece.own(tokens), piece)
         if measures:
             return total, {"model_output": {}, "loss": 0.0, "metrics": {}}
         # Gradients are averaged over all ranks; those of one sequence add up.
-        loss, logged = total * (distill * shard.ranks), whole * distill
+        loss, logged = total * (distill * piece.ranks), whole * distill
         metrics: dict[str, Any] = {}
         model_output: dict[str, Tensor] = {}
         if rl > 0:
@@ -162,7 +162,7 @@ class OpdEngine(LanguageModelEngine):
         return loss, {"model_output": plain, "loss": logged.item(), "metrics": metrics}
 
     def _distil(
-        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], own: ResponseTokens, shard: Shard
+        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], own: ResponseTokens, piece: SequenceSlice
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The distillation loss of this rank's tokens, that of all ranks', and the inputs of verl's loss for all tokens, [tokens] each.
 
@@ -188,7 +188,7 @@ class OpdEngine(LanguageModelEngine):
 
         with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
             values = run_to_head(self.module, inputs, at_head, "student")
-        total, whole = values[0], shard.total(values[0])
+        total, whole = values[0], piece.total(values[0])
         if not whole.isfinite():
             raise NonFiniteError(_not_finite(settings, diagnostics["per_token"]))
         for_rl: dict[str, Tensor] = {}
@@ -206,7 +206,7 @@ class OpdEngine(LanguageModelEngine):
         if distils:
             self._record(settings, micro_batch, whole, own, taught, diagnostics)
         length = len(micro_batch["input_ids"].values())
-        return total, whole, {name: shard.everywhere(value, own, length) for name, value in for_rl.items()}
+        return total, whole, {name: piece.everywhere(value, own, length) for name, value in for_rl.items()}
 
     def _record(
         self,
