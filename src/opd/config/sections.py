@@ -222,14 +222,33 @@ def _not_set(dotted: str, hint: Any, tree: _Tree) -> str:
 
 
 def _unknown_key(at: str, key: str, names: list[str], tree: _Tree) -> str:
-    near = [f"{at}{name}" for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
-    if not near:  # the right name in the wrong section?
-        everywhere = all_keys(tree.root, tree.at)
-        near = [dotted for dotted in everywhere if dotted.rsplit(".", 1)[-1] == key]
-        near = near or difflib.get_close_matches(f"{at}{key}", everywhere, n=1, cutoff=0.6)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    near = _keys_like(at, key, names, all_keys(tree.root, tree.at))
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     where = f"section '{at[:-1]}'" if at else "a recipe"
     return f"Unknown key '{at}{key}'.{hint} Keys of {where}: {', '.join(names)}."
+
+
+def suggested_keys(root: type, dotted: str, prefix: str = "") -> list[str]:
+    """The keys that an unknown dotted key may stand for, all of them below `prefix`, where `root` stands."""
+    at, _, key = dotted.removeprefix(prefix).rpartition(".")
+    section = section_of(hint_of(root, at)) if at else root
+    names = list(_hints(section)) if section is not None else []
+    return _keys_like(f"{prefix}{at}." if at else prefix, key, names, all_keys(root, prefix))
+
+
+def _keys_like(at: str, key: str, names: list[str], everywhere: list[str]) -> list[str]:
+    """Keys of this section that hold the word or are spelled like it; else such keys of other sections."""
+
+    def holds(dotted: str) -> bool:
+        return f"_{key}_" in f"_{dotted.rpartition('.')[2]}_"
+
+    near = [f"{at}{name}" for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
+    near = near or [dotted for dotted in everywhere if dotted.rpartition(".")[2] == key][:1]
+    near = near or [dotted for dotted in everywhere if holds(dotted)]
+    if not near:
+        by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(everywhere)}
+        near = [by_name[name] for name in difflib.get_close_matches(key, by_name, n=1, cutoff=0.6)]
+    return near or difflib.get_close_matches(f"{at}{key}", everywhere, n=1, cutoff=0.8)
 
 
 def _wrong_value(error: ValidationError, dotted: str) -> ConfigError:

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from opd.integrations.verl.contract.hook_check import BY_PART, Moved, moved, version_of
+from opd.integrations.verl.contract.source_check import BY_PART, Moved, moved, version_of
 
 RELEASES = ("0.8.0", "0.9.0", "0.9.1")
 DOWNLOAD_SECONDS = 120.0

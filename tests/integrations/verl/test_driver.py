@@ -18,14 +18,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("opd.divergence=reverse_kll", "opd.divergence cannot be 'reverse_kll'"),
-        ("opd.teacher.model_path=/nowhere", "opd.teacher.model_path='/nowhere' cannot be read"),
+        ("opd.objective.divergence=reverse_kll", "opd.objective.divergence cannot be 'reverse_kll'"),
+        ("opd.teacher.model=/nowhere", "opd.teacher.model='/nowhere' cannot be read"),
         ("distillation.enabled=true", "set distillation.enabled=false"),
         ("actor_rollout_ref.model.use_fused_kernels=true", "model.use_fused_kernels=true makes"),
     ],
 )
 def test_a_mistake_is_told_before_ray_starts(folder: Path, override: str, said: str):
-    done = main_ppo(folder, "+opd=default", f"opd.teacher.model_path={folder}/teacher", override)
+    done = main_ppo(folder, "+opd=default", f"opd.teacher.model={folder}/teacher", override)
     assert done.code == 1
     assert said in done.log
     assert "ray init kwargs" not in done.log

@@ -32,8 +32,8 @@ from verl.utils.config import validate_config
 from verl_world import make_models
 
 from opd.errors import ConfigError, ModelError
-from opd.integrations.verl.contract import hook_check
-from opd.integrations.verl.contract.hooks import Hook
+from opd.integrations.verl.contract import source_check
+from opd.integrations.verl.contract.relied_on import ReliedOn
 from opd.integrations.verl.dry_run.compose import compose, read_words
 from opd.integrations.verl.plugin import driver
 from opd.integrations.verl.plugin import hydra_targets as targets
@@ -94,7 +94,7 @@ def validate(
 ) -> None:
     """As `main_ppo` with `+opd=GROUP` and these settings does before it starts Ray."""
     config = copy.deepcopy(composed(f"+opd={group}"))
-    models = {f"{MODEL}.path": f"{folder}/{student}", "opd.teacher.model_path": f"{folder}/{teacher}"}
+    models = {f"{MODEL}.path": f"{folder}/{student}", "opd.teacher.model": f"{folder}/{teacher}"}
     for key, value in {**models, **(settings or {})}.items():
         OmegaConf.update(config, key, value, force_add=True)
     validate_config(config, need_reference_policy(config), need_critic(config))
@@ -104,24 +104,24 @@ def validate(
 def no_look_at_hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """test_hooks is about them; reading verl's source for every case here would take half of the time."""
     if "told" not in request.node.name:
-        monkeypatch.setattr(targets, "check_hooks", lambda *_, **__: "")
+        monkeypatch.setattr(targets, "check_contract", lambda *_, **__: "")
 
 
 def test_a_run_that_works_is_taken_and_told(folder: Path, capsys: pytest.CaptureFixture[str]):
     validate(folder)
     out = capsys.readouterr().out
-    assert f"reverse_kl lambda_distill=1 lambda_rl=0, teacher '{folder}/teacher' in the actor" in out
+    assert f"reverse_kl rl.distill_weight=1 rl.weight=0, teacher '{folder}/teacher' in the actor" in out
     assert "none of the releases" not in out and "warning" not in out
 
 
 def test_a_verl_of_another_number_is_taken_and_one_that_moved_a_hook_only_when_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(hook_check, "version_of", lambda _: "0.10.0.dev")
+    monkeypatch.setattr(source_check, "version_of", lambda _: "0.10.0.dev")
     validate(folder)
     assert "verl 0.10.0.dev is none of the releases that opd was tested with" in capsys.readouterr().out
-    moved = Hook(where="verl.workers.utils.padding:no_padding_2_padding", needs="tensor data gone", why="a test")
-    monkeypatch.setitem(hook_check.BY_PART, "engine", (moved,))
+    moved = ReliedOn(where="verl.workers.utils.padding:no_padding_2_padding", needs="tensor data gone", why="a test")
+    monkeypatch.setitem(source_check.BY_PART, "engine", (moved,))
     with pytest.raises(ConfigError, match=r"no_padding_2_padding has no gone .* set opd\.try_verl=true"):
         validate(folder)
     validate(folder, {"opd.try_verl": True})
@@ -179,7 +179,7 @@ def test_an_architecture_of_an_external_library_is_read(folder: Path, tmp_path: 
     with pytest.raises(ModelError, match="cannot be read"):
         validate(folder, {f"{MODEL}.path": own})
     library = {f"{MODEL}.external_lib": "homemade_library"}
-    validate(folder, {**library, f"{MODEL}.path": own, "opd.teacher.model_path": own})
+    validate(folder, {**library, f"{MODEL}.path": own, "opd.teacher.model": own})
     assert "homemade_library" in sys.modules
 
 
@@ -200,7 +200,7 @@ def test_a_model_that_changes_its_logits_is_refused(folder: Path, name: str):
     for more in ({"student": name}, {"teacher": name}):
         with pytest.raises(ModelError) as caught:
             validate(folder, **more)
-        role, key = ("student", f"{MODEL}.path") if "student" in more else ("teacher", "opd.teacher.model_path")
+        role, key = ("student", f"{MODEL}.path") if "student" in more else ("teacher", "opd.teacher.model")
         assert f"{role} {key}='{folder}/{name}' changes its logits after the output layer" in str(caught.value)
 
 
@@ -210,13 +210,13 @@ def test_a_cap_that_is_switched_off_is_none(folder: Path):
 
 
 def test_a_teacher_in_a_server_may_do_with_its_logits_what_it_likes(folder: Path):
-    validate(folder, {"opd.top_k": 8}, teacher="capped", group="pool")
+    validate(folder, {"opd.objective.top_k": 8}, teacher="capped", group="pool")
     with pytest.raises(ModelError, match="teacher opd"):
         validate(folder, teacher="capped", group="hidden")
 
 
 def test_the_students_base_needs_an_adapter(folder: Path):
-    own = {"opd.teacher.adapter_off": True, "opd.teacher.model_path": None}
+    own = {"opd.teacher.source": "adapter_off", "opd.teacher.model": None}
     with pytest.raises(ConfigError, match=r"the student has no LoRA adapter; set actor_rollout_ref.model.lora_rank"):
         validate(folder, own)
     validate(folder, {**own, f"{MODEL}.lora_rank": 4})
@@ -226,13 +226,13 @@ def test_the_students_base_needs_an_adapter(folder: Path):
     ("group", "support"), [("default", "teacher_top_k"), ("default", "union"), ("pool", "teacher_top_k")]
 )
 def test_a_support_larger_than_the_vocabulary_is_refused(folder: Path, group: str, support: str):
-    with pytest.raises(ConfigError, match=r"opd\.top_k=259 is more than the 258 tokens"):
-        validate(folder, {"opd.support": support, "opd.top_k": 259}, group=group)
-    validate(folder, {"opd.support": support, "opd.top_k": 258}, group=group)
+    with pytest.raises(ConfigError, match=r"opd\.objective\.top_k=259 is more than the 258 tokens"):
+        validate(folder, {"opd.objective.support": support, "opd.objective.top_k": 259}, group=group)
+    validate(folder, {"opd.objective.support": support, "opd.objective.top_k": 258}, group=group)
 
 
 def engine_checked(word: str) -> None:
-    config = composed("+opd=default", "opd.teacher.model_path=teacher", word)
+    config = composed("+opd=default", "opd.teacher.model=teacher", word)
     validate_config(config, need_reference_policy(config), need_critic(config))
 
 

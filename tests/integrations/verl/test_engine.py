@@ -80,7 +80,7 @@ def test_the_loss_and_every_gradient_are_those_of_plain_transformers(models: Pat
     same(gradients, plain_gradients)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lambda_rl": 0.5}], ids=["distillation", "beside a reward"])
+@pytest.mark.parametrize("settings", [{}, {"rl_weight": 0.5}], ids=["distillation", "beside a reward"])
 def test_float16_under_verls_loss_scaler_keeps_the_gradient_of_a_large_mini_batch(models: Path, settings: dict):
     """1 / 1.8 million tokens would vanish in float16, were it multiplied in before verl's scale of 65536."""
     mode = "seq-mean-token-sum-norm"
@@ -156,8 +156,8 @@ def test_hybrid_is_the_weighted_sum_of_both_losses_and_gradients(models: Path, r
         return step(engine(models, remove_padding=remove_padding, **opd), data, policy_loss(entropy_coeff=0.1))
 
     distilled, gradients, _ = run()
-    stock, stock_gradients, stock_metrics = run(lambda_rl=1.0, lambda_distill=0.0)
-    both, both_gradients, metrics = run(lambda_rl=0.7, lambda_distill=0.2)
+    stock, stock_gradients, stock_metrics = run(rl_weight=1.0, rl_distill_weight=0.0)
+    both, both_gradients, metrics = run(rl_weight=0.7, rl_distill_weight=0.2)
     assert both == pytest.approx(0.7 * stock + 0.2 * distilled, rel=1e-5)
     same(both_gradients, {name: 0.7 * stock_gradients[name] + 0.2 * g for name, g in gradients.items()})
     assert stock_metrics.keys() <= metrics.keys()
@@ -168,8 +168,8 @@ def test_hybrid_is_the_weighted_sum_of_both_losses_and_gradients(models: Path, r
 def test_hybrid_advantages_are_added_before_verls_policy_loss(models: Path):
     """λ_rl A + λ_distill (log q − log p) at each counted token, and verl's clipped loss of the sum."""
     hide = ((2, 3),)
-    as_one = {"support": "sampled", "estimator": "k1", "delivery": "advantage", "hybrid": "advantages"}
-    both, gradients, metrics = step(engine(models, lambda_rl=0.7, lambda_distill=0.2, **as_one), batch(hide=hide))
+    as_one = {"support": "sampled", "estimator": "k1", "delivery": "advantage", "rl_combine": "advantages"}
+    both, gradients, metrics = step(engine(models, rl_weight=0.7, rl_distill_weight=0.2, **as_one), batch(hide=hide))
     data = batch(hide=hide)
     combined = []
     learner, expert = (
@@ -187,7 +187,7 @@ def test_hybrid_advantages_are_added_before_verls_policy_loss(models: Path):
             )
         combined.append(0.7 * advantage + 0.2 * (logq - logp) * mask)
     data["advantages"] = torch.nested.as_nested_tensor(combined, layout=torch.jagged)
-    stock, stock_gradients, stock_metrics = step(engine(models, lambda_rl=1.0, lambda_distill=0.0), data)
+    stock, stock_gradients, stock_metrics = step(engine(models, rl_weight=1.0, rl_distill_weight=0.0), data)
     assert both == pytest.approx(stock, rel=1e-5)
     same(gradients, stock_gradients)
     assert metrics["actor/pg_loss"] == pytest.approx(stock_metrics["actor/pg_loss"], rel=1e-5)
@@ -196,8 +196,8 @@ def test_hybrid_advantages_are_added_before_verls_policy_loss(models: Path):
 def test_without_distillation_the_step_is_stock_verls_to_the_bit(models: Path):
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-    ours = engine(models, lambda_rl=1.0, lambda_distill=0.0)
-    assert ours.source is None
+    ours = engine(models, rl_weight=1.0, rl_distill_weight=0.0)
+    assert ours.teachers is None
     loss, gradients, _ = step(ours, batch())
     data = batch()
     ours.forward_step = FSDPEngineWithLMHead.forward_step.__get__(ours)
@@ -208,7 +208,7 @@ def test_without_distillation_the_step_is_stock_verls_to_the_bit(models: Path):
 
 @pytest.mark.parametrize("student", ["student", "padded"])
 def test_rows_that_are_no_token_are_left_out_on_both_sides(models: Path, student: str):
-    loss, gradients, _ = step(engine(models, student=student, teacher={"model_path": str(models / "wide")}), batch())
+    loss, gradients, _ = step(engine(models, student=student, teacher={"model": str(models / "wide")}), batch())
     expected, plain_gradients = plainly(models, batch(), Objective(), student=student, teacher="wide")
     assert loss == pytest.approx(expected, rel=1e-6)
     same(gradients, plain_gradients)
@@ -223,7 +223,7 @@ def test_a_micro_batch_without_a_counted_token_adds_nothing(models: Path):
 
 
 def test_a_hybrid_micro_batch_without_a_counted_token_adds_nothing(models: Path):
-    built = engine(models, lambda_rl=0.5)
+    built = engine(models, rl_weight=0.5)
     whole, gradients, _ = step(built, batch(hide=((1, 0),)))
     parts, part_gradients, _ = step(built, batch(hide=((1, 0),), micro_batch_size=1))
     assert parts == pytest.approx(whole, rel=1e-6)
@@ -244,18 +244,18 @@ def two_ranks(models: Path, out: Path, way: str, **settings: object) -> dict:
     return torch.load(out)
 
 
-ADVANTAGES = {"support": "sampled", "estimator": "k1", "delivery": "advantage", "hybrid": "advantages"}
+ADVANTAGES = {"support": "sampled", "estimator": "k1", "delivery": "advantage", "rl_combine": "advantages"}
 
 
 @pytest.mark.parametrize(
     ("way", "settings"),
     [
-        ("data", {"lambda_rl": 0.5}),
-        ("fsdp", {"lambda_rl": 0.5}),
-        ("sequence", {"lambda_rl": 0.5, "divergence": "generalized_jsd", "beta": 0.3}),
-        ("sequence", {"lambda_rl": 0.5, **ADVANTAGES}),
-        ("sequence", {"lambda_rl": 0.0}),
-        ("sequence", {"lambda_rl": 0.5, "scale": "match"}),
+        ("data", {"rl_weight": 0.5}),
+        ("fsdp", {"rl_weight": 0.5}),
+        ("sequence", {"rl_weight": 0.5, "divergence": "generalized_jsd", "beta": 0.3}),
+        ("sequence", {"rl_weight": 0.5, **ADVANTAGES}),
+        ("sequence", {"rl_weight": 0.0}),
+        ("sequence", {"rl_weight": 0.5, "rl_scale": "match"}),
     ],
     ids=["data", "FSDP1", "sequence", "sequence, advantages", "sequence, distillation alone", "sequence, scale=match"],
 )
@@ -304,10 +304,10 @@ def test_scale_match_divides_each_term_by_its_own_spread(
         "advantage_std": float(data["advantages"].values()[counted].std(correction=0)),
         "distill_std": float(term.std(correction=0)),
     }
-    weights = {"lambda_rl": 0.5, "lambda_distill": 2.0}
-    loss, gradients, metrics = step(engine(models, scale="match", **weights, **settings), data)
+    weights = {"rl_weight": 0.5, "rl_distill_weight": 2.0}
+    loss, gradients, metrics = step(engine(models, rl_scale="match", **weights, **settings), data)
     assert {name: metrics[f"actor/opd/{name}"] for name in by_hand} == pytest.approx(by_hand, rel=1e-5)
-    divided = {"lambda_rl": 0.5 / by_hand["advantage_std"], "lambda_distill": 2.0 / by_hand["distill_std"]}
+    divided = {"rl_weight": 0.5 / by_hand["advantage_std"], "rl_distill_weight": 2.0 / by_hand["distill_std"]}
     expected, by_hand_gradients, _ = step(engine(models, **divided, **settings), data)
     assert loss == pytest.approx(expected, rel=1e-5)
     same(gradients, by_hand_gradients)
@@ -316,11 +316,11 @@ def test_scale_match_divides_each_term_by_its_own_spread(
 def test_the_two_weights_move_with_verls_steps(models: Path):
     """From distillation alone, bit for bit, to the reward alone; verl's scheduler counts the steps, so a resumed run goes on."""
     moves = {
-        "lambda_rl": 0.0,
-        "lambda_rl_end": 1.0,
-        "lambda_distill": 1.0,
-        "lambda_distill_end": 0.0,
-        "lambda_steps": 3,
+        "rl_weight": 0.0,
+        "rl_weight_end": 1.0,
+        "rl_distill_weight": 1.0,
+        "rl_distill_weight_end": 0.0,
+        "rl_schedule_steps": 3,
     }
     built = engine(models, **moves)
     for reached, weights in enumerate([(0.0, 1.0), (1 / 3, 2 / 3), (2 / 3, 1 / 3), (1.0, 0.0), (1.0, 0.0)]):
@@ -328,7 +328,7 @@ def test_the_two_weights_move_with_verls_steps(models: Path):
         assert (metrics["actor/opd/lambda_rl"], metrics["actor/opd/lambda_distill"]) == pytest.approx(
             weights, abs=1e-12
         )
-        fixed, fixed_gradients, _ = step(engine(models, lambda_rl=weights[0], lambda_distill=weights[1]), batch())
+        fixed, fixed_gradients, _ = step(engine(models, rl_weight=weights[0], rl_distill_weight=weights[1]), batch())
         assert loss == pytest.approx(fixed, rel=1e-6)
         same(gradients, fixed_gradients)
         if reached == 1:  # a second mini-batch of the same step of verl's trainer
@@ -356,10 +356,10 @@ def test_lora_trains_the_adapters_alone_and_starts_at_the_same_loss(models: Path
 
 
 def test_a_teacher_that_gives_nan_stops_before_an_update(models: Path):
-    for canary_every, error in ((0, NonFiniteError), (1, ModelError)):
-        built = engine(models, canary_every=canary_every)
+    for sanity_check_every, error in ((0, NonFiniteError), (1, ModelError)):
+        built = engine(models, sanity_check_every=sanity_check_every)
         with torch.no_grad():
-            next(built.source.members[0].module.parameters()).fill_(torch.nan)
+            next(built.teachers.members[0].module.parameters()).fill_(torch.nan)
         with pytest.raises(error, match=r"(?i)no update was made"):
             step(built, batch())
 
@@ -381,7 +381,7 @@ def test_a_model_that_caps_its_logits_is_refused():
 
 
 def test_a_teacher_that_is_the_student_gives_exactly_nothing(models: Path):
-    loss, _, metrics = step(engine(models, teacher={"model_path": str(models / "student")}), batch())
+    loss, _, metrics = step(engine(models, teacher={"model": str(models / "student")}), batch())
     assert loss == 0.0
     assert metrics["actor/opd/reverse_kl"] == 0.0
 
@@ -399,7 +399,7 @@ def test_metrics_are_means_over_the_response_tokens(models: Path):
 def test_the_teacher_does_not_learn(models: Path):
     built = engine(models)
     step(built, batch())
-    assert not any(p.requires_grad or p.grad is not None for p in built.source.members[0].module.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in built.teachers.members[0].module.parameters())
 
 
 def test_log_probs_outside_training_are_stock_verls(models: Path):

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.replica import get_rollout_replica_class
 from verl_engines import batch, engine, jagged, same, step
+from verl_world import section
 
 from opd.errors import ConfigError, ModelError, NonFiniteError
-from opd.integrations.verl.plugin.checks import Pool, Run, check_run
-from opd.integrations.verl.plugin.hidden_server import hidden_states, load_teacher, trusts
-from opd.integrations.verl.plugin.served_hidden_states import load_head
+from opd.integrations.verl.plugin.checks import RunFacts, TeacherServers, check_run
 from opd.integrations.verl.plugin.settings import parse
+from opd.integrations.verl.plugin.teachers.hidden_server import load_teacher, read_states, trusts
+from opd.integrations.verl.plugin.teachers.served_hidden_states import load_head
 
 HIDDEN = {"placement": "hidden"}
 
@@ -29,7 +30,7 @@ def served(models: Path, *, teacher: str = "teacher", dtype: torch.dtype = torch
     model = AutoModelForCausalLM.from_pretrained(models / teacher, dtype=dtype).eval()
     data = batch(**made)
     sequences = [ids.tolist() for ids in data["input_ids"].unbind()]
-    data["teacher_logprobs"] = jagged([hidden_states(model, ids) for ids in sequences])
+    data["teacher_logprobs"] = jagged([read_states(model, ids) for ids in sequences])
     data["teacher_ids"] = jagged([torch.tensor([*ids[1:], 0], dtype=torch.int32).unsqueeze(-1) for ids in sequences])
     return data
 
@@ -46,7 +47,7 @@ def served(models: Path, *, teacher: str = "teacher", dtype: torch.dtype = torch
 )
 @pytest.mark.parametrize("teacher", ["teacher", "tied", "wide"])
 def test_the_loss_and_every_gradient_are_those_of_a_teacher_in_the_worker(models: Path, settings: dict, teacher: str):
-    path = {"teacher": {"model_path": str(models / teacher)}}
+    path = {"teacher": {"model": str(models / teacher)}}
     loss, gradients, metrics = step(engine(models, **HIDDEN, **path, **settings), served(models, teacher=teacher))
     expected, others, their_metrics = step(engine(models, **path, **settings), batch())
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -66,7 +67,7 @@ def test_padding_and_micro_batches_make_no_difference(models: Path, made: dict):
 @pytest.mark.parametrize("offload", [True, False])
 def test_bfloat16_states_are_off_by_rounding_only(models: Path, offload: bool):
     exact, _, _ = step(engine(models, **HIDDEN), served(models))
-    built = engine(models, **HIDDEN, teacher={"model_path": str(models / "teacher"), "offload": offload})
+    built = engine(models, **HIDDEN, teacher={"model": str(models / "teacher"), "offload": offload})
     rounded, _, _ = step(built, served(models, dtype=torch.bfloat16))
     assert rounded == pytest.approx(exact, rel=0.03)
     assert rounded != exact
@@ -104,12 +105,12 @@ def test_states_that_are_nan_stop_before_an_update(models: Path):
 
 def test_the_config_group_asks_our_server_for_one_row_per_token():
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", ["+opd=hidden", "opd.teacher.model_path=/teacher"])
+        config = compose("ppo_trainer", ["+opd=hidden", "opd.teacher.model=/teacher"])
     made = omega_conf_to_dataclass(config.distillation)
     assert made.distillation_loss.loss_settings.use_topk is False
     (teacher,) = made.teacher_models.values()
     assert (teacher.model_path, teacher.inference.name) == ("/teacher", "opd_hidden")
-    assert get_rollout_replica_class("opd_hidden").__module__ == "opd.integrations.verl.plugin.hidden_server"
+    assert get_rollout_replica_class("opd_hidden").__module__ == "opd.integrations.verl.plugin.teachers.hidden_server"
 
 
 @pytest.mark.parametrize(
@@ -117,16 +118,16 @@ def test_the_config_group_asks_our_server_for_one_row_per_token():
     [
         ({"engine": "vllm"}, "inference.name=vllm sends no hidden states"),
         ({"tensor_parallel": 2}, "tensor_model_parallel_size=2"),
-        ({"model_path": "other"}, "opd.teacher.model_path=teacher"),
+        ({"model_path": "other"}, "opd.teacher.model=teacher"),
     ],
 )
 def test_a_server_that_sends_no_states_is_refused(pool: dict, said: str):
-    settings, _ = parse({"teacher": {"model_path": "teacher", "offload": True}, **HIDDEN})
+    settings, _ = parse(section(teacher={"model": "teacher", "offload": True}, **HIDDEN))
     good = {"engine": "opd_hidden", "model_path": "teacher"}
     run = {"strategy": "fsdp2", "native_distillation": True}
-    check_run(settings, Run(**run, pool=Pool(**good)))
+    check_run(settings, RunFacts(**run, pool=TeacherServers(**good)))
     with pytest.raises(ConfigError) as caught:
-        check_run(settings, Run(**run, pool=Pool(**{**good, **pool})))
+        check_run(settings, RunFacts(**run, pool=TeacherServers(**{**good, **pool})))
     assert said in str(caught.value)
 
 
@@ -162,7 +163,7 @@ def test_a_server_runs_the_teachers_own_code_where_the_config_allows_it(
                 "ppo_trainer",
                 [
                     "+opd=hidden",
-                    f"opd.teacher.model_path={own}",
+                    f"opd.teacher.model={own}",
                     f"opd.teacher.trust_remote_code={allowed}",
                     "actor_rollout_ref.rollout.name=vllm",
                 ],
@@ -172,4 +173,4 @@ def test_a_server_runs_the_teachers_own_code_where_the_config_allows_it(
     model = load_teacher(str(own), "float32", "cpu", trust_remote_code=True)
     assert type(model).__name__ == "MineForCausalLM"
     plain = AutoModelForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32).eval()
-    assert torch.equal(hidden_states(model, [1, 2, 3]), hidden_states(plain, [1, 2, 3]))
+    assert torch.equal(read_states(model, [1, 2, 3]), read_states(plain, [1, 2, 3]))

@@ -15,18 +15,18 @@ from matrix import RELEASES, NoDownload, table, unpacked
 import opd.integrations.verl
 from opd.errors import ConfigError
 from opd.integrations.verl.contract import doctor
-from opd.integrations.verl.contract.hook_check import (
+from opd.integrations.verl.contract.relied_on import ReliedOn
+from opd.integrations.verl.contract.source_check import (
     BY_PART,
     HOOKS,
     PARTS,
-    Source,
-    check_hooks,
+    VerlSource,
+    check_contract,
     expected,
     installed,
     moved,
     version_of,
 )
-from opd.integrations.verl.contract.hooks import Hook
 
 PLUGIN = Path(opd.integrations.verl.__file__).parent
 
@@ -172,14 +172,14 @@ def another(tmp_path: Path, version: str, file: str = "", old: str = "", new: st
 
 @pytest.mark.parametrize("version", ["0.10.0.dev", "1.0", "nightly", "0.9.7"])
 def test_a_verl_of_another_number_is_taken_when_every_hook_is_there_and_that_is_told(tmp_path: Path, version: str):
-    said = check_hooks(another(tmp_path, version))
+    said = check_contract(another(tmp_path, version))
     assert said.startswith(
         f"verl {version} is none of the releases that opd was tested with (0.8.0, 0.9.0, 0.9.1), but all "
     )
 
 
 def test_a_release_that_was_tested_is_taken_without_a_word():
-    assert check_hooks(installed(), BY_PART) == ""
+    assert check_contract(installed(), BY_PART) == ""
 
 
 @pytest.mark.parametrize("version", ["0.10.0", version_of(installed())])
@@ -187,21 +187,21 @@ def test_a_verl_that_moved_a_hook_is_refused_by_the_hook_whatever_its_number(tmp
     file, old, new, told = CHANGES[1]
     folder = another(tmp_path, version, file, old, new)
     with pytest.raises(ConfigError) as caught:
-        check_hooks(folder)
+        check_contract(folder)
     assert f"verl {version} differs at 1 of " in str(caught.value) and told in str(caught.value)
     assert "opd.try_verl=true" in str(caught.value)
-    said = check_hooks(folder, anyway=True)
+    said = check_contract(folder, anyway=True)
     assert said.startswith(f"warning: verl {version} differs at 1 of ") and told in said
 
 
 def test_a_hook_of_a_part_that_the_run_does_not_need_refuses_nothing(tmp_path: Path):
     file = "trainer/ppo/padding_utils.py"
     folder = another(tmp_path, "0.10.0", file, "teacher_ids", "expert_ids")
-    assert "all" in check_hooks(folder)
+    assert "all" in check_contract(folder)
     with pytest.raises(
         ConfigError, match="padding_utils:construct_minimal_padding_template says nothing of teacher_ids"
     ):
-        check_hooks(folder, (*PARTS, "serving", "pool"))
+        check_contract(folder, (*PARTS, "serving", "pool"))
 
 
 def test_a_verl_before_the_oldest_is_held_to_the_oldest(tmp_path: Path):
@@ -209,7 +209,7 @@ def test_a_verl_before_the_oldest_is_held_to_the_oldest(tmp_path: Path):
     folder = another(tmp_path, "0.7.1")
     shutil.rmtree(folder / "workers/engine")
     with pytest.raises(ConfigError, match=r"verl 0\.7\.1 differs at \d\d of .*; and \d+ more"):
-        check_hooks(folder)
+        check_contract(folder)
 
 
 def test_a_module_that_is_gone_takes_its_hooks_along(tmp_path: Path):
@@ -221,7 +221,7 @@ def test_a_module_that_is_gone_takes_its_hooks_along(tmp_path: Path):
 
 
 def test_names_are_found_wherever_imports_lead():
-    source = Source(installed())
+    source = VerlSource(installed())
     found = source.find("verl.workers.config", "FSDPActorConfig.validate")  # through `from .actor import *`
     assert found is not None and found[0] == "verl.workers.config.actor"
     inherited = source.find("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead.train_mode")
@@ -231,7 +231,7 @@ def test_names_are_found_wherever_imports_lead():
 
 
 def test_the_doctor_names_a_hook_that_moved(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    hook = Hook(where="verl.workers.utils.padding:no_padding_2_padding", needs="tensor data gone", why="a test")
+    hook = ReliedOn(where="verl.workers.utils.padding:no_padding_2_padding", needs="tensor data gone", why="a test")
     monkeypatch.setattr(doctor, "HOOKS", (hook,))
     assert doctor.main() == 1
     assert (

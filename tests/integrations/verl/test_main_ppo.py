@@ -44,7 +44,7 @@ def run(folder: Path) -> Done:
     return trained(
         folder,
         folder / "trace",
-        f"opd.teacher.model_path={folder}/teacher",
+        f"opd.teacher.model={folder}/teacher",
         f"trainer.save_freq={STEPS}",
         "actor_rollout_ref.actor.optim.lr=2e-2",
         steps=STEPS,
@@ -62,7 +62,7 @@ def test_the_loss_of_step_1_is_that_of_plain_transformers(run: Done, folder: Pat
 
 def test_rollout_and_trainer_agree_and_the_start_line_is_there(run: Done):
     assert max(step["training/rollout_probs_diff_max"] for step in run.metrics) < 1e-5
-    assert "opd 0." in run.log and "reverse_kl lambda_distill=1 lambda_rl=0, teacher" in run.log
+    assert "opd 0." in run.log and "reverse_kl rl.distill_weight=1 rl.weight=0, teacher" in run.log
 
 
 def test_training_brings_the_student_closer(run: Done):
@@ -81,7 +81,7 @@ def test_a_saved_run_goes_on_where_it_ended(run: Done, folder: Path):
     done = main_ppo(
         folder,
         "+opd=default",
-        f"opd.teacher.model_path={folder}/teacher",
+        f"opd.teacher.model={folder}/teacher",
         f"trainer.default_local_dir={folder}/trace-checkpoints",
         f"trainer.total_training_steps={STEPS + 1}",
     )
@@ -96,9 +96,9 @@ def test_padded_jsd_in_micro_batches_without_a_reward(folder: Path):
     done = trained(
         folder,
         trace,
-        f"opd.teacher.model_path={folder}/teacher",
-        "opd.divergence=generalized_jsd",
-        "opd.beta=0.3",
+        f"opd.teacher.model={folder}/teacher",
+        "opd.objective.divergence=generalized_jsd",
+        "opd.objective.beta=0.3",
         "actor_rollout_ref.model.use_remove_padding=false",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
         "reward.custom_reward_function.path=pkg://opd.integrations.verl.plugin.no_reward",
@@ -122,15 +122,15 @@ def test_padded_jsd_in_micro_batches_without_a_reward(folder: Path):
 def test_two_ranks_two_teachers_and_a_reward(folder: Path):
     """FSDP2 over gloo, both teachers and the student sharded, GRPO beside distillation, token counts that differ by rank."""
     trace = folder / "ranks"
-    teachers = [f"+opd.teachers.one.model_path={folder}/teacher", f"+opd.teachers.other.model_path={folder}/wide"]
+    teachers = [f"+opd.teachers.one.model={folder}/teacher", f"+opd.teachers.other.model={folder}/wide"]
     done = trained(
         folder,
         trace,
         *teachers,
-        "+opd.teachers.one.weight=0.25",
-        "+opd.teachers.other.weight=0.75",
-        "opd.mixture=logit",
-        "opd.lambda_rl=0.5",
+        "+opd.mixture.weights.one=0.25",
+        "+opd.mixture.weights.other=0.75",
+        "opd.mixture.kind=logit",
+        "opd.rl.weight=0.5",
         "trainer.n_gpus_per_node=2",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
@@ -155,8 +155,8 @@ def test_two_ranks_share_each_sequence(folder: Path):
     done = trained(
         folder,
         trace,
-        f"opd.teacher.model_path={folder}/teacher",
-        "opd.lambda_rl=0.5",
+        f"opd.teacher.model={folder}/teacher",
+        "opd.rl.weight=0.5",
         "trainer.n_gpus_per_node=2",
         f"{actor}.fsdp_config.ulysses_sequence_parallel_size=2",
         f"{actor}.ulysses_sequence_parallel_size=2",
@@ -180,10 +180,10 @@ def test_routing_by_a_field_of_the_data(folder: Path):
     done = trained(
         folder,
         trace,
-        f"+opd.teachers.toy.model_path={folder}/teacher",
-        f"+opd.teachers.math.model_path={folder}/wide",
-        "opd.mixture=routing",
-        "opd.divergence=forward_kl",
+        f"+opd.teachers.toy.model={folder}/teacher",
+        f"+opd.teachers.math.model={folder}/wide",
+        "opd.mixture.kind=routing",
+        "opd.objective.divergence=forward_kl",
     )
 
     def forward_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def served_run(folder: Path, trace: Path, *more: str) -> Done:
     return main_ppo(
         folder,
         *more,
-        f"opd.teacher.model_path={folder}/teacher",
+        f"opd.teacher.model={folder}/teacher",
         f"opd.trace={trace}",
         f"trainer.total_training_steps={STEPS}",
     )
@@ -58,9 +58,15 @@ def again(folder: Path, trace: dict[str, torch.Tensor], objective: Objective) ->
 @pytest.mark.parametrize(
     ("overrides", "objective"),
     [
-        (["+opd=pool", "opd.top_k=64"], Objective(support="teacher_top_k", top_k=64)),
+        (["+opd=pool", "opd.objective.top_k=64"], Objective(support="teacher_top_k", top_k=64)),
         (
-            ["+opd=pool", "opd.divergence=forward_kl", "opd.top_k=16", "opd.lambda_rl=0.5", "opd.lambda_distill=2.0"],
+            [
+                "+opd=pool",
+                "opd.objective.divergence=forward_kl",
+                "opd.objective.top_k=16",
+                "opd.rl.weight=0.5",
+                "opd.rl.distill_weight=2.0",
+            ],
             Objective(divergence="forward_kl", support="teacher_top_k", top_k=16),
         ),
         (["+opd=hidden"], Objective()),
@@ -87,7 +93,7 @@ def test_the_first_steps_loss_is_that_of_plain_transformers(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("opd.support=full", "use support=teacher_top_k with tail=bucket"),
+        ("opd.objective.support=full", "use support=teacher_top_k with tail=bucket"),
         ("+distillation.teacher_models.teacher_model.inference.engine_kwargs.vllm.max_logprobs=20", "max_logprobs=64"),
     ],
 )
@@ -95,7 +101,7 @@ def test_a_pool_that_cannot_feed_the_loss_is_refused_before_ray_starts(folder: P
     done = main_ppo(
         folder,
         "+opd=pool",
-        f"opd.teacher.model_path={folder}/teacher",
+        f"opd.teacher.model={folder}/teacher",
         "distillation.teacher_models.teacher_model.inference.name=vllm",
         override,
     )

@@ -51,7 +51,7 @@ def test_a_reference_policy_runs_on_a_cpu_and_its_log_probs_are_plain_transforme
 def test_a_student_and_a_teacher_that_are_offloaded_make_the_same_step(models: Path):
     loss, gradients, _ = step(engine(models), batch())
     path = str(models / "teacher")
-    offloaded = engine(models, offload_policy=True, teacher={"model_path": path, "offload": True})
+    offloaded = engine(models, offload_policy=True, teacher={"model": path, "offload": True})
     assert offloaded.engine_config.offload_policy
     same_loss, same_gradients, _ = step(offloaded, batch())
     assert same_loss == loss

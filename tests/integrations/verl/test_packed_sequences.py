@@ -31,7 +31,7 @@ def zoo(models: Path) -> Path:
 
 
 def built(zoo: Path, *, teacher: str, **settings):
-    return engine(zoo, teacher={"model_path": str(zoo / teacher)}, **settings)
+    return engine(zoo, teacher={"model": str(zoo / teacher)}, **settings)
 
 
 @pytest.mark.parametrize("size", [4, 2], ids=["one micro-batch", "two"])
@@ -65,20 +65,20 @@ def test_a_student_with_a_state_reads_each_packed_sequence_alone(
 def test_models_without_a_state_stay_packed(zoo: Path):
     for kind in ("teacher", "gemma3_text", "qwen3_moe"):
         student = built(zoo, teacher=kind)
-        (teacher,) = student.source.members
+        (teacher,) = student.teachers.members
         assert not student.reads_rows and not teacher.reads_rows, kind
 
 
 def test_the_students_base_reads_as_the_student_does(zoo: Path):
-    student = engine(zoo, student="lfm2", lora_rank=4, teacher={"adapter_off": True})
+    student = engine(zoo, student="lfm2", lora_rank=4, teacher={"source": "adapter_off"})
     loss, _, metrics = step(student, batch(micro_batch_size=2))
     assert loss == 0.0 == metrics["actor/opd/reverse_kl"]
 
 
 def test_of_several_teachers_each_reads_in_its_own_way(zoo: Path):
     def run(**data: bool) -> tuple[float, dict[str, torch.Tensor]]:
-        named = {name: {"model_path": str(zoo / name)} for name in ("lfm2", "teacher")}
-        loss, gradients, _ = step(engine(zoo, teacher=None, teachers=named, mixture="loss", **data), batch(**data))
+        named = {name: {"model": str(zoo / name)} for name in ("lfm2", "teacher")}
+        loss, gradients, _ = step(engine(zoo, teacher=None, teachers=named, mixture_kind="loss", **data), batch(**data))
         return loss, gradients
 
     packed, gradients = run()
@@ -90,7 +90,7 @@ def test_of_several_teachers_each_reads_in_its_own_way(zoo: Path):
 @pytest.mark.slow
 def test_two_ranks_with_such_a_teacher_make_the_step_of_one(zoo: Path, tmp_path: Path):
     """Both shard it, and ask it together whether it mixes."""
-    settings = {"lambda_rl": 0.5, "teacher": {"model_path": str(zoo / "lfm2")}}
+    settings = {"rl_weight": 0.5, "teacher": {"model": str(zoo / "lfm2")}}
     out = two_ranks(zoo, tmp_path / "out.pt", "data", **settings)
     loss, gradients, _ = step(engine(zoo, **settings), batch(entropy=True), policy_loss(entropy_coeff=0.1))
     assert out["loss"] == pytest.approx(loss, rel=1e-6)
@@ -101,7 +101,7 @@ def test_two_ranks_with_such_a_teacher_make_the_step_of_one(zoo: Path, tmp_path:
 def test_where_ranks_share_a_sequence_a_state_is_refused(zoo: Path, tmp_path: Path):
     """A rank has no state of the slices before its own, so that rows would not help."""
     script = Path(__file__).with_name("verl_two_ranks.py")
-    settings = json.dumps({"teacher": {"model_path": str(zoo / "lfm2")}})
+    settings = json.dumps({"teacher": {"model": str(zoo / "lfm2")}})
     command = [sys.executable, script, zoo, tmp_path / "out.pt", "sequence", settings]
     shared = {**os.environ, "WORLD_SIZE": "2", "DIST_INIT_METHOD": f"file://{tmp_path}/store"}
     ranks = [

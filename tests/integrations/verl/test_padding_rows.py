@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_engines import PROMPT_LENGTHS, RESPONSE_LENGTHS, batch, engine, jagged, policy_loss, same, step
 
 from opd.integrations.verl.dry_run.sampling import score
-from opd.integrations.verl.patch.tree.reading import followed
-from opd.integrations.verl.plugin.hidden_server import hidden_states
+from opd.integrations.verl.plugin.packed_reading import followed
+from opd.integrations.verl.plugin.teachers.hidden_server import read_states
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import save_model
@@ -36,7 +36,7 @@ def sampled(*places: tuple[int, int], token: int = PADDING, **settings):
 
 
 def built(models: Path, teacher: str, **settings):
-    return engine(models, student="padded", teacher={"model_path": str(models / teacher)}, **settings)
+    return engine(models, student="padded", teacher={"model": str(models / teacher)}, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_loss_of_the_sampled_token_leaves_it_out(models: Path, resized: str, t
 
 def test_its_advantage_is_verls_alone_where_both_are_added(models: Path):
     data = sampled((2, 3))
-    both, gradients, _ = step(built(models, "wide", lambda_rl=0.7, lambda_distill=0.2, **ADVANTAGES), data)
+    both, gradients, _ = step(built(models, "wide", rl_weight=0.7, rl_distill_weight=0.2, **ADVANTAGES), data)
     learner, expert = (
         AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32) for name in ("padded", "wide")
     )
@@ -113,7 +113,7 @@ def test_its_advantage_is_verls_alone_where_both_are_added(models: Path):
         gap = (logq - logp).gather(-1, inside).squeeze(-1) * (response != PADDING)
         combined.append(0.7 * advantage + 0.2 * gap)
     data["advantages"] = jagged(combined)
-    stock, stock_gradients, _ = step(built(models, "wide", lambda_rl=1.0, lambda_distill=0.0), data)
+    stock, stock_gradients, _ = step(built(models, "wide", rl_weight=1.0, rl_distill_weight=0.0), data)
     assert both == pytest.approx(stock, rel=1e-5)
     same(gradients, stock_gradients)
 
@@ -123,9 +123,9 @@ def test_every_response_may_be_padding_alone(models: Path):
     for settings in (
         {},
         K1,
-        {"lambda_rl": 0.5},
-        {**ADVANTAGES, "lambda_rl": 0.5},
-        {"scale": "match", "lambda_rl": 0.5},
+        {"rl_weight": 0.5},
+        {**ADVANTAGES, "rl_weight": 0.5},
+        {"rl_scale": "match", "rl_weight": 0.5},
     ):
         loss, gradients, metrics = step(built(models, "teacher", **settings), sampled(*everywhere), policy_loss())
         assert math.isfinite(loss) and all(gradient.isfinite().all() for gradient in gradients.values()), settings
@@ -133,9 +133,9 @@ def test_every_response_may_be_padding_alone(models: Path):
 
 
 def test_of_several_teachers_all_must_have_read_it(models: Path):
-    named = {name: {"model_path": str(models / name)} for name in ("teacher", "wide")}
+    named = {name: {"model": str(models / name)} for name in ("teacher", "wide")}
     data = sampled((2, 3))
-    _, _, metrics = step(engine(models, student="padded", teacher=None, teachers=named, mixture="logit"), data)
+    _, _, metrics = step(engine(models, student="padded", teacher=None, teachers=named, mixture_kind="logit"), data)
     assert counted(metrics) == (1, 4)
 
 
@@ -145,7 +145,7 @@ def test_an_id_in_a_hole_of_the_vocabulary_is_no_token_either(models: Path, sett
     holes = [int(data["responses"].values()[-1])]
     drawn = int((data["responses"].values() == holes[0]).sum())
     learner = built(models, "wide", **settings)
-    learner.source.vocabulary = VocabularyMatch(size=258, invalid_ids=tuple(holes))
+    learner.teachers.vocabulary = VocabularyMatch(size=258, invalid_ids=tuple(holes))
     loss, gradients, metrics = step(learner, data)
     assert counted(metrics) == (drawn, 0)
     assert all(math.isfinite(value) for value in (loss, *metrics.values()))
@@ -157,7 +157,7 @@ def answered(models: Path, teacher: str, placement: str, settings: dict, data):
     model = AutoModelForCausalLM.from_pretrained(models / teacher, dtype=torch.float32)
     sequences = [ids.tolist() for ids in data["input_ids"].unbind()]
     if placement == "hidden":
-        said = [([[token] for token in [*ids[1:], 0]], hidden_states(model, ids)) for ids in sequences]
+        said = [([[token] for token in [*ids[1:], 0]], read_states(model, ids)) for ids in sequences]
     else:
         said = [score(model, ids, 0 if settings == K1 else settings["top_k"]) for ids in sequences]
     data["teacher_ids"] = jagged([torch.tensor(ids, dtype=torch.int32) for ids, _ in said])
@@ -201,8 +201,8 @@ def test_a_sequence_is_read_up_to_an_id_without_a_row():
 
 def test_servers_of_ours_read_on_after_an_id_without_a_row(models: Path):
     model = AutoModelForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32)
-    states = hidden_states(model, [97, 98, PADDING, 99])
-    assert torch.equal(states[:2], hidden_states(model, [97, 98, 1, 99])[:2]) and states.shape[0] == 4
+    states = read_states(model, [97, 98, PADDING, 99])
+    assert torch.equal(states[:2], read_states(model, [97, 98, 1, 99])[:2]) and states.shape[0] == 4
     ids, logps = score(model, [97, 98, PADDING, 99], 0)
     assert [row[0] for row in ids] == [98, PADDING, 99, 0] and logps[1][0] == -math.inf
     assert logps[0] == score(model, [97, 98, 1, 99], 0)[1][0]

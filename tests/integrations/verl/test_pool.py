@@ -16,12 +16,13 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig
 from verl_engines import RESPONSE_LENGTHS, TERM, batch, engine, jagged, policy_loss, same, step
+from verl_world import section
 
 from opd.errors import ConfigError, ModelError, NonFiniteError, ObjectiveError
 from opd.integrations.verl.dry_run.sampling import score
-from opd.integrations.verl.plugin.checks import Pool, Run, check_run
-from opd.integrations.verl.plugin.served_logprobs import in_vocabulary, refuse_nonsense, vocabulary_of
+from opd.integrations.verl.plugin.checks import RunFacts, TeacherServers, check_run
 from opd.integrations.verl.plugin.settings import TeacherSettings, parse
+from opd.integrations.verl.plugin.teachers.served_logprobs import in_vocabulary, refuse_nonsense, vocabulary_of
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget, SampledTarget, Target, TopKTarget
@@ -110,7 +111,7 @@ def test_the_loss_and_every_gradient_are_those_of_plain_transformers(models: Pat
 
 def test_all_tokens_of_a_larger_vocabulary_are_the_exact_divergence_over_the_common_one(models: Path):
     """The teacher has 320 rows, of which 258 are tokens: what it gives to the others is shared out."""
-    wide = {"teacher": {"model_path": str(models / "wide")}}
+    wide = {"teacher": {"model": str(models / "wide")}}
     loss, gradients, _ = step(engine(models, **POOL, **wide, top_k=320), served(models, 320, teacher="wide"))
     expected, plain_gradients = plainly(models, batch(), Objective(), teacher="wide")
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -140,8 +141,8 @@ def test_hybrid_adds_verls_policy_loss_and_not_its_distillation(models: Path):
     config = policy_loss().keywords["config"]
     bound = functools.partial(distillation_ppo_loss, config=config, distillation_config=None)
     distilled, gradients, _ = step(engine(models, **POOL, top_k=16), served(models, 16))
-    stock, stock_gradients, _ = step(engine(models, lambda_rl=1.0, lambda_distill=0.0), batch())
-    built = engine(models, **POOL, top_k=16, lambda_rl=0.7, lambda_distill=0.2)
+    stock, stock_gradients, _ = step(engine(models, rl_weight=1.0, rl_distill_weight=0.0), batch())
+    built = engine(models, **POOL, top_k=16, rl_weight=0.7, rl_distill_weight=0.2)
     both, both_gradients, metrics = step(built, served(models, 16), bound)
     assert both == pytest.approx(0.7 * stock + 0.2 * distilled, rel=1e-5)
     same(both_gradients, {name: 0.7 * stock_gradients[name] + 0.2 * g for name, g in gradients.items()})
@@ -152,7 +153,7 @@ def test_the_pool_holds_no_teacher_in_the_worker(models: Path):
     built = engine(models, **POOL, top_k=16)
     students = sum(p.numel() for p in plain_model(models / "student").parameters())
     assert sum(p.numel() for p in built.module.parameters()) == students
-    assert not [v for v in vars(built.source).values() if isinstance(v, torch.nn.Module)]
+    assert not [v for v in vars(built.teachers).values() if isinstance(v, torch.nn.Module)]
 
 
 def test_a_batch_without_teacher_scores_is_refused(models: Path):
@@ -216,21 +217,25 @@ def test_scores_are_about_the_token_after_each(models: Path):
     tokens, said = score(model, ids, 2)
     assert tokens[:2] == logp[:2].topk(2).indices.tolist() and tokens[2] == [0, 0]
     assert said[1] == pytest.approx(logp[1].topk(2).values.tolist(), abs=1e-6)
-    with pytest.raises(ConfigError, match=r"lower opd\.top_k"):
+    with pytest.raises(ConfigError, match=r"lower opd\.objective\.top_k"):
         score(model, ids, 1000)
 
 
 def composed(*overrides: str):
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", ["+opd=pool", "opd.teacher.model_path=/teacher", *overrides])
+        return compose("ppo_trainer", ["+opd=pool", "opd.teacher.model=/teacher", *overrides])
 
 
 @pytest.mark.parametrize("native", ["loss_mode=k3", "loss_mode=k1", "loss_mode=forward_kl_topk", "topk=7"])
 @pytest.mark.parametrize(
     ("asked", "use_topk", "topk"),
     [
-        (("opd.top_k=24",), True, 24),
-        (("opd.support=sampled", "opd.estimator=k1", "opd.delivery=advantage"), False, None),
+        (("opd.objective.top_k=24",), True, 24),
+        (
+            ("opd.objective.support=sampled", "opd.objective.estimator=k1", "opd.objective.delivery=advantage"),
+            False,
+            None,
+        ),
     ],
 )
 def test_the_servers_are_asked_for_what_the_objective_reads(native: str, asked: tuple, use_topk: bool, topk: int):
@@ -263,39 +268,39 @@ def test_the_facts_of_the_pool_reach_the_driver():
 
 
 SERVED = {"strategy": "fsdp2", "native_distillation": True}
-VLLM = Pool(engine="vllm", model_path="teacher")
+VLLM = TeacherServers(engine="vllm", model_path="teacher")
 
 
 @pytest.mark.parametrize(
-    ("section", "run", "said"),
+    ("keys", "run", "said"),
     [
         ({"support": "full"}, {}, "use support=teacher_top_k with tail=bucket"),
         ({"support": "union"}, {}, "tokens that the student chooses"),
         ({"always_include": (1,)}, {}, "drop always_include"),
         ({"teacher_temperature": 2.0}, {}, "set teacher_temperature=1"),
-        ({"tail": "sampled"}, {}, "opd.tail=sampled"),
+        ({"tail": "sampled"}, {}, "opd.objective.tail=sampled"),
         ({**K1, "baseline": "value"}, {}, "baseline=none"),
         ({}, {"pool": None}, "use +opd=pool"),
         ({}, {"native_distillation": False}, "use +opd=pool"),
-        ({}, {"pool": Pool(engine="vllm", model_path="teacher", max_logprobs=20)}, "max_logprobs=64"),
-        ({}, {"pool": Pool(engine="trtllm", model_path="teacher")}, "inference.name=vllm"),
-        ({}, {"pool": Pool(engine="vllm", model_path="other")}, "opd.teacher.model_path=teacher"),
-        ({}, {"pool": Pool(engine="vllm", model_path="t", teachers=("teacher_model", "b"))}, "one teacher"),
-        ({"lambda_rl": 1.0, "lambda_distill": 0.0}, {}, "opd.lambda_distill=0"),
-        ({"teacher": {"model_path": "teacher", "offload": True}}, {}, "opd.teacher.offload"),
+        ({}, {"pool": TeacherServers(engine="vllm", model_path="teacher", max_logprobs=20)}, "max_logprobs=64"),
+        ({}, {"pool": TeacherServers(engine="trtllm", model_path="teacher")}, "inference.name=vllm"),
+        ({}, {"pool": TeacherServers(engine="vllm", model_path="other")}, "opd.teacher.model=teacher"),
+        ({}, {"pool": TeacherServers(engine="vllm", model_path="t", teachers=("teacher_model", "b"))}, "one teacher"),
+        ({"rl_weight": 1.0, "rl_distill_weight": 0.0}, {}, "opd.rl.distill_weight=0"),
+        ({"teacher": {"model": "teacher", "offload": True}}, {}, "opd.teacher.offload"),
     ],
 )
-def test_what_a_pool_cannot_feed_is_refused(section: dict, run: dict, said: str):
-    settings, _ = parse({"teacher": {"model_path": "teacher"}, **POOL, **section})
+def test_what_a_pool_cannot_feed_is_refused(keys: dict, run: dict, said: str):
+    settings, _ = parse(section(**{"teacher": {"model": "teacher"}, **POOL, **keys}))
     with pytest.raises((ConfigError, ObjectiveError)) as caught:
-        check_run(settings, Run(**{**SERVED, "pool": VLLM, **run}))
+        check_run(settings, RunFacts(**{**SERVED, "pool": VLLM, **run}))
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("section", [{}, {"tail": "generalized"}, K1, {"lambda_rl": 0.5, "divergence": "forward_kl"}])
-def test_what_a_pool_can_feed_is_taken(section: dict):
-    settings, _ = parse({"teacher": {"model_path": "teacher"}, **POOL, **section})
-    check_run(settings, Run(**SERVED, pool=VLLM))
+@pytest.mark.parametrize("keys", [{}, {"tail": "generalized"}, K1, {"rl_weight": 0.5, "divergence": "forward_kl"}])
+def test_what_a_pool_can_feed_is_taken(keys: dict):
+    settings, _ = parse(section(**{"teacher": {"model": "teacher"}, **POOL, **keys}))
+    check_run(settings, RunFacts(**SERVED, pool=VLLM))
 
 
 def test_a_student_with_a_tokenizer_of_its_own_shares_the_teachers_vocabulary(models: Path, tmp_path: Path):
@@ -306,5 +311,5 @@ def test_a_student_with_a_tokenizer_of_its_own_shares_the_teachers_vocabulary(mo
         for file in filter(lambda file: keeps(file.name), (models / "student").iterdir()):
             shutil.copy(file, folder / file.name)
     student = HFModelConfig(path=str(bare), tokenizer_path=str(words))
-    teacher = TeacherSettings(model_path=str(models / "teacher"))
+    teacher = TeacherSettings(model=str(models / "teacher"))
     assert vocabulary_of(teacher, SimpleNamespace(model_config=student)).size == 258

@@ -93,7 +93,7 @@ def own_words(world: Path, *more: str) -> list[str]:
     """The cluster's command line with files that are here."""
     return [
         *CLUSTER,
-        f"opd.teacher.model_path={world}/teacher",
+        f"opd.teacher.model={world}/teacher",
         f"actor_rollout_ref.model.path={world}/student",
         f"data.train_files={world}/train.parquet",
         f"reward.custom_reward_function.path={world}/reward.py",
@@ -118,11 +118,11 @@ def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
     """GRPO beside distillation, with KL to a reference policy, whose engine verl would keep in pinned memory."""
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     hybrid = [
-        "opd.lambda_rl=1",
+        "opd.rl.weight=1",
         f"{ACTOR}.use_kl_loss=true",
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
     ]
-    words = own_words(world, "opd.divergence=forward_kl", *hybrid)
+    words = own_words(world, "opd.objective.divergence=forward_kl", *hybrid)
     done = subprocess.run(command(words), capture_output=True, text=True, timeout=500, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.glob("opd-smoke-*")
@@ -146,7 +146,7 @@ def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
     [
         (["data.train_batch_size=128"], "verl", "train_batch_size (128) must be >= actor.ppo_mini_batch_size (256)"),
         ([f"{ACTOR}.calculate_sum_pi_squared=true"], "opd", "needs the whole logits, which opd does not make"),
-        (["opd.teacher.model_path={world}/other"], "opd", "teacher '{world}/other' do not read the same token ids"),
+        (["opd.teacher.model={world}/other"], "opd", "teacher '{world}/other' do not read the same token ids"),
     ],
     ids=["batch", "logits", "vocabulary"],
 )

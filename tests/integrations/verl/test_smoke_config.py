@@ -21,19 +21,19 @@ from verl_world import REWARD, make_prompts
 from opd.cli.verl import _split
 from opd.errors import ConfigError, DataError, OpdError
 from opd.integrations.verl.dry_run.compose import compose, literal, read_words
-from opd.integrations.verl.dry_run.overrides import Replaced
-from opd.integrations.verl.dry_run.shrink_config import asked_models, check_given, replace
+from opd.integrations.verl.dry_run.overrides import ConfigOverrides
+from opd.integrations.verl.dry_run.shrink_config import check_given, replace, requested_models
 from opd.integrations.verl.dry_run.sizes import check_sizes
-from opd.integrations.verl.dry_run.small_model import shrink
 from opd.integrations.verl.dry_run.smoke import _Run
-from opd.integrations.verl.dry_run.tiny_models import Asked, StandIn, make_models
+from opd.integrations.verl.dry_run.tiny_models import RequestedModel, StandIn, make_models
 from opd.integrations.verl.plugin.settings import parse
+from opd.integrations.verl.plugin.small_model import shrink
 from opd.testing import byte_tokenizer
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 CLUSTER = [
     "+opd=default",
-    "opd.teacher.model_path=/nfs/teacher",
+    "opd.teacher.model=/nfs/teacher",
     "algorithm.adv_estimator=grpo",
     "data.train_files=/nfs/train.parquet",
     "data.train_batch_size=1024",
@@ -62,10 +62,13 @@ def checked(*more: str) -> None:
     check_sizes(config)
 
 
-def replaced(folder: Path, *more: str) -> tuple[Replaced, OmegaConf]:
+def replaced(folder: Path, *more: str) -> tuple[ConfigOverrides, OmegaConf]:
     """What is replaced, and the config that comes out; the models are not made."""
     config = composed(*more)
-    models = [StandIn(asked=one, folder=f"/made/{one.role}", told="", readable=False) for one in asked_models(config)]
+    models = [
+        StandIn(requested=one, folder=f"/made/{one.role}", description="", readable=False)
+        for one in requested_models(config)
+    ]
     done = replace(config, models, folder=folder, steps=2)
     return done, compose(read_words([*CLUSTER, *more]), done.overrides())
 
@@ -105,10 +108,12 @@ def test_the_cluster_becomes_one_process_on_a_cpu(tmp_path: Path):
 
 
 def test_what_the_user_said_of_the_objective_stays(tmp_path: Path):
-    _, here = replaced(tmp_path, "opd.divergence=forward_kl", "opd.lambda_rl=0.5", f"{ACTOR}.loss_agg_mode=token-sum")
-    assert (here.opd.divergence, here.opd.lambda_rl) == ("forward_kl", 0.5)
+    _, here = replaced(
+        tmp_path, "opd.objective.divergence=forward_kl", "opd.rl.weight=0.5", f"{ACTOR}.loss_agg_mode=token-sum"
+    )
+    assert (here.opd.objective.divergence, here.opd.rl.weight) == ("forward_kl", 0.5)
     assert here.actor_rollout_ref.actor.loss_agg_mode == "token-sum"
-    assert here.opd.teacher.model_path == "/made/teacher"
+    assert here.opd.teacher.model == "/made/teacher"
 
 
 def test_a_library_of_the_users_is_imported_too(tmp_path: Path):
@@ -139,10 +144,10 @@ def test_data_and_reward_that_are_not_here_are_made_up(tmp_path: Path):
 def test_made_up_prompts_go_to_every_routed_teacher(tmp_path: Path):
     import pyarrow.parquet as pq
 
-    teachers = ["+opd.teachers.math.model_path=/nfs/math", "+opd.teachers.code.model_path=/nfs/code"]
+    teachers = ["+opd.teachers.math.model=/nfs/math", "+opd.teachers.code.model=/nfs/code"]
     words = [word for word in CLUSTER if "opd.teacher." not in word]
-    config = compose(read_words([*words, *teachers, "opd.mixture=routing", "opd.teacher_key=skill"]))
-    assert [one.role for one in asked_models(config)] == ["student", "teacher math", "teacher code"]
+    config = compose(read_words([*words, *teachers, "opd.mixture.kind=routing", "opd.prompts.teacher_column=skill"]))
+    assert [one.role for one in requested_models(config)] == ["student", "teacher math", "teacher code"]
     replace(config, [], folder=tmp_path, steps=2)
     assert set(pq.read_table(tmp_path / "prompts.parquet")["skill"].to_pylist()) == {"math", "code"}
 
@@ -154,12 +159,15 @@ def test_made_up_prompts_go_to_every_routed_teacher(tmp_path: Path):
             ["data.train_batchsize=4"],
             "no key 'data.train_batchsize'; did you mean 'data.train_batch_size'?",
         ),
-        (["opd.divergense=forward_kl"], "did you mean 'opd.divergence'?"),
-        (["opd.temperature=2"], "did you mean 'opd.student_temperature' or 'opd.teacher_temperature'?"),
-        (["opd.model_path=/nfs/teacher"], "did you mean 'opd.teacher.model_path'?"),
+        (["opd.divergense=forward_kl"], "did you mean 'opd.objective.divergence'?"),
+        (
+            ["opd.temperature=2"],
+            "did you mean 'opd.objective.student_temperature' or 'opd.objective.teacher_temperature'?",
+        ),
+        (["opd.model=/nfs/teacher"], "did you mean 'opd.teacher.model'?"),
         (["opd.teacher.attention=sdpa"], "did you mean 'opd.teacher.attn_implementation'?"),
         (["opd.zzz=1"], "a table of its keys"),
-        (["opd.teachers.math.model_path=/nfs/math"], "write +opd.teachers.math.model_path=… if it is to be added"),
+        (["opd.teachers.math.model=/nfs/math"], "write +opd.teachers.math.model=… if it is to be added"),
         (["+opd=defualt"], "opd"),
         (["data.train_batch_size=[4"], "verl's config"),
         (["data.train_batch_size=${no.such}"], "'no.such' not found"),
@@ -178,17 +186,17 @@ def test_a_config_that_cannot_work_is_refused(more: list[str], said: str):
 
 
 def test_what_is_advised_for_an_unknown_key_is_taken():
-    teacher = "+opd.teachers.math.model_path=/nfs/math"
+    teacher = "+opd.teachers.math.model=/nfs/math"
     words = [word for word in CLUSTER if "opd.teacher." not in word]
     advised = [
-        "opd.student_temperature=2",
-        "opd.teacher_temperature=2",
+        "opd.objective.student_temperature=2",
+        "opd.objective.teacher_temperature=2",
         "opd.teacher.attn_implementation=sdpa",
         teacher,
     ]
     section = OmegaConf.to_container(compose(read_words([*words, *advised])).opd, resolve=True)
     settings, _ = parse(section)
-    assert settings.teachers["math"].model_path == "/nfs/math"
+    assert settings.teachers["math"].model == "/nfs/math"
     assert settings.objective.student_temperature == settings.objective.teacher_temperature == 2.0
 
 
@@ -213,7 +221,7 @@ def test_a_word_that_is_no_override_is_refused(words: list[str], said: str):
 
 def test_the_section_opd_has_to_be_added():
     with pytest.raises(ConfigError, match=r"add \+opd=default"):
-        compose(read_words(["opd.divergence=forward_kl"]))
+        compose(read_words(["opd.objective.divergence=forward_kl"]))
 
 
 def test_a_config_of_the_users_own_is_found(tmp_path: Path):
@@ -240,8 +248,8 @@ def test_a_column_that_is_not_there_is_told(tmp_path: Path):
         replaced(tmp_path, f"data.train_files={data}", "data.prompt_key=question")
 
 
-def asked(*paths: Path | str) -> list[Asked]:
-    return [Asked(role=f"model {i}", key=f"key{i}", path=str(path)) for i, path in enumerate(paths)]
+def asked(*paths: Path | str) -> list[RequestedModel]:
+    return [RequestedModel(role=f"model {i}", key=f"key{i}", path=str(path)) for i, path in enumerate(paths)]
 
 
 def config_folder(folder: Path, config) -> Path:
@@ -339,7 +347,7 @@ def test_a_stand_in_of_a_class_that_a_library_registers_is_of_that_class(
     imported(tmp_path, ["own_kind_library", "opd.integrations.verl.dry_run.register"])
     (made,) = make_models(asked(own), tmp_path / "after")
     assert made.readable and AutoConfig.from_pretrained(made.folder).model_type == "own_kind"
-    assert "own_kind, 2 layers of 64" in made.told
+    assert "own_kind, 2 layers of 64" in made.description
 
 
 def test_a_library_that_is_not_here_is_told_before_anything_runs(tmp_path: Path):

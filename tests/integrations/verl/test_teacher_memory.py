@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from verl_engines import batch, engine, join, same, step
 
 from opd.errors import ConfigError
-from opd.integrations.verl import teacher as teacher_module
-from opd.integrations.verl.plugin.checks import teacher_attention
+from opd.integrations.verl.plugin.model_checks import teacher_attention
 from opd.integrations.verl.plugin.settings import TeacherSettings
+from opd.integrations.verl.plugin.teachers import frozen_model
 
 
 def gathered(module: torch.nn.Module) -> list[str]:
@@ -30,9 +30,9 @@ def gathered(module: torch.nn.Module) -> list[str]:
 def test_a_teacher_is_sharded_again_after_a_step(models: Path, student: str, reshard: bool):
     """It has no backward pass, which is what would shard it when the actor keeps its layers for one."""
     path = str(models / ("teacher" if student == "student" else "tied"))
-    built = engine(models, reshard_after_forward=reshard, student=student, teacher={"model_path": path})
+    built = engine(models, reshard_after_forward=reshard, student=student, teacher={"model": path})
     step(built, batch(micro_batch_size=2))
-    (member,) = built.source.members
+    (member,) = built.teachers.members
     assert gathered(member.module) == []
     assert sum(isinstance(layer, FSDPModule) for layer in member.module.modules()) > 2
 
@@ -44,7 +44,7 @@ class Moves:
         self.seen: list[tuple[str, str]] = []
         self.names: dict[int, str] = {}
         for function, word in (("offload_fsdp_model_to_cpu", "away"), ("load_fsdp_model_to_gpu", "back")):
-            monkeypatch.setattr(teacher_module, function, lambda module, word=word: self.see(word, module))
+            monkeypatch.setattr(frozen_model, function, lambda module, word=word: self.see(word, module))
 
     def see(self, word: str, module: torch.nn.Module) -> None:
         self.seen.append((word, self.names.get(id(module), "?")))
@@ -56,7 +56,7 @@ def test_a_teacher_leaves_the_device_with_the_students_weights(models: Path, mon
     moves = Moves(monkeypatch)
     built = engine(models, param_offload=True)
     assert [word for word, _ in moves.seen] == ["away"]
-    moves.names[id(built.source.members[0].module)] = "teacher"
+    moves.names[id(built.teachers.members[0].module)] = "teacher"
     same_loss, same_gradients, _ = step(built, batch(micro_batch_size=2))
     assert same_loss == pytest.approx(loss, rel=1e-6)
     same(same_gradients, gradients)
@@ -73,20 +73,20 @@ def test_a_teacher_moves_only_where_the_actor_says_so(models: Path, monkeypatch:
     built = engine(models, **settings)
     step(built, batch())
     assert moves.seen == []
-    (member,) = built.source.members
+    (member,) = built.teachers.members
     assert member.engine_config.offload_policy == settings.get("offload_policy", False)
 
 
 def test_the_students_base_moves_with_the_student_alone(models: Path, monkeypatch: pytest.MonkeyPatch):
     moves = Moves(monkeypatch)
-    built = engine(models, param_offload=True, lora_rank=4, teacher={"adapter_off": True})
+    built = engine(models, param_offload=True, lora_rank=4, teacher={"source": "adapter_off"})
     step(built, batch())
     assert moves.seen == []
 
 
 def attention(asked: str | None = None, dtype: str = "auto", student: str | None = None, **more: object) -> str | None:
-    one = TeacherSettings(model_path="t", dtype=dtype, attn_implementation=asked)  # pyright: ignore[reportArgumentType]
-    precision = teacher_module.PRECISIONS.get(dtype, "bf16")
+    one = TeacherSettings(model="t", dtype=dtype, attn_implementation=asked)  # pyright: ignore[reportArgumentType]
+    precision = frozen_model.PRECISIONS.get(dtype, "bf16")
     return teacher_attention(one, student=student, **{"precision": precision, "sequence_parallel": 1, **more})
 
 
@@ -123,10 +123,10 @@ def test_a_float32_teacher_is_built_with_sdpa_where_the_student_has_flash_attent
 
     join()
     student = HFModelConfig(path=str(models / "student"))  # verl's default attention
-    one = TeacherSettings(model_path=str(models / "teacher"), dtype="float32")
+    one = TeacherSettings(model=str(models / "teacher"), dtype="float32")
     actor = SimpleNamespace(  # what a teacher reads of the actor's engine, which cannot be built with FlashAttention on a CPU
         model_config=student, engine_config=FSDPEngineConfig(strategy="fsdp2", use_torch_compile=False)
     )
-    built = teacher_module.Teacher(one, actor)
+    built = frozen_model.FrozenTeacher(one, actor)
     assert student.hf_config._attn_implementation == "flash_attention_2"
     assert built.module.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""Several teachers, the student's own base, and the canary: in one process, against plain transformers and plain losses."""
+"""Several teachers, the student's own base, and the sanity check: in one process, against plain transformers and plain losses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from verl.utils import tensordict_utils as tu
 from verl_engines import batch, engine, same, step
 
 from opd.errors import ConfigError, ModelError
-from opd.integrations.verl.plugin.canary import check_teacher
-from opd.integrations.verl.plugin.metrics import POSITIONS, Tally
+from opd.integrations.verl.plugin.metrics import POSITIONS, MetricSums
+from opd.integrations.verl.plugin.sanity_check import check_teacher
 from opd.losses import full_divergence
 from opd.testing import tiny_causal_lm
 from opd.types import Head, HiddenTarget, TopKTarget
@@ -24,8 +24,9 @@ PROBABILITY = (0.3, 0.7)
 def two(models: Path, weights: tuple[float, float] | None = PROBABILITY) -> dict:
     """`one` and `other`, of different sizes of output layer."""
     names = {"one": "teacher", "other": "wide"}
-    shares = weights or (None, None)
-    return {k: {"model_path": str(models / v), "weight": w} for (k, v), w in zip(names.items(), shares, strict=True)}
+    teachers = {name: {"model": str(models / folder)} for name, folder in names.items()}
+    weights = {} if weights is None else {"mixture_weights": dict(zip(names, weights, strict=True))}
+    return {"teacher": None, "teachers": teachers, **weights}
 
 
 def plainly(models: Path, data, mixture: str, routes: tuple[str, ...] = ()) -> tuple[float, dict[str, torch.Tensor]]:
@@ -58,7 +59,7 @@ def plainly(models: Path, data, mixture: str, routes: tuple[str, ...] = ()) -> t
 
 @pytest.mark.parametrize("mixture", ["probability", "logit", "loss"])
 def test_mixtures_are_those_of_plain_transformers(models: Path, mixture: str):
-    loss, gradients, metrics = step(engine(models, teacher=None, teachers=two(models), mixture=mixture), batch())
+    loss, gradients, metrics = step(engine(models, **two(models), mixture_kind=mixture), batch())
     expected, plain_gradients = plainly(models, batch(), mixture)
     assert loss == pytest.approx(expected, rel=1e-6)
     same(gradients, plain_gradients)
@@ -70,7 +71,7 @@ def test_routing_gives_each_sample_its_teacher(models: Path, size: int):
     routes = ("one", "other", "other", "one")
     data = batch(micro_batch_size=size)
     tu.assign_non_tensor_stack(data, "domain", list(routes))
-    built = engine(models, teacher=None, teachers=two(models, None), mixture="routing", teacher_key="domain")
+    built = engine(models, **two(models, None), mixture_kind="routing", teacher_column="domain")
     loss, gradients, metrics = step(built, data)
     expected, plain_gradients = plainly(models, batch(), "routing", routes)
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -82,8 +83,8 @@ def test_routing_gives_each_sample_its_teacher(models: Path, size: int):
 
 
 def test_routing_by_what_is_not_there_is_refused(models: Path):
-    built = engine(models, teacher=None, teachers=two(models, None), mixture="routing", teacher_key="domain")
-    with pytest.raises(ConfigError, match=r"opd\.teacher_key=domain: the training batch has no such field"):
+    built = engine(models, **two(models, None), mixture_kind="routing", teacher_column="domain")
+    with pytest.raises(ConfigError, match=r"opd\.prompts\.teacher_column=domain: the training batch has no such field"):
         step(built, batch())
     data = batch()
     tu.assign_non_tensor_stack(data, "domain", ["one", "one", "else", "one"])
@@ -104,10 +105,10 @@ def adapted(models: Path, **teacher):
 
 def test_the_base_of_an_adapted_student_is_its_teacher(models: Path):
     """As if the student's folder had been loaded once more. At the start the adapter does nothing, so the loss is exactly 0."""
-    loss, _, _ = step(engine(models, teacher={"adapter_off": True}, lora_rank=4), batch())
+    loss, _, _ = step(engine(models, teacher={"source": "adapter_off"}, lora_rank=4), batch())
     assert loss == 0.0
-    moved, gradients, _ = step(adapted(models, adapter_off=True), batch())
-    against, same_gradients, _ = step(adapted(models, model_path=str(models / "student")), batch())
+    moved, gradients, _ = step(adapted(models, source="adapter_off"), batch())
+    against, same_gradients, _ = step(adapted(models, model=str(models / "student")), batch())
     assert moved > 1e-3
     assert moved == pytest.approx(against, rel=1e-5)
     same(gradients, same_gradients)
@@ -115,7 +116,7 @@ def test_the_base_of_an_adapted_student_is_its_teacher(models: Path):
 
 def test_without_an_adapter_there_is_no_base(models: Path):
     with pytest.raises(ConfigError, match="the student has no LoRA adapter"):
-        engine(models, teacher={"adapter_off": True})
+        engine(models, teacher={"source": "adapter_off"})
 
 
 def test_metrics_hold_positions_and_perplexity(models: Path):
@@ -130,8 +131,8 @@ def test_buckets_take_every_position_once():
     class Tokens:
         position = torch.tensor([0, 15, 16, 63, 64, 4095, 4096, 9999])
 
-    tally = Tally()
-    tally.see({"reverse_kl": torch.arange(8.0)}, Tokens())  # pyright: ignore[reportArgumentType]
+    tally = MetricSums()
+    tally.add_diagnostics({"reverse_kl": torch.arange(8.0)}, Tokens())  # pyright: ignore[reportArgumentType]
     assert {name: held for name, held in tally.sums.items() if name != "reverse_kl"} == {
         "reverse_kl_at/0-15": [1.0, 2],
         "reverse_kl_at/16-63": [5.0, 2],
@@ -142,7 +143,7 @@ def test_buckets_take_every_position_once():
     assert POSITIONS[0] == 0
 
 
-# ---- the canary --------------------------------------------------------------------------------------------------------
+# ---- the sanity check --------------------------------------------------------------------------------------------------------
 
 
 def sharp(tokens: int = 200, vocab: int = 50, shift: int = 0, scale: float = 8.0):
@@ -271,8 +272,8 @@ def test_nan_scores_are_found_and_few_tokens_prove_nothing():
 
 
 def test_the_first_update_and_every_nth_are_looked_at(models: Path):
-    built = engine(models, teacher={"model_path": str(models / "teacher")}, canary_every=2)
-    flat = built.source.members[0].module
+    built = engine(models, teacher={"model": str(models / "teacher")}, sanity_check_every=2)
+    flat = built.teachers.members[0].module
     step(built, batch())
     with torch.no_grad():
         for parameter in flat.parameters():
@@ -280,8 +281,8 @@ def test_the_first_update_and_every_nth_are_looked_at(models: Path):
     step(built, batch())
     with pytest.raises(ModelError, match=r"knows nothing\. No update was made"):
         step(built, batch())
-    blind = engine(models, teacher={"model_path": str(models / "teacher")}, canary_every=0)
+    blind = engine(models, teacher={"model": str(models / "teacher")}, sanity_check_every=0)
     with torch.no_grad():
-        for parameter in blind.source.members[0].module.parameters():
+        for parameter in blind.teachers.members[0].module.parameters():
             parameter.zero_()
     step(blind, batch())

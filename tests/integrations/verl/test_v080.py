@@ -62,7 +62,7 @@ def test_a_real_run_of_verl_0_8_trains_on_what_plain_transformers_compute(tmp_pa
     done = main_ppo(
         folder,
         "+opd=default",
-        f"opd.teacher.model_path={folder}/teacher",
+        f"opd.teacher.model={folder}/teacher",
         f"opd.trace={folder}/trace",
         "trainer.total_training_steps=2",
         "+ray_kwargs.ray_init.resources={cpu:8}",

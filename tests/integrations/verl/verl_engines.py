@@ -14,9 +14,10 @@ from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
+from verl_world import section
 
 from opd.integrations.verl.dry_run import attention
-from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig
+from opd.integrations.verl.plugin.hydra_targets import engine_config
 
 attention.register()
 PROMPT_LENGTHS = (5, 9, 1, 7)
@@ -55,8 +56,7 @@ def engine(
 ):
     """What a worker would build from `+opd=default` and these overrides."""
     join()
-    section = {"teacher": {"model_path": str(models / "teacher")}, **opd}
-    config = OpdEngineConfig(
+    config = engine_config(
         strategy=strategy,
         mixed_precision=mixed_precision,
         use_torch_compile=False,
@@ -64,7 +64,7 @@ def engine(
         param_offload=param_offload,
         offload_policy=offload_policy,
         reshard_after_forward=reshard_after_forward,
-        opd=section,
+        opd=section(**{"teacher": {"model": str(models / "teacher")}, **opd}),
         opd_reduction={"loss_agg_mode": reduction, "loss_scale_factor": None},
     )
     built = EngineRegistry.new(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from opd.losses import Objective
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 
 REWARD = '''"""The share of digits in a response."""
@@ -13,6 +16,23 @@ REWARD = '''"""The share of digits in a response."""
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return sum(c.isdigit() for c in solution_str) / max(1, len(solution_str))
 '''
+
+
+def section(**keys: Any) -> dict[str, Any]:
+    """The tree of an `opd:` section: `rl_weight` is rl.weight, `mixture_kind` is mixture.kind, and a key of the objective stands alone."""
+    tree: dict[str, Any] = {}
+    objective = {item.name for item in fields(Objective)}
+    for key, value in keys.items():
+        group, _, name = key.partition("_")
+        if key in objective:
+            group, name = "objective", key
+        elif key == "teacher_column":
+            group, name = "prompts", key
+        elif group not in ("rl", "mixture"):
+            tree[key] = value
+            continue
+        tree.setdefault(group, {})[name] = value
+    return tree
 
 
 def make_models(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Is the plugin really in? Asked of a fresh process, because verl hides a plugin that failed to load."""
+"""`opd doctor verl`: checks of a fresh process, because verl hides a plugin that failed to load."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opd.integrations.verl.contract.hook_check import (
+from opd.integrations.verl.contract.source_check import (
     BY_PART,
     HOOKS,
     PARTS,
@@ -25,24 +25,14 @@ from opd.integrations.verl.contract.hook_check import (
 
 PLUGIN = "opd.integrations.verl.plugin.register"
 TIMEOUT_SECONDS = 300.0  # importing verl from a cold disk takes a minute
-NEEDED = (
-    "ray",
-    "tensordict",
-    "transfer_queue",
-    "cachetools",
-    "uvicorn",
-    "fastapi",
-    "msgspec",
-    "zmq",
-    "hydra",
-    "codetiming",
-)
-"""What verl's trainer imports at run time; some of it no requirement of verl's names."""
+NEEDED = ("ray", "tensordict", "transfer_queue", "cachetools", "uvicorn", "fastapi", "msgspec", "zmq", "hydra",
+          "codetiming")  # fmt: skip
+"""Imports of verl's trainer at run time; verl's own requirements miss some of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the answer."""
+    """One line of the report."""
 
     ok: bool
     text: str
@@ -66,69 +56,71 @@ def run() -> int:
 
 
 def findings() -> Iterator[Finding]:
-    """All checks, the ones that others rest on first; stops where going on would say nothing new."""
+    """All checks, the ones that others rest on first; the first that makes the others pointless ends them."""
     if importlib.util.find_spec("verl") is None:
-        yield Finding(ok=False, text="verl is not installed: pip install 'opd[verl]'")
+        yield _fail("verl is not installed: pip install 'opd[verl]'")
         return
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        yield Finding(ok=False, text=f"verl needs {', '.join(missing)}, not installed: pip install 'opd[verl]'")
+        yield _fail(f"verl needs {', '.join(missing)}, not installed: pip install 'opd[verl]'")
         return
     for check in (_version, _entry_point, _config_group, _hooks, _engine, _trl):
         yield check()
 
 
+def _ok(text: str) -> Finding:
+    return Finding(ok=True, text=text)
+
+
+def _fail(text: str) -> Finding:
+    return Finding(ok=False, text=text)
+
+
 def _version() -> Finding:
     version = version_of(installed())
     if version in TESTED:
-        return Finding(ok=True, text=f"verl {version} is a release that opd was tested with")
-    return Finding(
-        ok=True,
-        text=f"note: verl {version} is none of the releases that opd was tested with ({', '.join(TESTED)}); the hooks below decide",
+        return _ok(f"verl {version} is a release that opd was tested with")
+    others = ", ".join(TESTED)
+    return _ok(
+        f"note: verl {version} is none of the releases that opd was tested with ({others}); the hooks below decide"
     )
 
 
 def _entry_point() -> Finding:
     importlib.import_module("verl")
-    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     if PLUGIN in sys.modules:
-        return Finding(ok=True, text="`import verl` loads the plugin")
-    names = [entry.value for entry in importlib.metadata.entry_points(group="verl.plugins")]
-    if PLUGIN not in names:
-        return Finding(
-            ok=False, text="opd is installed without its entry point 'verl.plugins'; install it again: pip install opd"
-        )
-    return Finding(
-        ok=False,
-        text=f"`import verl` did not load the plugin (VERL_USE_EXTERNAL_PLUGINS={policy}); set it to auto, or import {PLUGIN} to see why",
+        return _ok("`import verl` loads the plugin")
+    if PLUGIN not in [entry.value for entry in importlib.metadata.entry_points(group="verl.plugins")]:
+        return _fail("opd is installed without its entry point 'verl.plugins'; install it again: pip install opd")
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    return _fail(
+        f"`import verl` did not load the plugin (VERL_USE_EXTERNAL_PLUGINS={policy}); set it to auto, or import {PLUGIN} to see why"
     )
 
 
 def _config_group() -> Finding:
     from hydra import compose, initialize_config_module
 
-    overrides = ["+opd=default", "opd.teacher.model_path=teacher", "actor_rollout_ref.rollout.name=vllm"]
+    overrides = ["+opd=default", "opd.teacher.model=teacher", "actor_rollout_ref.rollout.name=vllm"]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides)
     target = config.actor_rollout_ref.actor.fsdp_config._target_
-    if target != "opd.integrations.verl.plugin.hydra_targets.OpdEngineConfig":
-        return Finding(
-            ok=False, text=f"+opd=default does not reach the actor's engine, whose config is made by {target}"
-        )
-    return Finding(ok=True, text="+opd=default is a config group of verl.trainer.main_ppo")
+    if target != "opd.integrations.verl.plugin.hydra_targets.engine_config":
+        return _fail(f"+opd=default does not reach the actor's engine, whose config is made by {target}")
+    return _ok("+opd=default is a config group of verl.trainer.main_ppo")
 
 
 def _hooks() -> Finding:
     folder = installed()
     hooks = expected(version_of(folder), HOOKS)
     gone = moved(folder, hooks)
-    if gone:
-        told = "; ".join(map(str, gone))
-        parts = {part for part, own in BY_PART.items() for one in gone if one.hook in own}
-        if parts and not parts & set(PARTS):
-            return Finding(ok=True, text=f"note: +opd=default needs none of what verl has changed: {told}")
-        return Finding(ok=False, text=f"verl has changed under this plugin: {told}")
-    return Finding(ok=True, text=f"{len(hooks)} hooks of verl are where they were")
+    if not gone:
+        return _ok(f"{len(hooks)} hooks of verl are where they were")
+    changes = "; ".join(map(str, gone))
+    parts = {part for part, own in BY_PART.items() for one in gone if one.hook in own}
+    if parts and not parts & set(PARTS):
+        return _ok(f"note: +opd=default needs none of what verl has changed: {changes}")
+    return _fail(f"verl has changed under this plugin: {changes}")
 
 
 def _engine() -> Finding:
@@ -138,19 +130,15 @@ def _engine() -> Finding:
 
     found = EngineRegistry.get_engine_cls("language_model", "fsdp2")
     if found is not OpdEngine:
-        return Finding(
-            ok=False, text=f"the FSDP2 engine on this device is {found.__module__}.{found.__name__}, not opd's"
-        )
-    return Finding(ok=True, text="the FSDP2 engine on this device is opd's, where the config asks for it")
+        return _fail(f"the FSDP2 engine on this device is {found.__module__}.{found.__name__}, not opd's")
+    return _ok("the FSDP2 engine on this device is opd's, where the config asks for it")
 
 
 def _trl() -> Finding:
     if importlib.util.find_spec("trl") is None:
-        return Finding(ok=True, text="trl is not installed (its newer releases break the start of verl's FSDP engines)")
+        return _ok("trl is not installed (its newer releases break the start of verl's FSDP engines)")
     version = importlib.metadata.version("trl")
-    return Finding(
-        ok=True, text=f"note: trl {version} is installed; from 1.16 on it breaks the start of verl's FSDP engines"
-    )
+    return _ok(f"note: trl {version} is installed; from 1.16 on it breaks the start of verl's FSDP engines")
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import ConfigError, MissingDependencyError
-from opd.integrations.verl.plugin.settings import may_be_added, meant
+from opd.integrations.verl.plugin.settings import may_be_added, suggestion
 
 DEFAULT_NAME = "ppo_trainer"
 FLAGS = {
@@ -74,7 +74,7 @@ def read_words(words: Sequence[str]) -> Words:
 
 
 def verl_folder() -> Path:
-    """Where `python -m verl` would find it: a checkout in this folder comes before the installed one."""
+    """The package that `python -m verl` would run: a checkout in this folder comes before the installed one."""
     found = PathFinder.find_spec("verl", [os.getcwd(), *sys.path])
     if found is None or found.origin is None:
         raise MissingDependencyError("verl is not installed in this environment; pip install 'opd[verl]'.")
@@ -145,7 +145,7 @@ def _gist(error: HydraException, words: Words) -> str:
     if may_be_added(key):
         return add
     if key.startswith("opd."):
-        near = meant(key)
+        near = suggestion(key)
         hint = f"did you mean {near}?" if near else "opd/integrations/verl/README.md has a table of its keys."
         return f"verl's config has no key '{key}'; {hint}"
     with initialize_config_dir(str(verl_folder() / "trainer" / "config"), version_base=None):

@@ -112,7 +112,7 @@ def cpu_environment(metrics: Path) -> Iterator[dict[str, str]]:
 
 
 def ray_folder(env: Mapping[str, str]) -> str:
-    """Where Ray keeps its sockets and logs."""
+    """The folder of Ray's sockets and logs."""
     return env["HOME"]
 
 
@@ -143,7 +143,7 @@ def _end(family: set[psutil.Process], mark: str) -> None:
 
 
 PREFIX = re.compile(r"^((?:\x1b\[\d+m)*\([^()]*pid=\d+[^()]*\)(?:\x1b\[\d+m)* ?)?(.*)$")
-"""What Ray puts before a worker's line, and the line."""
+"""Ray's prefix of a worker's line, and the line."""
 FRAME = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 RAISED = re.compile(r"^(?P<kind>(?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?:\([\w.]+\))?(?:: .*)?$")
 FRAME_LINES = 6

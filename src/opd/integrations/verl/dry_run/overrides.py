@@ -1,4 +1,4 @@
-"""Overrides that come after the user's own, and what to tell of them."""
+"""Overrides that come after the user's own, and the rows of the table that explains them."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -14,13 +14,13 @@ ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{name}" for name in ("actor", 
 
 
 @dataclass
-class Replaced:
-    """Overrides, and what to tell of them."""
+class ConfigOverrides:
+    """Changes to a user's config."""
 
     config: DictConfig
     values: dict[str, Any] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
-    """(what, in the user's config, here)."""
+    """(setting, in the user's config, here)."""
 
     def has(self, key: str) -> bool:
         parent, _, name = key.rpartition(".")
@@ -28,13 +28,17 @@ class Replaced:
         return isinstance(node, DictConfig) and name in node
 
     def get(self, key: str) -> Any:
+        """The user's value; None for a key that is not there."""
         return OmegaConf.select(self.config, key, throw_on_missing=False)
 
-    def put(self, key: str, value: Any) -> None:
+    def set(self, key: str, value: Any) -> None:
         self.values[key] = value
 
+    def row(self, setting: str, own: Any, here: Any) -> None:
+        self.rows.append((setting, str(own), str(here)))
+
     def overrides(self) -> list[str]:
-        """In Hydra's form, but for what the user has so anyway."""
+        """In Hydra's form, without those that the user's config has anyway."""
         return [f"++{key}={literal(value)}" for key, value in self.values.items() if not self._is_so(key, value)]
 
     def _is_so(self, key: str, value: Any) -> bool:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -13,11 +12,23 @@ import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")
-"""What verl sets in a worker before it makes a process group."""
+"""Set by verl in a worker before it makes a process group."""
+
+
+def _nothing(_self: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Nothing: a CPU has one device, no queue behind it, no cache to free, no segments, no handles and no profiler."""
+
+
+def _zero(_self: Any, *_args: Any, **_kwargs: Any) -> int:
+    """0: the memory of a CPU is not counted."""
+    return 0
 
 
 class CpuDevice(ModuleType):
-    """`torch.cpu` with the names of `torch.cuda` that verl calls: nothing to free, nothing to wait for, no memory of its own."""
+    """`torch.cpu` with the names of `torch.cuda` that verl calls."""
+
+    set_device = synchronize = empty_cache = ipc_collect = reset_peak_memory_stats = _nothing
+    memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = _zero
 
     def __init__(self) -> None:
         super().__init__("torch.cpu")
@@ -31,28 +42,8 @@ class CpuDevice(ModuleType):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, _device: Any) -> None:
-        """There is one CPU."""
-
-    def synchronize(self, _device: Any = None) -> None:
-        """The CPU runs nothing behind our back."""
-
-    def empty_cache(self) -> None:
-        """The allocator of the CPU keeps no cache."""
-
-    def ipc_collect(self) -> None:
-        """There are no handles to collect."""
-
-    def reset_peak_memory_stats(self, _device: Any = None) -> None:
-        """Peaks are not counted."""
-
-    def memory_allocated(self, _device: Any = None) -> int:
-        return 0
-
-    memory_reserved = max_memory_allocated = max_memory_reserved = memory_allocated
-
     def mem_get_info(self, _device: Any = None) -> tuple[int, int]:
-        """Bytes free and in all, of the machine."""
+        """Free and total memory of the machine, bytes."""
         page = os.sysconf("SC_PAGE_SIZE")
         return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
 
@@ -68,21 +59,11 @@ class CpuDevice(ModuleType):
 
 @PlatformRegistry.register("cpu")
 class CpuPlatform(PlatformBase):
-    """Every Ray worker is told that it has a GPU, because verl's pools count in GPUs; start Ray with that many pretended ones."""
+    """Tells every Ray worker that it has a GPU, because verl's pools count in GPUs; start Ray with that many pretended ones."""
 
-    _device = CpuDevice()
-
-    @property
-    def device_name(self) -> str:
-        return "cpu"
-
-    @property
-    def vendor_name(self) -> str:
-        return "cpu"
-
-    @property
-    def device_module(self) -> ModuleType:
-        return self._device
+    device_name = vendor_name = "cpu"
+    device_module = CpuDevice()
+    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
 
     def is_available(self) -> bool:
         return True
@@ -98,30 +79,17 @@ class CpuPlatform(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        """There is one CPU."""
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        """The CPU runs nothing behind our back."""
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        """The allocator of the CPU has no segments."""
-
-    def empty_cache(self) -> None:
-        """The allocator of the CPU keeps no cache."""
+    manual_seed_all = manual_seed
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
 
     def communication_backend_name(self) -> str:
-        """gloo. In a worker the process group is made here, because verl would go on to ask torch for
-        'cpu:gloo,cpu:gloo', which torch refuses: it names the CPU twice. verl takes a group that exists as it is."""
+        """gloo. In a worker the process group is made here: verl takes a group that exists as it is, and would otherwise ask torch for
+        'cpu:gloo,cpu:gloo', which torch refuses because it names the CPU twice."""
         if all(name in os.environ for name in RANK_VARIABLES) and not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
                 backend="cpu:gloo",
@@ -134,16 +102,8 @@ class CpuPlatform(PlatformBase):
     def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"
 
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        with nullcontext():
-            yield
-
-    def profiler_start(self) -> None:
-        """No device profiler."""
-
-    def profiler_stop(self) -> None:
-        """No device profiler."""
+    def nvtx_range(self, msg: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def ray_resource_name(self) -> str:
         return "GPU"
@@ -153,6 +113,3 @@ class CpuPlatform(PlatformBase):
 
     def is_ipc_supported(self) -> bool:
         return False
-
-    def cudart(self) -> None:
-        return None

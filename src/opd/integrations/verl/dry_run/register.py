@@ -20,14 +20,14 @@ if get_device_name() != "cpu":
 
 
 def _replica() -> type[RolloutReplica]:
-    from opd.integrations.verl.dry_run.rollout import Replica
+    from opd.integrations.verl.dry_run.rollout import TransformersReplica
 
-    return Replica
+    return TransformersReplica
 
 
 RolloutReplicaRegistry.register(NAME, _replica)
 # verl has no function to register the trainer's side of a rollout; the table is what there is.
-base._ROLLOUT_REGISTRY[(NAME, "async")] = "opd.integrations.verl.dry_run.rollout.Adapter"
+base._ROLLOUT_REGISTRY[(NAME, "async")] = "opd.integrations.verl.dry_run.rollout.WeightSender"
 # verl registers its own engines for CUDA and NPU only.
 EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(LanguageModelEngine)
 EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(ValueModelEngine)

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from verl.utils import normalize_token_ids
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.base import BaseRollout
-from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
+from verl.workers.rollout.replica import TokenOutput
 
 from opd.errors import ConfigError
 from opd.integrations.verl.dry_run.attention import NAME as ULYSSES
-from opd.integrations.verl.dry_run.sampling import Sampling, sample, score, seed_of
+from opd.integrations.verl.dry_run.sampling import SamplingSettings, sample, score, seed_of
+from opd.integrations.verl.plugin.model_checks import end_ids
+from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
 
 NAME = "transformers"
 TEACHER_ATTENTION = "sdpa"  # verl tells a teacher's server the path alone, and would have it use flash-attn
@@ -32,10 +34,11 @@ def server_name(replica_rank: int, suffix: str = "") -> str:
 
 
 @ray.remote(num_cpus=0)
-class Server:
-    """Holds the weights; answers token ids for token ids."""
+class SamplingServer(ModelServer):
+    """Samples from the student, or scores with a teacher."""
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int, attention: str | None = None) -> None:
+        super().__init__()
         torch.set_num_threads(1)
         self.config = omega_conf_to_dataclass(config)
         model = omega_conf_to_dataclass(model_config)
@@ -45,29 +48,24 @@ class Server:
             dtype=torch.float32,
             attn_implementation=attention or ("sdpa" if trained_with == ULYSSES else trained_with),
         ).eval()
-        ends = [model.tokenizer.eos_token_id, self.model.generation_config.eos_token_id]
-        self.stop_ids = {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
+        self.stop_ids = end_ids(model.tokenizer, self.model.generation_config)
         self.replica_rank = replica_rank
         self.global_steps: int | None = None
         self.served: Counter[tuple[int, ...]] = Counter()
-        self.turn = asyncio.Lock()
-
-    async def address(self) -> str:
-        return f"{ray.util.get_node_ip_address()}:{os.getpid()}"
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **_images: Any
     ) -> TokenOutput:
         """One response. The seed counts the requests for the same prompt, so that their order among others does not matter."""
         prompt = normalize_token_ids(prompt_ids)
-        asked = dict(sampling_params)
-        if asked.get("prompt_logprobs") is not None:
-            return await self._score(prompt, asked["prompt_logprobs"])
-        if asked.get("repetition_penalty", 1.0) != 1.0:
+        given = dict(sampling_params)
+        if given.get("prompt_logprobs") is not None:
+            return await self._score(prompt, given["prompt_logprobs"])
+        if given.get("repetition_penalty", 1.0) != 1.0:
             raise ConfigError("rollout.name=transformers has no repetition penalty; leave it at 1.0.")
         # Responses fill what the prompt leaves: verl pads both to prompt_length + response_length.
         room = self.config.prompt_length + self.config.response_length - len(prompt)
-        limit = asked.get("max_tokens", asked.get("max_new_tokens", self.config.response_length))
+        limit = given.get("max_tokens", given.get("max_new_tokens", self.config.response_length))
         async with self.turn:
             number = self.served[tuple(prompt)]
             self.served[tuple(prompt)] += 1
@@ -75,10 +73,10 @@ class Server:
                 sample,
                 self.model,
                 prompt,
-                Sampling(
-                    temperature=asked.get("temperature", 1.0),
-                    top_p=asked.get("top_p", 1.0),
-                    top_k=asked.get("top_k", -1),
+                SamplingSettings(
+                    temperature=given.get("temperature", 1.0),
+                    top_p=given.get("top_p", 1.0),
+                    top_k=given.get("top_k", -1),
                 ),
                 max_tokens=max(1, min(limit, room)),
                 stop_ids=self.stop_ids if not self.config.ignore_eos else (),
@@ -86,13 +84,13 @@ class Server:
             )
         return TokenOutput(
             token_ids=ids,
-            log_probs=logps if asked.get("logprobs", False) else None,
+            log_probs=logps if given.get("logprobs", False) else None,
             stop_reason="completed",
             extra_fields={"global_steps": self.global_steps},
         )
 
     async def _score(self, ids: list[int], top_k: int) -> TokenOutput:
-        """What a teacher says of a sequence. The token that verl has every request generate is nobody's."""
+        """A teacher's scores of a sequence. The token that verl has every request generate is not read."""
         async with self.turn:
             tokens, logps = await asyncio.to_thread(score, self.model, ids, top_k)
         said = {"prompt_ids": tokens, "prompt_logprobs": logps, "global_steps": self.global_steps}
@@ -111,36 +109,19 @@ class Server:
             self.global_steps = global_steps
             self.served.clear()
 
-    async def sleep(self) -> None:
-        """Nothing to free: tests and dry runs keep the model."""
 
-    wake_up = abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = sleep
-    start_profile = stop_profile = sleep
-
-
-class Replica(RolloutReplica):
+class TransformersReplica(ModelReplica):
     """One server per replica, whatever parallel sizes vLLM would have had."""
-
-    async def init_colocated(self, resource_pool: Any) -> None:
-        """A teacher's weights never change, so it has no workers to bring it new ones."""
-        if not self.is_teacher_model:
-            await super().init_colocated(resource_pool)
-            return
-        self.rollout_mode, self.resource_pool = RolloutMode.COLOCATED, resource_pool
-        await self.launch_servers()
 
     async def launch_servers(self) -> None:
         name = server_name(self.replica_rank, self.name_suffix)
-        server = Server.options(name=name, max_concurrency=self.max_concurrency).remote(  # pyright: ignore[reportAttributeAccessIssue]
-            self.config, self.model_config, self.replica_rank, TEACHER_ATTENTION if self.is_teacher_model else None
-        )
-        self.servers = [server]
-        self._server_handle = server
-        self._server_address = await server.address.remote()
+        attention = TEACHER_ATTENTION if self.is_teacher_model else None
+        server = SamplingServer.options(name=name, max_concurrency=self.max_concurrency)  # pyright: ignore[reportAttributeAccessIssue]
+        await self.keep(server.remote(self.config, self.model_config, self.replica_rank, attention))
 
 
-class Adapter(BaseRollout):
-    """What a trainer worker holds of the rollout: it sends the weights. The first worker of each replica talks to the server."""
+class WeightSender(BaseRollout):
+    """The rollout in a trainer worker: it sends the weights. The first worker of each replica talks to the server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
         super().__init__(config, model_config, device_mesh)

@@ -15,8 +15,8 @@ from opd.teachers.vocabulary import embedding_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. The log-probs that `sample` returns are of the distribution after all of this."""
+class SamplingSettings:
+    """Settings of the sampler. The log-probs that `sample` returns are of the distribution after all of this."""
 
     temperature: float = 1.0
     """0 takes the likeliest token."""
@@ -31,7 +31,7 @@ class Sampling:
             )
 
 
-def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+def log_probs(logits: Tensor, sampling: SamplingSettings) -> Tensor:
     """Log-probs of the next token, −inf where it cannot be drawn."""
     if sampling.temperature == 0:
         return torch.full_like(logits, -torch.inf).index_fill_(-1, logits.argmax(-1), 0.0)
@@ -49,7 +49,7 @@ def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample(
     model: PreTrainedModel,
     prompt_ids: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     max_tokens: int,
     stop_ids: Collection[int],
@@ -83,7 +83,7 @@ def score(model: PreTrainedModel, ids: Sequence[int], top_k: int) -> tuple[list[
     logp = model(input_ids=read).logits[0, :-1].float().log_softmax(-1)
     if not 0 <= top_k <= logp.shape[-1]:
         raise ConfigError(
-            f"prompt_logprobs={top_k} asks for more tokens than the {logp.shape[-1]} that the teacher knows; lower opd.top_k."
+            f"prompt_logprobs={top_k} asks for more tokens than the {logp.shape[-1]} that the teacher knows; lower opd.objective.top_k."
         )
     if top_k > 0:
         said, tokens = logp.topk(top_k, dim=-1)

@@ -1,4 +1,4 @@
-"""Batches and lengths: cut down to what a CPU does in seconds, with their ratios kept; and refused where they do not go together."""
+"""Batches and lengths of a dry run: cut down for a CPU with their ratios kept, and refused where they do not go together."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from opd.errors import ConfigError
-from opd.integrations.verl.dry_run.overrides import ACTOR, REF, ROLLOUT, Replaced, has_critic
+from opd.integrations.verl.dry_run.overrides import ACTOR, REF, ROLLOUT, ConfigOverrides, has_critic
 
 PROMPTS = 4
 """Per step."""
@@ -18,68 +18,69 @@ SAMPLES = 2
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 16
 
 
-def put_sizes(done: Replaced) -> None:
-    """As many updates per step and micro-batches per update as the user has, up to two of each."""
-    n = done.get(f"{ROLLOUT}.n")
+def shrink_sizes(changes: ConfigOverrides) -> None:
+    """Set as many updates per step and micro-batches per update as the user has, up to two of each."""
+    n = changes.get(f"{ROLLOUT}.n")
     samples = min(n, SAMPLES)
-    batch, world = done.get("data.train_batch_size"), _world(done.config)
-    tokens = (done.get("data.max_prompt_length"), done.get("data.max_response_length"))
-    length = (min(tokens[0], PROMPT_TOKENS), min(tokens[1], RESPONSE_TOKENS))
-    done.put("data.train_batch_size", PROMPTS)
-    done.put(f"{ROLLOUT}.n", samples)
-    if done.get("data.gen_batch_size") is not None:
-        done.put("data.gen_batch_size", min(done.get("data.gen_batch_size"), PROMPTS))
-    for section, keys in (
-        ("data", ("max_prompt_length", "max_response_length")),
-        (ROLLOUT, ("prompt_length", "response_length")),
-    ):
-        done.values |= {f"{section}.{key}": value for key, value in zip(keys, length, strict=True)}
-    told = []
-    for section in (ACTOR, "critic") if has_critic(done.config) else (ACTOR,):
-        mini = done.get(f"{section}.ppo_mini_batch_size")
+    batch, world = changes.get("data.train_batch_size"), _world(changes.config)
+    own_lengths = (changes.get("data.max_prompt_length"), changes.get("data.max_response_length"))
+    lengths = (min(own_lengths[0], PROMPT_TOKENS), min(own_lengths[1], RESPONSE_TOKENS))
+    own_tokens, tokens = sum(own_lengths), sum(lengths)
+    changes.values |= {"data.train_batch_size": PROMPTS, f"{ROLLOUT}.n": samples}
+    if changes.get("data.gen_batch_size") is not None:
+        changes.set("data.gen_batch_size", min(changes.get("data.gen_batch_size"), PROMPTS))
+    for section, prefix in (("data", "max_"), (ROLLOUT, "")):
+        changes.values |= {
+            f"{section}.{prefix}{side}_length": lengths[i] for i, side in enumerate(("prompt", "response"))
+        }
+    changes.row("batch", f"{batch} prompts × {n}", f"{PROMPTS} × {samples}")
+    for section in (ACTOR, "critic") if has_critic(changes.config) else (ACTOR,):
+        mini = changes.get(f"{section}.ppo_mini_batch_size")
         small = PROMPTS if mini >= batch else PROMPTS // 2
-        done.put(f"{section}.ppo_mini_batch_size", small)
-        micro = _pieces(done, section, "ppo_", mini * n // world, small * samples, sum(tokens), sum(length))
-        if done.has(f"{section}.ppo_epochs"):
-            done.put(f"{section}.ppo_epochs", min(done.get(f"{section}.ppo_epochs"), 2))
+        changes.set(f"{section}.ppo_mini_batch_size", small)
+        micro = _shrink_micro_batch(
+            changes, section, "ppo_", (mini * n // world, small * samples), (own_tokens, tokens)
+        )
+        if changes.has(f"{section}.ppo_epochs"):
+            changes.set(f"{section}.ppo_epochs", min(changes.get(f"{section}.ppo_epochs"), 2))
         if section == ACTOR:
-            told = [(mini, small), micro]
-    whole, here = batch * n // world, PROMPTS * samples
+            changes.row("mini-batch", mini, small)
+            if micro is not None:
+                changes.row("micro-batch", *micro)
     for section, prefix in ((ROLLOUT, "log_prob_"), (REF, "log_prob_"), ("critic", "forward_")):
-        _pieces(done, section, prefix, whole, here, sum(tokens), sum(length))
-    _overlong(done)
-    done.rows.append(("batch", f"{batch} prompts × {n}", f"{PROMPTS} × {samples}"))
-    done.rows.append(("mini-batch", str(told[0][0]), str(told[0][1])))
-    if told[1] is not None:
-        done.rows.append(("micro-batch", str(told[1][0]), str(told[1][1])))
-    done.rows.append(("lengths", " + ".join(map(str, tokens)), " + ".join(map(str, length))))
+        _shrink_micro_batch(changes, section, prefix, (batch * n // world, PROMPTS * samples), (own_tokens, tokens))
+    _overlong(changes)
+    changes.row("lengths", " + ".join(map(str, own_lengths)), " + ".join(map(str, lengths)))
 
 
-def _pieces(
-    done: Replaced, section: str, prefix: str, whole: int, here: int, tokens: int, length: int
+def _shrink_micro_batch(
+    changes: ConfigOverrides, section: str, prefix: str, samples: tuple[int, int], tokens: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """Micro-batches of `here` samples where the user has `whole`: two when the user has several, else one."""
-    told = None
+    """Set two micro-batches where the user has several, else one; returns the user's size and the new one.
+
+    `samples` of a mini-batch and `tokens` of a sample are the user's and the new number.
+    """
+    (whole, here), (own_length, length), sizes = samples, tokens, None
     for name in ("micro_batch_size_per_gpu", "micro_batch_size"):
         key = f"{section}.{prefix}{name}"
-        micro = done.get(key)
+        micro = changes.get(key)
         if micro is not None:
-            done.put(key, max(1, here // 2) if micro < whole else here)
-            told = (micro, done.values[key])
+            changes.set(key, max(1, here // 2) if micro < whole else here)
+            sizes = (micro, changes.values[key])
     key = f"{section}.{prefix}max_token_len_per_gpu"
-    most = done.get(key)
-    if most is not None and done.get("actor_rollout_ref.actor.use_dynamic_bsz"):
-        done.put(key, max(length, here * length // 2) if most < whole * tokens else here * length)
-    return told
+    most = changes.get(key)
+    if most is not None and changes.get(f"{ACTOR}.use_dynamic_bsz"):
+        changes.set(key, max(length, here * length // 2) if most < whole * own_length else here * length)
+    return sizes
 
 
-def _overlong(done: Replaced) -> None:
+def _overlong(changes: ConfigOverrides) -> None:
     """DAPO's penalty for long responses is measured in tokens."""
     for section in ("reward.reward_kwargs", "reward_model.reward_kwargs"):
-        if done.get(f"{section}.max_resp_len") is not None:
-            done.put(f"{section}.max_resp_len", done.values["data.max_response_length"])
-        if done.get(f"{section}.overlong_buffer_cfg.len") is not None:
-            done.put(f"{section}.overlong_buffer_cfg.len", done.values["data.max_response_length"] // 2)
+        if changes.get(f"{section}.max_resp_len") is not None:
+            changes.set(f"{section}.max_resp_len", changes.values["data.max_response_length"])
+        if changes.get(f"{section}.overlong_buffer_cfg.len") is not None:
+            changes.set(f"{section}.overlong_buffer_cfg.len", changes.values["data.max_response_length"] // 2)
 
 
 def _world(config: DictConfig) -> int:

@@ -23,8 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from opd.errors import OpdError
 from opd.integrations.verl.dry_run.compose import Words, compose, literal, read_words
 from opd.integrations.verl.dry_run.launch import Ended, cpu_environment, first_error, launch, ray_folder
-from opd.integrations.verl.dry_run.overrides import ROLLOUT, Replaced
-from opd.integrations.verl.dry_run.shrink_config import asked_models, check_given, model_overrides, replace
+from opd.integrations.verl.dry_run.overrides import ROLLOUT, ConfigOverrides
+from opd.integrations.verl.dry_run.shrink_config import check_given, model_overrides, replace, requested_models
 from opd.integrations.verl.dry_run.sizes import check_sizes
 from opd.integrations.verl.dry_run.tiny_models import StandIn, make_models
 from opd.integrations.verl.plugin.settings import parse
@@ -33,7 +33,7 @@ STEPS = 2
 LIMIT_SECONDS = 600.0  # two steps take about 70 on two idle cores
 PREFIX = "actor/opd/"
 LOSSES = (f"{PREFIX}loss", "actor/loss", "actor/pg_loss", "critic/vf_loss")
-"""What a step's first line shows, as far as it is there."""
+"""Metrics of a step's first line, as far as they are there."""
 OWN_LIBRARY = "opd.integrations.verl.dry_run.register"
 """Of +opd_device=cpu: for verl's processes alone."""
 LAST_LINES = 3
@@ -59,8 +59,8 @@ def smoke(
     """
     end = time.monotonic() + limit
     distils = any(word.lstrip("+").startswith("opd=") for word in words)
-    asked = read_words([*words, *(["++opd.try_verl=true"] if try_verl and distils else [])])
-    config = compose(asked)
+    given = read_words([*words, *(["++opd.try_verl=true"] if try_verl and distils else [])])
+    config = compose(given)
     check_given(config)
     if config.get("opd") is None:
         say("note: without +opd=default this is verl's own training; nothing is distilled")
@@ -72,12 +72,12 @@ def smoke(
     disable_progress_bar()  # small models are written in a moment
     try:
         run.import_library(config)
-        models = make_models(asked_models(config), folder)
-        run.real_names = {model.folder: model.asked.path for model in models}
-        replaced = replace(config, models, folder=folder, steps=steps)
-        say(table(replaced))
-        run.check_own_config(asked, config, models)
-        run.train(asked, replaced, steps)
+        models = make_models(requested_models(config), folder)
+        run.real_names = {model.folder: model.requested.path for model in models}
+        changes = replace(config, models, folder=folder, steps=steps)
+        say(table(changes))
+        run.check_own_config(given, config, models)
+        run.train(given, changes, steps)
     finally:
         for made in folder.glob("model*"):
             shutil.rmtree(made)
@@ -86,9 +86,9 @@ def smoke(
     return folder
 
 
-def table(replaced: Replaced) -> str:
-    """What was replaced by what."""
-    rows = [("", "your config", "here"), *replaced.rows]
+def table(changes: ConfigOverrides) -> str:
+    """The table of replacements."""
+    rows = [("", "your config", "here"), *changes.rows]
     first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
     second = min(second, WIDTH // 2)
     return "\n".join(f"{what:<{first}}  {own:<{second}}  {here}" for what, own, here in rows)
@@ -105,7 +105,7 @@ class _Run:
     real_names: Mapping[str, str] = field(default_factory=dict)
     """Of stand-ins by folder: messages name what the user knows."""
     shown: int = 0
-    """Steps that were told."""
+    """Steps that were printed."""
     odd: str = ""
     """The first metric that is no number."""
 
@@ -126,11 +126,11 @@ class _Run:
                     "dry run."
                 ) from error
 
-    def check_own_config(self, asked: Words, config: DictConfig, models: Sequence[StandIn]) -> None:
+    def check_own_config(self, given: Words, config: DictConfig, models: Sequence[StandIn]) -> None:
         values = model_overrides(models)
         if config.actor_rollout_ref.model.lora_rank > 0:
             values[f"{ROLLOUT}.name"] = "transformers"  # verl would ask vLLM for its greatest rank
-        words = [*asked.flags(), *asked.overrides, *(f"++{key}={literal(value)}" for key, value in values.items())]
+        words = [*given.flags(), *given.overrides, *(f"++{key}={literal(value)}" for key, value in values.items())]
         log = self.folder / "check.txt"
         with cpu_environment(self.folder / "unused.jsonl") as env:
             ended = self._launch([sys.executable, "-m", "opd.integrations.verl.dry_run.own_config", *words], log, env)
@@ -145,12 +145,12 @@ class _Run:
             what = refused if ended.code is not None else self._over("before verl had read this config")
             raise SmokeError(_why(what, text, log))
 
-    def train(self, asked: Words, replaced: Replaced, steps: int) -> None:
+    def train(self, given: Words, changes: ConfigOverrides, steps: int) -> None:
         log, metrics = self.folder / "log.txt", self.folder / "metrics.jsonl"
         with cpu_environment(metrics) as env:
             env["PYTHONPATH"] = f"{self.folder}:{env['PYTHONPATH']}" if env.get("PYTHONPATH") else str(self.folder)
-            command = [sys.executable, "-m", "verl.trainer.main_ppo", *asked.flags(), *asked.overrides]
-            command += replaced.overrides()
+            command = [sys.executable, "-m", "verl.trainer.main_ppo", *given.flags(), *given.overrides]
+            command += changes.overrides()
             command += [
                 f"++ray_kwargs.ray_init._temp_dir={ray_folder(env)}",
                 "++ray_kwargs.ray_init.address=local",

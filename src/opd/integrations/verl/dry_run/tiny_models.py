@@ -1,4 +1,4 @@
-"""Small things in the place of large ones: models of the same kind and vocabulary, prompts, and a reward."""
+"""Tiny random models, prompts and a reward that replace the user's for a dry run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.integrations.verl.dry_run.small_model import INITIALIZER_RANGE, NOT_BUILT, in_short, small_model
+from opd.integrations.verl.plugin.small_model import INITIALIZER_RANGE, NOT_BUILT, in_short, small_model
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RequestedModel:
     """A model of the user's config."""
 
     role: str
@@ -28,9 +28,9 @@ class Asked:
 class StandIn:
     """A small model in a folder of its own, with a tokenizer."""
 
-    asked: Asked
+    requested: RequestedModel
     folder: str
-    told: str
+    description: str
     readable: bool
     """Config and tokenizer are those of the model that was asked for."""
 
@@ -42,39 +42,41 @@ class _Known:
     ends: Any
 
 
-def make_models(asked: Sequence[Asked], folder: Path) -> list[StandIn]:
+def make_models(requested: Sequence[RequestedModel], folder: Path) -> list[StandIn]:
     """Models with random weights. One that is not on this machine becomes a copy of one that is, or a Llama that reads bytes."""
-    known = [_read(one) for one in asked]
+    known = [_read(one) for one in requested]
     first = next((i for i, one in enumerate(known) if isinstance(one, _Known)), None)
     made = []
-    for seed, (one, own) in enumerate(zip(asked, known, strict=True)):
+    for seed, (one, own) in enumerate(zip(requested, known, strict=True)):
         place = folder / f"model{seed}"
         if isinstance(own, _Known):
-            told = _write(own, place, seed)
+            description = _write(own, place, seed)
         elif first is not None:
-            told = f"not readable here ({own}): like the {asked[first].role}, vocabularies not compared"
+            description = f"not readable here ({own}): like the {requested[first].role}, vocabularies not compared"
             _write(known[first], place, seed)  # pyright: ignore[reportArgumentType]
         else:
-            told = f"not readable here ({own}): a Llama that reads bytes, vocabularies not compared"
+            description = f"not readable here ({own}): a Llama that reads bytes, vocabularies not compared"
             tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
             save_model(_llama(tokenizer, None, tie=False, seed=seed), tokenizer, place)
-        made.append(StandIn(asked=one, folder=str(place), told=told, readable=isinstance(own, _Known)))
+        made.append(
+            StandIn(requested=one, folder=str(place), description=description, readable=isinstance(own, _Known))
+        )
     return made
 
 
-def _read(asked: Asked) -> _Known | str:
+def _read(model: RequestedModel) -> _Known | str:
     """Config and tokenizer, or why not. Only this machine's disk is looked at."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(asked.config_path or asked.path, local_files_only=True)
+        config = AutoConfig.from_pretrained(model.config_path or model.path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(
-            asked.tokenizer_path or asked.path, local_files_only=True, trust_remote_code=asked.trust_remote_code
+            model.tokenizer_path or model.path, local_files_only=True, trust_remote_code=model.trust_remote_code
         )
     except NOT_BUILT as error:
         return in_short(error)
     try:
-        ends = GenerationConfig.from_pretrained(asked.path, local_files_only=True).eos_token_id
+        ends = GenerationConfig.from_pretrained(model.path, local_files_only=True).eos_token_id
     except NOT_BUILT:
         ends = None
     return _Known(config=config.get_text_config(), tokenizer=tokenizer, ends=ends)

@@ -13,7 +13,8 @@ ROOT = Path(opd.__file__).parent
 TREE = "opd.integrations.verl.patch.tree"
 CORE = "verl.trainer.ppo.opd_core"
 FACE = "verl.trainer.ppo.on_policy_distillation"
-STARTS = ("opd.losses", "opd.kernels.impl.chunked", f"{TREE}.face", f"{TREE}.step")
+PLUGIN = "opd.integrations.verl.plugin"
+STARTS = ("opd.losses", "opd.kernels.impl.chunked", f"{PLUGIN}.on_policy_distillation", f"{TREE}.step")
 """Modules that are copied, with everything that they import."""
 PACKAGES = {
     CORE: "The losses and row passes of on-policy distillation, copied from the package opd.",
@@ -26,8 +27,10 @@ LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 
 def new_name(module: str) -> str:
     """The name in verl's tree of a module of ours."""
-    if module == f"{TREE}.face":
+    if module == f"{PLUGIN}.on_policy_distillation":
         return FACE
+    if module.startswith(f"{PLUGIN}."):
+        return CORE + module.removeprefix(PLUGIN)
     if module == TREE or module.startswith(f"{TREE}."):
         return CORE + module.removeprefix(TREE)
     if module.startswith("opd.teachers."):

@@ -1,4 +1,4 @@
-"""verl's micro-batch, flat over its response tokens: which outputs predict them, what each weighs, who drew it."""
+"""The response tokens of verl's micro-batch as flat tensors: the outputs that predict them, their weights and samplers' log-probs."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from opd.integrations.verl.patch.tree.reading import followed
-from opd.integrations.verl.plugin.weights import Weights
+from opd.integrations.verl.plugin.packed_reading import followed
 from opd.losses._shapes import Bool, Float, Int
 from opd.teachers.vocabulary import VocabularyMatch
 
@@ -33,32 +32,39 @@ class ResponseTokens:
     position: Int[Tensor, " tokens"]
     """In the response, from 0."""
     weights: Float[Tensor, " tokens"]
-    """What verl's loss_agg_mode multiplies the token's loss by, the number of data-parallel ranks included."""
+    """The factor of the token's loss in verl's loss_agg_mode, the number of data-parallel ranks included."""
     sampler_logp: Float[Tensor, " tokens"] | None
     known: Bool[Tensor, " tokens"]
-    """Whether it is a token of student and teachers. verl's engines may draw others: rows that pad the output layer."""
+    """True for a token of student and teachers. verl's engines may draw others: rows that pad the output layer."""
     followed: Bool[Tensor, " tokens"]
-    """Whether every teacher can read what stands before it; one may have no row for a padding row of the student."""
+    """True where every teacher has an embedding for all tokens before it; a padding row of the student may have none."""
 
     def at(self, rows: Int[Tensor, " some"]) -> ResponseTokens:
-        """Some of them."""
+        """The tokens at these indices."""
 
-        def cut(value: Any) -> Any:
-            return None if value is None else value[rows]
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
+        return ResponseTokens(**cut)
 
-        return ResponseTokens(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})
+
+def response_positions(micro_batch: Any) -> Int[Tensor, " tokens"]:
+    """Positions, among all tokens of the micro-batch without padding, whose outputs predict the response tokens that count.
+
+    The shift by one is verl's own: its function that cuts log-probs to the responses is given positions instead.
+    """
+    values = micro_batch["input_ids"].values()
+    at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
+    return at[_padded(micro_batch, "response_mask").bool()]
 
 
 def response_tokens(
     micro_batch: Any, *, packed: bool, reduction: Mapping[str, Any], vocabulary: VocabularyMatch, rows: int
 ) -> ResponseTokens:
-    """The alignment is verl's own: its function that cuts log-probs to the responses is given positions instead. `rows` is how many ids
-    every teacher can read."""
+    """The response tokens that count. `rows` is the number of ids that every teacher has an embedding for."""
     input_ids = micro_batch["input_ids"]
     offsets, values = input_ids.offsets(), input_ids.values()
-    at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
     mask = _padded(micro_batch, "response_mask").bool()
-    index = at[mask]
+    index = response_positions(micro_batch)
     row_index = _in_rows(offsets)[index]
     counts = {name: micro_batch[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     scale = {"loss_agg_mode": "token-mean", **{k: v for k, v in reduction.items() if v is not None}}
@@ -91,7 +97,7 @@ def _weights(mask: Tensor, **aggregation: Any) -> Tensor:
 
 
 def _in_rows(offsets: Tensor) -> Tensor:
-    """Where each token is when sequences are rows, padded on the right to the longest, and the rows are flattened."""
+    """The position of each token when sequences are rows, padded on the right to the longest, and the rows are flattened."""
     lengths = offsets.diff()
     row = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
     column = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1][row]
@@ -103,13 +109,14 @@ def advantages_of(micro_batch: Any, tokens: ResponseTokens) -> Float[Tensor, " t
     return _padded(micro_batch, "advantages")[tokens.sequence_index, tokens.position]
 
 
-def with_advantages(micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, weights: Weights) -> Any:
+def with_advantages(
+    micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, *, rl_weight: float, distill_weight: float
+) -> Any:
     """The micro-batch with λ_rl A + λ_distill (log q − log p) in place of verl's advantages A."""
-    theirs = micro_batch["advantages"]
-    padded = _padded(micro_batch, "advantages")
-    added = weights.distill * advantage.to(padded.dtype)
+    theirs, padded = micro_batch["advantages"], _padded(micro_batch, "advantages")
+    added = distill_weight * advantage.to(padded.dtype)
     at = (tokens.sequence_index, tokens.position)
-    combined = (weights.rl * padded).index_put(at, added, accumulate=True)
+    combined = (rl_weight * padded).index_put(at, added, accumulate=True)
     if theirs.is_nested:  # V1; the older trainer pads
         lengths = theirs.offsets().diff().tolist()
         rows = [row[:length] for row, length in zip(combined, lengths, strict=True)]

@@ -1,22 +1,18 @@
-"""Refusals before any worker starts: what of verl's config and of the two models does not go together. Needs no verl."""
+"""Checks of verl's config before any worker starts. Needs no verl."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from opd.errors import ConfigError, ModelError, OpdError
-from opd.integrations.verl.plugin.settings import SOLE, Settings, TeacherSettings
-from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
+from opd.errors import ConfigError
+from opd.integrations.verl.plugin.settings import Settings, TeacherSettings
 
 STRATEGIES = ("fsdp2", "fsdp")
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
-"""What transformers raises for a folder that is incomplete, damaged or of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool:
+class TeacherServers:
     """verl's own teacher servers, as its `distillation:` section describes them."""
 
     engine: str
@@ -29,8 +25,8 @@ class Pool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What the rest of verl's config says, as far as it matters here."""
+class RunFacts:
+    """The values of verl's other sections that the checks read."""
 
     strategy: str
     sequence_parallel: int = 1
@@ -39,7 +35,7 @@ class Run:
     use_kl_loss: bool = False
     sum_pi_squared: bool = False
     native_distillation: bool = False
-    pool: Pool | None = None
+    pool: TeacherServers | None = None
     """None without +opd=pool or +opd=hidden."""
     native_fused_kernels: bool = False
     temperature: float = 1.0
@@ -49,7 +45,7 @@ class Run:
     loss_scale_factor: float | None = None
 
 
-def check_run(settings: Settings, run: Run) -> None:
+def check_run(settings: Settings, run: RunFacts) -> None:
     """Raise ConfigError for the first thing in verl's config that this distillation cannot live with."""
     for problem in (
         *_selection(settings, run),
@@ -61,36 +57,36 @@ def check_run(settings: Settings, run: Run) -> None:
         raise ConfigError(problem)
 
 
-def notes(settings: Settings, run: Run) -> tuple[str, ...]:
-    """What is allowed, and should be known."""
+def remarks(settings: Settings, run: RunFacts) -> tuple[str, ...]:
+    """Lines for the log about what is allowed but biased."""
     if not _weighs_samples(settings) or run.loss_agg_mode != "token-mean":
         return ()
     return (
-        f"actor.loss_agg_mode=token-mean with {_said(settings)}: a token's weight, 1 over the mini-batch's response tokens, depends on that "
+        f"actor.loss_agg_mode=token-mean with {_sampled_loss(settings)}: a token's weight, 1 over the mini-batch's response tokens, depends on that "
         "token, so the expected gradient is off by about 1 / (responses of a mini-batch). actor.loss_agg_mode=seq-mean-token-sum-norm with "
         "actor.loss_scale_factor=<data.max_response_length> has no such error.",
     )
 
 
-def _selection(settings: Settings, run: Run) -> Iterator[str]:
-    if run.native_distillation and not settings.served:
+def _selection(settings: Settings, run: RunFacts) -> Iterator[str]:
+    if run.native_distillation and not settings.is_served:
         yield (
             "distillation.enabled=true starts verl's own distillation, with a pool of GPUs for its teacher, beside opd's; set "
             "distillation.enabled=false: with opd.placement=actor the teacher runs in the actor's workers. For opd's losses from verl's "
             "teacher servers use +opd=pool."
         )
-    if run.loss_mode == "on_policy_distillation" and settings.rewards:
+    if run.loss_mode == "on_policy_distillation" and settings.rl.rewarded:
         yield (
-            f"actor.policy_loss.loss_mode=on_policy_distillation names no policy loss, but opd.lambda_rl={settings.lambda_rl:g} asks for "
-            "one; set loss_mode to verl's own (vanilla, gspo, …), or opd.lambda_rl=0."
+            f"actor.policy_loss.loss_mode=on_policy_distillation names no policy loss, but opd.rl.weight={settings.rl.weight:g} asks for "
+            "one; set loss_mode to verl's own (vanilla, gspo, …), or opd.rl.weight=0."
         )
-    if settings.rewards:
+    if settings.rl.rewarded:
         return
     idle = [f"actor.entropy_coeff={run.entropy_coeff:g}"] if run.entropy_coeff != 0 else []
     idle += ["actor.use_kl_loss=true"] if run.use_kl_loss else []
     if idle:
         yield (
-            f"{' and '.join(idle)} belongs to verl's own loss, which opd.lambda_rl=0 switches off; drop it, or set opd.lambda_rl > 0."
+            f"{' and '.join(idle)} belongs to verl's own loss, which opd.rl.weight=0 switches off; drop it, or set opd.rl.weight > 0."
         )
 
 
@@ -98,13 +94,13 @@ POOL_ENGINES = ("vllm", "sglang", "transformers")
 """Servers that answer `prompt_logprobs` as verl reads them; the last is that of +opd_device=cpu."""
 HIDDEN_ENGINE = "opd_hidden"
 SERVER = "distillation.teacher_models.teacher_model.inference"
-SERVER_SIDE = ("dtype", "offload", "attn_implementation", "adapter_off")
-"""Of opd.teacher, what a server is told elsewhere or cannot do."""
+SERVER_SIDE = ("dtype", "offload", "attn_implementation", "source")
+"""Keys of opd.teacher that a server is told elsewhere or cannot follow."""
 
 
-def _pool(settings: Settings, run: Run) -> Iterator[str]:
+def _pool(settings: Settings, run: RunFacts) -> Iterator[str]:
     """Of placements whose teacher is in verl's servers."""
-    if not settings.served:
+    if not settings.is_served:
         return
     if run.pool is None or not run.native_distillation:
         yield (
@@ -112,27 +108,27 @@ def _pool(settings: Settings, run: Run) -> Iterator[str]:
             f"+opd={settings.placement} in place of another group."
         )
         return
-    if not settings.distils:
-        yield f"opd.lambda_distill=0 asks nothing of the teacher's servers; use +opd=default, not +opd={settings.placement}."
-    if len(settings.teachers) > 1 or run.pool.teachers != ("teacher_model",):
+    if not settings.rl.distilled:
+        yield f"opd.rl.distill_weight=0 asks nothing of the teacher's servers; use +opd=default, not +opd={settings.placement}."
+    if len(settings.all_teachers) > 1 or run.pool.teachers != ("teacher_model",):
         yield (
-            f"opd.placement={settings.placement} takes one teacher, and there are opd's {', '.join(settings.teachers)} and "
+            f"opd.placement={settings.placement} takes one teacher, and there are opd's {', '.join(settings.all_teachers)} and "
             f"distillation.teacher_models' {', '.join(run.pool.teachers)}; leave teacher_model alone, or use +opd=default for several."
         )
-    (one, *_) = settings.teachers.values()
+    (one, *_) = settings.all_teachers.values()
     served_head = settings.placement == "hidden"
     for name in SERVER_SIDE:
         if getattr(one, name) != getattr(TeacherSettings, name) and not (served_head and name == "offload"):
             yield f"opd.teacher.{name} is about a teacher in the actor's workers; drop it, or tell the server in {SERVER}."
-    if run.pool.model_path != one.model_path:
+    if run.pool.model_path != one.model:
         yield (
-            f"distillation.teacher_models.teacher_model.model_path={run.pool.model_path} is not opd.teacher.model_path={one.model_path}; "
+            f"distillation.teacher_models.teacher_model.model_path={run.pool.model_path} is not opd.teacher.model={one.model}; "
             "set the latter alone: the former follows it."
         )
     yield from _states(run.pool) if served_head else _scores(settings, run.pool)
 
 
-def _states(pool: Pool) -> Iterator[str]:
+def _states(pool: TeacherServers) -> Iterator[str]:
     if pool.engine != HIDDEN_ENGINE:
         yield f"{SERVER}.name={pool.engine} sends no hidden states; set it to {HIDDEN_ENGINE}, or use +opd=pool."
     if pool.tensor_parallel != 1:
@@ -142,7 +138,7 @@ def _states(pool: Pool) -> Iterator[str]:
         )
 
 
-def _scores(settings: Settings, pool: Pool) -> Iterator[str]:
+def _scores(settings: Settings, pool: TeacherServers) -> Iterator[str]:
     objective = settings.objective
     if pool.engine not in POOL_ENGINES:
         yield f"{SERVER}.name={pool.engine} gives verl no log-probs of a prompt; set {SERVER}.name=vllm or sglang."
@@ -150,35 +146,35 @@ def _scores(settings: Settings, pool: Pool) -> Iterator[str]:
     objective.check_supplies((supplies,), str(pool.model_path), objective.top_k)
     if objective.support == "sampled":
         return
-    if settings.hybrid == "advantages" and settings.rewards:
+    if settings.adds_advantages:
         yield (
-            "opd.hybrid=advantages needs the teacher's log-prob of every sampled token, and a server of top-k gives it for few; use "
-            "opd.support=sampled with estimator=k1 and delivery=advantage, or opd.hybrid=losses."
+            "opd.rl.combine=advantages needs the teacher's log-prob of every sampled token, and a server of top-k gives it for few; use "
+            "opd.objective.support=sampled with estimator=k1 and delivery=advantage, or opd.rl.combine=losses."
         )
     if objective.tail == "sampled":
         yield (
-            "opd.tail=sampled needs the teacher's log-prob of every sampled token, and verl drops it where it is not among the top_k; use "
-            "opd.tail=bucket, or +opd=default."
+            "opd.objective.tail=sampled needs the teacher's log-prob of every sampled token, and verl drops it where it is not among the top_k; use "
+            "opd.objective.tail=bucket, or +opd=default."
         )
     if pool.engine == "vllm" and pool.max_logprobs is not None and pool.max_logprobs < (objective.top_k or 0):
         yield (
-            f"{SERVER}.engine_kwargs.vllm.max_logprobs={pool.max_logprobs} is less than opd.top_k={objective.top_k}, and the server would "
-            f"refuse every request; drop it or set max_logprobs={objective.top_k}, or lower opd.top_k."
+            f"{SERVER}.engine_kwargs.vllm.max_logprobs={pool.max_logprobs} is less than opd.objective.top_k={objective.top_k}, and the server would "
+            f"refuse every request; drop it or set max_logprobs={objective.top_k}, or lower opd.objective.top_k."
         )
 
 
-def _engine(settings: Settings, run: Run) -> Iterator[str]:
+def _engine(settings: Settings, run: RunFacts) -> Iterator[str]:
     if run.strategy not in STRATEGIES:
         yield (
             f"actor.strategy={run.strategy}: opd takes hidden states inside FSDP's forward pass, where the output layer is whole; set "
             "actor_rollout_ref.actor.strategy=fsdp2."
         )
-    if not settings.distils:
+    if not settings.rl.distilled:
         return
     if run.sequence_parallel > 1 and settings.objective.discount > 0:
         yield (
-            f"ulysses_sequence_parallel_size={run.sequence_parallel} cuts a response between workers, and opd.discount="
-            f"{settings.objective.discount:g} adds up along it; set opd.discount=0, or the size to 1."
+            f"ulysses_sequence_parallel_size={run.sequence_parallel} cuts a response between workers, and opd.objective.discount="
+            f"{settings.objective.discount:g} adds up along it; set opd.objective.discount=0, or the size to 1."
         )
     if run.native_fused_kernels:
         yield (
@@ -189,69 +185,25 @@ def _engine(settings: Settings, run: Run) -> Iterator[str]:
         yield "actor.calculate_sum_pi_squared=true needs the whole logits, which opd does not make; set it to false."
 
 
-NO_ADAPTER = (
-    "opd.teacher.adapter_off=true, but the student has no LoRA adapter; set actor_rollout_ref.model.lora_rank, or give a teacher with "
-    "opd.teacher.model_path."
-)
-DEFAULT_ATTENTION = "flash_attention_2"  # verl's, where the model's override_config does not say
-FLOAT32 = ("fp32", "float32", "32", 32)
-"""verl's names of it."""
-
-
-def teacher_attention(
-    settings: TeacherSettings, *, student: str | None, precision: Any, sequence_parallel: int
-) -> str | None:
-    """The attention that the teacher is loaded with; None is verl's default, FlashAttention 2. Raises ConfigError.
-
-    `student` is the student's, None where it has verl's default; `precision` is verl's name of what the teacher computes in.
-    """
-    inherited = student or DEFAULT_ATTENTION
-    asked = settings.attn_implementation or inherited
-    is_flash = "flash" in asked
-    if is_flash and precision in FLOAT32:
-        if settings.attn_implementation is not None:
-            raise ConfigError(
-                f"opd.teacher.attn_implementation={asked} takes bfloat16 and float16, and the teacher computes in float32; drop it, and "
-                "the teacher uses sdpa, or set opd.teacher.dtype=bfloat16."
-            )
-        if sequence_parallel > 1:
-            raise ConfigError(
-                f"ulysses_sequence_parallel_size={sequence_parallel} works inside FlashAttention, which takes bfloat16 and float16, and the "
-                "teacher computes in float32; set opd.teacher.dtype=bfloat16, or the size to 1."
-            )
-        return "sdpa"
-    if sequence_parallel > 1 and not is_flash and not asked.startswith("ulysses"):
-        raise ConfigError(
-            f"ulysses_sequence_parallel_size={sequence_parallel} works inside FlashAttention, and the teacher has {asked}, which would "
-            "see one part of each sequence; set opd.teacher.attn_implementation=flash_attention_2, or the size to 1."
-        )
-    return settings.attn_implementation or student
-
-
-def _sampling(settings: Settings, run: Run) -> Iterator[str]:
+def _sampling(settings: Settings, run: RunFacts) -> Iterator[str]:
     """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
-    objective, said = settings.objective, _said(settings)
+    objective, loss = settings.objective, _sampled_loss(settings)
     if not _weighs_samples(settings):
         return
     reweighted = objective.estimator in ("k1", "exact") and objective.discount == 0
     if run.temperature != objective.student_temperature and not reweighted:
         yield (
-            f"rollout.temperature={run.temperature:g} draws tokens from another distribution than {said} trains, at "
-            f"opd.student_temperature={objective.student_temperature:g}; make the two equal, or use opd.support=full."
+            f"rollout.temperature={run.temperature:g} draws tokens from another distribution than {loss} trains, at "
+            f"opd.objective.student_temperature={objective.student_temperature:g}; make the two equal, or use opd.objective.support=full."
         )
     if run.top_p < 1 or run.top_k > 0:
         yield (
-            f"rollout.top_p={run.top_p:g} and top_k={run.top_k} never draw some tokens, and {said} cannot make up for that; set "
-            "top_p=1.0 and top_k=-1, or use opd.support=full."
+            f"rollout.top_p={run.top_p:g} and top_k={run.top_k} never draw some tokens, and {loss} cannot make up for that; set "
+            "top_p=1.0 and top_k=-1, or use opd.objective.support=full."
         )
 
 
-def teacher_key(name: str) -> str:
-    """The section of a teacher, as it is written on verl's command line."""
-    return "opd.teacher" if name == SOLE else f"opd.teachers.{name}"
-
-
-def _aggregation(settings: Settings, run: Run) -> Iterator[str]:
+def _aggregation(settings: Settings, run: RunFacts) -> Iterator[str]:
     """Losses that look at the sampled token have their expected gradient only under weights that do not depend on it."""
     if not _weighs_samples(settings):
         return
@@ -261,73 +213,24 @@ def _aggregation(settings: Settings, run: Run) -> Iterator[str]:
     )
     if mode == "seq-mean-token-mean":
         yield (
-            f"actor.loss_agg_mode={mode} with {_said(settings)}: a token's weight, 1 over the length of its response, depends on that token, "
+            f"actor.loss_agg_mode={mode} with {_sampled_loss(settings)}: a token's weight, 1 over the length of its response, depends on that token, "
             f"so the expected gradient is not the divergence's, however large the batch; set {instead}."
         )
     if mode == "seq-mean-token-sum-norm" and run.loss_scale_factor is None:
         yield (
             f"actor.loss_agg_mode={mode} without actor.loss_scale_factor divides by the longest response of each micro-batch, and with "
-            f"{_said(settings)} that depends on the very tokens that it weighs; set actor.loss_scale_factor=<data.max_response_length>."
+            f"{_sampled_loss(settings)} that depends on the very tokens that it weighs; set actor.loss_scale_factor=<data.max_response_length>."
         )
 
 
 def _weighs_samples(settings: Settings) -> bool:
-    return settings.distils and settings.objective.looks_at_sample
+    return settings.rl.distilled and settings.objective.looks_at_sample
 
 
-def _said(settings: Settings) -> str:
+def _sampled_loss(settings: Settings) -> str:
     objective = settings.objective
-    return f"opd.estimator={objective.estimator}" if objective.support == "sampled" else "opd.tail=sampled"
-
-
-def check_top_k(settings: Settings, match: VocabularyMatch) -> None:
-    """Raise ConfigError for a support that is larger than the vocabulary."""
-    objective = settings.objective
-    if objective.top_k is not None and objective.top_k > match.size:
-        full = "" if settings.served else ", or use opd.support=full"
-        raise ConfigError(
-            f"opd.top_k={objective.top_k} is more than the {match.size} tokens of the vocabulary; lower it{full}."
-        )
-
-
-def common_vocabulary(
-    student: str, teacher: str, student_config: Any, teacher_config: Any, student_tokenizer: Any, teacher_tokenizer: Any
-) -> VocabularyMatch:
-    """The token ids that both models own, or a VocabularyError that shows where the two part."""
-    return check_vocabularies(
-        student_tokenizer,
-        teacher_tokenizer,
-        student_config.get_text_config().vocab_size,
-        teacher_config.get_text_config().vocab_size,
-        student_name=student,
-        teacher_name=teacher,
+    return (
+        f"opd.objective.estimator={objective.estimator}"
+        if objective.support == "sampled"
+        else "opd.objective.tail=sampled"
     )
-
-
-def read_model(path: str, trust_remote_code: bool, key: str) -> tuple[Any, Any]:
-    """Config and tokenizer of a folder; no weight is read. Raises ModelError, which calls the folder `key`."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return config, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        if isinstance(error, OpdError):
-            raise
-        raise unreadable(f"{key}='{path}'", error) from error
-
-
-def unreadable(what: str, error: Exception, more: str = "") -> ModelError:
-    """For a model that transformers does not read; `more` is something else that went wrong."""
-    reason = " ".join(str(error).split())[:300].rstrip(".")
-    also = f" {more.rstrip('.')}." if more else ""
-    return ModelError(
-        f"{what} cannot be read: {reason}.{also} Give a folder with config.json, weights and tokenizer, or a hub name this machine can "
-        "reach."
-    )
-
-
-def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
-    """The ids that end a response, for the metric eos_prob."""
-    ends: Collection[Any] = [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)]
-    return tuple(sorted({i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}))

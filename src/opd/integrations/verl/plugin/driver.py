@@ -1,8 +1,9 @@
-"""The models of a run as the driver sees them before Ray starts: read as verl's workers will read them, and refused where they do not go."""
+"""Checks of a run's models on the driver, before Ray starts. They are read as verl's workers will read them."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,19 +17,18 @@ from verl.utils.import_utils import import_external_libs
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
 from opd.errors import ConfigError, ModelError, OpdError
-from opd.integrations.verl.dry_run.small_model import NOT_BUILT, shrink
-from opd.integrations.verl.plugin.checks import (
+from opd.integrations.verl.plugin.head import output_layer, run_to_head
+from opd.integrations.verl.plugin.model_checks import (
     NO_ADAPTER,
     check_top_k,
     common_vocabulary,
     read_model,
     teacher_attention,
-    teacher_key,
     unreadable,
 )
-from opd.integrations.verl.plugin.head import output_layer, run_to_head
-from opd.integrations.verl.plugin.settings import Settings
-from opd.integrations.verl.plugin.teacher import precision_of
+from opd.integrations.verl.plugin.settings import Settings, key_of
+from opd.integrations.verl.plugin.small_model import NOT_BUILT, shrink
+from opd.integrations.verl.plugin.teachers.frozen_model import precision_of
 
 STUDENT = "actor_rollout_ref.model"
 
@@ -38,21 +38,21 @@ def check_models(settings: Settings, model: DictConfig, engine: FSDPEngineConfig
 
     `model` is the section actor_rollout_ref.model, and `engine` the actor's. No weight is read.
     """
-    if any(one.adapter_off for one in settings.teachers.values()) and not model.get("lora_rank"):
+    if any(one.is_student for one in settings.all_teachers.values()) and not model.get("lora_rank"):
         raise ConfigError(NO_ADAPTER)
     student = read_student(model)
     refuse_changed_logits(student.hf_config, f"student {STUDENT}.path='{student.path}'")
-    for name, one in settings.teachers.items():
-        if one.adapter_off:
+    for name, one in settings.all_teachers.items():
+        if one.is_student:
             continue
-        key = teacher_key(name)
-        config, tokenizer = read_model(copy_to_local(one.model_path), one.trust_remote_code, f"{key}.model_path")
-        match = common_vocabulary(student.path, one.model_path, student.hf_config, config, student.tokenizer, tokenizer)
+        key = f"{key_of(name)}.model"
+        teacher = replace(read_model(copy_to_local(one.model), one.trust_remote_code, key), path=one.model)
+        match = common_vocabulary(student, teacher)
         check_top_k(settings, match)
         for warning in match.warnings:
             print(f"opd: warning: {warning}", flush=True)
         if settings.placement != "pool":
-            refuse_changed_logits(config, f"teacher {key}.model_path='{one.model_path}'")
+            refuse_changed_logits(teacher.hf_config, f"teacher {key}='{one.model}'")
         if settings.placement == "actor":
             teacher_attention(
                 one,

@@ -1,7 +1,7 @@
 """verl's FSDP engine with a teacher beside the student: the distillation loss is made inside the student's forward pass.
 
-Registered for this machine's device *and* vendor, which verl looks up before the device alone; without `opd:` in its config it is
-verl's engine, unchanged.
+It is registered for this machine's device *and* vendor, which verl looks up before the device alone. Without `opd:` in its config it
+is verl's engine, unchanged.
 """
 
 # pyright: reportMissingImports=false
@@ -18,27 +18,28 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.patch.tree.reading import in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
-from opd.integrations.verl.plugin.canary import check_teacher
-from opd.integrations.verl.plugin.checks import end_ids
-from opd.integrations.verl.plugin.head import output_layer, run_to_head
-from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig, start_line
-from opd.integrations.verl.plugin.metrics import Tally
+from opd.integrations.verl.plugin.engine_config import OpdEngineConfig, start_line
+from opd.integrations.verl.plugin.head import head_of, output_layer, run_to_head
+from opd.integrations.verl.plugin.metrics import MetricSums
+from opd.integrations.verl.plugin.model_checks import end_ids
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
-from opd.integrations.verl.plugin.served_logprobs import policy_loss
+from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
+from opd.integrations.verl.plugin.sanity_check import check_teacher
+from opd.integrations.verl.plugin.sequence_parallel import SequenceSlice, sequence_slice, whole_group
 from opd.integrations.verl.plugin.settings import Settings
-from opd.integrations.verl.plugin.shard import Shard, shard_of, whole_group
-from opd.integrations.verl.plugin.teacher_backends import Part, Source, make_source
+from opd.integrations.verl.plugin.teachers.base import TargetSlice, TeacherBackend
+from opd.integrations.verl.plugin.teachers.choose import make_backend
+from opd.integrations.verl.plugin.teachers.served_logprobs import policy_loss
 from opd.integrations.verl.plugin.trace import write_trace
 from opd.integrations.verl.plugin.v080 import register_engine
 from opd.integrations.verl.plugin.weights import Spread, Weights, matched, scheduled
 from opd.kernels import linear_log_prob, linear_objective
 from opd.kernels.request import select_target
-from opd.types import Head, HiddenTarget
+from opd.types import HiddenTarget
 
 PREFIX = "actor/opd/"
-TOLD_APART = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
+PER_TEACHER = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
 """Metrics that are logged for each teacher too, where each token has one of several."""
 
 
@@ -49,19 +50,19 @@ class OpdEngine(LanguageModelEngine):
 
     settings: Settings | None = None
     """None for the reference policy, and in a run without opd: then nothing here differs from verl."""
-    source: Source | None = None
-    """Where the teacher's side comes from; None without distillation."""
+    teachers: TeacherBackend | None = None
+    """None without distillation."""
     updates = 0
     traced = 0
     weights = Weights(0.0, 0.0)
     """Of the update at hand."""
     reads_rows = False
-    """Whether each packed sequence is read in a row of its own, because the student would let them see each other."""
+    """True where each packed sequence is read in a row of its own, because the student would let them see each other."""
     spread: Spread | None = None
-    """While both terms are looked at before an update."""
+    """During the pass that measures the standard deviations of both terms before an update."""
 
     def initialize(self) -> None:
-        """Build the student as verl does, then the teacher."""
+        """Build the student as verl does, then the teachers."""
         super().initialize()
         config = self.engine_config
         if not isinstance(config, OpdEngineConfig):
@@ -70,47 +71,47 @@ class OpdEngine(LanguageModelEngine):
         self.reduction = dict(config.opd_reduction)
         if self.rank == 0:
             print(start_line(self.settings), flush=True)
-        if not self.settings.distils:
+        if not self.settings.rl.distilled:
             return
         output_layer(self.module, "student")
         self.reads_rows = reads_rows(self, "student", self.model_config.processor)
-        self.source = make_source(self.settings, self)
+        self.teachers = make_backend(self.settings, self)
         if self.is_param_offload_enabled:
-            self.source.leave()
+            self.teachers.offload()
         self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
-        """Move the student as verl does. Where its weights leave the accelerator, so does the teacher."""
+        """Move the student as verl does. Where its weights leave the accelerator, so do the teachers'."""
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
-        if device == "cpu" and model and self.source is not None and self.is_param_offload_enabled:
-            self.source.leave()
+        if device == "cpu" and model and self.teachers is not None and self.is_param_offload_enabled:
+            self.teachers.offload()
 
     def forward_backward_batch(self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
-        """One mini-batch. Its metrics are joined by every rank at its end, because means of ratios are no ratios of means."""
+        """One mini-batch. Every rank joins its metrics at the end, because a mean of ratios is no ratio of means."""
         settings = self.settings
         if settings is None or forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only)
         self.weights = scheduled(settings, self)
-        told = {"lambda_rl": self.weights.rl, "lambda_distill": self.weights.distill}
-        if self.source is None:
+        metrics = {"lambda_rl": self.weights.rl, "lambda_distill": self.weights.distill}
+        if self.teachers is None:
             return super().forward_backward_batch(data, loss_function, forward_only)
-        self.canary_due = settings.canary_every > 0 and self.updates % settings.canary_every == 0
-        if settings.scale == "match" and self.weights.mixed:
-            told["advantage_std"], told["distill_std"] = stds = self._spreads(data, loss_function)
+        self.checks_teacher = settings.sanity_check_every > 0 and self.updates % settings.sanity_check_every == 0
+        if settings.rl.scale == "match" and self.weights.mixed:
+            metrics["advantage_std"], metrics["distill_std"] = stds = self._measure_stds(data, loss_function)
             self.weights = matched(self.weights, stds)
-        self.tally = Tally()
+        self.sums = MetricSums()
         output = super().forward_backward_batch(data, loss_function, forward_only)
         self.updates += 1
-        means = self.tally.means(whole_group(self)) | told
-        output["metrics"] |= {PREFIX + name: Metric(AggregationType.MEAN, value) for name, value in means.items()}
+        metrics = self.sums.means(whole_group(self)) | metrics
+        output["metrics"] |= {PREFIX + name: Metric(AggregationType.MEAN, value) for name, value in metrics.items()}
         return output
 
-    def _spreads(self, data: Any, loss_function: Callable[..., Any]) -> tuple[float, float]:
-        """The spread of both terms over the mini-batch, by a pass without gradients."""
-        self.tally, self.spread = Tally(), Spread()
+    def _measure_stds(self, data: Any, loss_function: Callable[..., Any]) -> tuple[float, float]:
+        """The standard deviations of both terms over the mini-batch, by a pass without gradients."""
+        self.sums, self.spread = MetricSums(), Spread()
         try:
             super().forward_backward_batch(data, loss_function, True)
-            return self.spread.of_all(whole_group(self))
+            return self.spread.stds(whole_group(self))
         finally:
             self.spread = None
 
@@ -118,13 +119,13 @@ class OpdEngine(LanguageModelEngine):
         self, micro_batch: Any, loss_function: Callable[..., Any] | None, forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """One micro-batch. Only training steps of an actor that distils differ from verl's."""
-        looks = self.spread is not None
+        measures = self.spread is not None
         if self.reads_rows:
             micro_batch = in_rows(micro_batch)
-        if self.settings is None or loss_function is None or (forward_only and not looks):
+        if self.settings is None or loss_function is None or (forward_only and not measures):
             return super().forward_step(micro_batch, loss_function, forward_only)
         rl, distill = self.weights
-        if self.source is None:
+        if self.teachers is None:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
             return loss * rl, {**output, "loss": output["loss"] * rl}
         micro_batch = micro_batch.to(get_device_id())
@@ -133,21 +134,22 @@ class OpdEngine(LanguageModelEngine):
             micro_batch,
             packed=packed(micro_batch),
             reduction=self.reduction,
-            vocabulary=self.source.vocabulary,
-            rows=self.source.rows,
+            vocabulary=self.teachers.vocabulary,
+            rows=self.teachers.rows,
         )
-        shard = shard_of(self, micro_batch, output_args)
-        total, whole, values = self._distil(self.settings, micro_batch, inputs, shard.own(tokens), shard)
-        if looks:
+        piece = sequence_slice(self, micro_batch, output_args)
+        total, whole, values = self._distil(self.settings, micro_batch, inputs, piece.own(tokens), piece)
+        if measures:
             return total, {"model_output": {}, "loss": 0.0, "metrics": {}}
         # Gradients are averaged over all ranks; those of one sequence add up.
-        loss, told = total * (distill * shard.ranks), whole * distill
+        loss, logged = total * (distill * piece.ranks), whole * distill
         metrics: dict[str, Any] = {}
         model_output: dict[str, Tensor] = {}
         if rl > 0:
             advantage = values.pop("advantage", None)
             if advantage is not None:
-                micro_batch = with_advantages(micro_batch, advantage[tokens.packed_index], tokens, self.weights)
+                at_tokens = advantage[tokens.packed_index]
+                micro_batch = with_advantages(micro_batch, at_tokens, tokens, rl_weight=rl, distill_weight=distill)
             offsets = micro_batch["input_ids"].offsets()
             model_output = {n: torch.nested.nested_tensor_from_jagged(v, offsets) for n, v in values.items()}
             theirs, metrics = policy_loss(loss_function)(
@@ -155,93 +157,88 @@ class OpdEngine(LanguageModelEngine):
             )
             both = advantage is None
             loss = loss + rl * theirs if both else theirs
-            told = told + rl * theirs.detach() if both else theirs.detach()
+            logged = logged + rl * theirs.detach() if both else theirs.detach()
         plain = {name: value.detach() for name, value in model_output.items()}
-        return loss, {"model_output": plain, "loss": told.item(), "metrics": metrics}
+        return loss, {"model_output": plain, "loss": logged.item(), "metrics": metrics}
 
     def _distil(
-        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], own: ResponseTokens, shard: Shard
+        self, settings: Settings, micro_batch: Any, inputs: dict[str, Any], own: ResponseTokens, piece: SequenceSlice
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The distillation loss of this rank's tokens, that of all, and what verl's loss wants of all tokens [tokens].
+        """The distillation loss of this rank's tokens, that of all ranks', and the inputs of verl's loss for all tokens, [tokens] each.
 
-        That is `log_probs` and `entropy`, and with hybrid=advantages `advantage`, log q − log p, in place of a loss.
+        These are `log_probs` and `entropy`, and with rl.combine=advantages `advantage`, log q − log p, in place of a loss.
         """
-        assert self.source is not None
-        seen: dict[str, Tensor] = {}
-        wants_rl = self.weights.rl > 0
-        distils = self.weights.distill > 0
-        as_advantage = wants_rl and distils and settings.hybrid == "advantages"
-        heard, rows = self._heard(settings, own)
-        said = self.source.look(inputs, micro_batch, heard) if distils else nullcontext(())
+        assert self.teachers is not None
+        diagnostics: dict[str, Tensor] = {}
+        wants_rl, distils = self.weights.rl > 0, self.weights.distill > 0
+        as_advantage = wants_rl and distils and settings.rl.combine == "advantages"
+        taught, rows = _taught(settings, own)
+        prepared = self.teachers.prepare(inputs, micro_batch, taught) if distils else nullcontext(())
 
         def at_head(hidden: Tensor, layer: nn.Linear) -> Tensor:
             hidden = hidden.index_select(0, own.model_index).to(layer.weight.dtype)
-            with said as parts, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
-                told = hidden if rows is None else hidden[rows]
-                each = [self._divergence(settings, told, layer, part, heard, seen) for part in parts]
+            with prepared as slices, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
+                at_taught = hidden if rows is None else hidden[rows]
+                each = [self._divergence(settings, at_taught, layer, one, taught, diagnostics) for one in slices]
                 total = sum(each, start=hidden.new_zeros((), dtype=torch.float32))
             if not wants_rl:
                 return total.view(1)
-            logp, entropy = self._log_probs(hidden, layer, own, micro_batch["temperature"])
+            logp, entropy = _log_probs(hidden, layer, own, micro_batch["temperature"])
             return torch.cat([total.view(1), logp, entropy])
 
         with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
             values = run_to_head(self.module, inputs, at_head, "student")
-        total, whole = values[0], shard.total(values[0])
+        total, whole = values[0], piece.total(values[0])
         if not whole.isfinite():
-            raise NonFiniteError(self._why_not_finite(seen))
-        wanted: dict[str, Tensor] = {}
+            raise NonFiniteError(_not_finite(settings, diagnostics["per_token"]))
+        for_rl: dict[str, Tensor] = {}
         if wants_rl:
-            wanted["log_probs"], entropy = values[1:].tensor_split(2)
+            for_rl["log_probs"], entropy = values[1:].tensor_split(2)
             if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
-                wanted["entropy"] = entropy
+                for_rl["entropy"] = entropy
         gap = whole.new_zeros(0)
         if as_advantage:
-            gap = seen["teacher_logp"] - seen["student_logp"] if len(heard.ids) else gap
-            wanted["advantage"] = gap if rows is None else gap.new_zeros(len(own.ids)).index_copy(0, rows, gap)
+            gap = diagnostics["teacher_logp"] - diagnostics["student_logp"] if len(taught.ids) else gap
+            for_rl["advantage"] = gap if rows is None else gap.new_zeros(len(own.ids)).index_copy(0, rows, gap)
         if self.spread is not None:
-            term = gap if as_advantage else seen["per_token"]
-            self.spread.see(advantages_of(micro_batch, heard), term)
+            self.spread.add(advantages_of(micro_batch, taught), gap if as_advantage else diagnostics["per_token"])
             return total, whole, {}
         if distils:
-            self._count(whole, own, heard, seen)
-        if distils and settings.trace is not None:
-            self.traced += 1
-            write_trace(settings.trace, self.rank, self.traced, micro_batch["input_ids"], heard, seen["per_token"])
+            self._record(settings, micro_batch, whole, own, taught, diagnostics)
         length = len(micro_batch["input_ids"].values())
-        return total, whole, {name: shard.everywhere(value, own, length) for name, value in wanted.items()}
+        return total, whole, {name: piece.everywhere(value, own, length) for name, value in for_rl.items()}
 
-    def _heard(self, settings: Settings, own: ResponseTokens) -> tuple[ResponseTokens, Tensor | None]:
-        """The response tokens that the distillation is about, and which they are; None is all.
-
-        A loss over the vocabulary does not read the response token, so that one which is no token counts like any other; a loss of the
-        sampled token leaves it out. What stands after an id that a teacher has no row for, no teacher has read.
-        """
-        counts = own.followed
-        if "sampled" in (settings.objective.support, settings.objective.tail):
-            counts = counts & own.known
-        if bool(counts.all()):
-            return own, None
-        rows = counts.nonzero().squeeze(-1)
-        return own.at(rows), rows
-
-    def _count(self, whole: Tensor, own: ResponseTokens, heard: ResponseTokens, seen: dict[str, Tensor]) -> None:
-        self.tally.add_total("loss", whole)
-        self.tally.see({name: value for name, value in seen.items() if name != "per_token"}, heard)
-        self.tally.add_count("padding_tokens", ~own.known)
-        self.tally.add_count("unread_tokens", ~own.followed)
+    def _record(
+        self,
+        settings: Settings,
+        micro_batch: Any,
+        whole: Tensor,
+        own: ResponseTokens,
+        taught: ResponseTokens,
+        diagnostics: dict[str, Tensor],
+    ) -> None:
+        """Add the micro-batch to the metrics, and to the trace."""
+        self.sums.add_total("loss", whole)
+        self.sums.add_diagnostics({name: v for name, v in diagnostics.items() if name != "per_token"}, taught)
+        self.sums.add_count("padding_tokens", ~own.known)
+        self.sums.add_count("unread_tokens", ~own.followed)
+        if settings.trace is not None:
+            self.traced += 1
+            ids, per_token = micro_batch["input_ids"], diagnostics["per_token"]
+            write_trace(settings.trace, self.rank, self.traced, ids, taught, per_token)
 
     def _divergence(
         self,
         settings: Settings,
         hidden: Tensor,
         layer: nn.Linear,
-        part: Part,
+        part: TargetSlice,
         tokens: ResponseTokens,
-        seen: dict[str, Tensor],
+        diagnostics: dict[str, Tensor],
     ) -> Tensor:
-        """Σ weight · loss of the part's tokens; what each token came to is put into `seen`."""
-        assert self.source is not None
+        """Σ weight · loss of the slice's tokens. The numbers of each token are put into `diagnostics`."""
+        assert self.teachers is not None
+        vocabulary = self.teachers.vocabulary
 
         def own(values: Tensor | None) -> Any:
             return values if values is None or part.rows is None else values[part.rows]
@@ -250,25 +247,25 @@ class OpdEngine(LanguageModelEngine):
             own(hidden),
             layer.weight,
             part.target,
-            own(self.source.vocabulary.with_stand_ins(tokens.ids)),
+            own(vocabulary.with_stand_ins(tokens.ids)),
             settings.objective,
             token_weights=own(tokens.weights),
             bias=layer.bias,
-            valid_vocab=self.source.vocabulary.size,
-            masked_ids=self.source.vocabulary.invalid_ids,
+            valid_vocab=vocabulary.size,
+            masked_ids=vocabulary.invalid_ids,
             sampler_logp=own(tokens.sampler_logp),
             sequence_index=own(tokens.sequence_index),
             eos_ids=self.eos_ids,
         )
         for name, value in {**metrics, "per_token": per_token}.items():
             if part.rows is None:
-                seen[name] = value
-            else:
-                everywhere = seen.setdefault(name, value.new_zeros(len(tokens.ids)))
-                seen[name] = everywhere.index_copy(0, part.rows, value)
-                if name in TOLD_APART:
-                    self.tally.add(f"{part.name}/{name}", value)
-        if self.canary_due and "student_logp" in metrics:
+                diagnostics[name] = value
+                continue
+            everywhere = diagnostics.setdefault(name, value.new_zeros(len(tokens.ids)))
+            diagnostics[name] = everywhere.index_copy(0, part.rows, value)
+            if name in PER_TEACHER:
+                self.sums.add(f"{part.name}/{name}", value)
+        if self.checks_teacher and "student_logp" in metrics:
             known = own(tokens.known).nonzero().squeeze(-1)
             target = select_target(part.target, known)
             assert target is not None
@@ -277,37 +274,43 @@ class OpdEngine(LanguageModelEngine):
                 own(tokens.ids)[known],
                 own(tokens.sequence_index)[known],
                 metrics["student_logp"][known],
-                vocab=self.source.vocabulary.size,
+                vocab=vocabulary.size,
                 name=part.name,
-                student=HiddenTarget(
-                    hidden=own(hidden).detach()[known],
-                    head=Head(weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach()),
-                ),
+                student=HiddenTarget(hidden=own(hidden).detach()[known], head=head_of(layer)),
             )
         return total
 
-    def _log_probs(
-        self, hidden: Tensor, layer: nn.Linear, tokens: ResponseTokens, temperature: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As verl's policy loss wants them: at the rollout temperature, over every row of the output layer."""
-        values = torch.as_tensor(temperature, dtype=torch.float32).unique()
-        if len(values) != 1:
-            raise ConfigError(
-                "the samples of one micro-batch were drawn at several temperatures; opd with lambda_rl > 0 takes one. Set one "
-                "actor_rollout_ref.rollout.temperature, or opd.lambda_rl=0."
-            )
-        return linear_log_prob(hidden, layer.weight, tokens.ids, bias=layer.bias, temperature=float(values))
 
-    def _why_not_finite(self, seen: dict[str, Tensor]) -> str:
-        assert self.settings is not None
-        bad = int((~seen["per_token"].isfinite()).sum())
-        instead = (
-            "set opd.teacher_logp_floor=-30"
-            if self.settings.objective.takes_floor
-            else "use opd.divergence=generalized_jsd"
+def _taught(settings: Settings, own: ResponseTokens) -> tuple[ResponseTokens, Tensor | None]:
+    """The response tokens that have a distillation loss, and their indices; None is all.
+
+    A loss over the vocabulary does not read the response token, so that one which is no token counts like any other; a loss of the
+    sampled token leaves it out. No teacher has read the tokens that follow an id it has no embedding for.
+    """
+    counts = own.followed
+    if "sampled" in (settings.objective.support, settings.objective.tail):
+        counts = counts & own.known
+    if bool(counts.all()):
+        return own, None
+    rows = counts.nonzero().squeeze(-1)
+    return own.at(rows), rows
+
+
+def _log_probs(hidden: Tensor, layer: nn.Linear, tokens: ResponseTokens, temperature: Any) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies for verl's policy loss: at the rollout temperature, over every row of the output layer."""
+    values = torch.as_tensor(temperature, dtype=torch.float32).unique()
+    if len(values) != 1:
+        raise ConfigError(
+            "the samples of one micro-batch were drawn at several temperatures; opd with opd.rl.weight > 0 takes one. Set one "
+            "actor_rollout_ref.rollout.temperature, or opd.rl.weight=0."
         )
-        return (
-            f"the distillation loss is not finite, at {bad} of {len(seen['per_token'])} response tokens of this micro-batch; no update "
-            "was made. Teacher or student gives NaN, or one model gives probability 0 to a token of the other's: look at the models' "
-            f"dtypes, or {instead}."
-        )
+    return linear_log_prob(hidden, layer.weight, tokens.ids, bias=layer.bias, temperature=float(values))
+
+
+def _not_finite(settings: Settings, per_token: Tensor) -> str:
+    floor, other = "set opd.objective.teacher_logp_floor=-30", "use opd.objective.divergence=generalized_jsd"
+    return (
+        f"the distillation loss is not finite, at {int((~per_token.isfinite()).sum())} of {len(per_token)} response tokens of this "
+        "micro-batch; no update was made. Teacher or student gives NaN, or one model gives probability 0 to a token of the other's: look "
+        f"at the models' dtypes, or {floor if settings.objective.takes_floor else other}."
+    )

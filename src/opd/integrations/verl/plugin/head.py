@@ -1,4 +1,4 @@
-"""Work at a model's output layer, inside its forward pass: there FSDP2 holds the layer whole, and logits need not be made."""
+"""A model's output layer: work inside its forward pass, where FSDP2 holds the layer whole and logits need not be made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from opd.errors import ModelError
+from opd.types import Head
 
 PROBE = 100.0
-"""Sent along as one more logit. Losses are too near 0 for a soft-cap to show on them; on this it does."""
+"""One more value in place of the logits. Losses are too near 0 to show a soft-cap; this value shows it."""
 
 
 def output_layer(module: nn.Module, role: str) -> nn.Linear:
@@ -23,6 +24,24 @@ def output_layer(module: nn.Module, role: str) -> nn.Linear:
             "states. If it carries a LoRA adapter, leave it out of actor_rollout_ref.model.target_modules."
         )
     return layer
+
+
+def head_of(layer: nn.Linear, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Head:
+    """The layer's weight and bias without gradients. `device` and `dtype` are for the weight; a bias keeps its dtype."""
+    weight = layer.weight.detach().to(device=device, dtype=dtype)
+    return Head(weight=weight, bias=None if layer.bias is None else layer.bias.detach().to(device=device))
+
+
+def hidden_states(module: nn.Module, inputs: Mapping[str, Any], index: Tensor | None, role: str) -> Tensor:
+    """The states that enter the output layer, [positions, hidden]: those at `index`, or all. No logits are made."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
+        kept.append(hidden if index is None else hidden.index_select(0, index))
+        return hidden.new_zeros(0, dtype=torch.float32)
+
+    run_to_head(module, inputs, keep, role)
+    return kept[0]
 
 
 def run_to_head(

@@ -18,7 +18,7 @@ POSITIONS = (0, 16, 64, 256, 1024, 4096)
 """First positions of the buckets of a response in which the reverse KL is told apart."""
 
 
-class Tally:
+class MetricSums:
     """Sums and counts of one mini-batch."""
 
     def __init__(self) -> None:
@@ -38,14 +38,14 @@ class Tally:
         held[0] += float(value.detach())
 
     def add_count(self, name: str, where: Tensor) -> None:
-        """How many tokens are so, in the whole mini-batch."""
+        """A number of tokens of the whole mini-batch."""
         self.counts[name] = self.counts.get(name, 0) + int(where.sum())
 
-    def see(self, seen: dict[str, Tensor], tokens: ResponseTokens) -> None:
+    def add_diagnostics(self, diagnostics: dict[str, Tensor], tokens: ResponseTokens) -> None:
         """The diagnostics of one micro-batch."""
-        for name, value in seen.items():
+        for name, value in diagnostics.items():
             self.add(name, value[tokens.known] if name in OF_THE_TOKEN else value)
-        kl = seen.get("reverse_kl")
+        kl = diagnostics.get("reverse_kl")
         if kl is None:
             return
         for first, end in zip(POSITIONS, (*POSITIONS[1:], None), strict=True):
@@ -55,7 +55,7 @@ class Tally:
             self.add(f"reverse_kl_at/{f'{first}-{end - 1}' if end else f'{first}+'}", kl[here])
 
     def means(self, group: Any) -> dict[str, float]:
-        """Of all ranks of the group together; every rank has to ask."""
+        """The means over all ranks of the group. A collective: every rank calls it."""
         ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(ranks, (self.sums, self.counts), group=group)
         everyone: list[dict[str, list[float]]] = [sums for sums, _ in ranks]

@@ -1,4 +1,4 @@
-"""What the `verl.plugins` entry point imports inside `import verl`, in every process: keep it light.
+"""The `verl.plugins` entry point, which `import verl` loads in every process: keep it light.
 
 Engines and config classes need no registration here: `+opd=default` names them as Hydra targets, and they register themselves
 when verl resolves the target. A platform, though, must be known before anything else of verl asks for the device, and a policy loss
@@ -26,7 +26,7 @@ if os.environ.get(PLATFORM_VARIABLE, "").strip().lower() == "cpu":
 
 def policy_loss(*args: Any, **kwargs: Any) -> Any:
     """`compute_on_policy_distillation_loss`, whose kernels are loaded at the first call."""
-    from opd.integrations.verl.patch.tree.face import compute_on_policy_distillation_loss
+    from opd.integrations.verl.plugin.on_policy_distillation import compute_on_policy_distillation_loss
 
     return compute_on_policy_distillation_loss(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What a micro-batch was trained on, written down: enough to compute its loss again with other code."""
+"""Traces of micro-batches: token ids, weights and losses, from which other code can compute a loss again."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations

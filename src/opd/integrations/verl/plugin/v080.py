@@ -1,4 +1,4 @@
-"""Where verl 0.8 and later releases differ under our engine: in 0.8 engines have no vendor, and the first one registered stays."""
+"""Differences between verl 0.8 and later releases: in 0.8 engines have no vendor, and the first one registered stays."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""λ_rl and λ_distill of one update: where they stand in their schedule, and the size that both terms are brought to."""
+"""λ_rl and λ_distill of one update: their schedules, and the division of both terms by their standard deviations."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -15,7 +15,7 @@ from opd.losses import NO_SPREAD
 
 
 class Weights(NamedTuple):
-    """Of one update."""
+    """The weights of one update."""
 
     rl: float
     distill: float
@@ -26,10 +26,11 @@ class Weights(NamedTuple):
 
 
 def scheduled(settings: Settings, engine: Any) -> Weights:
-    """verl's learning-rate scheduler counts the trainer's steps, and is part of its checkpoints."""
-    if settings.lambda_rl_end is None and settings.lambda_distill_end is None:
-        return Weights(settings.lambda_rl, settings.lambda_distill)
-    return Weights(*settings.weights(engine.lr_scheduler.last_epoch, engine.optimizer_config.total_training_steps))
+    """The weights of the coming update. verl's learning-rate scheduler counts the trainer's steps, and is part of its checkpoints."""
+    if settings.rl.weight_end is None and settings.rl.distill_weight_end is None:
+        return Weights(settings.rl.weight, settings.rl.distill_weight)
+    step, steps = engine.lr_scheduler.last_epoch, engine.optimizer_config.total_training_steps
+    return Weights(*settings.rl.weights_at(step, steps))
 
 
 class Spread:
@@ -38,13 +39,13 @@ class Spread:
     def __init__(self) -> None:
         self.sums = torch.zeros(5, dtype=torch.float64)
 
-    def see(self, advantages: Tensor, term: Tensor) -> None:
+    def add(self, advantages: Tensor, term: Tensor) -> None:
         """One number per token each: verl's advantage, minus which its policy loss is at ratio 1, and the distillation's loss."""
         one, other = advantages.double().cpu(), term.detach().double().cpu()
         self.sums += torch.stack([torch.tensor(float(len(one)), dtype=torch.float64), one.sum(), one.square().sum(),
                                   other.sum(), other.square().sum()])  # fmt: skip
 
-    def of_all(self, group: Any) -> tuple[float, float]:
+    def stds(self, group: Any) -> tuple[float, float]:
         """(of the advantages, of the distillation), over all ranks of the group; every rank has to ask."""
         everyone: list[Tensor] = [self.sums] * dist.get_world_size(group)
         dist.all_gather_object(everyone, self.sums, group=group)

@@ -11,6 +11,8 @@ from opd.errors import ConfigError
 from opd.losses import Objective
 
 LOSS_MODE = "on_policy_distillation"
+PREFIX = "actor/distillation/"
+"""Prefix of the metrics."""
 TYPES = {
     "reverse_kl": "reverse_kl",
     "forward_kl": "forward_kl",

@@ -17,11 +17,10 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.patch.tree.face import PREFIX
 from opd.integrations.verl.patch.tree.logits import WATCHED, token_losses
-from opd.integrations.verl.patch.tree.reading import followed, refuse_mixing
-from opd.integrations.verl.patch.tree.settings import settings_of
+from opd.integrations.verl.patch.tree.settings import PREFIX, settings_of
 from opd.integrations.verl.patch.tree.teacher import Teacher
+from opd.integrations.verl.plugin.packed_reading import followed, refuse_mixing
 from opd.teachers.vocabulary import joined
 
 LOSSES = "distillation_losses"

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.patch.tree.settings import Settings
+from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say

@@ -1,4 +1,4 @@
-"""What `+opd=pool` makes of verl's `distillation:` section: servers that are asked for what opd's objective reads."""
+"""verl's `distillation:` section under `+opd=pool` and `+opd=hidden`: its servers are asked for what opd's objective reads."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -17,7 +17,7 @@ LIMITED = ("vllm", "sglang")
 
 
 @dataclass
-class PoolLossConfig(DistillationLossConfig):
+class ServedLossConfig(DistillationLossConfig):
     """verl's loss settings, of which only what its servers are asked for matters: that is what opd's objective reads."""
 
     opd: Any = None
@@ -40,7 +40,7 @@ class PoolLossConfig(DistillationLossConfig):
 
 
 @dataclass
-class PoolTeacherConfig(DistillationTeacherModelConfig):
+class ServedTeacherConfig(DistillationTeacherModelConfig):
     """verl's settings of a teacher; the transformers server of `+opd_device=cpu` is taken too."""
 
     def _validate_topk_logprobs(self, use_topk: bool, topk: int | None) -> None:
@@ -49,9 +49,9 @@ class PoolTeacherConfig(DistillationTeacherModelConfig):
 
 
 def _hidden() -> type[RolloutReplica]:
-    from opd.integrations.verl.plugin.hidden_server import Replica
+    from opd.integrations.verl.plugin.teachers.hidden_server import HiddenStateReplica
 
-    return Replica
+    return HiddenStateReplica
 
 
 RolloutReplicaRegistry.register("opd_hidden", _hidden)

@@ -1,4 +1,4 @@
-"""Which hooks a copy of verl has, read from its source: nothing of verl is imported, so any release can be asked in any environment."""
+"""The hooks of a copy of verl, read from its source: nothing of verl is imported, so any release can be checked in any environment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,22 @@ from typing import Any
 import yaml
 
 from opd.errors import ConfigError
-from opd.integrations.verl.contract.hooks import CONFIG, ENGINE, LOSS, TEACHER, Hook
-from opd.integrations.verl.plugin.serving_hooks import CPU, POOL, SERVING
+from opd.integrations.verl.contract.relied_on import BY_PART, HOOKS, ReliedOn
 
-BY_PART: Mapping[str, tuple[Hook, ...]] = {
-    "config": CONFIG,
-    "engine": ENGINE,
-    "teacher": TEACHER,
-    "loss": LOSS,
-    "serving": SERVING,
-    "cpu": CPU,
-    "pool": POOL,
-}
-"""The hooks of each part of the plugin."""
 PARTS = ("config", "engine", "teacher")
-"""What every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
+"""The parts that every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
 TESTED = ("0.8.0", "0.9.0", "0.9.1")
 """Releases of verl that the plugin was run with."""
 OLDEST = (0, 8, 0)
 NAMED = 3
 """Of hooks that moved, at most, in one error."""
-HOOKS = tuple(hook for part in BY_PART.values() for hook in part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
     """A hook that is not where it was."""
 
-    hook: Hook
+    hook: ReliedOn
     how: str
 
     def __str__(self) -> str:
@@ -61,14 +49,14 @@ def version_of(folder: Path) -> str:
     return (folder / "version/version").read_text(encoding="utf-8").strip()
 
 
-def moved(folder: Path, hooks: Iterable[Hook] = HOOKS) -> list[Moved]:
-    """What of `hooks` the verl in this folder does not have, or has in another form."""
-    source = Source(folder)
+def moved(folder: Path, hooks: Iterable[ReliedOn] = HOOKS) -> list[Moved]:
+    """The `hooks` that the verl in this folder does not have, or has in another form."""
+    source = VerlSource(folder)
     return [Moved(hook=hook, how=how) for hook in hooks if (how := source.lacks(hook)) is not None]
 
 
-def check_hooks(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = False) -> str:
-    """What to say of the verl in this folder; nothing of a release that was tested and is as it was.
+def check_contract(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = False) -> str:
+    """A line for the log about the verl in this folder; empty for a release that was tested and is as it was.
 
     Its source decides, not its number. Raises ConfigError where a hook of `parts` has moved, unless `anyway`.
     """
@@ -92,7 +80,7 @@ def check_hooks(folder: Path, parts: Iterable[str] = PARTS, *, anyway: bool = Fa
     )
 
 
-def expected(version: str, hooks: Iterable[Hook] = HOOKS) -> tuple[Hook, ...]:
+def expected(version: str, hooks: Iterable[ReliedOn] = HOOKS) -> tuple[ReliedOn, ...]:
     """Those that a release should have; the others came after it. A release without a number (a fork) should have all.
 
     Of a release before 0.8 the hooks of 0.8 are expected.
@@ -102,7 +90,7 @@ def expected(version: str, hooks: Iterable[Hook] = HOOKS) -> tuple[Hook, ...]:
     return tuple(hook for hook in hooks if release is None or hook.since <= release)
 
 
-class Source:
+class VerlSource:
     """verl's files, parsed once each."""
 
     def __init__(self, folder: Path) -> None:
@@ -110,8 +98,8 @@ class Source:
         self.module = functools.cache(self._module)
         self.section = functools.cache(self._section)
 
-    def lacks(self, hook: Hook) -> str | None:
-        """What is wrong with a hook; None where nothing is."""
+    def lacks(self, hook: ReliedOn) -> str | None:
+        """The difference at a hook; None where there is none."""
         where, _, name = hook.where.partition(":")
         if where.endswith(".yaml"):
             return self._lacks_keys(where, name, hook)
@@ -123,7 +111,7 @@ class Source:
             return "is gone"
         return next(self._differences(*found, hook), None)
 
-    def _differences(self, module: str, node: ast.AST, hook: Hook) -> Iterator[str]:
+    def _differences(self, module: str, node: ast.AST, hook: ReliedOn) -> Iterator[str]:
         names = set(self.members(module, node)) if isinstance(node, ast.ClassDef) else _parameters(node)
         if missing := [name for name in hook.needs.split() if name not in names]:
             yield f"has no {', '.join(missing)}"
@@ -136,7 +124,7 @@ class Source:
             if more := sorted(asked - set(hook.abstract.split())):
                 yield f"asks its subclasses for {', '.join(more)}"
 
-    def _lacks_keys(self, path: str, dotted: str, hook: Hook) -> str | None:
+    def _lacks_keys(self, path: str, dotted: str, hook: ReliedOn) -> str | None:
         section: Any = self.section(path)
         if section is None:
             return "is gone: there is no such file"
@@ -148,7 +136,7 @@ class Source:
         return f"has no {', '.join(missing)}" if missing else None
 
     def find(self, module: str, dotted: str) -> tuple[str, ast.AST] | None:
-        """The definition of a name, and the module it stands in, wherever imports lead."""
+        """The definition of a name, and the module it stands in, through imports and base classes."""
         first, _, rest = dotted.partition(".")
         found = self._top_level(module, first, seen=frozenset())
         if found is None or not rest:
@@ -156,29 +144,25 @@ class Source:
         module, node = found
         if not isinstance(node, ast.ClassDef):
             return None
-        return self._member(module, node, rest)
+        for inside, one in self._classes(module, node):
+            if (own := dict(_own_members(one)).get(rest)) is not None:
+                return inside, own
+        return None
 
     def members(self, module: str, node: ast.ClassDef) -> dict[str, ast.AST]:
         """Methods, fields, attributes set on `self` and constructor parameters, base classes' included."""
         found: dict[str, ast.AST] = {}
-        for base in node.bases:
-            if isinstance(base, ast.Name) and (where := self.find(module, base.id)) is not None:
-                inside, parent = where
-                if isinstance(parent, ast.ClassDef) and parent is not node:
-                    found |= self.members(inside, parent)
-        return found | dict(_own_members(node))
+        for _, one in reversed(list(self._classes(module, node))):
+            found |= dict(_own_members(one))
+        return found
 
-    def _member(self, module: str, node: ast.ClassDef, name: str) -> tuple[str, ast.AST] | None:
-        own = dict(_own_members(node))
-        if name in own:
-            return module, own[name]
+    def _classes(self, module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
+        """The class and its base classes, with the module that each stands in."""
+        yield module, node
         for base in node.bases:
-            where = self.find(module, base.id) if isinstance(base, ast.Name) else None
-            if where is not None and isinstance(where[1], ast.ClassDef) and where[1] is not node:
-                found = self._member(where[0], where[1], name)
-                if found is not None:
-                    return found
-        return None
+            found = self.find(module, base.id) if isinstance(base, ast.Name) else None
+            if found is not None and isinstance(found[1], ast.ClassDef) and found[1] is not node:
+                yield from self._classes(found[0], found[1])
 
     def _top_level(self, module: str, name: str, seen: frozenset[tuple[str, str]]) -> tuple[str, ast.AST] | None:
         tree = self.module(module)
@@ -191,11 +175,10 @@ class Source:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and name in _targets(node):
                 return module, node
             if isinstance(node, ast.ImportFrom):
-                source = self._absolute(module, node)
                 for alias in node.names:
                     if alias.name == "*" or (alias.asname or alias.name) == name:
                         wanted = name if alias.name == "*" else alias.name
-                        found = self._top_level(source, wanted, seen)
+                        found = self._top_level(self._absolute(module, node), wanted, seen)
                         if found is not None:
                             return found
         return None

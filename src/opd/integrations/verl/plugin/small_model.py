@@ -36,7 +36,7 @@ LEFT_OUT = ("quantization_config", "auto_map", "dtype", "torch_dtype")
 INITIALIZER_RANGE = 0.2  # distributions far from uniform, and from each other, so that a loss has something to show
 MOST_PARAMETERS = 60_000_000  # a vocabulary of 262 144 tokens, twice 64 wide, is half of it
 NOT_BUILT = Exception
-"""What is raised for a model that cannot be read, or made this small: anything, by classes and validators of other people."""
+"""Raised for a model that cannot be read, or made this small: anything, by classes and validators of other people."""
 
 
 def small_model(config: Any, rows: int, seed: int) -> Any:

@@ -23,29 +23,29 @@ from verl.utils.fs import copy_to_local
 from opd.errors import ModelError, NonFiniteError
 from opd.integrations.verl.plugin.alignment import ResponseTokens
 from opd.integrations.verl.plugin.head import output_layer
-from opd.integrations.verl.plugin.served_logprobs import refuse_other_tokens, sent, vocabulary_of
 from opd.integrations.verl.plugin.settings import Settings
-from opd.integrations.verl.plugin.teacher_backends import Part
+from opd.integrations.verl.plugin.teachers.base import TargetSlice
+from opd.integrations.verl.plugin.teachers.served_logprobs import refuse_other_tokens, sent, vocabulary_of
 from opd.types import Head, HiddenTarget
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
 
-class HiddenTeacher:
+class ServedHiddenStates:
     """Holds the teacher's output layer: one matrix, whole on every worker."""
 
     def __init__(self, settings: Settings, engine: Any) -> None:
-        (self.teacher,) = settings.teachers.values()
+        (self.teacher,) = settings.all_teachers.values()
         self.vocabulary = vocabulary_of(self.teacher, engine)
-        self.head = load_head(copy_to_local(self.teacher.model_path), trust_remote_code=self.teacher.trust_remote_code)
+        self.head = load_head(copy_to_local(self.teacher.model), trust_remote_code=self.teacher.trust_remote_code)
         self.rows = self.head.weight.shape[0]
 
-    def look(
+    def prepare(
         self, _inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens
-    ) -> AbstractContextManager[Sequence[Part]]:
+    ) -> AbstractContextManager[Sequence[TargetSlice]]:
         """The target of the response tokens. Raises an OpdError for states that no teacher gives."""
-        name = self.teacher.model_path
+        name = self.teacher.model
         ids, states = sent(micro_batch, tokens)
         refuse_other_tokens(ids, tokens, name)
         width = self.head.weight.shape[1]
@@ -63,10 +63,10 @@ class HiddenTeacher:
         head = _moved(self.head, states.dtype)
         if not self.teacher.offload:
             self.head = head
-        return nullcontext([Part(target=HiddenTarget(hidden=states, head=head))])
+        return nullcontext([TargetSlice(target=HiddenTarget(hidden=states, head=head))])
 
-    def leave(self) -> None:
-        """The output layer moves to host memory; the next look copies it back."""
+    def offload(self) -> None:
+        """Move the output layer to host memory; the next `prepare` copies it back."""
         bias = None if self.head.bias is None else self.head.bias.cpu()
         self.head = Head(weight=self.head.weight.cpu(), bias=bias)
 

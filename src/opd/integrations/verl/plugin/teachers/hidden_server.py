@@ -7,22 +7,22 @@ One transformers model per GPU of verl's teacher pool, one sequence at a time.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.utils import normalize_token_ids
 from verl.utils.device import get_device_name
 from verl.utils.fs import copy_to_local
-from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
+from verl.workers.rollout.replica import TokenOutput
 
 from opd.errors import ConfigError
-from opd.integrations.verl.plugin.head import run_to_head
+from opd.integrations.verl.plugin.head import hidden_states
+from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
 from opd.teachers.vocabulary import embedding_rows
 
 NAME = "opd_hidden"
@@ -30,19 +30,12 @@ NAME = "opd_hidden"
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """What enters the output layer at every position, [tokens, hidden], on the CPU."""
-    kept: list[Tensor] = []
-
-    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
-        kept.append(hidden)
-        return hidden.new_zeros(0, dtype=torch.float32)
-
+def read_states(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """The states that enter the output layer at every position, [tokens, hidden], on the CPU."""
     rows = embedding_rows(model)
     read = torch.tensor([ids], device=model.device)
     # Ids of the student's padding have no row here; the actor leaves out what is said after one.
-    run_to_head(model, {"input_ids": read.masked_fill(read >= rows, 0)}, keep, "teacher")
-    return kept[0].cpu()
+    return hidden_states(model, {"input_ids": read.masked_fill(read >= rows, 0)}, None, "teacher").cpu()
 
 
 def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -57,15 +50,12 @@ def load_teacher(path: str, dtype: str, device: str, *, trust_remote_code: bool 
 
 
 @ray.remote
-class Server:
+class HiddenStateServer(ModelServer):
     """Holds the teacher; answers hidden states for token ids."""
 
     def __init__(self, path: str, dtype: str, device: str, trust_remote_code: bool) -> None:
+        super().__init__()
         self.model = load_teacher(path, dtype, device, trust_remote_code=trust_remote_code)
-        self.turn = asyncio.Lock()
-
-    async def address(self) -> str:
-        return f"{ray.util.get_node_ip_address()}:{os.getpid()}"
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **_images: Any
@@ -73,36 +63,28 @@ class Server:
         """In verl's layout of `prompt_logprobs=0`: row t names the token after t, and its score is the state at t."""
         ids = normalize_token_ids(prompt_ids)
         async with self.turn:
-            states = await asyncio.to_thread(hidden_states, self.model, ids)
+            states = await asyncio.to_thread(read_states, self.model, ids)
         named = [[token] for token in [*ids[1:], 0]]
         return TokenOutput(
             token_ids=[0], stop_reason="completed", extra_fields={"prompt_ids": named, "prompt_logprobs": states}
         )
 
-    async def sleep(self) -> None:
-        """Nothing to free: the pool's GPUs are the teacher's own."""
-
-    wake_up = abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = sleep
-    start_profile = stop_profile = sleep
-
 
 def trusts(engine_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the teacher's own code may run: verl tells a server no more of its model than the path."""
+    """The setting trust_remote_code of the teacher: verl tells a server no more of its model than the path."""
     return bool(engine_kwargs.get(NAME, {}).get("trust_remote_code"))
 
 
-class Replica(RolloutReplica):
+class HiddenStateReplica(ModelReplica):
     """One server on one GPU of the teacher pool."""
 
     async def init_colocated(self, resource_pool: Any) -> None:
-        """A teacher's weights never change, so it has no workers to bring it new ones."""
         if not self.is_teacher_model or self.world_size != 1:
             raise ConfigError(
                 "inference.name=opd_hidden serves a teacher on one GPU; set distillation.teacher_models.teacher_model.inference."
                 "tensor_model_parallel_size=1, and a name of vLLM or SGLang for other models."
             )
-        self.rollout_mode, self.resource_pool = RolloutMode.COLOCATED, resource_pool
-        await self.launch_servers()
+        await super().init_colocated(resource_pool)
 
     async def launch_servers(self) -> None:
         options: dict[str, Any] = {
@@ -114,10 +96,9 @@ class Replica(RolloutReplica):
         if device != "cpu":
             options |= {"num_gpus": 1, "scheduling_strategy": self._bundle()}
         own_code = trusts(self.config.engine_kwargs)
-        server = Server.options(**options).remote(self.model_config.path, self.config.dtype, device, own_code)  # pyright: ignore[reportAttributeAccessIssue]
-        self.servers = [server]
-        self._server_handle = server
-        self._server_address = await server.address.remote()
+        await self.keep(
+            HiddenStateServer.options(**options).remote(self.model_config.path, self.config.dtype, device, own_code)  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
     def _bundle(self) -> PlacementGroupSchedulingStrategy:
         """This replica's GPU: the pool's bundles are counted through its nodes."""

@@ -16,8 +16,8 @@ from opd.losses._shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """What of a micro-batch this rank's model reads: all of it, or one slice of as many as there are ranks."""
+class SequenceSlice:
+    """The slice of a micro-batch that this rank's model reads; the whole without sequence parallelism."""
 
     group: Any = None
     """None is all of it."""
@@ -54,14 +54,14 @@ class Shard:
         return value
 
 
-def shard_of(engine: Any, micro_batch: Any, output_args: Mapping[str, Any]) -> Shard:
+def sequence_slice(engine: Any, micro_batch: Any, output_args: Mapping[str, Any]) -> SequenceSlice:
     """The slice that verl's engine cut for this rank: equal ones, of the packed tokens and the padding behind them."""
     if not engine.use_ulysses_sp:
-        return Shard()
+        return SequenceSlice()
     group, padding = engine.ulysses_parallel_group, int(output_args["pad_size"])
     ranks = dist.get_world_size(group)
     length = (len(micro_batch["input_ids"].values()) + padding) // ranks
-    return Shard(group=group, ranks=ranks, first=dist.get_rank(group) * length, length=length, padding=padding)
+    return SequenceSlice(group=group, ranks=ranks, first=dist.get_rank(group) * length, length=length, padding=padding)
 
 
 def whole_group(engine: Any) -> Any:

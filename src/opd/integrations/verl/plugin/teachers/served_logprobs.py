@@ -1,4 +1,4 @@
-"""A teacher in verl's own servers: what they say of a sequence comes with the micro-batch, and opd's losses are computed from it.
+"""A teacher in verl's own servers: their log-probs come with the micro-batch, and opd's losses are computed from them.
 
 verl asks its vLLM or SGLang servers for `prompt_logprobs` while rollouts still run. Row t of `teacher_ids` and
 `teacher_logprobs` is about the token after t, at temperature 1: its top_k likeliest tokens, or with support=sampled that
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,9 @@ from verl.workers.utils.losses import ppo_loss
 
 from opd.errors import ConfigError, ModelError, NonFiniteError
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.integrations.verl.plugin.checks import common_vocabulary, read_model
+from opd.integrations.verl.plugin.model_checks import common_vocabulary, read_model
 from opd.integrations.verl.plugin.settings import Settings, TeacherSettings
-from opd.integrations.verl.plugin.teacher_backends import Part
+from opd.integrations.verl.plugin.teachers.base import TargetSlice
 from opd.losses._shapes import Float, Int
 from opd.losses.partial import support_of
 from opd.teachers.vocabulary import VocabularyMatch
@@ -36,20 +37,20 @@ MASS_ROUNDING = 1e-2
 """By how much probabilities of bf16 servers may add up to more than 1."""
 
 
-class PoolTeacher:
-    """Reads what came with the micro-batch: no forward pass, no memory."""
+class ServedLogProbs:
+    """Reads the scores that came with the micro-batch: no forward pass, no memory."""
 
     def __init__(self, settings: Settings, engine: Any) -> None:
-        (self.teacher,) = settings.teachers.values()
+        (self.teacher,) = settings.all_teachers.values()
         self.objective = settings.objective
         self.vocabulary = vocabulary_of(self.teacher, engine)
         self.rows = rows_of(self.teacher)
 
-    def look(
+    def prepare(
         self, _inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens
-    ) -> AbstractContextManager[Sequence[Part]]:
+    ) -> AbstractContextManager[Sequence[TargetSlice]]:
         """The target of the response tokens. Raises an OpdError for scores that no teacher gives."""
-        name, sampled = self.teacher.model_path, self.objective.support == "sampled"
+        name, sampled = self.teacher.model, self.objective.support == "sampled"
         ids, teacher_logp = sent(micro_batch, tokens)
         asked = 1 if sampled else self.objective.top_k
         if ids.shape[-1] != asked:
@@ -60,26 +61,23 @@ class PoolTeacher:
         teacher_logp = teacher_logp.float()
         refuse_nonsense(ids, teacher_logp, name)
         if not sampled:
-            return nullcontext([Part(target=in_vocabulary(ids, teacher_logp, self.vocabulary))])
+            return nullcontext([TargetSlice(target=in_vocabulary(ids, teacher_logp, self.vocabulary))])
         refuse_other_tokens(ids, tokens, name)
-        return nullcontext([Part(target=SampledTarget(teacher_logp=teacher_logp[:, 0]))])
+        return nullcontext([TargetSlice(target=SampledTarget(teacher_logp=teacher_logp[:, 0]))])
 
-    def leave(self) -> None:
-        """Nothing of the teacher is here."""
+    def offload(self) -> None:
+        """Nothing: the teacher is in the server."""
 
 
 def vocabulary_of(teacher: TeacherSettings, engine: Any) -> VocabularyMatch:
     """The token ids that verl's student and a teacher in a server have in common, from the teacher's config and tokenizer."""
-    student = engine.model_config
-    config, tokenizer = read_model(
-        copy_to_local(teacher.model_path), teacher.trust_remote_code, "opd.teacher.model_path"
-    )
-    return common_vocabulary(student.path, teacher.model_path, student.hf_config, config, student.tokenizer, tokenizer)
+    model = read_model(copy_to_local(teacher.model), teacher.trust_remote_code, "opd.teacher.model")
+    return common_vocabulary(engine.model_config, replace(model, path=teacher.model))
 
 
 def rows_of(teacher: TeacherSettings) -> int:
-    """How many ids a teacher in a server can read, from its config."""
-    config = AutoConfig.from_pretrained(copy_to_local(teacher.model_path), trust_remote_code=teacher.trust_remote_code)
+    """The number of ids that a teacher in a server has an embedding for, from its config."""
+    config = AutoConfig.from_pretrained(copy_to_local(teacher.model), trust_remote_code=teacher.trust_remote_code)
     return config.get_text_config().vocab_size
 
 
@@ -115,7 +113,7 @@ def in_vocabulary(
     lost = torch.where(unknown, teacher_logp.exp(), 0.0).sum(-1, keepdim=True)
     if bool(unknown.all(-1).any()):
         raise ModelError(
-            "all tokens that the teacher finds likely at some position are unknown to the student; raise opd.top_k, or use a teacher of "
+            "all tokens that the teacher finds likely at some position are unknown to the student; raise opd.objective.top_k, or use a teacher of "
             "the student's vocabulary."
         )
     rest = torch.log1p(-lost.clamp_max(1 - torch.finfo(lost.dtype).eps))
@@ -129,7 +127,7 @@ def in_vocabulary(
 
 
 def refuse_nonsense(ids: Int[Tensor, "tokens k"], teacher_logp: Float[Tensor, "tokens k"], name: str) -> None:
-    """Raise for NaN and for probabilities above 1, in every micro-batch; `canary` looks at the rest."""
+    """Raise for NaN and for probabilities above 1, in every micro-batch; `sanity_check` looks at the rest."""
     if not ids.numel():
         return
     bad = (teacher_logp.isnan() | (teacher_logp == torch.inf)).any(-1)

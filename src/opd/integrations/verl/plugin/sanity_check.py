@@ -1,6 +1,6 @@
-"""Is the teacher answering the question? Scores that are uniform, of another position, or no numbers would train towards noise.
+"""Sanity check of a teacher's scores: uniform ones, ones of another position, and NaN would train towards noise.
 
-Looked at in the first update and every `canary_every` updates, before any gradient is used.
+It runs in the first update and every `sanity_check_every` updates, before any gradient is used.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from opd.kernels import linear_log_prob
 from opd.kernels.request import AnyTarget, TeacherMixture
 from opd.types import Head, HiddenTarget, TopKTarget
 
-TOKENS = 512
-"""Looked at, at most."""
-FEWEST = 32
-"""Of so few tokens nothing is concluded about positions."""
+MAX_TOKENS = 512
+"""Of a micro-batch, that are checked."""
+MIN_TOKENS = 32
+"""Fewer pairs of neighbouring tokens tell nothing about positions."""
 UNIFORM_NATS = 0.01
 SHIFT_NATS = 1.0
-"""By so much the tokens of another position must be likelier than those that were sampled here, on average,"""
+"""Mean gain in log-prob from which tokens of the next or the previous position fit better than those sampled here."""
 SHIFT_SIGMAS = 5.0
-"""and by so many standard errors."""
+"""The mean gain must also be so many standard errors above 0."""
 DRAWN_SHARE = 0.5
-"""Of that gain, so much must be left on tokens that the student might as well have drawn. A model that repeats what it reads, as one
-with random weights and tied embeddings does, fits the very token that was drawn; a prediction of another position fits all of them."""
-ROWS = 64
-"""Of logits, at a time."""
-ADVICE = "No update was made. Look at the teacher's weights and tokenizer (and its server); opd.canary_every=0 switches this check off."
+"""The share of that gain that must remain on other tokens that the student might have drawn. A model that repeats what it reads, such as
+one with random weights and tied embeddings, fits the sampled token alone; a prediction of another position fits all of them."""
+CHUNK_ROWS = 64
+"""Rows of logits that are made at a time."""
+ADVICE = "No update was made. Look at the teacher's weights and tokenizer (and its server); opd.sanity_check_every=0 switches this check off."
 
 
 def check_teacher(
@@ -54,12 +54,12 @@ def check_teacher(
             )
         return
     who = f"the teacher '{name}'" if name else "the teacher"
-    rows = slice(0, TOKENS)
+    rows = slice(0, MAX_TOKENS)
     if not isinstance(target, (HiddenTarget, TopKTarget)) or not len(ids):
         return
     first, ids, sequence_index, student_logp = _rows(target, rows), ids[rows], sequence_index[rows], student_logp[rows]
-    said = first.hidden if isinstance(first, HiddenTarget) else first.teacher_logp
-    bad = (said.isnan() | (said == torch.inf)).any(-1)
+    values = first.hidden if isinstance(first, HiddenTarget) else first.teacher_logp
+    bad = (values.isnan() | (values == torch.inf)).any(-1)
     if bool(bad.any()):
         raise ModelError(f"{who} gives NaN at {int(bad.sum())} of {len(ids)} response tokens. {ADVICE}")
     if _uniform(first, ids, vocab):
@@ -82,7 +82,7 @@ def _refuse_shifted(
     """Raise ModelError for scores that fit the next or the previous token better, as a prediction of it does."""
     logp = _log_probs(target, ids)
     same = sequence_index[1:] == sequence_index[:-1]
-    if int(same.sum()) < FEWEST:
+    if int(same.sum()) < MIN_TOKENS:
         return
     for which, here, there in (
         ("next", slice(None, -1), slice(1, None)),
@@ -110,8 +110,8 @@ def _refuse_shifted(
 def _expected(target: HiddenTarget | TopKTarget, hidden: Tensor, head: Head, vocab: int) -> Tensor:
     """Σ p log q at each row, nats: q the target's, p what the student's states [rows, hidden] make likely."""
     found = []
-    for start in range(0, len(hidden), ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, len(hidden), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
         p = _logits(hidden[part], head, vocab).softmax(-1)
         one = _rows(target, part)
         if isinstance(one, HiddenTarget):

@@ -15,9 +15,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 
 from opd.errors import ConfigError, NonFiniteError, ObjectiveError
-from opd.integrations.verl.patch.tree.call_config import read_config
 from opd.integrations.verl.patch.tree.logits import TokenLosses, token_losses
 from opd.integrations.verl.patch.tree.settings import LOSS_MODE, Settings, check_config, settings_of
+from opd.integrations.verl.plugin.call_config import read_config
 from opd.losses import Objective
 
 __all__ = [
@@ -34,8 +34,6 @@ __all__ = [
     "settings_of",
 ]
 
-PREFIX = "actor/distillation/"
-"""Of this loss's metrics."""
 Losses = tuple[Tensor, Tensor, Tensor, Tensor]
 """(loss, clip fraction, KL, lower clip fraction), each a scalar; only the loss can be differentiated."""
 

@@ -1,4 +1,4 @@
-"""The frozen teacher inside an actor worker: loaded and sharded as verl does it, without an optimizer."""
+"""Frozen teachers inside an actor worker: a model sharded by verl's FSDP engine without an optimizer, or the student's own base."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -16,25 +16,25 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
 from opd.errors import ConfigError
-from opd.integrations.verl.patch.tree.reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.integrations.verl.plugin.checks import NO_ADAPTER, teacher_attention
-from opd.integrations.verl.plugin.head import output_layer, run_to_head
+from opd.integrations.verl.plugin.head import head_of, hidden_states, output_layer
+from opd.integrations.verl.plugin.model_checks import NO_ADAPTER, teacher_attention
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
+from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.settings import TeacherSettings
 from opd.teachers.vocabulary import embedding_rows
-from opd.types import Head, HiddenTarget
+from opd.types import HiddenTarget
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """verl's names."""
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
 
 
-class Teacher(LanguageModelEngine):
+class FrozenTeacher(LanguageModelEngine):
     """Every worker holds a shard; a forward pass gathers one layer at a time."""
 
-    away = False
-    """Whether its shards are in host memory until it is next asked."""
+    is_offloaded = False
+    """True while its shards are in host memory, until the next forward pass."""
 
     def __init__(self, settings: TeacherSettings, student: Any) -> None:
         """`student` is the actor's engine, whose sharding the teacher shares."""
@@ -46,42 +46,42 @@ class Teacher(LanguageModelEngine):
         self.module: nn.Module = self._build_fsdp_module(module).eval()
         self.reads_rows = reads_rows(self, "teacher", student.model_config.processor)
 
-    def leave(self) -> None:
-        """Move the shards to host memory. The next question brings them back."""
-        if not self.away and not self.engine_config.offload_policy:  # that policy keeps them there anyway
+    def offload(self) -> None:
+        """Move the shards to host memory until the next forward pass."""
+        if not self.is_offloaded and not self.engine_config.offload_policy:  # that policy keeps them there anyway
             offload_fsdp_model_to_cpu(self.module)  # pyright: ignore[reportArgumentType]
-            self.away = True
+            self.is_offloaded = True
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens) -> Tensor:
-        """The hidden states that enter the output layer where response tokens are predicted; `inputs` are what the student reads."""
-        if self.away:
+        """The states, [tokens, hidden], that predict the response tokens; `inputs` are the student's model inputs."""
+        if self.is_offloaded:
             load_fsdp_model_to_gpu(self.module)  # pyright: ignore[reportArgumentType]
-            self.away = False
+            self.is_offloaded = False
         index = tokens.model_index
         if self.reads_rows and packed(micro_batch):
             inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
             index = tokens.row_index
         with _autocast(self._autocast_dtype, index.device.type):
-            return _hidden_at(self.module, readable(self, inputs), index, "teacher")
+            return hidden_states(self.module, readable(self, inputs), index, "teacher")
 
     @contextmanager
     def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
-        """What the teacher says, for as long as its output layer is gathered."""
+        """The target of these states, for as long as the teacher's output layer is gathered."""
         layer = output_layer(self.module, "teacher")
         owner = layer if isinstance(layer, FSDPModule) else self.module  # the root, where embeddings are tied
         owner.unshard()  # pyright: ignore[reportCallIssue]
         try:
-            weight = layer.weight.detach().to(hidden.device, self._autocast_dtype)
-            bias = None if layer.bias is None else layer.bias.detach().to(hidden.device)
-            yield HiddenTarget(hidden=hidden.to(weight.dtype), head=Head(weight=weight, bias=bias))
+            yield HiddenTarget(
+                hidden=hidden.to(self._autocast_dtype), head=head_of(layer, hidden.device, self._autocast_dtype)
+            )
         finally:
             owner.reshard()  # pyright: ignore[reportCallIssue]
             self.module.reshard()  # pyright: ignore[reportCallIssue]  # its own few weights wait for a backward pass
 
 
 class StudentBase:
-    """The student with its LoRA adapter off: a teacher that takes no memory of its own."""
+    """The student with its LoRA adapter off: a teacher without memory of its own."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -90,39 +90,26 @@ class StudentBase:
         if not hasattr(engine.module, "disable_adapter"):
             raise ConfigError(NO_ADAPTER)
 
-    def leave(self) -> None:
-        """Nothing: it is the student, which verl moves."""
+    def offload(self) -> None:
+        """Nothing: verl moves the student."""
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any], _micro_batch: Any, tokens: ResponseTokens) -> Tensor:
-        """As `Teacher.hidden`, by the student's own layers, which read what the student reads."""
-        index = tokens.model_index
-        module = self.engine.module
+        """As `FrozenTeacher.hidden`, by the student's own layers."""
+        index, module = tokens.model_index, self.engine.module
         training = module.training
         module.eval()
         try:
             with self.engine.disable_adapter(), _autocast(self.engine._autocast_dtype, index.device.type):
-                return _hidden_at(module, inputs, index, "student's base")
+                return hidden_states(module, inputs, index, "student's base")
         finally:
             module.train(training)
 
     @contextmanager
     def target(self, hidden: Tensor) -> Iterator[HiddenTarget]:
         """Entered at the student's output layer, which is gathered there and has no adapter."""
-        layer = output_layer(self.engine.module, "student")
-        bias = None if layer.bias is None else layer.bias.detach()
-        yield HiddenTarget(hidden=hidden.to(layer.weight.dtype), head=Head(weight=layer.weight.detach(), bias=bias))
-
-
-def _hidden_at(module: nn.Module, inputs: Mapping[str, Any], index: Tensor, role: str) -> Tensor:
-    kept: list[Tensor] = []
-
-    def keep(hidden: Tensor, _layer: nn.Linear) -> Tensor:
-        kept.append(hidden.index_select(0, index))
-        return hidden.new_zeros(0, dtype=torch.float32)
-
-    run_to_head(module, inputs, keep, role)
-    return kept[0]
+        head = head_of(output_layer(self.engine.module, "student"))
+        yield HiddenTarget(hidden=hidden.to(head.weight.dtype), head=head)
 
 
 def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
@@ -130,7 +117,7 @@ def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
 
 
 def precision_of(settings: TeacherSettings, actor: FSDPEngineConfig) -> Any:
-    """verl's name of what the teacher computes in."""
+    """verl's name of the dtype that the teacher computes in."""
     return PRECISIONS.get(settings.dtype, dict(actor.mixed_precision or {}).get("param_dtype", DEFAULT_PRECISION))
 
 
@@ -142,7 +129,7 @@ def _model_config(settings: TeacherSettings, student: HFModelConfig, actor: FSDP
         sequence_parallel=actor.ulysses_sequence_parallel_size,
     )
     return HFModelConfig(
-        path=settings.model_path,
+        path=settings.model,
         trust_remote_code=settings.trust_remote_code,
         override_config={} if attention is None else {"attn_implementation": attention},
         use_remove_padding=student.use_remove_padding,
@@ -151,11 +138,11 @@ def _model_config(settings: TeacherSettings, student: HFModelConfig, actor: FSDP
 
 
 def _engine_config(settings: TeacherSettings, actor: FSDPEngineConfig) -> FSDPEngineConfig:
-    asked = precision_of(settings, actor)
+    precision = precision_of(settings, actor)
     return FSDPEngineConfig(
         strategy="fsdp2",
-        model_dtype=asked,
-        mixed_precision={**dict(actor.mixed_precision or {}), "param_dtype": asked},
+        model_dtype=precision,
+        mixed_precision={**dict(actor.mixed_precision or {}), "param_dtype": precision},
         offload_policy=settings.offload or actor.offload_policy,
         reshard_after_forward=True,  # no backward pass of the teacher would do it later
         fsdp_size=actor.fsdp_size,
