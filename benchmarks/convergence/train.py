@@ -114,13 +114,18 @@ def train(job: Job, student: TinyDecoder, teachers: Sequence[TinyDecoder], held:
     return Run(curve, spent / max(1, step), student)
 
 
+def step_prompts(job: Job, step: int) -> tuple[Prompts, torch.Generator]:
+    """Prompts of a step, and the generator that the step's samples are drawn from next."""
+    source = generator(job.seed, step, "rollouts")
+    return draw_prompts(job.rollouts // job.method.samples, job.digits, job.domains, source), source
+
+
 def collect(
     job: Job, student: TinyDecoder, teachers: Sequence[TinyDecoder], step: int
 ) -> tuple[Batch, Callable[[], Tensor]]:
     """The rollouts of a step with everything the loss needs, and the student's logits on them."""
     method = job.method
-    source = generator(job.seed, step, "rollouts")
-    prompts = draw_prompts(job.rollouts // method.samples, job.digits, job.domains, source)
+    prompts, source = step_prompts(job, step)
     everyone = torch.arange(len(prompts)).repeat_interleave(method.samples)
     if method.source == "student":
         responses = student.sample(prompts.ids, method.samples, job.digits, source)

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import TrainerCallback
 
+from benchmarks.convergence.gpt2 import CHARACTERS, as_decoder, decoder_of, gpt2, texts
 from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.model import Shape, TinyDecoder
 from benchmarks.convergence.store import Setting, one_thread
-from benchmarks.convergence.task import VOCAB, Prompts, accuracy, draw_prompts, fitted, generator
-from benchmarks.convergence.train import EVALUATE_EVERY, MAX_NORM, Curve, Job, collect, loss_of, total_loss
+from benchmarks.convergence.task import VOCAB, Prompts, accuracy, fitted
+from benchmarks.convergence.train import (
+    EVALUATE_EVERY,
+    MAX_NORM,
+    Curve,
+    Job,
+    collect,
+    loss_of,
+    step_prompts,
+    total_loss,
+)
 from benchmarks.convergence.world import Cell, world
 from benchmarks.trl_environment import ON_CPU, versions
 from opd.config import OptimizerConfig
@@ -30,9 +40,6 @@ from opd.losses import weighted_sum
 from opd.optim.build import learning_rate_factor
 from opd.testing import digit_tokenizer
 from opd.trainer.hybrid_update import whole_logits_loss
-
-CHARACTERS = "0123456789><"
-"""Of token ids 0 to 11. <pad> and <eos> have ids that the model has no rows for, so a response is never shorter."""
 
 
 def main(case_path: str, result_path: str) -> None:
@@ -51,95 +58,16 @@ def main(case_path: str, result_path: str) -> None:
     Path(result_path).write_text(json.dumps(result | {"versions": versions()}))
 
 
-# --- the same weights in transformers ---
-
-
-def gpt2(decoder: TinyDecoder) -> GPT2LMHeadModel:
-    """The decoder's weights in GPT-2, whose attention biases, which the decoder does not have, are zero and stay so."""
-    shape = decoder.shape
-    config = GPT2Config(
-        vocab_size=shape.vocab,
-        n_positions=shape.positions,
-        n_embd=shape.hidden,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_inner=2 * shape.hidden,
-        activation_function="gelu",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = GPT2LMHeadModel(config)
-    model.load_state_dict(as_gpt2(decoder.state_dict(), shape.layers), strict=False)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("c_attn.bias", "attn.c_proj.bias")):
-            parameter.data.zero_()
-            parameter.requires_grad_(False)
-    return model
-
-
-def _pairs(layers: int) -> Iterator[tuple[str, str, bool]]:
-    """The decoder's name, GPT-2's, and whether GPT-2 keeps the transpose; all but query, key and value."""
-    yield "tokens.weight", "transformer.wte.weight", False
-    yield "places.weight", "transformer.wpe.weight", False
-    for i in range(layers):
-        ours, theirs = f"layers.{i}", f"transformer.h.{i}"
-        yield f"{ours}.out.weight", f"{theirs}.attn.c_proj.weight", True
-        for name, other, turned in (
-            ("norm1", "ln_1", False),
-            ("norm2", "ln_2", False),
-            ("up", "mlp.c_fc", True),
-            ("down", "mlp.c_proj", True),
-        ):
-            yield f"{ours}.{name}.weight", f"{theirs}.{other}.weight", turned
-            yield f"{ours}.{name}.bias", f"{theirs}.{other}.bias", False
-    yield "norm.weight", "transformer.ln_f.weight", False
-    yield "norm.bias", "transformer.ln_f.bias", False
-
-
-_ATTENTION = ("query", "key", "value")
-
-
-def as_gpt2(named: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A tensor per weight of the decoder, as GPT-2 has them."""
-    found = {theirs: named[ours].T if turned else named[ours] for ours, theirs, turned in _pairs(layers)}
-    for i in range(layers):
-        parts = [named[f"layers.{i}.{part}.weight"].T for part in _ATTENTION]
-        found[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat(parts, dim=1)
-    return found | {"lm_head.weight": named["tokens.weight"]}
-
-
-def as_decoder(named: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The inverse of `as_gpt2`."""
-    found = {ours: named[theirs].T if turned else named[theirs] for ours, theirs, turned in _pairs(layers)}
-    for i in range(layers):
-        parts = named[f"transformer.h.{i}.attn.c_attn.weight"].chunk(3, dim=1)
-        found |= {f"layers.{i}.{name}.weight": part.T for name, part in zip(_ATTENTION, parts, strict=True)}
-    return found
-
-
-def decoder_of(model: Any, shape: Shape) -> TinyDecoder:
-    decoder = TinyDecoder(shape, 0)
-    decoder.load_state_dict(as_decoder(model.state_dict(), shape.layers))
-    return decoder
-
-
-# --- the same training in TRL ---
-
-
 def grpo_trainer(base: TinyDecoder, job: Job, folder: str, *, own_draws: bool) -> Any:
     """GRPOTrainer on the job's prompts in the job's order. With `own_draws` its own `generate` samples; without, opd's sampler does,
     with opd's random numbers, from the weights that TRL has at that update."""
     import datasets
     from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-    rows = [row for step in range(1, job.max_steps + 1) for row in dataset_rows(prompts_of(job, step))]
+    rows = [row for step in range(1, job.max_steps + 1) for row in dataset_rows(step_prompts(job, step)[0])]
 
     def replay(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
-        source = generator(job.seed, trainer.state.global_step + 1, "rollouts")
-        drawn = draw_prompts(job.rollouts // job.method.samples, job.digits, job.domains, source)
+        drawn, source = step_prompts(job, trainer.state.global_step + 1)
         decoder = decoder_of(trainer.model, base.shape)
         responses = decoder.sample(drawn.ids, job.method.samples, job.digits, source)
         repeated = drawn.ids.repeat_interleave(job.method.samples, 0)
@@ -159,16 +87,6 @@ def grpo_trainer(base: TinyDecoder, job: Job, folder: str, *, own_draws: bool) -
     warmup = OptimizerConfig(warmup_steps=job.method.warmup)
     trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: learning_rate_factor(step, job.max_steps, warmup))
     return trainer
-
-
-def prompts_of(job: Job, step: int) -> Prompts:
-    """As `collect` draws them."""
-    source = generator(job.seed, step, "rollouts")
-    return draw_prompts(job.rollouts // job.method.samples, job.digits, job.domains, source)
-
-
-def texts(ids: Tensor) -> list[str]:
-    return ["".join(CHARACTERS[i] for i in row) for row in ids.tolist()]
 
 
 def dataset_rows(prompts: Prompts) -> list[dict[str, Any]]:
@@ -239,8 +157,6 @@ class Watch(TrainerCallback):
             control.should_training_stop = self.curve.values[-1] >= self.stop_at
         self.started = time.process_time()
 
-
-# --- the same loss ---
 
 CHECK_DIGITS, CHECK_SEED = 3, 7
 

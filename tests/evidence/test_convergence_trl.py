@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.convergence.gpt2 import as_decoder, as_gpt2, gpt2
 from benchmarks.convergence.model import Shape, TinyDecoder
 from benchmarks.convergence.outside import COLUMNS, OPD, REPLAY, TRL, OutsideRun, compare_losses, table
 from benchmarks.convergence.task import VOCAB, draw_prompts, generator
-from benchmarks.convergence.trl_worker import as_decoder, as_gpt2, gpt2
 from benchmarks.trl_environment import TRL_ENVIRONMENT
 
 DIGITS = 3
