@@ -50,7 +50,7 @@ check: $(DEV_READY)  ## ruff and pyright
 	$(BIN)/pyright
 
 coverage: $(DEV_READY)  ## `make test` with the share of lines that it runs, by room; `.venv/bin/coverage report -m` lists the lines left out
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=
 	@for room in src/opd/[a-z]*/; do printf '%-28s %3s %%\n' "$$room" "$$($(BIN)/coverage report --format=total --include="$$room*")"; done
 	@printf '%-28s %3s %%\n' "all of src/opd" "$$($(BIN)/coverage report --format=total)"
 

@@ -32,7 +32,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     options = config.option
-    if options.numprocesses is None and not options.usepdb and options.capture != "no":
+    watched = options.usepdb or options.capture == "no" or getattr(options, "cov_source", None)  # --pdb, -s, --cov
+    if options.numprocesses is None and not watched:
         options.numprocesses = PROCESSES if all(Path(argument).is_dir() for argument in config.args) else 0
     if options.numprocesses and options.dist == "no":
         options.dist, options.loadscopereorder = "loadfile", False
