@@ -39,12 +39,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.dist, options.loadscopereorder = "loadfile", False
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process waits long for the other. `product` runs only when named."""
-    if "product" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("product")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("product")]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process waits long for the other at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
