@@ -113,7 +113,7 @@ def _outside(path: Path, tuned: Store, runs: Store) -> None:
     print(
         "One update of opd and TRL on the same samples: " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True
     )
-    for run in outside.fill(path, tuned, runs):
+    for run in outside.fill(path, outside.settings(tuned), outside.trainers(runs)):
         steps = ", ".join(f"{level}% {run.steps(level) or '-'}" for level in outside.LEVELS)
         print(f"{time.strftime('%H:%M')} {run.trainer}, seed {run.seed}: {steps}", flush=True)
 

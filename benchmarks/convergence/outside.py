@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,10 +60,18 @@ class OutsideRun(Row):
         return int(self["seed"])
 
 
-def settings(tuned: Store) -> list[Setting]:
+Trainer = Callable[[Setting], OutsideRun]
+
+
+def settings(tuned: Store, arm: tuple[str, str] = ARM) -> list[Setting]:
     """The arm at its tuned rate on the reporting seeds."""
-    lr = plan.chosen(tuned, *ARM)
-    return [s for s in plan.report(tuned, [ARM]) if s.lr == lr]
+    lr = plan.chosen(tuned, *arm)
+    return [s for s in plan.report(tuned, [arm]) if s.lr == lr]
+
+
+def trainers(runs: Store) -> dict[str, Trainer]:
+    """The three trainers of the arm. opd's runs are taken from runs.csv where it has them."""
+    return {OPD: partial(own_run, runs), TRL: partial(_theirs, TRL), REPLAY: partial(_theirs, REPLAY)}
 
 
 def read_runs(path: Path) -> list[OutsideRun]:
@@ -72,14 +81,14 @@ def read_runs(path: Path) -> list[OutsideRun]:
         return [OutsideRun(values) for values in csv.DictReader(file)]
 
 
-def fill(path: Path, tuned: Store, runs: Store) -> Iterator[OutsideRun]:
-    """Do what is missing: opd's runs are taken from runs.csv where it has them. Every run is a line of the file when it is finished."""
+def fill(path: Path, asked: Iterable[Setting], by: Mapping[str, Trainer]) -> Iterator[OutsideRun]:
+    """Runs of every setting by every trainer that the file lacks. A finished run is a line of the file."""
     there = {run.key for run in read_runs(path)}
-    for setting in plan.by_seed(settings(tuned)):
-        for trainer in TRAINERS:
-            if _key(trainer, setting) in there:
+    for setting in plan.by_seed(asked):
+        for name, trainer in by.items():
+            if _key(name, setting) in there:
                 continue
-            run = _own(setting, runs) if trainer == OPD else _theirs(setting, trainer)
+            run = trainer(setting)
             new = not path.exists()
             with path.open("a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -95,13 +104,14 @@ def _key(trainer: str, setting: Setting) -> tuple[str, ...]:
     return (trainer, cell.name, *(str(fact) for fact in facts))
 
 
-def _own(setting: Setting, runs: Store) -> OutsideRun:
+def own_run(runs: Store, setting: Setting) -> OutsideRun:
+    """The benchmark's own run, from runs.csv or anew."""
     one_thread()
     row = runs.rows.get(setting.key) or perform(setting)
-    return _run(OPD, setting, row.curve, float(row["seconds_per_step"]), "")
+    return finished(OPD, setting, row.curve, float(row["seconds_per_step"]), "")
 
 
-def _theirs(setting: Setting, trainer: str) -> OutsideRun:
+def _theirs(trainer: str, setting: Setting) -> OutsideRun:
     world(setting.cell, setting.seed)  # made here, read there
     case = {"setting": asdict(setting) | {"stop_level": STOP}, "own_draws": trainer == TRL}
     with tempfile.TemporaryDirectory() as folder:
@@ -109,10 +119,11 @@ def _theirs(setting: Setting, trainer: str) -> OutsideRun:
         path.write_text(json.dumps(case))
         result = run_module(trl_python(), "benchmarks.convergence.trl_worker", Path(folder), str(path), threads=1)
     versions = " ".join(f"{name}={version}" for name, version in result["versions"].items())
-    return _run(trainer, setting, Curve(result["steps"], result["values"]), result["seconds"], versions)
+    return finished(trainer, setting, Curve(result["steps"], result["values"]), result["seconds"], versions)
 
 
-def _run(trainer: str, setting: Setting, curve: Curve, seconds: float, versions: str) -> OutsideRun:
+def finished(trainer: str, setting: Setting, curve: Curve, seconds: float, versions: str) -> OutsideRun:
+    """A run as a line of the file; `seconds` are of the CPU, per update."""
     there = world(setting.cell, setting.seed)
     reached = [curve.reached(there.level(level / 100)) for level in LEVELS]
     values = (
@@ -146,13 +157,18 @@ def table(runs: Sequence[OutsideRun]) -> str:
     ]
     for trainer, found in by.items():
         if found:
-            cells = [_cell(found, by[OPD], level, own=trainer == OPD) for level in LEVELS]
-            cost = fmean(r.number("seconds_per_step") for r in found)
-            lines.append(f"| {trainer} | {len(found)} | " + " | ".join(cells) + f" | {cost:.3f} |")
+            lines.append(line(trainer, found, by[OPD]))
     lines.append(f"\n{_verdict(by[OPD], by[TRL])}")
     if by[REPLAY]:
         lines.append(f"\n{_apart(by[OPD], by[REPLAY])}")
     return "\n".join(lines)
+
+
+def line(trainer: str, found: Sequence[OutsideRun], opd: Sequence[OutsideRun]) -> str:
+    """A trainer's line of the table: updates to each level, over opd's, and CPU seconds per update."""
+    cells = [_cell(found, opd, level, own=trainer == OPD) for level in LEVELS]
+    cost = fmean(r.number("seconds_per_step") for r in found)
+    return f"| {trainer} | {len(found)} | " + " | ".join(cells) + f" | {cost:.3f} |"
 
 
 def _title(runs: Sequence[OutsideRun]) -> str:
