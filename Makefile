@@ -1,9 +1,10 @@
-# Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, and is quick when nothing changed.
-# `make verl` is for the verl plugin: it has an environment of its own, because verl and the rest want different versions.
+# `make demo` shows what this is for, `make test` runs the tests, `make all-tests` is what CI runs. Each makes the environments that it
+# needs, again when their requirements change. verl has environments of its own: its releases and the rest want different versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
 VERL_VENV := .venv-verl
 VERL_BIN := $(VERL_VENV)/bin
 VERL_READY := $(VERL_VENV)/.ready
@@ -12,31 +13,48 @@ VERL080_BIN := $(VERL080_VENV)/bin
 VERL080_READY := $(VERL080_VENV)/.ready
 WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
+PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test verl verl-patch check lint fast bench evidence gpu gpu-wheels gpu-rehearse patches dist clean
+.PHONY: demo test fast product verl verl-patch all-tests environments check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
 
-test: $(READY)  ## every test
+test: $(DEV_READY)  ## every test but real runs of verl (`make verl`, `make verl-patch`) and the full product of kernel cases (`make product`)
 	$(BIN)/python -m pytest
+
+fast: $(DEV_READY)  ## the tests that end in under two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+product: $(DEV_READY)  ## kernels: every combination of options, where `make test` has every pair
+	$(BIN)/python -m pytest -m product tests/kernels
 
 verl: $(VERL_READY) $(VERL080_READY)  ## the tests of the verl plugin: real runs of verl on the CPU
 	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/integrations/verl
 
 verl-patch: $(VERL_READY) $(VERL080_READY)  ## the tests inside patched trees of verl, with real runs; `make test` has those of the builder and the installer
-	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest $(IN_VERL)
-	OMP_NUM_THREADS=1 $(VERL080_BIN)/python -m pytest $(IN_VERL) -k 'not two_ranks'
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest -n 2 $(IN_VERL)
+	OMP_NUM_THREADS=1 $(VERL080_BIN)/python -m pytest -n 2 $(IN_VERL) -k 'not two_ranks'
 
-fast: $(READY)  ## the tests that end in under two minutes
-	$(BIN)/python -m pytest -m "not slow"
+all-tests:  ## what CI runs: check, test, product, verl, verl-patch; goes on after a failure, and fails if any of them did
+	@failed=0; \
+	$(MAKE) --keep-going --jobs=2 check environments || failed=1; \
+	$(MAKE) --keep-going test product verl verl-patch || failed=1; \
+	exit $$failed
 
-check: $(READY)  ## ruff and pyright
+environments: $(DEV_READY) $(VERL_READY) $(VERL080_READY)  ## the three environments; with `--jobs=3`, at once
+
+check: $(DEV_READY)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(READY)  ## the fused loss against other libraries', in an environment made for them; an hour
+coverage: $(DEV_READY)  ## `make test` with the share of lines that it runs, by room; `.venv/bin/coverage report -m` lists the lines left out
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=
+	@for room in src/opd/[a-z]*/; do printf '%-28s %3s %%\n' "$$room" "$$($(BIN)/coverage report --format=total --include="$$room*")"; done
+	@printf '%-28s %3s %%\n' "all of src/opd" "$$($(BIN)/coverage report --format=total)"
+
+bench: $(DEV_READY)  ## the fused loss against other libraries', in an environment made for them; an hour
 	$(BIN)/python -m benchmarks kernels
 
 gpu:  ## everything that only a GPU can show, in nine minutes, with the Python at hand; `make gpu-wheels` first, where it has no network
@@ -49,33 +67,49 @@ gpu-wheels:  ## what `make gpu` needs beyond PyTorch, Triton and transformers, f
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -d $(WHEELS) -r benchmarks/gpu/requirements.txt
 	@du -sk $(WHEELS) | awk '{ printf "%s: %.1f MiB\n", $$2, $$1 / 1024; exit $$1 > 61440 }'
 
-gpu-rehearse: $(READY)  ## every part of `make gpu` at tiny sizes on the CPU
+gpu-rehearse: $(DEV_READY)  ## every part of `make gpu` at tiny sizes on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks gpu --device cpu --rehearse --out runs/gpu-rehearsal
 
-evidence: $(READY)  ## distillation beside reinforcement learning: what is missing of the runs, then tables and figures
+evidence: $(DEV_READY)  ## distillation beside reinforcement learning: what is missing of the runs, then tables and figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks convergence
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opd needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing PyTorch and the rest into $(VENV): a minute or more, once.'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP) -c constraints.txt torch
+	$(BIN)/$(PIP) -c constraints.txt -e .
 	@touch $(READY)
+
+$(DEV_READY): $(READY)
+	@echo 'Installing the development tools into $(VENV).'
+	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $(DEV_READY)
 
 $(VERL_READY): pyproject.toml constraints-verl.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "verl's environment needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	test -x $(VERL_BIN)/python || $(PYTHON) -m venv $(VERL_VENV)
 	@echo 'Installing verl, Ray and PyTorch into $(VERL_VENV): a few minutes, once.'
-	$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e '.[verl]' pytest pytest-timeout psutil
+	$(VERL_BIN)/$(PIP) -c constraints-verl.txt -e '.[verl]' pytest pytest-timeout pytest-xdist psutil
 	@touch $(VERL_READY)
 
 $(VERL080_READY): pyproject.toml constraints-verl080.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "verl 0.8's environment needs Python 3.11 or 3.12 (numpy < 2); set PYTHON=/path/to/python3"; exit 1; }
 	test -x $(VERL080_BIN)/python || $(PYTHON) -m venv $(VERL080_VENV)
 	@echo 'Installing verl 0.8.0, Ray and PyTorch into $(VERL080_VENV): a few minutes, once.'
-	$(VERL080_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl080.txt verl==0.8.0 cachetools fastapi uvicorn msgspec pyzmq -e . pytest pytest-timeout psutil
+	$(VERL080_BIN)/$(PIP) -c constraints-verl080.txt verl==0.8.0 cachetools fastapi uvicorn msgspec pyzmq -e . pytest pytest-timeout pytest-xdist psutil
 	@touch $(VERL080_READY)
+
+lock: environments  ## the versions that are installed now, into constraints*.txt; after a change of pyproject.toml or of a pin
+	$(BIN)/python tools/lock.py constraints.txt $(BIN)/python 3.10
+	$(BIN)/python tools/lock.py constraints-verl.txt $(VERL_BIN)/python 3.11
+	$(BIN)/python tools/lock.py constraints-verl080.txt $(VERL080_BIN)/python 3.11
+	@touch $(READY) $(DEV_READY) $(VERL_READY) $(VERL080_READY)
+
+renew:  ## new environments with the newest versions that go with the pins at the top of constraints*.txt, then `make lock`
+	$(PYTHON) tools/lock.py --unlock constraints.txt constraints-verl.txt constraints-verl080.txt
+	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV)
+	$(MAKE) lock
 
 patches: $(READY)  ## the patches for verl's own tree, again: after any change to what they carry
 	for version in 0.8.0 0.9.0 0.9.1; do $(BIN)/opd verl patch build --verl $$version || exit 1; done

@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [arguments]` runs `main` of benchmarks/NAME.py."""
+"""`python -m benchmarks NAME [arguments]` runs `main` of the benchmark's command.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-NAMES = ("losses", "loop", "kernels", "gpu", "gradient_filter", "gradient_variance", "verl_native", "convergence")
+FOLDERS = {
+    "losses": "losses",
+    "loop": "loop",
+    "kernels": "kernels",
+    "gpu": "gpu",
+    "gradient_variance": "variance",
+    "verl_native": "verl_native",
+    "convergence": "convergence",
+}
+"""The benchmarks' folders by their names on the command line."""
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or argv[0] not in NAMES:
+    if not argv or argv[0] not in FOLDERS:
         asked = f"No benchmark is called '{argv[0]}'. " if argv and argv[0] not in ("-h", "--help") else ""
-        print(f"{asked}python -m benchmarks {{{','.join(NAMES)}}} [--help]", file=sys.stderr)
+        print(f"{asked}python -m benchmarks {{{','.join(FOLDERS)}}} [--help]", file=sys.stderr)
         return 0 if argv and not asked else 2
-    return import_module(f"benchmarks.{argv[0]}").main(list(argv[1:]))
+    return import_module(f"benchmarks.{FOLDERS[argv[0]]}.command").main(list(argv[1:]))
 
 
 if __name__ == "__main__":

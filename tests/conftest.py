@@ -1,14 +1,16 @@
-"""Shared by all tests: quiet transformers, a fixed number of threads, and small real models."""
+"""Shared by all tests: quiet transformers, one thread, two processes for folders, and small real models."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,58 @@ from transformers.utils import logging as transformers_logging
 
 from worlds import make_world
 
+PROCESSES = 2
+"""Processes for a run of folders: the cores of the smallest machine that runs everything."""
+LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
+
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it does, and results stay the same everywhere
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Folders run in PROCESSES processes, file by file; named files in one, which starts sooner. `-n` overrides."""
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    options = config.option
+    watched = options.usepdb or options.capture == "no" or getattr(options, "cov_source", None)  # --pdb, -s, --cov
+    if options.numprocesses is None and not watched:
+        options.numprocesses = PROCESSES if all(Path(argument).is_dir() for argument in config.args) else 0
+    if options.numprocesses and options.dist == "no":
+        options.dist, options.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process waits long for the other at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """The folder of the locks, for each of the processes."""
+    stash = node.config.stash
+    if LOCKS not in stash:
+        stash[LOCKS] = tempfile.TemporaryDirectory(prefix="opd-tests-")
+    node.workerinput["locks"] = stash[LOCKS].name
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A `serial` test runs alone: the other processes wait until it has ended."""
+    folder = getattr(item.config, "workerinput", {}).get("locks")
+    if folder is None:
+        return (yield)
+    kind = fcntl.LOCK_EX if item.get_closest_marker("serial") else fcntl.LOCK_SH
+    with Path(folder, "running").open("w") as running:
+        with Path(folder, "next").open("w") as following:  # held while waiting, so that nobody overtakes a serial test
+            fcntl.flock(following, fcntl.LOCK_EX)
+            fcntl.flock(running, kind)
+            fcntl.flock(following, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 
 MIB = 2**20
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas", "aten::mm", "aten::addmm")
-"""What the kernels of matrix products are called."""
+"""Names of matrix-product kernels."""
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -50,7 +50,7 @@ def interleaved(
 
 
 def peak_mib(step: Callable[[], object], device: torch.device) -> float | None:
-    """What PyTorch allocates in one call beyond what is there before it; None on a CPU."""
+    """Peak memory of one call beyond the memory in use before it; None on a CPU."""
     if device.type != "cuda":
         step()
         return None
@@ -69,13 +69,13 @@ def middle(times: list[float]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What ran in one step."""
+    """Kernels of one step."""
 
     kernels: tuple[tuple[str, int, float], ...]
     """Name, calls, milliseconds; the longest first. Kernels on a GPU, operators on a CPU."""
     launches: int
     waits: int
-    """How often the host waited for the device."""
+    """Number of times the host waited for the device."""
 
     @property
     def rows_ms(self) -> float:

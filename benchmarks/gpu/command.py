@@ -168,7 +168,7 @@ class Session:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> bool:
-    """Whether the worker had to be killed, with everything that it started."""
+    """Kills a worker that still runs, with everything that it started; True if it did."""
     if worker.poll() is not None:
         return False
     os.killpg(worker.pid, signal.SIGKILL)

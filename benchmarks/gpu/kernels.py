@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._kernels_cases import Variant, Workload
-from benchmarks._kernels_variants import BETA, Inputs, float64_gradients, make_inputs, make_step
 from benchmarks.gpu.clock import Profile, interleaved, is_product, middle, milliseconds, peak_mib, profile
 from benchmarks.gpu.sheet import CheckFailed, Sheet
+from benchmarks.kernels.cases import Variant, Workload
+from benchmarks.kernels.variants import BETA, Inputs, float64_gradients, make_inputs, make_step
 from opd.kernels import PolicyTerm, linear_divergence, linear_log_prob, linear_objective
 from opd.losses import Objective
 from opd.types import Head, HiddenTarget
@@ -31,7 +31,7 @@ WARM_UPS = 2
 ERROR_ROWS = 64
 """Tokens whose float64 gradients are computed."""
 LOGIT_BYTES = 3 * 4
-"""What a row pass must move per logit: both models' float32 are read, and the gradient is written in place."""
+"""Bytes a row pass must move per logit: both models' float32 are read, and the gradient is written in place."""
 SHOWN_KERNELS = 12
 PROFILED = (
     "opd triton, reverse KL",
@@ -139,7 +139,7 @@ def _times(sheet: Sheet, load: Workload, ceilings: Any) -> None:
 
 
 def _kernels(seen: Profile, load: Workload, ceilings: Any) -> dict[str, Any]:
-    """Where the time goes."""
+    """Time by kernel."""
     bandwidth = load.tokens * load.vocab * LOGIT_BYTES / max(seen.rows_ms, 1e-9) / 1e6
     products = sum(ms for name, _, ms in seen.kernels if is_product(name))
     return {
@@ -263,7 +263,7 @@ def _log_prob(inputs: Inputs, load: Workload) -> Step:
 
 
 def _trainer(objective: Objective, *, float32: bool = False) -> Callable[[Inputs, Workload], Step]:
-    """What the trainer calls, with all its metrics; `float32` has float32 weights under bfloat16 autocast."""
+    """The function that the trainer calls, with all its metrics; `float32` has float32 weights under bfloat16 autocast."""
 
     def make(inputs: Inputs, load: Workload) -> Step:
         ids, target = _response_ids(inputs), _teacher(inputs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 FETCHED = ("tyro", "pydantic", "plotly", "liger_kernel", "trl", "datasets")
-"""What requirements.txt has, as it is imported; `make gpu-wheels` fetches it for a machine without network."""
+"""Import names of requirements.txt; `make gpu-wheels` fetches them for a machine without network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ PACKAGES = (
     "flash_attn",
     "verl",
 )
-"""What the report names as there or missing."""
+"""Packages that the report lists as present or missing."""
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
@@ -76,14 +76,14 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 
 def lacks(names: list[str]) -> str:
-    """What is missing, and how to get it."""
+    """Error text for missing packages, with the command that fetches them."""
     fetched = [name for name in names if name in FETCHED]
     advice = f" `make gpu-wheels` fetches {', '.join(fetched)}." if fetched else ""
     return f"needs {', '.join(names)}, which this Python lacks.{advice}"
 
 
 def installed(name: str) -> bool:
-    """Whether a package can be found; one that was hidden by an entry None in `sys.modules` is not."""
+    """True if a package can be found; an entry None in `sys.modules` hides it."""
     try:
         return find_spec(name) is not None
     except (ImportError, ValueError):

@@ -18,7 +18,7 @@ MANY_COLUMNS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one case found."""
+    """Result of one case."""
 
     part: str
     table: str

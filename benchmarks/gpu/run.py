@@ -39,7 +39,7 @@ sys.exit(main(sys.argv[1:]))
 
 @dataclass(kw_only=True)
 class Demo:
-    """Where runs live, and the first one, which the others are compared with."""
+    """Folder of the runs, and the first run, with which the others are compared."""
 
     sheet: Sheet
     folder: Path
@@ -68,7 +68,7 @@ class Demo:
         )
 
     def finish(self, process: subprocess.Popen[str]) -> str:
-        """What it printed. Raises CheckFailed when it did not end well in time."""
+        """Standard output of the command. Raises CheckFailed when it fails or exceeds its time."""
         try:
             said, _ = process.communicate(timeout=max(5.0, min(TIMEOUT, self.sheet.left)))
         except subprocess.TimeoutExpired:
@@ -168,7 +168,7 @@ def _compared(mine: list[dict[str, float]], theirs: list[dict[str, float]], demo
 
 
 def _not_deterministic(demo: Demo, name: str) -> str:
-    """What PyTorch warns of when it is asked for deterministic algorithms."""
+    """PyTorch's warnings when asked for deterministic algorithms."""
     run = demo.fresh(f"{name}-deterministic")
     words = demo.words(run, "--train.steps", "2", "--eval.every", "0")
     said = demo.finish(demo.start(words, ("-W", "always", "-c", DETERMINISTIC)))

@@ -1,4 +1,4 @@
-"""What a part writes on: one row per case, a clock, and errors that end a case but not the part."""
+"""Result sheet of a part: one row per case, a clock, and errors that end a case but not the part."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attentio
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much one step reads and writes."""
+    """Sizes of one step."""
 
     rollouts: int = 32
     prompt: int = 256

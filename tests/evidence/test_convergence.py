@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks._convergence_methods import METHODS
-from benchmarks._convergence_model import Shape, TinyDecoder
-from benchmarks._convergence_report import ratio
-from benchmarks._convergence_task import VOCAB, accuracy, draw_prompts, generator, rewards
-from benchmarks._convergence_train import Curve, Job, collect, total_loss
+from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.model import Shape, TinyDecoder
+from benchmarks.convergence.report import ratio
+from benchmarks.convergence.task import VOCAB, accuracy, draw_prompts, generator, rewards
+from benchmarks.convergence.train import Curve, Job, collect, total_loss
 
 ROOT = Path(__file__).parents[2]
 DIGITS = 3

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks._convergence_model import Shape, TinyDecoder
-from benchmarks._convergence_outside import COLUMNS, OPD, REPLAY, TRL, OutsideRun, compare_losses, table
-from benchmarks._convergence_task import VOCAB, draw_prompts, generator
-from benchmarks._convergence_trl import as_decoder, as_gpt2, gpt2
-from benchmarks.loop import TRL_ENVIRONMENT
+from benchmarks.convergence.gpt2 import as_decoder, as_gpt2, gpt2
+from benchmarks.convergence.model import Shape, TinyDecoder
+from benchmarks.convergence.outside import COLUMNS, OPD, REPLAY, TRL, OutsideRun, compare_losses, table
+from benchmarks.convergence.task import VOCAB, draw_prompts, generator
+from benchmarks.trl_environment import TRL_ENVIRONMENT
 
 DIGITS = 3
 

@@ -1,4 +1,4 @@
-"""What both READMEs quote of the convergence benchmark is what its CSVs say."""
+"""Both READMEs quote the convergence benchmark as its CSVs have it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
-from benchmarks import _convergence_pages as pages
-from benchmarks._convergence_store import Store
+from benchmarks.convergence import pages
+from benchmarks.convergence.store import Store
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "convergence"

@@ -23,6 +23,7 @@ PACKED = 4 * MIB  # what the library packs operands in depends on the processor
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.serial,
     pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's memory high-water mark"),
 ]
 

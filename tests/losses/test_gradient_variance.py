@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from benchmarks.gradient_variance import RESULTS, enumerated, measure, methods, problems, simulated, wanted_gradient
-from benchmarks.losses import README
+from benchmarks import RESULTS
+from benchmarks.losses.command import README
+from benchmarks.variance.command import enumerated, measure, methods, problems, simulated, wanted_gradient
 
 DRAWS = 20_000
 CASES = [(problem, method) for problem in problems() for method in methods(problem)]

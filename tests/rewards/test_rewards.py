@@ -275,6 +275,7 @@ def backtracking(prompt, response):
     return float(bool(re.match(r"(a+)+$", "a" * 40 + "b")))
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("reward", [endless, stubborn, backtracking])
 def test_a_reward_that_hangs_is_interrupted_and_named(reward):
     began = time.monotonic()
@@ -353,6 +354,7 @@ def test_a_box_that_holds_another_value_is_not_the_answer(response, answer):
     assert numeric_answer(prompt(answer), response) == 0.0
 
 
+@pytest.mark.serial
 def test_many_open_boxes_take_no_time():
     began = time.monotonic()
     assert numeric_answer(prompt("1"), "\\boxed{" * 20_000 + "1") == 1.0

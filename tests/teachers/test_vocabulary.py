@@ -145,6 +145,7 @@ def test_an_empty_tokenizer_is_refused():
         check(word_tokenizer({}), digit_tokenizer(), student_rows=3)
 
 
+@pytest.mark.serial
 def test_vocabularies_of_150_000_tokens_are_compared_in_seconds():
     tokens = {f"token{i}": i for i in range(150_000)}
     student, teacher = word_tokenizer(tokens), word_tokenizer({**tokens, "extra": 150_000})

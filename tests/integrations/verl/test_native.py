@@ -11,7 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # benchmarks/ stands beside tests/
 
-from benchmarks.verl_native import (
+from benchmarks.verl_native.command import (
     PROMPT,
     VOCAB,
     Data,

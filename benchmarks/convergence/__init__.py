@@ -1,0 +1,1 @@
+"""Distillation beside reinforcement learning: updates to a share of the teacher's gain."""

@@ -1,0 +1,1 @@
+"""The loss from hidden states: time, peak memory and error, beside other libraries."""

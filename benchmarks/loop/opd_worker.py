@@ -1,0 +1,89 @@
+"""One timed run of opd's own loop, on the recipe a user would write. `python -m benchmarks.loop.opd_worker CASE RESULT`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import transformers
+
+from benchmarks.loop.clock import Case, StepClock, read_case
+from opd.config import Config
+from opd.config.recipe import build
+from opd.reporting.progress import Progress
+from opd.reporting.record import RunRecorder
+from opd.trainer.loop import run_steps
+from opd.trainer.run_folder import RunFolder
+from opd.trainer.setup import build_parts
+
+
+class TimedRecorder(RunRecorder):
+    """The ordinary recorder, files and all, which also marks the end of each step."""
+
+    def __init__(self, run_dir: str, clock: StepClock) -> None:
+        super().__init__(run_dir, resume_step=None)
+        self._clock = clock
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().step(step, metrics)
+        tokens = int(metrics["tokens"])
+        self._clock.step(
+            rollouts=round(tokens / metrics["response_length"]),
+            tokens=tokens,
+            loss=metrics["loss"],
+            grad_norm=metrics["grad_norm"],
+        )
+
+
+def main(case_path: str, result_path: str) -> None:
+    case = read_case(case_path)
+    torch.set_num_threads(case.threads)
+    prompts: list[tuple[int, ...]] = []
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as run_dir:
+        config = recipe(case, run_dir)
+        parts: Any = build_parts(config)
+        sample, score = parts.sampler.sample, parts.teacher.score
+
+        def sample_and_note(*args: Any, **kwargs: Any) -> Any:
+            with clock.phase("rollout"):
+                rollouts = sample(*args, **kwargs)
+            prompts.extend(r.prompt_ids for r in rollouts)
+            return rollouts
+
+        parts.sampler.sample = sample_and_note
+        parts.teacher.score = clock.wrap(score, "teacher")
+        # The teacher's head runs when the loss needs it; its time belongs to the teacher all the same.
+        parts.student.teacher_logits = clock.wrap(parts.student.teacher_logits, "teacher")
+        with TimedRecorder(run_dir, clock) as run, Progress(config.train.steps, enabled="off") as progress:
+            clock.restart()
+            run_steps(config, cast(Any, parts), RunFolder(run_dir), run, progress)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    clock.write(result_path, prompts=prompts, versions=versions)
+
+
+def recipe(case: Case, run_dir: str) -> Config:
+    """The case in opd's words. What is not named is opd's default."""
+    return build(
+        {
+            "student": {"model": case.student, "device": "cpu"},
+            "teacher": {"model": case.teacher},
+            "prompts": {"path": case.data, "shuffle": False},
+            "objective": {"divergence": "reverse_kl"},
+            "rollout": {"max_new_tokens": case.max_new_tokens, "temperature": 1.0},
+            "optimizer": {"lr": case.lr, "warmup_steps": 0, "betas": [0.9, 0.95], "weight_decay": 0.0},
+            "train": {"steps": case.steps, "prompts_per_step": case.rollouts_per_step, "samples_per_prompt": 1},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 0},
+            "log": {"progress": "off"},
+            "run_dir": run_dir,
+            "seed": case.seed,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The tables of src/opd/losses/README.md."""

@@ -1,0 +1,1 @@
+"""The variance of one rollout's gradient, by estimator."""

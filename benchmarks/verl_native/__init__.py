@@ -1,0 +1,1 @@
+"""verl's own top-k forward KL beside opd's bucket."""
