@@ -30,7 +30,7 @@ from opd.types import (
 Layout = Literal["right_padded", "left_padded", "packed"]
 
 
-def arrange(
+def layout_sequences(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,
@@ -98,14 +98,14 @@ def pack(
     if global_count is None:
         global_count = count_of(rollouts, reduction, keep)
     batches = []
-    for members in plan(lengths, budget=tokens_per_microbatch, layout=layout):
+    for members in group_by_length(lengths, budget=tokens_per_microbatch, layout=layout):
         chosen = tuple(rollouts[i] for i in members)
         target = concatenate([targets[i] for i in members], device) if targets is not None else None
         batch = _batch(chosen, layout, pad_id, device)
         if advantages is not None:
             batch = dataclasses.replace(batch, advantages=torch.cat([advantages[i] for i in members]).to(device))
         if keep is not None:
-            batch = only(batch, torch.cat([keep[i] for i in members]).to(device))
+            batch = keep_tokens(batch, torch.cat([keep[i] for i in members]).to(device))
         sizes = torch.bincount(batch.sequence_index, minlength=len(chosen))
         weights = token_weights(batch.sequence_index, sizes, reduction=reduction, global_count=global_count)
         batches.append(with_target(dataclasses.replace(batch, token_weights=weights), target))
@@ -128,7 +128,9 @@ def _batch(rollouts: tuple[Rollout, ...], layout: Layout, pad_id: int, device: t
     if all(r.sampler_logp is not None for r in rollouts):
         sampler_logp = torch.tensor([x for r in rollouts for x in r.sampler_logp or ()], device=device)
     return Batch(
-        sequences=arrange([r.prompt_ids for r in rollouts], responses, layout=layout, pad_id=pad_id, device=device),
+        sequences=layout_sequences(
+            [r.prompt_ids for r in rollouts], responses, layout=layout, pad_id=pad_id, device=device
+        ),
         response_ids=torch.tensor([t for r in responses for t in r], device=device),
         sequence_index=sequence_index,
         rollouts=rollouts,
@@ -151,7 +153,7 @@ def with_target(batch: Batch, target: AnyTarget | None) -> Batch:
     return dataclasses.replace(batch, target=target if batch.kept is None else _rows(target, batch.kept))
 
 
-def only(batch: Batch, keep: torch.Tensor) -> Batch:
+def keep_tokens(batch: Batch, keep: torch.Tensor) -> Batch:
     """A whole batch without the response tokens where `keep` is False. Their positions are still read, but no head sees them."""
     assert batch.kept is None and batch.target is None
     sequences = dataclasses.replace(batch.sequences, predict_index=batch.sequences.predict_index[keep])
@@ -167,7 +169,7 @@ def only(batch: Batch, keep: torch.Tensor) -> Batch:
     )
 
 
-def plan(lengths: Sequence[int], *, budget: int, layout: Layout) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], *, budget: int, layout: Layout) -> list[list[int]]:
     """Which sequences share a micro-batch: longest first, so that padding stays small; ties keep their order."""
     groups: list[list[int]] = []
     cost = 0  # of the group being filled
@@ -221,12 +223,14 @@ def _cat(targets: Sequence[AnyTarget], name: str, device: torch.device | str) ->
     return torch.cat([getattr(t, name) for t in targets]).to(device)
 
 
-def single(batch: Batch, index: int) -> Batch:
+def one_rollout(batch: Batch, index: int) -> Batch:
     """Rollout `index` of a micro-batch, alone, with the weights it had."""
     tokens = batch.sequence_index == index
     rollout = batch.rollouts[index]
     device = batch.response_ids.device
-    sequences = arrange([rollout.prompt_ids], [rollout.response_ids], layout="right_padded", pad_id=0, device=device)
+    sequences = layout_sequences(
+        [rollout.prompt_ids], [rollout.response_ids], layout="right_padded", pad_id=0, device=device
+    )
     kept = None
     if batch.kept is not None:
         kept = batch.kept.split([len(r.response_ids) for r in batch.rollouts])[index]

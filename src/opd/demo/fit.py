@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from opd.data.pack import arrange
+from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.demo.task import draw
 from opd.models import response_logits
@@ -40,7 +40,7 @@ def fit(
         pairs = [draw(generator) for _ in range(BATCH)]
         prompts = [renderer.response_ids(prompt, finished=False) for prompt, _ in pairs]
         responses = [renderer.response_ids(answer(gold, generator)) for _, gold in pairs]
-        sequences = arrange(prompts, responses, layout="right_padded", pad_id=0)
+        sequences = layout_sequences(prompts, responses, layout="right_padded", pad_id=0)
         labels = torch.tensor([token for response in responses for token in response])
         value = F.cross_entropy(response_logits(model, sequences), labels)
         optimizer.zero_grad()
