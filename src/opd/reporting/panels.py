@@ -1,4 +1,4 @@
-"""Which metric is drawn where, and in which words. A metric named nowhere here appears under "Other metrics"."""
+"""The one table of charted metrics: panel, label, note and axis. A metric that is not in it appears under "Other metrics"."""
 
 from __future__ import annotations
 
@@ -60,29 +60,13 @@ class PanelGroup:
     panels: tuple[Panel, ...]
 
 
-def _one(
-    metric: str,
-    title: str,
-    note: str,
-    *,
-    color: str = STUDENT,
-    held_out: bool = False,
-    percent: bool = False,
-    log: bool = False,
-    from_zero: bool = False,
-) -> Panel:
-    curves = [Curve(metric=metric, label="training", color=color)]
+def _one(metric: str, title: str, note: str, *, color: str = STUDENT, held_out: bool = False, **options: bool) -> Panel:
+    """A panel of one metric; `held_out` adds the student's evaluation and the teacher's level."""
+    curves = (Curve(metric=metric, label="training", color=color),)
     if held_out:
-        curves.append(Curve(metric=metric, label="held out", color=color, dash="dot", who="student"))
-    return Panel(
-        title=title,
-        note=note,
-        curves=tuple(curves),
-        percent=percent,
-        log=log,
-        from_zero=from_zero,
-        teacher_level=metric if held_out else None,
-    )
+        curves += (Curve(metric=metric, label="held out", color=color, dash="dot", who="student"),)
+    level = metric if held_out else None
+    return Panel(title=title, note=note, curves=curves, teacher_level=level, **options)
 
 
 LEARNING = PanelGroup(
