@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,9 +113,10 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def column_title(name: str) -> str:
-    """The title of a metric's column: accuracy_greedy → "accuracy, greedy"."""
-    kind, _, rest = name.partition("_")
-    return f"accuracy, {rest.replace('_', ' ')}" if kind == "accuracy" and rest else name.replace("_", " ")
+    """The title of a metric's column: accuracy_greedy → "accuracy, greedy", accuracy_t0.5 → "accuracy, T = 0.5"."""
+    if temperature := re.fullmatch(r"accuracy_t([0-9.]+)", name):
+        return f"accuracy, T = {temperature[1]}"
+    return re.sub("^accuracy_", "accuracy, ", name).replace("_", " ")
 
 
 def _row(title: str, values: Mapping[str, Any]) -> SummaryRow:
