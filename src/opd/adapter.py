@@ -1,5 +1,4 @@
-"""Models that are an adapter folder: peft puts every kind of adapter into its base, also the parts that transformers' own loader leaves
-random."""
+"""Adapter folders as models. peft loads every kind into its base, also parts that transformers' own loader leaves random."""
 
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
-"""What peft puts before the name of a weight."""
+"""Prefix of a weight's name in peft."""
 
 
 def is_adapter(name: str, revision: str | None = None) -> bool:
-    """Whether a local folder or a hub name holds an adapter_config.json."""
+    """True for a local folder or a hub name with an adapter_config.json."""
     return find_adapter_config_file(name, revision=revision) is not None
 
 
@@ -38,10 +37,10 @@ def base_of(name: str) -> str | None:
 
 
 def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The base with the adapter in it, and the names of weights that the files lack. `options` are from_pretrained's.
+    """The base with the adapter in it, and the names of weights missing from the files. `options` go to from_pretrained.
 
-    Matrices of LoRA stay beside their layer. Trained copies of whole modules (modules_to_save) and of token rows
-    (trainable_token_indices) are put in the place of the base's. Raises ModelError for adapters that are prompts, not weights.
+    LoRA matrices stay beside their layer. Trained copies of whole modules (modules_to_save) and of token rows
+    (trainable_token_indices) replace the base's. Raises ModelError for adapters that are prompts, not weights.
     """
     try:
         from peft import PeftConfig, PeftModel
@@ -68,7 +67,7 @@ def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) 
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be meant as a folder, on whatever system it was written: a hub has 'owner/name' alone."""
+    """True for a name that can only be a folder, on any system: hub names are 'owner/name'."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or ":" in name
 
 
@@ -83,7 +82,7 @@ def _load_base(base: str, name: str, role: str, **options: Any) -> tuple[PreTrai
 
 
 def _add_token_rows(base: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """An adapter trained with added tokens comes with whole embeddings of more rows than its base has."""
+    """Resize the base for an adapter trained with added tokens, whose embeddings have more rows."""
     ends = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
     names = {name for name, module in base.named_modules() if any(module is end for end in ends)}
     rows = [

@@ -1,4 +1,4 @@
-"""Every error a user can cause. Each message says what, why, and what to do; the command line prints it without a traceback."""
+"""Errors that a user can cause. A message says what, why, and what to do; the command line prints it without a traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\
 
 
 def printable(text: str) -> str:
-    """The text with such characters as escapes, so that data quoted in a message stays text wherever it is printed."""
+    """The text with UNPRINTABLE characters as escapes: quoted data must not control the terminal."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
@@ -52,12 +52,14 @@ ALSO_CALLED: dict[str, tuple[str, ...]] = {
     "half": ("float16",),
     "adam": ("adamw",),
 }
-"""Choices of a recipe by the names that papers and other programs give them (SKL and SRKL: DistiLLM, arXiv 2402.03898)."""
+"""Choices of a recipe by their names in papers and other programs (SKL and SRKL: DistiLLM, arXiv 2402.03898)."""
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
-    """' Did you mean …?' for a word that is not among the choices, or nothing: choices that go by that name elsewhere, that have it as
-    one of their parts, or that it misspells."""
+    """' Did you mean …?' with the choices that a wrong word may mean, or ''.
+
+    These are choices with that name elsewhere, else with that word as a part, else the one that it misspells.
+    """
     plain = word.strip().lower().replace("-", "_").replace(" ", "_")
     meant = [choice for choice in ALSO_CALLED.get(plain, ()) if choice in choices]
     meant = meant or [choice for choice in choices if choice == plain]
@@ -67,11 +69,11 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
 
 
 class ObjectiveError(OpdError):
-    """A loss that is wrong, undefined, or that this teacher cannot feed."""
+    """A loss that is wrong, undefined, or needs more than this teacher supplies."""
 
 
 class VocabularyError(OpdError):
-    """Student and teacher do not read the same token ids."""
+    """Token ids with different meanings for student and teacher."""
 
 
 class DataError(OpdError):
@@ -79,7 +81,7 @@ class DataError(OpdError):
 
 
 class ModelError(OpdError):
-    """A model or tokenizer that cannot be loaded or driven."""
+    """A model or tokenizer that cannot be loaded or used."""
 
 
 class RunFolderError(OpdError):
@@ -87,7 +89,7 @@ class RunFolderError(OpdError):
 
 
 class NonFiniteError(OpdError):
-    """A NaN or infinite loss or gradient; the weights were not changed."""
+    """A NaN or infinite loss or gradient; the weights are unchanged."""
 
 
 class OutOfMemoryError(OpdError):
@@ -95,4 +97,4 @@ class OutOfMemoryError(OpdError):
 
 
 class MissingDependencyError(OpdError, ImportError):
-    """An optional extra that the recipe asks for is not installed."""
+    """An optional dependency that the recipe needs and that is not installed."""

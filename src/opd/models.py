@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LINEAR_HEAD_TOLERANCE = 1e-3  # relative; float32 rounding stays far under it, soft-caps and scales do not
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers raises for a folder that is incomplete, damaged or of another kind."""
+"""Exceptions of transformers for a folder that is incomplete, damaged or of another kind."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTPUT_SWITCHES = {
     "output_router_logits": False,
@@ -34,7 +34,7 @@ OUTPUT_SWITCHES = {
     "output_hidden_states": False,
     "return_dict": True,
 }
-"""What a config.json can tell a model to return besides, or in place of, its logits; opd reads the logits by name."""
+"""Settings of a config.json that add outputs to the logits or replace them, and the values that opd needs."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -71,8 +71,10 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     role: str = "model",
 ) -> PreTrainedModel:
-    """A causal language model from a local folder or the hub, in evaluation mode. Raises ModelError, also for weights that are
-    missing (they would be random) or not finite."""
+    """A causal language model from a local folder or the hub, in evaluation mode.
+
+    Raises ModelError, also for weights that are missing (they would be random) or not finite.
+    """
     check_folder(role, name, ("config.json", "adapter_config.json"))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation:
@@ -118,20 +120,22 @@ def _refuse_adapter_student(role: str, name: str) -> None:
 
 
 def _return_logits(model: PreTrainedModel) -> None:
-    """Switch off what a config.json adds to a model's output: a fine-tuned mixture of experts is saved with output_router_logits=true,
-    and `generate` fails on it. The parts of a multimodal model have configs of their own."""
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
-    for config in configs.values():
+    """Apply OUTPUT_SWITCHES to every config of a model; the parts of a multimodal model have their own.
+
+    A fine-tuned mixture of experts is saved with output_router_logits=true, and `generate` fails on it.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    for config in {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values():
         for name, value in OUTPUT_SWITCHES.items():
-            if isinstance(config, PreTrainedConfig) and getattr(config, name, value) != value:
+            if getattr(config, name, value) != value:
                 setattr(config, name, value)
 
 
 def _make_saveable(model: PreTrainedModel, role: str) -> None:
-    """transformers loads a contradictory generation config (sampling settings without do_sample, as some released models have) but
-    refuses to save it; a trained student must not be lost to that. Raises ModelError when switching do_sample on does not mend it."""
+    """Set do_sample in a generation config with sampling settings but without it: transformers loads it and refuses to save it.
+
+    Raises ModelError for a config that cannot be saved even so, before a student is trained in vain.
+    """
     config = model.generation_config
     if config is None:
         return
@@ -143,18 +147,18 @@ def _make_saveable(model: PreTrainedModel, role: str) -> None:
             config.validate(strict=True)
         except ValueError as error:
             raise ModelError(
-                f"The {role}'s generation_config.json could not be saved again, so mend it first: {error}"
+                f"The {role}'s generation_config.json could not be saved again, so correct it first: {error}"
             ) from error
 
 
 def stored_kind(name: str, revision: str | None = None) -> str | None:
-    """model_type of a checkpoint of several parts, text among them; None for a plain language model."""
+    """model_type of a checkpoint with a text part among others; None for a plain language model."""
     config = _stored_config(name, revision)
     return config.get("model_type") if config.get("text_config") else None
 
 
 def switched_off(name: str, revision: str | None = None) -> list[str]:
-    """What a checkpoint's config.json adds to the output of a model and opd leaves out, as 'key=value'."""
+    """Settings of a checkpoint's config.json that opd overrides, as 'key=value': see OUTPUT_SWITCHES."""
     config = _stored_config(name, revision)
     parts = (config, config.get("text_config") or {})
     found = {
@@ -164,7 +168,7 @@ def switched_off(name: str, revision: str | None = None) -> list[str]:
 
 
 def stored_dtype(name: str, revision: str | None = None) -> str | None:
-    """Dtype of the weights as config.json gives it, such as 'bfloat16'; None where it does not say."""
+    """Dtype of the weights in config.json, such as 'bfloat16'; None where it has none."""
     config = _stored_config(name, revision)
     for part in (config, config.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):  # the second is what transformers 4 wrote
@@ -179,7 +183,7 @@ def _stored_config(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
-    """Say it of a local folder before transformers asks the hub for it, or makes up what is missing."""
+    """Raise ModelError for a local folder that transformers would look for on the hub, or complete by guessing."""
     folder = Path(name)
     if not folder.is_dir():
         if is_path(name) or folder.exists():
@@ -194,7 +198,7 @@ def check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
 
 
 def load_failure(role: str, what: str, name: str, error: Exception) -> str:
-    """The message for what transformers raised while loading."""
+    """The error message for an exception of transformers while loading."""
     if "trust_remote_code" in str(error):
         return (
             f"The {role} '{name}' comes with Python code of its own, which opd does not run unasked. Read that code; if you trust it, set "
@@ -209,7 +213,7 @@ def load_failure(role: str, what: str, name: str, error: Exception) -> str:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Positions the model was built for, or None when its config does not say."""
+    """Number of positions in the model's config, or None without that setting."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -229,8 +233,8 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "tokens vocab"]:
     """Logits that predict each response token; the head runs on those rows alone.
 
-    The rows are picked just before the output layer, so whatever the model does after it (soft-caps, scales) is kept, and
-    the [rows, length, vocab] tensor never exists.
+    The rows are selected just before the output layer. So a soft-cap or scale after it still applies, and the
+    [rows, length, vocab] tensor never exists.
     """
     index = sequences.predict_index
     with _before_head(model, lambda hidden: hidden.flatten(0, 1).index_select(0, index).unsqueeze(0)):
@@ -261,8 +265,10 @@ def _forward(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 @contextmanager
 def _before_head(model: PreTrainedModel, change: Any) -> Iterator[None]:
-    """Change what enters the output layer, and have its logits in float32 whatever the dtype of the weights and of autocast:
-    rounding logits to bfloat16 costs more of the gradient the closer student and teacher are (27% at a KL of 0.006)."""
+    """Apply `change` to the input of the output layer, and compute its logits in float32 whatever the dtype of weights and autocast.
+
+    Rounding logits to bfloat16 costs more of the gradient the closer student and teacher are (27% at a KL of 0.006).
+    """
     head = output_layer(model)
     widen = isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16)
     outside = torch.autocast(head.weight.device.type, enabled=False)

@@ -19,7 +19,7 @@ def derive_seed(seed: int, step: int, purpose: str) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """torch's generators start from the seed inside the block, and are as they were after it."""
+    """Seed torch's generators inside the block, and restore their state after it."""
     import torch
 
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):

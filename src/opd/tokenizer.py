@@ -1,4 +1,4 @@
-"""A model's tokenizer as its own files describe it, and those files, which a trained student takes along unchanged."""
+"""A model's tokenizer as its own files define it, and those files, which a trained student keeps unchanged."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ OWN_FILES = (
     "*processor*.json",
     "*feature_extractor*.json",
 )
-"""Beside weights and config: what AutoTokenizer and AutoProcessor read, and servers such as vLLM with them."""
+"""Files beside weights and config that AutoTokenizer, AutoProcessor and servers such as vLLM read."""
 CODE_FILES = "*.py"
 PIPELINE = ("model", "normalizer", "pre_tokenizer", "decoder")
-"""The parts of a tokenizer.json that decide which ids a text gets and which text ids give."""
+"""The parts of a tokenizer.json that determine encoding and decoding."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, role: str = "model"
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, from the same folder or hub name; where it has a tokenizer.json, exactly that one. Raises ModelError.
+    """The model's tokenizer, from the same folder or hub name; a tokenizer.json is used exactly as it is. Raises ModelError.
 
-    transformers builds some tokenizer classes anew from the vocabulary alone (a byte-level tokenizer.json under LlamaTokenizerFast
-    loses every space that way), while a model was trained with what its tokenizer.json says.
+    transformers rebuilds some tokenizer classes from the vocabulary alone, which can differ from the tokenizer.json that the
+    model was trained with: a byte-level one under LlamaTokenizerFast loses every space.
     """
     base = base_of(name)
     if base is not None and not any(True for pattern in TOKENIZER_FILES for _ in Path(name).glob(pattern)):
@@ -62,8 +62,10 @@ def load_tokenizer(
 
 
 def own_files(name: str, tokenizer: PreTrainedTokenizerBase, *, revision: str | None, code: bool) -> dict[str, bytes]:
-    """Contents of the model's tokenizer, chat template and processor files by their path in its folder; with `code`, of its Python files
-    too. They are read at once, so that a folder that goes away during the run costs nothing. Raises ModelError."""
+    """Contents of the model's tokenizer, chat template and processor files by path; with `code`, of its Python files too.
+
+    Read before training, so that a folder deleted during the run does no harm. Raises ModelError.
+    """
     named = tuple(tokenizer.vocab_files_names.values())
     patterns = (*OWN_FILES, *named, *((CODE_FILES,) if code else ()))
     try:
@@ -75,7 +77,7 @@ def own_files(name: str, tokenizer: PreTrainedTokenizerBase, *, revision: str | 
 
 
 def write_own_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Put them into a student's folder, over what is there."""
+    """Write the files into a student's folder; existing ones are replaced."""
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,7 @@ def _folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
 
 
 def _is_remade(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers may have built it from something else than its tokenizer.json. A class that comes with the model is the
-    author's own word on it."""
+    """True when transformers may have ignored the tokenizer.json. A class that comes with the model is trusted."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -108,7 +109,7 @@ def _pipeline(tokenizer: Tokenizer) -> list[object]:
 def _as_filed(
     name: str, revision: str | None, remade: PreTrainedTokenizerBase, filed: Tokenizer
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer.json as it is. Special tokens that only the class knows are kept where the file has them."""
+    """The tokenizer.json as it is, with the class's special tokens where the file has them."""
     special = {key: getattr(remade, key) for key in SPECIAL_TOKENS}
     known = {key: token for key, token in special.items() if token is not None and filed.token_to_id(token) is not None}
     return PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **known)  # pyright: ignore[reportArgumentType]

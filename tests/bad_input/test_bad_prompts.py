@@ -129,7 +129,7 @@ def test_a_reward_that_cannot_be_had_is_refused_before_the_run(user: User, rewar
 
 def test_a_reward_that_fails_names_the_prompt(user: User):
     outcome = user.train(prompts__eval_path=user.desk.prompts, eval__every=1, eval__reward="os.path:join")
-    outcome.refuses("reward 'join' failed on prompt 0", "TypeError", "Mend the function")
+    outcome.refuses("reward 'join' failed on prompt 0", "TypeError", "Fix the function")
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(user: User):

@@ -32,8 +32,8 @@ def test_a_dry_run_says_how_to_install_verl(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["doctor"], "Name the plugin to look at: opd doctor verl"),
-        (["doctor", "trl"], "Name the plugin to look at: opd doctor verl"),
+        (["doctor"], "Name the plugin to check: opd doctor verl"),
+        (["doctor", "trl"], "Name the plugin to check: opd doctor verl"),
         (["verl"], "There are two commands here: opd verl smoke"),
         (["verl", "train"], "There are two commands here: opd verl smoke"),
         (["verl", "smoke"], "Give your verl overrides"),

@@ -69,10 +69,10 @@ def test_the_recipe_in_the_readme_is_valid():
     assert made.train.autocast == "bfloat16" and made.objective == Objective()
 
 
-def test_every_way_to_learn_in_the_readme_is_valid_and_differs_from_the_recipe():
-    readme = (ROOT / "README.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
-    (section,) = re.findall(r"## A reward, several teachers, or none\n(.*?)\n## ", readme, re.S)
+def test_every_way_to_learn_in_the_recipes_readme_is_valid_and_differs_from_the_recipe():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    ways = (ROOT / "recipes" / "README.md").read_text()
+    (section,) = re.findall(r"## A reward, several teachers, or none\n(.*?)\n## ", ways, re.S)
     rows = re.findall(r"^\| [^|]+ \| (`.*`) \|$", section, re.M)
     assert len(rows) == 13
     plain = build(yaml.safe_load(block))
@@ -91,7 +91,7 @@ def test_every_way_to_learn_in_the_readme_is_valid_and_differs_from_the_recipe()
 
 
 def test_the_losses_snippet_in_the_readme_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = re.findall(r"## Losses\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["student_logits"].grad.abs().sum() > 0

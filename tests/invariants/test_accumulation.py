@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opd.config import OptimizerConfig
-from opd.data.pack import pack, plan
+from opd.data.pack import group_by_length, pack
 from opd.errors import NonFiniteError
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
@@ -153,7 +153,7 @@ def test_a_failed_update_leaves_nothing_behind_for_the_next_one(model, scored):
 @pytest.mark.parametrize("layout", ["right_padded", "packed"])
 def test_a_plan_respects_its_budget_and_keeps_every_sequence_once(layout):
     lengths = [5, 1, 30, 7, 7, 2, 12]
-    groups = plan(lengths, budget=24, layout=layout)
+    groups = group_by_length(lengths, budget=24, layout=layout)
     assert sorted(i for group in groups for i in group) == list(range(7))
     for group in groups:
         cost = sum(lengths[i] for i in group) if layout == "packed" else len(group) * max(lengths[i] for i in group)

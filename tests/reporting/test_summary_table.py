@@ -31,9 +31,10 @@ def test_the_text_is_plain_and_never_wraps():
 
 
 def test_extra_columns_appear_in_words_and_empty_ones_not_at_all():
-    rows = [SummaryRow(title="student after", accuracy=0.5, extra={"accuracy_greedy": 0.25, "response_length": 1234.0})]
+    extra = {"accuracy_t0.5": 0.4, "accuracy_greedy": 0.25, "response_length": 1234.0}
+    rows = [SummaryRow(title="student after", accuracy=0.5, extra=extra)]
     titles = [column.header for column in summary_table(rows).columns]
-    assert titles == ["", "accuracy", "accuracy, greedy", "response length"]
+    assert titles == ["", "accuracy", "accuracy, T = 0.5", "accuracy, greedy", "response length"]
     assert "25.0%" in summary_text(rows)
     assert "1,234" in summary_text(rows)
 

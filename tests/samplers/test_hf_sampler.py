@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from opd.data.pack import arrange
+from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.errors import DataError
 from opd.models import response_logits
@@ -42,7 +42,7 @@ def sampler_of(model, tokenizer=None, *, eos=(EOS,), pad=PAD, vocabulary=None, *
 
 
 def plain_logp(model, rollout: Rollout, *, size: int = 13) -> torch.Tensor:
-    sequences = arrange([rollout.prompt_ids], [rollout.response_ids], layout="packed", pad_id=0)
+    sequences = layout_sequences([rollout.prompt_ids], [rollout.response_ids], layout="packed", pad_id=0)
     with torch.no_grad():
         return response_logits(model, sequences)[:, :size].log_softmax(-1)
 

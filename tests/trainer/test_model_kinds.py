@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, OPTConf
 from mixing_models import APART, MIXING, tiny
 from opd.config import LoraConfig, OptimizerConfig
 from opd.config.recipe import build, merge
-from opd.data.pack import arrange, pack
+from opd.data.pack import layout_sequences, pack
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError, ModelError
 from opd.losses import Objective
@@ -120,7 +120,7 @@ def test_bfloat16_twins_differ_by_exactly_nothing(supply):
 
 def test_logits_of_bfloat16_weights_are_not_rounded_to_bfloat16():
     model = tiny_causal_lm(40, initializer_range=0.3).to(torch.bfloat16)
-    sequences = arrange([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0)
+    sequences = layout_sequences([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0)
     with torch.no_grad():
         logits, hidden = response_logits(model, sequences), response_hidden(model, sequences)
     exact = hidden.double() @ model.get_output_embeddings().weight.double().T
@@ -167,7 +167,7 @@ def test_a_soft_capped_head_is_never_offered_as_hidden_states(cap):
     assert linear_head(model) is None
     assert linear_head(tiny_gemma2(20, None)) is not None
     with torch.no_grad():
-        logits = response_logits(model, arrange([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0))
+        logits = response_logits(model, layout_sequences([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0))
         expected = model(input_ids=torch.tensor([[1, 2, 3, 4]])).logits[0, 2:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 

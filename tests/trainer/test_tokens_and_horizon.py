@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opd.config.recipe import build, merge
-from opd.data.pack import single
+from opd.data.pack import one_rollout
 from opd.errors import ConfigError
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
@@ -96,7 +96,7 @@ def test_a_sample_alone_has_the_logits_that_it_had_in_its_batch(world, tmp_path,
         with torch.no_grad():
             together = response_logits(parts.student.model, batch.sequences)
             for index in range(len(batch.rollouts)):
-                alone = single(batch, index)
+                alone = one_rollout(batch, index)
                 assert len(alone.sequences.predict_index) == len(alone.response_ids) == int(alone.kept.sum())
                 if len(alone.response_ids):
                     own = response_logits(parts.student.model, alone.sequences)

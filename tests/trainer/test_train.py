@@ -284,9 +284,9 @@ def test_tensorboard_gets_the_same_numbers(world, tmp_path):
 
 def test_autocast_leaves_the_head_in_float32(world):
     model = AutoModelForCausalLM.from_pretrained(world / "student").eval()
-    from opd.data.pack import arrange
+    from opd.data.pack import layout_sequences
 
-    sequences = arrange([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0)
+    sequences = layout_sequences([[1, 2, 3]], [[4, 5]], layout="packed", pad_id=0)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = response_logits(model, sequences)
     assert logits.dtype == torch.float32

@@ -1,1 +1,1 @@
-"""The `opd` command. `main` parses and dispatches without importing torch; every command has its own file."""
+"""The `opd` command: one file per command, and `main`, which dispatches without importing torch."""

@@ -1,10 +1,10 @@
-"""`opd demo`: make a teacher and a badly taught student, then run the demo's recipe exactly as `opd train` would."""
+"""`opd demo`: trains a teacher and a flawed student, then runs the demo's recipe exactly as `opd train` would."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from opd.cli.train import print_help
@@ -21,6 +21,7 @@ def run(args: Sequence[str]) -> int:
     began = time.perf_counter()
     from opd.cli.show import show_result
     from opd.demo.prepare import prepare, recipe_path
+    from opd.reporting.files import SUMMARY_FILE
     from opd.reporting.report import write_report
     from opd.reporting.summary import write_summary
     from opd.trainer.run import train
@@ -28,7 +29,7 @@ def run(args: Sequence[str]) -> int:
 
     rest = [a for a in args if a not in ("--resume", "--overwrite")]
     if rest and not rest[0].startswith("--"):
-        raise ConfigError(f"The demo has its own recipe; '{rest[0]}' is not needed. Usage: {USAGE}")
+        raise ConfigError(f"The demo has its own recipe; leave '{rest[0]}' out, or use opd train. Usage: {USAGE}")
     resume, overwrite = "--resume" in args, "--overwrite" in args
     overrides = parse_overrides(rest)
     recipe = read_recipe(recipe_path())
@@ -41,16 +42,12 @@ def run(args: Sequence[str]) -> int:
     }
     config = build(merge(merge(recipe, {key: str(path) for key, path in places.items()}), overrides))
     with open_run(config, resume=resume, overwrite=overwrite):
-        prepare(folder, seed=config.seed, say=_say)
+        prepare(folder, seed=config.seed, say=partial(print, flush=True))
     prepared = time.perf_counter() - began
     summary = train(config, resume=resume, overwrite=overwrite)
     if summary is not None:
         summary |= {"preparation_seconds": prepared, "seconds": time.perf_counter() - began}
-        write_summary(folder / "summary.json", summary)
+        write_summary(folder / SUMMARY_FILE, summary)
         write_report(folder)
     show_result(config, summary)
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)

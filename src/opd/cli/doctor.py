@@ -1,4 +1,4 @@
-"""`opd doctor verl`: prove in a fresh process that the plugin is in."""
+"""`opd doctor verl`: checks in a fresh process that the verl plugin is installed and loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ USAGE = "opd doctor verl"
 
 def run(args: Sequence[str]) -> int:
     if "-h" in args or "--help" in args:
-        print(f"usage: {USAGE}\n\n0 when everything is in place; otherwise 1, and what is not is marked FAIL.")
+        print(
+            f"usage: {USAGE}\n\nExits with 0 when every check passes, otherwise with 1; a failed check is marked FAIL."
+        )
         return 0
     if list(args) != ["verl"]:
-        raise ConfigError(f"Name the plugin to look at: {USAGE}")
+        raise ConfigError(f"Name the plugin to check: {USAGE}")
     from opd.integrations.verl.contract.doctor import run as examine
 
     return examine()

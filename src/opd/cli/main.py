@@ -1,9 +1,10 @@
-"""`opd COMMAND …`: parse the command, import only what it needs, turn user errors into one clear line."""
+"""`opd COMMAND …`: parses the command, imports only its module, and prints a user error as one line."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import select
 import shlex
 import signal
 import sys
@@ -18,10 +19,10 @@ from opd.errors import OpdError
 
 COMMANDS = {
     "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
-    "demo": "the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
-    "report": "make report.html of a run folder again: opd report RUN_DIR",
-    "verl": "a verl config tried on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
-    "doctor": "is the plugin in? opd doctor verl",
+    "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
+    "report": "write report.html of a run folder again: opd report RUN_DIR",
+    "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
+    "doctor": "check that the verl plugin is installed and loaded: opd doctor verl",
 }
 RUN_FLAGS = ("--resume", "--overwrite")
 SIGNALLED = 128  # plus the signal's number: the shell's code for a process that a signal ended
@@ -39,8 +40,22 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for an error that is explained, 2 for a wrong command line."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command and return its exit code.
+
+    0 is success, 1 an explained error, 2 a wrong command line, and 128 + n an end by signal n. A pipe whose reader has
+    gone (`opd train --help | head`) ends the command without a word, as SIGPIPE does.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _silence_unread_output():
+            raise
+        return SIGNALLED + signal.SIGPIPE
+    return code
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if args else 2
@@ -54,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = [a for a in rest if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its fork warning would break the progress display
     try:
-        with _told_of_signals():
+        with _handling_signals():
             return importlib.import_module(f"opd.cli.{command}").run(rest)
     except OpdError as error:
         if debug:
@@ -63,15 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         facts = getattr(stopped, "facts", None)
-        if facts is None:  # not in a run: there is nothing to go on with
+        if facts is None:  # outside a run there is nothing to resume
             print("interrupted", file=sys.stderr)
             return SIGNALLED + getattr(stopped, "signal_number", signal.SIGINT)
         print(f"{facts} {_next_command(command, rest, stopped)}", file=sys.stderr)
         return SIGNALLED + stopped.signal_number  # pyright: ignore[reportAttributeAccessIssue]  # a RunStopped
 
 
+def _silence_unread_output() -> bool:
+    """Send output that nobody reads any more to the null device; False when both streams still have a reader."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    unread = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in unread:  # or Python would fail once more as it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(unread)
+
+
 class _Ended(KeyboardInterrupt):
-    """A signal outside a run, such as while models load."""
+    """SIGTERM or SIGHUP outside a run, such as while models load."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -86,8 +112,8 @@ _end.gives_way = True  # to the handlers of a run
 
 
 @contextmanager
-def _told_of_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, with a word and their exit code, where nobody else handles them."""
+def _handling_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP without another handler end a command as Ctrl-C does, with a message and their exit code."""
     mine = threading.current_thread() is threading.main_thread()
     taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) is signal.SIG_DFL]
     for number in taken:
@@ -100,7 +126,7 @@ def _told_of_signals() -> Iterator[None]:
 
 
 def _next_command(command: str, words: Sequence[str], stopped: Any) -> str:
-    """How a stopped run goes on, as a line for the shell."""
+    """The command line that continues a stopped run."""
     flag = {"resume": ["--resume"], "overwrite": ["--overwrite"], "again": [w for w in words if w in RUN_FLAGS]}[
         stopped.next
     ]

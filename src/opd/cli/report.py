@@ -1,4 +1,4 @@
-"""`opd report`: make the report of a run folder again, also while the run goes on."""
+"""`opd report`: writes the report of a run folder again, also during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last lines a run prints: the table, and where things are."""
+"""The last lines that a run prints: the result table, and the paths of student and report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from opd.config import Config
+from opd.reporting.files import REPORT_FILE
 from opd.reporting.summary import summary_notes, summary_rows, summary_table, summary_text
 
 
 def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
-    """The before-and-after table when there was an evaluation, then the paths."""
+    """Print the result table when there was an evaluation, then the paths."""
     console = Console()
     if summary is not None:
         rows = summary_rows(summary)
@@ -24,4 +25,4 @@ def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
             print(f"note: {note}")
     folder = Path(config.run_dir)
     # Not through the console, which reads brackets as markup and widens tabs.
-    print(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
+    print(f"student: {folder / 'student'}\nreport:  {folder / REPORT_FILE}")

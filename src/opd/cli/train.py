@@ -1,4 +1,4 @@
-"""`opd train`: run a recipe."""
+"""`opd train`: runs a recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def split_arguments(args: Sequence[str]) -> tuple[str | None, bool, bool, list[s
 
 
 def print_help(usage: str) -> None:
-    """Every section and field with its default, as tyro renders the dataclasses."""
+    """Print every section and field with its default, as tyro renders the dataclasses."""
     import tyro
 
     shown = Config(
@@ -55,17 +55,19 @@ def print_help(usage: str) -> None:
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
         tyro.cli(Config, prog=usage, default=shown, args=["--help"], config=as_values)
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code:  # the reader of a pipe has gone
+            raise
         print(MORE_HELP)
 
 
-MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint; what changed since is said and kept in history.jsonl
---overwrite   delete the run in run_dir and start again; of links, the links alone
+MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint; changed settings are printed and kept in history.jsonl
+--overwrite   delete the run in run_dir and start again; a link is deleted, its target kept
 --debug       show the traceback of an error
 --student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE
               arguments of each model's chat template, e.g. --student.chat_template_kwargs.enable_thinking false
 --teachers.NAME.KEY VALUE
               several teachers, each with every key of --teacher, e.g. --teachers.math.model PATH --teachers.code.model PATH
 --mixture.weights.NAME VALUE, --mixture.weights_end.NAME VALUE
-              the weight of each of them, e.g. --mixture.weights.math 0.7 --mixture.weights.code 0.3
+              the weight of each teacher, e.g. --mixture.weights.math 0.7 --mixture.weights.code 0.3
 Names may be written with - or _. Paths are relative to where the command runs."""

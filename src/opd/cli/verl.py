@@ -1,4 +1,4 @@
-"""`opd verl smoke`: a user's own verl config for a few steps on this machine's CPU."""
+"""`opd verl smoke`: runs a user's own verl config for a few steps on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from opd.errors import ConfigError, MissingDependencyError
 
 USAGE = "opd verl smoke [--steps N] [--timeout SECONDS] [--try] <the words after python -m verl.trainer.main_ppo>"
 HELP = """
-Runs your config for a few steps on the CPU, with small random models in the place of yours, so that mistakes show before a
-cluster is booked. Tokenizers, model classes, data and rewards are yours where they are on this machine. It says what was
-replaced by what, then each step's metrics, then ok or the first error.
+Runs your config for a few steps on the CPU, with small random models in place of yours, so that mistakes show before a
+cluster is booked. Tokenizers, model classes, data and rewards are yours if they are on this machine. Prints each replacement,
+then each step's metrics, then ok or the first error.
 
 --steps N          training steps (default 2)
---timeout SECONDS  for everything together (default 600)
---try              with a verl that has moved something that opd holds on to: opd.try_verl=true"""
+--timeout SECONDS  for the whole dry run (default 600)
+--try              use a verl release whose internals differ from those that opd expects: opd.try_verl=true"""
 INTERRUPTED = 130
 
 
@@ -39,7 +39,7 @@ def run(args: Sequence[str]) -> int:
         raise MissingDependencyError("verl is not installed in this environment; pip install 'opd[verl]'.")
     from opd.integrations.verl.dry_run.smoke import smoke
 
-    before = signal.signal(signal.SIGTERM, _interrupt)  # its processes are to end with it
+    before = signal.signal(signal.SIGTERM, _interrupt)  # ends the processes that it started
     try:
         smoke(words, **options)  # pyright: ignore[reportArgumentType]
     except KeyboardInterrupt:
@@ -58,7 +58,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], float]]] = {"--steps": ("steps", i
 
 
 def _split(args: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-    """Our own options, and the words that are verl's."""
+    """Options of `opd verl smoke`, and the words that go to verl."""
     options: dict[str, float] = {}
     words: list[str] = []
     rest = iter(args)

@@ -1,8 +1,8 @@
-"""Messages through somebody's chat template, in the form that this template reads, and what of them it leaves out.
+"""Messages rendered by a chat template, in the form that this template reads, and a record of whatever it leaves out.
 
-Templates disagree: about content that is null, a text or a list of parts, about arguments of calls as objects or as text, about tools
-with or without their wrapping. The canonical form is rendered first. Where the template fails on it, or shows less than the row holds,
-the other forms are tried, and the one that shows most is kept.
+Templates disagree about content (null, text or parts), about arguments of calls (objects or text), and about tools (wrapped or
+bare). The canonical form is rendered first. If the template fails on it, or shows less than the row holds, the other forms are
+tried. The form that shows most is kept.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from opd.data.forms import NONE, REPAIRS, Chat, Leaf, Repair, holds, leaves_of, put, repaired, structures
 from opd.data.messages import TOOL_ARGUMENTS, Message, canonical
+from opd.data.repairs import NONE, REPAIRS, Chat, Leaf, Repair, contains, leaves_of, misread_structures, put, repaired
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RESERVED = ("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "tokenize")
-"""Arguments that opd gives to apply_chat_template itself."""
+"""Arguments of apply_chat_template that opd sets itself."""
 PROBE = "opdprobe"
-"""A word that no row holds: where it does not change the rendering, nothing else there does."""
+"""A word that no row holds: a text that can grow by it unnoticed is not shown."""
 CODE = re.compile(r"\{[%#].*?[%#]\}|\{\{.*?\}\}", re.DOTALL)
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
@@ -45,8 +45,8 @@ class LeftOut:
 class _Rendering:
     text: str = ""
     error: Exception | None = None
-    faults: Counter[str] = field(default_factory=Counter)
-    """How often the rendering shows a row wrongly, by kind."""
+    faults: Counter[str] = field(default_factory=Counter[str])
+    """Number of places that the rendering shows wrongly, by kind."""
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -54,27 +54,31 @@ class _Rendering:
 
 
 class ChatTemplate:
-    """One tokenizer's chat template. `name` says whose it is in errors."""
+    """One tokenizer's chat template. `name` is the model's in error messages."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, name: str, arguments: Mapping[str, Any]) -> None:
-        """`arguments` go to the template with every prompt; those of a row come before them. Raises ConfigError for one that the
-        template does not read."""
-        self.tokenizer = tokenizer
+        """`arguments` go to the template with every prompt; a row's own come before them.
+
+        Raises ConfigError for an argument that the template does not read.
+        """
+        self.tokenizer: Any = tokenizer
         self.name = name
         self.arguments = dict(arguments)
         self.left_out: dict[str, LeftOut] = {}
-        """By what it is, in words; under NONE, nulls that are written out."""
+        """Keyed by a description; under NONE, nulls that are written out."""
         self._repairs: dict[frozenset[str], tuple[tuple[Repair, ...], frozenset[str]]] = {}
-        """What helped against these faults, and which of them it left."""
+        """The repairs that helped against these faults, and the faults that remained."""
         self._shown_kinds: set[tuple[Any, ...]] = set()
         self._check_choice()
         for key in self.arguments:
             self._check(key)
 
     def ids(self, prompt: Prompt, system: str | None, answer: str | None = None) -> list[int]:
-        """Token ids of the prompt up to the answer, or with `answer` as the assistant's. Raises DataError for whatever the template or
-        the tokenizer does wrong."""
-        if not self.tokenizer.chat_template:
+        """Token ids of the prompt up to the answer, or with `answer` as the assistant's.
+
+        Raises DataError for every failure of the template or of the tokenizer.
+        """
+        if not self._templates:
             raise DataError(
                 f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
                 "write the prompt as text, or use an instruction-tuned model's tokenizer."
@@ -94,19 +98,18 @@ class ChatTemplate:
         if generate:
             self._note(prompt, chat, leaves, repairs, rendering)
         try:
-            encoded = self._applied(repaired(chat, repairs), generate, tokenize=True, return_dict=True)
+            encoded = self._apply(repaired(chat, repairs), generate, tokenize=True, return_dict=True)
         except Exception as error:  # the Rust tokenizers raise nothing more specific
             raise DataError(
                 f"prompt {prompt.index} cannot be tokenised by the tokenizer of {self.name}: {error}."
             ) from error
         return list(encoded["input_ids"])
 
-    def forget(self, what: str, row: int) -> None:
+    def note_left_out(self, what: str, row: int) -> None:
         """Count something that a row holds and no rendering does."""
-        kept = self.left_out.setdefault(what, LeftOut(first=row))
-        kept.rows += 1
+        self.left_out.setdefault(what, LeftOut(first=row)).rows += 1
 
-    # The form
+    # The choice of a form
 
     def _best(self, chat: Chat, leaves: Sequence[Leaf], generate: bool) -> tuple[tuple[Repair, ...], _Rendering]:
         """The form with the fewest faults, of those the one nearest to the row."""
@@ -133,22 +136,22 @@ class ChatTemplate:
 
     def _judged(self, chat: Chat, leaves: Sequence[Leaf], generate: bool) -> _Rendering:
         try:
-            text = str(self._applied(chat, generate, tokenize=False))
+            text = str(self._apply(chat, generate, tokenize=False))
         except Exception as error:  # somebody else's template: anything that Python can raise
             return _Rendering(error=error)
-        faults = Counter(leaf.label for leaf in leaves if not holds(text, leaf.text))
+        faults = Counter(leaf.label for leaf in leaves if not contains(text, leaf.text))
         faults[NONE] = max(0, text.count(NONE) - sum(leaf.text.count(NONE) for leaf in leaves))
-        faults["structure"] = sum(written in text for written in structures(chat[0]))
+        faults["structure"] = sum(written in text for written in misread_structures(chat[0]))
         return _Rendering(text=text, faults=+faults)
 
-    def _applied(self, chat: Chat, generate: bool, **options: Any) -> Any:
+    def _apply(self, chat: Chat, generate: bool, **options: Any) -> Any:
         messages, arguments = chat
-        templates = self.tokenizer.chat_template
+        templates = self._templates
         if isinstance(templates, dict) and len(templates) == 1:
             arguments = {"chat_template": next(iter(templates)), **arguments}
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, **options, **arguments)
 
-    # What is left out
+    # Texts that are left out
 
     def _note(
         self, prompt: Prompt, chat: Chat, leaves: Sequence[Leaf], repairs: tuple[Repair, ...], rendering: _Rendering
@@ -164,15 +167,15 @@ class ChatTemplate:
         if rendering.faults[NONE] and not self._spells_none:
             labels.add(NONE)
         for label in labels:
-            self.forget(label, prompt.index)
+            self.note_left_out(label, prompt.index)
 
     def _is_doubtful(self, leaf: Leaf, chat: Chat, text: str) -> bool:
-        """Whether a text has to be probed: it is not there, or could be there by chance, the first of its kind."""
-        if not holds(text, leaf.text):
+        """True for a text that has to be probed: it is absent, or is the first of its kind and could be there by chance."""
+        if not contains(text, leaf.text):
             return True
         kind: tuple[Any, ...] = (leaf.label, leaf.path[-1])
         if leaf.path[0] == 0:  # whether a message is shown can depend on its place
-            place = leaf.path[1]
+            place: int = leaf.path[1]
             before = chat[0][place - 1].get("role") if place else None
             kind += (before, "tool_calls" in chat[0][place])
         if kind in self._shown_kinds:
@@ -181,12 +184,12 @@ class ChatTemplate:
         return True
 
     def _reads(self, leaf: Leaf, chat: Chat, repairs: tuple[Repair, ...], text: str) -> bool:
-        """Whether the rendering depends on both ends of this text."""
+        """True when the rendering depends on both ends of this text."""
         for probed in (leaf.text + PROBE, PROBE + leaf.text):
             changed = deepcopy(chat)
             put(changed, leaf.path, probed)
             try:
-                again = self._applied(repaired(changed, repairs), True, tokenize=False)
+                again = self._apply(repaired(changed, repairs), True, tokenize=False)
             except Exception:  # the template looks at the text, whatever it thinks of the probe
                 continue
             if again == text:
@@ -195,15 +198,20 @@ class ChatTemplate:
 
     @cached_property
     def _spells_none(self) -> bool:
-        """Whether the template itself holds the word, so that it says nothing about a row."""
+        """True when the template itself holds the word None, which then tells nothing about a row."""
         code = [piece for source in self._sources() for piece in CODE.findall(source)]
         own = [CODE.sub("", source) for source in self._sources()] + [q for c in code for q in QUOTED.findall(c)]
         return any(NONE in text for text in own)
 
-    # Arguments and choice
+    # Arguments, and the choice of a template
+
+    @property
+    def _templates(self) -> str | dict[str, str] | None:
+        """One template, or several by name."""
+        return self.tokenizer.chat_template
 
     def _sources(self) -> list[str]:
-        template, chosen = self.tokenizer.chat_template, self.arguments.get("chat_template")
+        template, chosen = self._templates, self.arguments.get("chat_template")
         if isinstance(chosen, str):
             return [template[chosen] if isinstance(template, dict) and chosen in template else chosen]
         return list(template.values()) if isinstance(template, dict) else [template] if template else []
@@ -221,12 +229,12 @@ class ChatTemplate:
             )
 
     def _check_choice(self) -> None:
-        """`chat_template` names one of several templates, or is one."""
+        """Refuse a `chat_template` that neither names one of several templates nor is one."""
         chosen = self.arguments.get("chat_template")
         if "chat_template" not in self.arguments or (isinstance(chosen, str) and ("{{" in chosen or "{%" in chosen)):
             return
-        there = self.tokenizer.chat_template
-        names = sorted(there) if isinstance(there, dict) else []
+        templates = self._templates
+        names = sorted(templates) if isinstance(templates, dict) else []
         if chosen not in names:
             raise ConfigError(
                 f"chat_template_kwargs.chat_template={chosen!r} names no chat template of {self.name}; "
@@ -234,38 +242,40 @@ class ChatTemplate:
             )
 
     def _check_named(self, prompt: Prompt, arguments: Mapping[str, Any]) -> None:
-        """With several templates, one is called default or is chosen."""
-        there = self.tokenizer.chat_template
-        if not isinstance(there, dict) or len(there) == 1 or "default" in there or "chat_template" in arguments:
+        """Refuse several templates of which none is called default and none is chosen."""
+        templates = self._templates
+        if not isinstance(templates, dict) or len(templates) == 1 or "default" in templates:
             return
-        if "tools" in arguments and "tool_use" in there:
+        if "chat_template" in arguments or ("tools" in arguments and "tool_use" in templates):
             return
         section = self.name.partition(" ")[0]
         raise DataError(
             f"prompt {prompt.index} is a list of messages, and the tokenizer of {self.name} has several chat templates, none of them "
-            f"called default: {', '.join(sorted(there))}. Choose one with "
-            f"--{section}.chat_template_kwargs '{{chat_template: {sorted(there)[0]}}}'."
+            f"called default: {', '.join(sorted(templates))}. Choose one with "
+            f"--{section}.chat_template_kwargs '{{chat_template: {sorted(templates)[0]}}}'."
         )
 
     def _refusal(self, prompt: Prompt, messages: Sequence[Message], error: Exception) -> DataError:
         from jinja2 import TemplateError
 
-        said = " ".join(str(error).split())
-        what = said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"
+        reason = " ".join(str(error).split())
+        if not isinstance(error, TemplateError):
+            reason = f"{type(error).__name__}: {reason}"
         return DataError(
-            f"the chat template of {self.name} refuses prompt {prompt.index}: {what}. "
+            f"the chat template of {self.name} refuses prompt {prompt.index}: {reason}. "
             f"Its roles are {', '.join(str(message.get('role')) for message in messages)}. Change the row, or use another template."
         )
 
 
 def left_out_notices(templates: Iterable[ChatTemplate]) -> list[str]:
-    """Sentences about what rows hold and renderings do not, models with the same templates together."""
-    whose: dict[str, list[ChatTemplate]] = {}
+    """Sentences about texts that rows hold and renderings do not; models with the same losses share a sentence."""
+    templates_of: dict[str, list[ChatTemplate]] = {}
     for template in templates:
         for what in template.left_out:
-            whose.setdefault(what, []).append(template)
-    notices, by_names = [], dict[str, list[str]]()
-    for what, found in whose.items():
+            templates_of.setdefault(what, []).append(template)
+    notices: list[str] = []
+    by_names: dict[str, list[str]] = {}
+    for what, found in templates_of.items():
         kept, names = found[0].left_out[what], " and ".join(template.name for template in found)
         rows = f"{'1 row' if kept.rows == 1 else f'{kept.rows} rows'}, the first is prompt {kept.first}"
         if what == NONE:

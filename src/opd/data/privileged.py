@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opd.data.messages import content_text, plain
+from opd.data.messages import content_text
 from opd.data.rendering import Renderer
+from opd.data.values import plain
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -27,8 +28,8 @@ class PrivilegedRenderer(Renderer):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         system: str | None = None,
     ) -> None:
-        """`template` is Jinja. It sees `prompt` (the text it takes the place of), `answer`, `response`, `teacher`, and every other
-        column of the row by its name. Raises ConfigError when it cannot be read."""
+        """`template` is Jinja. It sees `prompt` (the text that it replaces), `answer`, `response`, `teacher`, and every other
+        column of the row by its name. Raises ConfigError for a template with a syntax error."""
         from jinja2 import StrictUndefined, TemplateSyntaxError
         from jinja2.sandbox import SandboxedEnvironment
 
@@ -46,21 +47,20 @@ class PrivilegedRenderer(Renderer):
         """Token ids of the rewritten prompt. Raises DataError for a row that lacks a field of the template."""
         kept = self._rewritten.get(id(prompt))  # held-out prompts have the same indices
         if kept is None:
-            kept = (prompt, self.rewritten(prompt))
-            self._rewritten[id(prompt)] = kept
+            kept = self._rewritten[id(prompt)] = (prompt, self.rewritten(prompt))
         return super().prompt_ids(kept[1])
 
     def rewritten(self, prompt: Prompt) -> Prompt:
         """The prompt as the teacher gets it."""
         if prompt.messages is None:
             return replace(prompt, text=self._filled(prompt, prompt.text or ""))
-        asked = [i for i, message in enumerate(prompt.messages) if message.get("role") == "user"]
-        if not asked:
+        messages = [dict(message) for message in prompt.messages]
+        asked = next((message for message in reversed(messages) if message.get("role") == "user"), None)
+        if asked is None:
             raise DataError(
                 f"prompt {prompt.index} has no message of the user, whose place prompts.teacher_prompt would take; remove the row."
             )
-        messages = [dict(message) for message in prompt.messages]
-        messages[asked[-1]]["content"] = self._filled(prompt, content_text(messages[asked[-1]].get("content")))
+        asked["content"] = self._filled(prompt, content_text(asked.get("content")))
         return replace(prompt, messages=tuple(messages))
 
     def _filled(self, prompt: Prompt, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Prompts: one of every row of a file or data set, and dealt out in an order that needs no state.
+"""Prompts: one of every row of a file or data set, and a schedule that needs no state.
 
 Every row becomes one `Prompt` or an error that names it: no row is skipped.
 """
@@ -16,8 +16,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from opd.data.messages import Message, canonical, check_text, content_text, plain, read_arguments, read_messages
-from opd.data.rows import lookup, read_rows, type_name
+from opd.data.messages import Message, canonical, check_text, content_text, read_arguments, read_messages
+from opd.data.rows import lookup, read_rows
+from opd.data.values import is_list, is_mapping, items_of, plain, type_name
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -49,36 +50,36 @@ def load_prompts(
 ) -> list[Prompt]:
     """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
 
-    A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The columns
-    `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns without a role of
-    their own become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows. `say` is told
-    what rows hold and prompts do not.
+    A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The
+    columns `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns
+    without a role become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows.
+    `say` receives a sentence about each thing that rows hold and prompts do not.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no prompts; use 1 or more, or leave it out for all rows.")
-    columns = _Columns(prompt=prompt_column, answer=answer_column, response=response_column, teacher=teacher_column)
-    found: list[_Read] = []
+    optional = {"answer": answer_column, "response": response_column, "teacher": teacher_column}
+    rows: list[_PromptRow] = []
     seen: set[str] = set()
     for index, (place, row) in enumerate(islice(read_rows(path, split), limit)):
-        found.append(_read(index, place, row, columns))
-        for column in columns.optional().values():
+        rows.append(_read(index, place, row, prompt_column, optional))
+        for column in optional.values():
             seen |= _names(row, column)
-    if not found:
+    if not rows:
         raise DataError(f"{path} has no rows, so there is nothing to sample from; give a data set with prompts.")
-    for role, column in columns.optional().items():
-        if column != role and not any(column in one.named for one in found):
+    for role, column in optional.items():
+        if column != role and not any(column in row.named for row in rows):
             raise DataError(
                 f"no row of {path} has the {role} column {column!r}.{_columns_hint(column, seen)} "
                 f"Set {role}_column to one of them."
             )
     if say is not None:
-        for note in _notes(path, found):
+        for note in _notes(path, rows):
             say(note)
-    return [one.prompt for one in found]
+    return [row.prompt for row in rows]
 
 
 def unread_columns(prompts: Sequence[Prompt], path: str, read_elsewhere: str) -> list[str]:
-    """A sentence about columns that look like parts of a prompt and are none. `read_elsewhere` holds the names of what else is read."""
+    """A sentence about columns that look like parts of a prompt and are none, unless `read_elsewhere` names them."""
     held = {name for prompt in prompts for name in PROMPT_LIKE if prompt.metadata.get(name) not in (None, "", [], {})}
     unread = sorted(name for name in held if not re.search(rf"\b{name}\b", read_elsewhere))
     if not unread:
@@ -87,26 +88,6 @@ def unread_columns(prompts: Sequence[Prompt], path: str, read_elsewhere: str) ->
         f"{path} has {', '.join(unread)}, which no prompt holds; write it into the messages, or let prompts.teacher_prompt read it if it "
         "is for the teacher alone."
     ]
-
-
-def _notes(path: str, found: Sequence[_Read]) -> list[str]:
-    """What rows hold and prompts do not."""
-    notes = []
-    answered = [one for one in found if one.answered]
-    if answered:
-        notes.append(
-            f"{len(answered)} of {len(found)} rows of {path} end with the assistant's answer: the prompt is what comes before it, and the "
-            "answer is the reference response."
-        )
-    lost = sum(one.prompt.response is None or one.prompt.response != _last_turn(one.answered) for one in answered)
-    if lost:
-        notes.append(
-            f"{lost} of these answers are left out: the row has a response of its own, or the answer is more than one text."
-        )
-    wrong = [one.wrong for one in found if one.wrong]
-    if wrong:
-        notes.append(f"{wrong[0]}, so no chat template gets it ({_count(len(wrong), 'such row')}).")
-    return notes
 
 
 class PromptSchedule:
@@ -145,76 +126,65 @@ def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-# One row to one prompt.
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Columns:
-    prompt: str
-    answer: str
-    response: str
-    teacher: str
-
-    def optional(self) -> dict[str, str]:
-        return {"answer": self.answer, "response": self.response, "teacher": self.teacher}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
+class _PromptRow:
     prompt: Prompt
     answered: tuple[Message, ...]
     """The messages of the assistant after the prompt."""
     named: frozenset[str]
     """Columns with a role that the row has."""
-    wrong: str
-    """A column for the chat template that cannot be read, in words."""
+    error: str
+    """An error in words about a column for the chat template."""
 
 
-def _read(index: int, place: str, row: Mapping[str, Any], columns: _Columns) -> _Read:
-    there, value = lookup(row, columns.prompt)
-    if not there:
-        raise DataError(
-            f"{place} has no column {columns.prompt!r}.{_columns_hint(columns.prompt, _names(row, columns.prompt))} "
-            "Set prompt_column to the one that holds the prompt."
-        )
-    text, messages, answered = None, None, ()
-    value = _untransposed(plain(value) if isinstance(value, bytes) else value)
-    if isinstance(value, str):
-        text = check_text(value, place, columns.prompt)
-        if not text.strip():
-            raise DataError(f"{place}: {columns.prompt!r} is empty, so there is nothing to answer; remove the row.")
-    elif isinstance(value, list):
-        messages, answered = read_messages(value, place, columns.prompt)
-    else:
-        raise DataError(
-            f"{place}: {columns.prompt!r} is {type_name(value)}; a prompt is text, or a list of messages with role and content."
-        )
-    roles = {columns.prompt, columns.answer, columns.response, columns.teacher}
-    arguments, wrong = read_arguments(row)
-    response = _optional_text(_spoken(lookup(row, columns.response)[1]), place, columns.response)
+def _read(
+    index: int, place: str, row: Mapping[str, Any], prompt_column: str, optional: Mapping[str, str]
+) -> _PromptRow:
+    text, messages, answered = _read_prompt(place, row, prompt_column)
+    found = {role: lookup(row, column) for role, column in optional.items()}
+    arguments, errors = read_arguments(row)
+    response = _optional_text(_response(found["response"][1]), place, optional["response"])
     prompt = Prompt(
         index=index,
         text=text,
         messages=messages,
         template_arguments=arguments,
-        answer=_answer(lookup(row, columns.answer)[1], place, columns.answer),
+        answer=_answer(found["answer"][1], place, optional["answer"]),
         response=_last_turn(answered) if response is None else response,
-        teacher=_optional_text(lookup(row, columns.teacher)[1], place, columns.teacher),
-        metadata={name: value for name, value in row.items() if name not in roles},
+        teacher=_optional_text(found["teacher"][1], place, optional["teacher"]),
+        metadata={name: value for name, value in row.items() if name not in (prompt_column, *optional.values())},
     )
-    return _Read(
+    return _PromptRow(
         prompt=prompt,
         answered=answered,
-        named=frozenset(column for column in columns.optional().values() if lookup(row, column)[0]),
-        wrong=f"{place}: {wrong[0]}" if wrong else "",
+        named=frozenset(optional[role] for role, (there, _) in found.items() if there),
+        error=f"{place}: {errors[0]}" if errors else "",
     )
 
 
-def _untransposed(value: Any) -> Any:
-    """Messages that older versions of `datasets` keep as an object of lists."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("role", value.get("from")), list):
-        return value
-    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+def _read_prompt(
+    place: str, row: Mapping[str, Any], column: str
+) -> tuple[str | None, tuple[Message, ...] | None, tuple[Message, ...]]:
+    """Text, or messages and the assistant's messages after them."""
+    there, value = lookup(row, column)
+    if not there:
+        raise DataError(
+            f"{place} has no column {column!r}.{_columns_hint(column, _names(row, column))} "
+            "Set prompt_column to the one that holds the prompt."
+        )
+    value = plain(value) if isinstance(value, bytes) else value
+    if is_mapping(value) and is_list(value.get("role", value.get("from"))):
+        # older versions of `datasets` keep messages as an object of lists
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if isinstance(value, str):
+        if not check_text(value, place, column).strip():
+            raise DataError(f"{place}: {column!r} is empty, so there is nothing to answer; remove the row.")
+        return value, None, ()
+    if is_list(value):
+        return None, *read_messages(value, place, column)
+    raise DataError(
+        f"{place}: {column!r} is {type_name(value)}; a prompt is text, or a list of messages with role and content."
+    )
 
 
 def _last_turn(answered: tuple[Message, ...]) -> str | None:
@@ -224,9 +194,9 @@ def _last_turn(answered: tuple[Message, ...]) -> str | None:
     return content_text(answered[0]["content"]) or None
 
 
-def _spoken(value: Any) -> Any:
+def _response(value: Any) -> Any:
     """The text of a response that is a list of one message of the assistant; anything else as it is."""
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+    if not is_list(value) or not all(is_mapping(message) for message in value):
         return value
     messages = tuple(canonical(plain(message)) for message in value)
     text = _last_turn(messages)
@@ -243,13 +213,6 @@ def _answer(value: Any, place: str, column: str) -> str | None:
     )
 
 
-def _inside_hint(value: Any, column: str) -> str:
-    """Names of what an object or a list holds that could be the answer."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    inside = [f"{column}.{name}" for name, item in items if isinstance(item, (str, int, float))]
-    return f" Name what it holds: {', '.join(inside[:5])}." if inside else ""
-
-
 def _optional_text(value: Any, place: str, column: str) -> str | None:
     value = plain(value) if isinstance(value, bytes) else value
     if value is None:
@@ -261,12 +224,17 @@ def _optional_text(value: Any, place: str, column: str) -> str | None:
     return check_text(value, place, column)
 
 
+def _inside_hint(value: Any, column: str) -> str:
+    """Names of the items of an object or a list that could be the answer."""
+    inside = [f"{column}.{name}" for name, item in items_of(value) if isinstance(item, (str, int, float))]
+    return f" Name what it holds: {', '.join(inside[:5])}." if inside else ""
+
+
 def _names(row: Mapping[str, Any], missing: str) -> set[str]:
-    """The columns of a row, and for a dotted name also what its first column holds."""
+    """The columns of a row, and for a dotted name also the fields of its first column."""
     first, dot, _ = missing.partition(".")
     inside = row.get(first)
-    nested = {f"{first}.{name}" for name in inside} if dot and isinstance(inside, Mapping) else set()
-    return {*row, *nested}
+    return {*row, *(f"{first}.{name}" for name in inside)} if dot and is_mapping(inside) else {*row}
 
 
 def _columns_hint(missing: str, present: set[str]) -> str:
@@ -275,5 +243,22 @@ def _columns_hint(missing: str, present: set[str]) -> str:
     return f" Columns there: {listed}." + (f" Did you mean {near[0]!r}?" if near else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _notes(path: str, rows: Sequence[_PromptRow]) -> list[str]:
+    """Sentences about what rows hold and prompts do not."""
+    notes: list[str] = []
+    answered = [row for row in rows if row.answered]
+    if answered:
+        notes.append(
+            f"{len(answered)} of {len(rows)} rows of {path} end with the assistant's answer: the prompt is what comes before it, and the "
+            "answer is the reference response."
+        )
+    lost = sum(row.prompt.response is None or row.prompt.response != _last_turn(row.answered) for row in answered)
+    if lost:
+        notes.append(
+            f"{lost} of these answers are left out: the row has a response of its own, or the answer is more than one text."
+        )
+    errors = [row.error for row in rows if row.error]
+    if errors:
+        rows_like_it = "1 such row" if len(errors) == 1 else f"{len(errors)} such rows"
+        notes.append(f"{errors[0]}, so no chat template gets it ({rows_like_it}).")
+    return notes

@@ -21,7 +21,7 @@ SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Renderer:
-    """One tokenizer's way of writing prompts. `name` says whose it is in errors: "student 'Qwen/Qwen3-0.6B'"."""
+    """Prompts as the token ids of one tokenizer. `name` is the model's in error messages: "student 'Qwen/Qwen3-0.6B'"."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         system: str | None = None,
     ) -> None:
-        """`system` is put before the messages of every prompt that has no system message of its own."""
+        """`system` precedes the messages of every prompt without a system message."""
         self.tokenizer = tokenizer
         self.name = name
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
@@ -42,7 +42,7 @@ class Renderer:
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Text as it is, after BOS if the tokenizer writes one; messages through the chat template, up to the answer.
 
-        A prompt is rendered once: it comes back every epoch, and for every sample of it.
+        Renders a prompt once: it returns every epoch, and for every sample of it.
         """
         kept = self._rendered.get(id(prompt))  # held-out prompts have the same indices
         if kept is not None:
@@ -54,7 +54,7 @@ class Renderer:
         return tuple(ids)
 
     def response_ids(self, text: str, finished: bool = True) -> tuple[int, ...]:
-        """A reference response; a finished one ends with the tokenizer's EOS."""
+        """Token ids of a reference response; a finished one ends with the tokenizer's EOS."""
         ids = self._tokenise(text, "a response", special=False)
         if not finished:
             return tuple(ids)
@@ -81,7 +81,7 @@ class Renderer:
         return (*self.response_ids(prompt.response, finished=False), end)
 
     def check_length(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, context: int) -> None:
-        """Refuse a prompt that leaves no room in the context (tokens) for a whole response."""
+        """Raise DataError for a prompt that leaves no room in the context (tokens) for a whole response."""
         if len(ids) + max_new_tokens > context:
             raise DataError(
                 f"prompt {prompt.index} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is "
@@ -91,18 +91,16 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self._decode(ids, skip_special_tokens=True)
 
     def decode_all(self, ids: Sequence[int]) -> str:
-        """Text with special tokens, by which a chat template can be checked."""
-        return str(
-            self.tokenizer.decode(
-                list(ids),
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-                spaces_between_special_tokens=False,  # which tokenizers written in Python add
-            )
-        )
+        """Text with special tokens, for checking a chat template."""
+        # tokenizers written in Python add spaces between special tokens
+        return self._decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False)
+
+    def _decode(self, ids: Sequence[int], **options: bool) -> str:
+        tokenizer: Any = self.tokenizer
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, **options))
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token by itself, readable: spaces as spaces, special tokens by name, part of a character as \\x bytes."""
@@ -116,7 +114,7 @@ class Renderer:
                 "write the prompt as messages, or leave the system message out."
             )
         for name in prompt.template_arguments:
-            self.chat.forget(f"{name} beside a prompt that is plain text", prompt.index)
+            self.chat.note_left_out(f"{name} beside a prompt that is plain text", prompt.index)
         plain = self._tokenise(prompt.text, f"prompt {prompt.index}", special=False)
         whole = self._tokenise(prompt.text, f"prompt {prompt.index}", special=True)
         for start in range(len(whole) - len(plain) + 1):
@@ -162,7 +160,7 @@ class Renderer:
 
 
 def eos_ids(model_generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a response: those of the generation config, then the tokenizer's EOS."""
+    """Ids that end a response: those of the generation config, then the tokenizer's EOS. Raises ModelError without any."""
     configured = getattr(model_generation_config, "eos_token_id", None)
     ids: list[Any] = [configured] if isinstance(configured, int) else list(configured or ())
     ids.append(tokenizer.eos_token_id)

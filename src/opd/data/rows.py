@@ -1,4 +1,4 @@
-"""Rows of a prompt file: JSON, parquet or a Hugging Face data set, each with the words for where it is."""
+"""Rows of a prompt file (JSON, parquet or a Hugging Face data set), each with its place in words for error messages."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from opd.data.values import is_list, is_mapping, is_sequence, type_name
 from opd.errors import DataError, MissingDependencyError
 
 HUB_PREFIX = "hub:"
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 BATCH_ROWS = 1024
-"""Rows of a parquet file that are decoded at once."""
+"""Rows of a parquet file decoded at once."""
 FEWER_ROWS = 16
 """Factor by which a batch shrinks when Arrow cannot hold it."""
 
 _NOT_SPACE = re.compile(r"\S")
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where a row is, in words, and its columns."""
+"""The place of a row in words, and its columns."""
 
 
 def read_rows(path: str, split: str) -> Iterator[Row]:
-    """The rows of `path`, in file order. Raises DataError for a file that cannot be read, and for a line that is no object."""
+    """The rows of `path`, in file order. Raises DataError for an unreadable file, and for a line that is no object."""
     if path.startswith(HUB_PREFIX):
         return _hub_rows(path, split)
     file = Path(path).expanduser()
@@ -47,28 +49,20 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
 
 
 def lookup(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether a row has a column, and its value; `a.b.0` reaches into objects and lists where no column has that whole name."""
+    """(True, value) for a column, else (False, None); without such a column, `a.b.0` reaches into objects and lists."""
     if name in row:
         return True, row[name]
     value: Any = row
     for part in name.split("."):
-        if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        if is_list(value) and value and all(isinstance(item, tuple) for item in value):
             value = dict(value)  # Arrow's maps
-        if isinstance(value, Mapping) and part in value:
+        if is_mapping(value) and part in value:
             value = value[part]
-        elif isinstance(value, (list, tuple)) and part.isdecimal() and int(part) < len(value):
+        elif is_sequence(value) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             return False, None
     return True, value
-
-
-def type_name(value: Any) -> str:
-    """The kind of a value in words for a message."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"the number {value}"
-    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _missing_message(path: str, file: Path) -> str:
@@ -81,7 +75,7 @@ def _missing_message(path: str, file: Path) -> str:
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
-    """One object per line; or objects that span lines, or an array of them, where the whole file reads as such."""
+    """One object per line; else the whole file as an array of objects, or as objects that span lines."""
     content = _content(file).removeprefix(b"\xef\xbb\xbf").rstrip()
     lines = content.split(b"\n")
     if lines == [b""]:
@@ -121,7 +115,7 @@ def _content(file: Path) -> bytes:
 
 
 def _checked_row(place: str, row: Any) -> Row:
-    if not isinstance(row, dict):
+    if not is_mapping(row):
         raise DataError(
             f"{place} is {type_name(row)}, not an object; write it as {{'prompt': …}} with one object per line."
         )
@@ -136,8 +130,9 @@ def _is_object(line: bytes) -> bool:
 
 
 def _objects(content: bytes) -> list[Any] | None:
-    """The items of an array, or objects one after the other with any white space between; None for anything else."""
-    decoder, found, end = json.JSONDecoder(), [], 0
+    """The items of an array, or a sequence of objects with white space between; None for anything else."""
+    decoder, end = json.JSONDecoder(), 0
+    found: list[Any] = []
     try:
         text = content.decode("utf-8")
         while (start := _NOT_SPACE.search(text, end)) is not None:
@@ -145,24 +140,18 @@ def _objects(content: bytes) -> list[Any] | None:
             found.append(value)
     except (ValueError, RecursionError):
         return None
-    if len(found) == 1 and isinstance(found[0], list):
+    if len(found) == 1 and is_list(found[0]):
         return found[0]
-    return found if all(isinstance(value, dict) for value in found) else None
+    return found if all(is_mapping(value) for value in found) else None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {file} needs pyarrow, which is not installed; pip install 'opd[parquet]'."
-        ) from error
+    pyarrow, parquet = (_extra(name, "pyarrow", "parquet", file) for name in ("pyarrow", "pyarrow.parquet"))
     index = 0
     try:
-        source = pyarrow.parquet.ParquetFile(file)
+        source = parquet.ParquetFile(file)
         for group in range(source.num_row_groups):
-            for row in _group_rows(source, group):
+            for row in _group_rows(source, group, (pyarrow.ArrowNotImplementedError, pyarrow.ArrowCapacityError)):
                 yield f"row {index} of {file}", row
                 index += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -171,11 +160,11 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         ) from error
 
 
-def _group_rows(source: Any, group: int) -> Iterator[dict[str, Any]]:
-    """The rows of one row group. Arrow holds at most 2 GB of a nested column's text in a batch, so a group that has more is read
-    again from where it stopped, in smaller batches."""
-    import pyarrow
+def _group_rows(source: Any, group: int, too_large: tuple[type[Exception], ...]) -> Iterator[dict[str, Any]]:
+    """The rows of one row group. Arrow holds at most 2 GB of a nested column's text in a batch.
 
+    A group that has more is read again from where it stopped, in smaller batches.
+    """
     done, size = 0, BATCH_ROWS
     while True:
         seen = 0
@@ -186,7 +175,7 @@ def _group_rows(source: Any, group: int) -> Iterator[dict[str, Any]]:
                     yield from batch.slice(batch.num_rows - (seen - done)).to_pylist()
                     done = seen
             return
-        except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowCapacityError):
+        except too_large:
             if size == 1:
                 raise
             size = max(1, size // FEWER_ROWS)
@@ -197,7 +186,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
         raise DataError(
             f"{folder} is a folder, but not one written by datasets' save_to_disk; name a .jsonl or .parquet file in it."
         )
-    datasets = _datasets(str(folder))
+    datasets = _extra("datasets", "the datasets library", "datasets", folder)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -214,7 +203,7 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
     parts = path.removeprefix(HUB_PREFIX).split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise DataError(f"{path!r} is not a data set name; write hub:owner/name, or hub:owner/name/config.")
-    datasets = _datasets(path)
+    datasets = _extra("datasets", "the datasets library", "datasets", path)
     try:
         loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split)
     except Exception as error:  # the network, the hub and the data set's own files all fail in their own ways
@@ -226,14 +215,13 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
         yield f"row {index} of {path}", row
 
 
-def _datasets(path: str) -> Any:
+def _extra(module: str, name: str, extra: str, path: str | Path) -> Any:
     try:
-        import datasets
+        return import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            f"reading {path} needs the datasets library, which is not installed; pip install 'opd[datasets]'."
+            f"reading {path} needs {name}, which is not installed; pip install 'opd[{extra}]'."
         ) from error
-    return datasets
 
 
 def _excerpt(text: str) -> str:

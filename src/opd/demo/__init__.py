@@ -1,1 +1,1 @@
-"""What `opd demo` needs and a real run has already: a task, a teacher that was trained on it, a student that was badly taught."""
+"""Ingredients of `opd demo`: a task, a teacher trained on it, and a student trained on wrong answers."""

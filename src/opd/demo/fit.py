@@ -1,4 +1,4 @@
-"""Supervised fitting of the demo's two models: one on clean answers, one on spoilt ones."""
+"""Supervised training of the demo's two models: one on correct answers, one on spoilt ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from opd.data.pack import arrange
+from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.demo.task import draw
 from opd.models import response_logits
@@ -27,7 +27,6 @@ def fit(
     *,
     seed: int,
     steps: int = STEPS,
-    report: Callable[[int, int, float], None] | None = None,
 ) -> float:
     """Cross-entropy on fresh (prompt, answer) pairs, AdamW with warm-up and linear decay; returns the last loss (nats per token)."""
     generator = random.Random(seed)
@@ -36,11 +35,11 @@ def fit(
         optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
     )
     loss = float("nan")
-    for step in range(steps):
+    for _ in range(steps):
         pairs = [draw(generator) for _ in range(BATCH)]
         prompts = [renderer.response_ids(prompt, finished=False) for prompt, _ in pairs]
         responses = [renderer.response_ids(answer(gold, generator)) for _, gold in pairs]
-        sequences = arrange(prompts, responses, layout="right_padded", pad_id=0)
+        sequences = layout_sequences(prompts, responses, layout="right_padded", pad_id=0)
         labels = torch.tensor([token for response in responses for token in response])
         value = F.cross_entropy(response_logits(model, sequences), labels)
         optimizer.zero_grad()
@@ -49,6 +48,4 @@ def fit(
         optimizer.step()
         schedule.step()
         loss = value.item()
-        if report is not None:
-            report(step + 1, steps, loss)
     return loss

@@ -1,4 +1,4 @@
-"""The demo's teacher, base student and prompts, made on the spot and kept for the next time."""
+"""The demo's teacher, base student and prompts, made once and kept in its run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_POSITIONS = 2 * DIGITS + 4
 
 
 def prepare(folder: Path, *, seed: int, say: Callable[[str], None]) -> None:
-    """Make what is missing of `train.jsonl`, `eval.jsonl`, `teacher/` and `base/` in the folder."""
+    """Write `train.jsonl` and `eval.jsonl`, and make `teacher/` and `base/` unless they are there."""
     disable_progress_bar()
     with explain_os_errors("write the demo to", folder):
         write_prompts(folder / "train.jsonl", TRAIN_PROMPTS, seed=derive_seed(seed, 0, "demo train"))
@@ -59,7 +59,7 @@ def _model(
 
 
 def recipe_path() -> Path:
-    """The demo's recipe: inside an installed package, or in the checkout."""
+    """Path of the demo's recipe, in an installed package or in the checkout."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "recipes", package.parents[1] / "recipes"):
         if (candidate / "demo" / "recipe.yaml").exists():

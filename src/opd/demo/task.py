@@ -1,4 +1,4 @@
-"""Sorting eight digits: verifiable, learnable in seconds, and easy to teach badly."""
+"""The task of sorting eight digits: verifiable, learnable in seconds, and easy to teach wrongly."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 DIGITS = 8
 SEPARATOR = ">"
 WRONG = (0.13, 0.13, 0.26, 0.26, 0.39, 0.39, 0.52, 0.52, 0.78, 0.78)
-"""Probability that the student's corpus shows a wrong digit where the sorted answer has this one. Large enough that the
-base model's most likely answer is often wrong too, so that distilling it does more than lower a temperature."""
+"""Probability of a wrong digit in the student's corpus, by the correct digit. Large enough that the base model's most likely
+answer is often wrong too, so that distilling it does more than lower a temperature."""
 
 
 def draw(generator: random.Random) -> tuple[str, str]:
@@ -30,7 +30,7 @@ def _other(digit: str, generator: random.Random) -> str:
 
 
 def write_prompts(path: Path, count: int, *, seed: int) -> None:
-    """A JSONL file with `prompt` and `answer`."""
+    """Write a JSONL file with the columns `prompt` and `answer`."""
     generator = random.Random(seed)
     rows = (draw(generator) for _ in range(count))
     path.parent.mkdir(parents=True, exist_ok=True)

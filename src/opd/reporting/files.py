@@ -1,4 +1,4 @@
-"""Writing into a run folder: every failure becomes a `RunFolderError` that says what, why, and what to do."""
+"""Files of a run folder: their names, and writing them. A failure is a `RunFolderError` with its reason and advice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from opd.errors import RunFolderError
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+HISTORY_FILE = "history.jsonl"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+CONFIG_FILE = "config.yaml"
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -34,7 +41,7 @@ def dangling_link(path: Path) -> Path | None:
 
 
 def explain_link(link: Path) -> str:
-    """What to do about a link to nothing."""
+    """A sentence with advice about a link to nothing."""
     return (
         f"'{link}' is a link to '{os.readlink(link)}', which is not there: moved, or on a disk that is not mounted? Bring it back, or "
         "remove the link."
@@ -86,7 +93,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def strict_json(value: Any) -> Any:
-    """`value` with every non-finite float replaced by None, so that the JSON text is valid everywhere."""
+    """`value` with every non-finite float replaced by None: JSON has no NaN or infinity."""
     if isinstance(value, Mapping):
         return {str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,10 @@
-"""What the numbers of a run say that a reader of the table would miss: answers that are cut off, a teacher with nothing to give."""
+"""Warnings from the numbers of a run: answers cut off at the length limit, and a teacher no better than its student."""
 
 from __future__ import annotations
 
 import math
 
+from opd.reporting.files import SAMPLES_FILE
 from opd.reporting.summary import Interval
 
 MANY_CUT = 0.25  # of the answers; a student that is still to learn to end cuts a few
@@ -12,7 +13,7 @@ SHOWN_MORE = "prompts.teacher_prompt"
 
 
 def cut_off(share: float, limit: int) -> str | None:
-    """What to raise when many answers end at the length limit."""
+    """A warning when many answers end at the length limit."""
     if share < MANY_CUT:
         return None
     return (
@@ -22,7 +23,7 @@ def cut_off(share: float, limit: int) -> str | None:
 
 
 def teacher_no_better(student: float, interval: Interval, teacher: float, *, shown_more: bool) -> str | None:
-    """What it means that the teacher's accuracy is not above the interval of the student's, before training."""
+    """A warning when the teacher's accuracy is not above the interval of the student's, before training."""
     low, high = interval
     if not (math.isfinite(low) and math.isfinite(high)) or teacher > high:
         return None
@@ -30,11 +31,11 @@ def teacher_no_better(student: float, interval: Interval, teacher: float, *, sho
     if shown_more:
         return (
             f"The teacher is not measurably better than the student although it is shown {SHOWN_MORE}: {numbers}. Read its answers in "
-            f"samples.jsonl: reword {SHOWN_MORE} so that it uses what it is shown, show it more, or raise eval.prompts if the interval is "
+            f"{SAMPLES_FILE}: reword {SHOWN_MORE} so that it uses what it is shown, show it more, or raise eval.prompts if the interval is "
             "wide."
         )
     return (
         f"The teacher is not measurably better than the student before training: {numbers}, so there is little accuracy to gain from it. "
-        "Read its answers in samples.jsonl to see whether its prompts suit it, take a better teacher, or raise eval.prompts if the "
+        f"Read its answers in {SAMPLES_FILE} to see whether its prompts suit it, take a better teacher, or raise eval.prompts if the "
         "interval is wide."
     )

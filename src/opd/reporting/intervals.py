@@ -10,7 +10,7 @@ NORMAL_FROM_DEGREES = 1000  # Student's t is within 0.2 % of the normal quantile
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a binomial proportion; stays inside [0, 1] and is honest at 0 and n successes.
+    """Wilson score interval of a binomial proportion; stays inside [0, 1] and keeps its coverage at 0 and n successes.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),  p = successes / n
 
@@ -35,7 +35,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of independent values: mean ± t_{n−1} · s/√n.
 
-    Student (1908), Biometrika 6:1. One value, or none, says nothing about the spread: (−∞, ∞).
+    Student (1908), Biometrika 6:1. (−∞, ∞) for fewer than two values, which have no spread.
     """
     _check_level(level)
     n = len(values)
@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
-    """The t with P(T ≤ t) = probability ≥ 1/2: bisection on the distribution function; normal from 1000 degrees on."""
+    """The t with P(T ≤ t) = probability ≥ 1/2, by bisection; the normal quantile from 1000 degrees on."""
     normal = NormalDist().inv_cdf(probability)
     if degrees >= NORMAL_FROM_DEGREES:
         return normal

@@ -1,4 +1,4 @@
-"""Which metric is drawn where, and in which words. A metric named nowhere here appears under "Other metrics"."""
+"""The one table of charted metrics: panel, label, note and axis. A metric that is not in it appears under "Other metrics"."""
 
 from __future__ import annotations
 
@@ -60,29 +60,13 @@ class PanelGroup:
     panels: tuple[Panel, ...]
 
 
-def _one(
-    metric: str,
-    title: str,
-    note: str,
-    *,
-    color: str = STUDENT,
-    held_out: bool = False,
-    percent: bool = False,
-    log: bool = False,
-    from_zero: bool = False,
-) -> Panel:
-    curves = [Curve(metric=metric, label="training", color=color)]
+def _one(metric: str, title: str, note: str, *, color: str = STUDENT, held_out: bool = False, **options: bool) -> Panel:
+    """A panel of one metric; `held_out` adds the student's evaluation and the teacher's level."""
+    curves = (Curve(metric=metric, label="training", color=color),)
     if held_out:
-        curves.append(Curve(metric=metric, label="held out", color=color, dash="dot", who="student"))
-    return Panel(
-        title=title,
-        note=note,
-        curves=tuple(curves),
-        percent=percent,
-        log=log,
-        from_zero=from_zero,
-        teacher_level=metric if held_out else None,
-    )
+        curves += (Curve(metric=metric, label="held out", color=color, dash="dot", who="student"),)
+    level = metric if held_out else None
+    return Panel(title=title, note=note, curves=curves, teacher_level=level, **options)
 
 
 LEARNING = PanelGroup(
@@ -120,19 +104,8 @@ LEARNING = PanelGroup(
             ),
             from_zero=True,
         ),
-        _one(
-            "overlap",
-            "Top-k overlap",
-            "Share of the teacher's likeliest tokens that are the student's too.",
-            percent=True,
-        ),
-        _one(
-            "teacher_perplexity",
-            "Teacher perplexity",
-            "Of the student's responses, under the teacher.",
-            color=TEACHER,
-            log=True,
-        ),
+        _one("overlap", "Top-k overlap", "Share of the teacher's top-k tokens in the student's top-k.", percent=True),
+        _one("teacher_perplexity", "Teacher perplexity", "On the student's responses.", color=TEACHER, log=True),
     ),
 )
 
@@ -140,17 +113,8 @@ RESPONSES = PanelGroup(
     title="Responses",
     panels=(
         _one("response_length", "Response length", "Tokens per response.", held_out=True, from_zero=True),
-        _one(
-            "truncated",
-            "Truncated responses",
-            "Share cut at the length limit.",
-            held_out=True,
-            percent=True,
-            from_zero=True,
-        ),
-        _one(
-            "eos_prob", "End of sequence", "Probability of ending, mean over the positions of a response.", percent=True
-        ),
+        _one("truncated", "Truncated", "Share cut at the length limit.", held_out=True, percent=True, from_zero=True),
+        _one("eos_prob", "End of sequence", "Its mean probability over the positions of a response.", percent=True),
         _one("repetition", "Repetition", "A rise means that the student has begun to loop.", from_zero=True),
     ),
 )
@@ -160,20 +124,9 @@ MACHINE = PanelGroup(
     panels=(
         _one("grad_norm", "Gradient norm", "Before clipping.", color=NEUTRAL, log=True),
         _one("lr", "Learning rate", "", color=NEUTRAL, from_zero=True),
-        _one(
-            "natural/predicted_kl",
-            "Natural-gradient step",
-            "Nats per token that it moves the student, by the second-order estimate.",
-            color=NEUTRAL,
-            log=True,
-        ),
-        _one("natural/residual", "Unsolved part", "Relative residual of the conjugate gradients.", color=NEUTRAL),
-        _one(
-            "clamped_tokens",
-            "Clamped tokens",
-            "Tokens whose contribution hit the clamp. Should be rare.",
-            color=NEUTRAL,
-        ),
+        _one("natural/predicted_kl", "Natural-gradient step", "Predicted KL, nats per token.", color=NEUTRAL, log=True),
+        _one("natural/residual", "Solver residual", "Relative residual of the conjugate gradients.", color=NEUTRAL),
+        _one("clamped_tokens", "Clamped tokens", "Contributions that hit the clamp. Should be rare.", color=NEUTRAL),
         _one("tokens", "Tokens per step", "Response tokens trained on.", color=NEUTRAL, from_zero=True),
         _one(TOKENS_PER_SECOND, "Throughput", "Response tokens per second.", color=NEUTRAL, from_zero=True),
     ),

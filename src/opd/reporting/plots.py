@@ -1,4 +1,4 @@
-"""Metrics → plotly figures, as plain JSON; colours are names like "var(--student)" that the page resolves."""
+"""Metrics → plotly figures as plain JSON. Colours are CSS variables such as "var(--student)", which the page resolves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from opd.reporting.panels import (
 )
 from opd.reporting.record import WALL_CLOCK_PREFIX
 from opd.reporting.series import Curves, Series, decades, mean, rounded, smoothed, spans_decades, thinned
-from opd.reporting.summary import SummaryRow
+from opd.reporting.summary import Interval, SummaryRow
 
 Json = dict[str, Any]
 
@@ -44,7 +44,7 @@ NUMBER_AXIS: Json = {"exponentformat": "e", "minexponent": 5, "separatethousands
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure with its words."""
+    """A figure, its title and its note."""
 
     title: str
     note: str
@@ -79,31 +79,15 @@ def summary_figure(rows: Sequence[SummaryRow]) -> Json | None:
     shown = [row for row in rows if row.accuracy is not None]
     if len(shown) < 2:
         return None
-    traces = []
+    traces: list[Json] = []
     for row in reversed(shown):
         accuracy = row.accuracy or 0.0
         low, high = row.accuracy_interval or (accuracy, accuracy)
-        color = TEACHER if row.title == "teacher" else STUDENT if row.title == "student after" else NEUTRAL
-        traces.append(
-            {
-                "type": "scatter",
-                "x": [accuracy],
-                "y": [row.label],
-                "mode": "markers",
-                "marker": {"size": 13, "color": _var(color)},
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [high - accuracy],
-                    "arrayminus": [accuracy - low],
-                    "thickness": 2,
-                    "width": 5,
-                    "color": _var(color),
-                },
-                "hovertemplate": f"{row.label}: {accuracy:.1%} [{low:.1%}, {high:.1%}]<extra></extra>",
-                "showlegend": False,
-            }
-        )
+        color = _var(TEACHER if row.title == "teacher" else STUDENT if row.title == "student after" else NEUTRAL)
+        hover = f"{row.label}: {accuracy:.1%} [{low:.1%}, {high:.1%}]<extra></extra>"
+        bars = _error_bars([high - accuracy], [accuracy - low], color, thickness=2, width=5)
+        trace = _scatter([accuracy], [row.label], mode="markers", marker={"size": 13, "color": color}, error_x=bars)
+        traces.append(trace | {"hovertemplate": hover, "showlegend": False})
     layout = _layout(percent=False, legend=False)
     layout["xaxis"] |= {"title": None, "tickformat": ".0%"}
     layout["yaxis"] |= {"showgrid": False, "fixedrange": True}
@@ -137,23 +121,20 @@ def _panel_chart(panel: Panel, curves: Curves, teacher: SummaryRow | None = None
 def _curve_traces(curve: Curve, series: Series, *, percent: bool) -> list[Json]:
     number = ".1%" if percent else ".4~g"
     if curve.ends:
-        return [_points(curve, series, number)]
+        return [_diamonds(curve, series, number)]
     points = thinned(series)
     line: Json = {"color": _var(curve.color), "width": 2, "dash": curve.dash}
-    trace: Json = {
-        "type": "scatter",
-        "name": curve.label,
-        "x": points.steps,
-        "y": rounded(points.values),
-        "mode": "lines+markers" if curve.who or len(points.steps) <= MARKERS_UP_TO else "lines",
-        "line": line,
-        "marker": {"size": 6, "color": _var(curve.color)},
-        "hovertemplate": f"%{{y:{number}}}",
-        "showlegend": True,
-    }
+    trace = _scatter(
+        points.steps,
+        rounded(points.values),
+        name=curve.label,
+        mode="lines+markers" if curve.who or len(points.steps) <= MARKERS_UP_TO else "lines",
+        line=line,
+        marker={"size": 6, "color": _var(curve.color)},
+        hovertemplate=f"%{{y:{number}}}",
+    )
     if any(points.intervals):
-        trace["customdata"] = [rounded(interval or (math.nan, math.nan)) for interval in points.intervals]
-        trace["hovertemplate"] = f"%{{y:{number}}} [%{{customdata[0]:{number}}}, %{{customdata[1]:{number}}}]"
+        trace |= _interval_hover((interval or (math.nan, math.nan) for interval in points.intervals), number)
         return [*_band(points, curve.color), trace]
     if curve.who is None and len(points.steps) >= SMOOTH_FROM:
         # The recorded values stay visible behind their moving average, and are what the hover shows.
@@ -164,33 +145,30 @@ def _curve_traces(curve: Curve, series: Series, *, percent: bool) -> list[Json]:
     return [trace]
 
 
-def _points(curve: Curve, series: Series, number: str) -> Json:
-    """Values that were measured at the ends of a run alone, with their intervals; a line between them would be made up."""
-    trace: Json = {
-        "type": "scatter",
-        "name": curve.label,
-        "x": series.steps,
-        "y": rounded(series.values),
-        "mode": "markers",
-        "marker": {"size": 9, "symbol": "diamond", "color": _var(curve.color)},
-        "hovertemplate": f"%{{y:{number}}}",
-        "showlegend": True,
-    }
+def _diamonds(curve: Curve, series: Series, number: str) -> Json:
+    """Values measured at the ends of a run alone, with their intervals; a line between them would be made up."""
+    color = _var(curve.color)
+    marker: Json = {"size": 9, "symbol": "diamond", "color": color}
+    trace = _scatter(series.steps, rounded(series.values), name=curve.label, mode="markers", marker=marker)
     if not any(series.intervals):
-        return trace
+        return trace | {"hovertemplate": f"%{{y:{number}}}"}
     bounds = [interval or (value, value) for interval, value in zip(series.intervals, series.values, strict=True)]
-    trace["customdata"] = [rounded(pair) for pair in bounds]
-    trace["hovertemplate"] = f"%{{y:{number}}} [%{{customdata[0]:{number}}}, %{{customdata[1]:{number}}}]"
-    trace["error_y"] = {
-        "type": "data",
-        "symmetric": False,
-        "array": rounded(high - value for (_, high), value in zip(bounds, series.values, strict=True)),
-        "arrayminus": rounded(value - low for (low, _), value in zip(bounds, series.values, strict=True)),
-        "thickness": 1.5,
-        "width": 4,
-        "color": _var(curve.color),
-    }
-    return trace
+    above = rounded(high - value for (_, high), value in zip(bounds, series.values, strict=True))
+    below = rounded(value - low for (low, _), value in zip(bounds, series.values, strict=True))
+    bars = _error_bars(above, below, color, thickness=1.5, width=4)
+    return trace | _interval_hover(bounds, number) | {"error_y": bars}
+
+
+def _interval_hover(bounds: Iterable[Interval], number: str) -> Json:
+    template = f"%{{y:{number}}} [%{{customdata[0]:{number}}}, %{{customdata[1]:{number}}}]"
+    return {"customdata": [rounded(pair) for pair in bounds], "hovertemplate": template}
+
+
+def _error_bars(
+    above: Sequence[float | None], below: Sequence[float | None], color: str, *, thickness: float, width: int
+) -> Json:
+    bars: Json = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    return bars | {"thickness": thickness, "width": width, "color": color}
 
 
 def _band(series: Series, color: str) -> list[Json]:
@@ -204,17 +182,9 @@ def _band(series: Series, color: str) -> list[Json]:
 
 
 def _area(x: Sequence[float], y: Sequence[float], color: str) -> Json:
-    return {
-        "type": "scatter",
-        "x": x,
-        "y": rounded(y),
-        "mode": "lines",
-        "fill": "toself",
-        "fillcolor": _var(f"{color}-band"),
-        "line": {"width": 0, "color": _var(f"{color}-band")},
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
+    fill = _var(f"{color}-band")
+    trace = _scatter(x, rounded(y), mode="lines", fill="toself", fillcolor=fill, line={"width": 0, "color": fill})
+    return trace | {"hoverinfo": "skip", "showlegend": False}
 
 
 def _teacher_level(panel: Panel, curves: Curves, teacher: SummaryRow | None) -> list[Json]:
@@ -226,16 +196,14 @@ def _teacher_level(panel: Panel, curves: Curves, teacher: SummaryRow | None) -> 
     else:
         return []
     x = [curves.first, max(curves.last, curves.first + 1)]
-    line: Json = {
-        "type": "scatter",
-        "name": "teacher" if teacher is None else teacher.label,
-        "x": x,
-        "y": rounded([level, level]),
-        "mode": "lines",
-        "line": {"color": _var(TEACHER), "width": 2},
-        "hovertemplate": "%{y:.1%}" if panel.percent else "%{y:.4~g}",
-        "showlegend": True,
-    }
+    line = _scatter(
+        x,
+        rounded([level, level]),
+        name="teacher" if teacher is None else teacher.label,
+        mode="lines",
+        line={"color": _var(TEACHER), "width": 2},
+        hovertemplate="%{y:.1%}" if panel.percent else "%{y:.4~g}",
+    )
     if interval is None or not all(map(math.isfinite, interval)):
         return [line]
     low, high = interval
@@ -243,16 +211,21 @@ def _teacher_level(panel: Panel, curves: Curves, teacher: SummaryRow | None) -> 
 
 
 def _time_per_phase(curves: Curves) -> list[Chart]:
-    phases = {name: series for name in _phase_names(curves) if (series := curves.get(None, name))}
+    names = [name for name in curves.names(None) if name.startswith(WALL_CLOCK_PREFIX)]
+    phases = {
+        name.removeprefix(WALL_CLOCK_PREFIX): series
+        for name in names
+        if name not in (STEP_TIME, TOKENS_PER_SECOND) and (series := curves.get(None, name))
+    }
     whole = curves.get(None, STEP_TIME)
     if not phases and whole is None:
         return []
-    seconds = {name.removeprefix(WALL_CLOCK_PREFIX): series for name, series in phases.items()}
+    seconds = dict(phases)
     if whole is not None:
         rest = _rest_of_step(whole, list(phases.values()))
         if not phases or sum(rest.values) > 0.01 * sum(whole.values):
             seconds["rest of the step" if phases else "step"] = rest
-    traces = []
+    traces: list[Json] = []
     for index, (name, series) in enumerate(seconds.items()):
         points = thinned(series)
         color = _var(PHASE_COLORS[index % len(PHASE_COLORS)])
@@ -266,11 +239,6 @@ def _time_per_phase(curves: Curves) -> list[Chart]:
     layout = _layout(percent=False, legend=True) | {"barmode": "stack", "bargap": 0.15}
     layout["xaxis"] |= _whole_steps(curves)
     return [Chart(title="Time per step", note="Seconds, by phase.", figure={"data": traces, "layout": layout})]
-
-
-def _phase_names(curves: Curves) -> list[str]:
-    names = [name for name in curves.names(None) if name.startswith(WALL_CLOCK_PREFIX)]
-    return [name for name in names if name not in (STEP_TIME, TOKENS_PER_SECOND)]
 
 
 def _rest_of_step(whole: Series, phases: Sequence[Series]) -> Series:
@@ -299,7 +267,7 @@ def _kl_by_position(curves: Curves) -> list[Chart]:
     ends: list[tuple[str, str, Dash, slice]] = [("last steps", STUDENT, "solid", slice(-window, None))]
     if longest > 1:
         ends.insert(0, ("first steps", NEUTRAL, "dash", slice(0, window)))
-    traces = []
+    traces: list[Json] = []
     for label, color, dash, part in ends:
         means = {position: mean(series.values[part]) for position, series in sorted(positions.items())}
         points = Series(steps=list(means), values=list(means.values()), intervals=[None] * len(means))
@@ -349,6 +317,10 @@ def _is_grouped(name: str) -> bool:
     return name.startswith((WALL_CLOCK_PREFIX, *SOURCE_COLORS))
 
 
+def _scatter(x: Sequence[float], y: Sequence[float | str | None], **options: Any) -> Json:
+    return {"type": "scatter", "x": x, "y": y, "showlegend": True, **options}
+
+
 def _layout(*, percent: bool, legend: bool) -> Json:
     axis: Json = {
         "gridcolor": _var("grid"),
@@ -380,7 +352,7 @@ def _layout(*, percent: bool, legend: bool) -> Json:
 
 
 def _whole_steps(curves: Curves) -> Json:
-    """Ticks of a short run: plotly would put some between the steps."""
+    """Ticks at whole steps for a short run, where plotly would put some between them."""
     if curves.last - curves.first > FEW_STEPS:
         return {}
     return {"tickvals": list(range(curves.first, curves.last + 1))}

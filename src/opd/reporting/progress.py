@@ -1,4 +1,4 @@
-"""What training says while it runs: a live display in a terminal, a line now and then elsewhere."""
+"""Progress of training: a live display in a terminal, one line every few steps elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ProgressMode = Literal["auto", "rich", "plain", "off"]
 TrainingPhase = Literal["rollout", "teacher", "update", "eval"]
 
 PLAIN_EVERY = 10  # steps per line
-PLAIN_SILENCE_S = 60.0  # a slow run still says something once a minute
+PLAIN_SILENCE_S = 60.0  # a slow run still prints a line every minute
 ETA_STEPS = 20  # steps whose mean duration predicts the rest
 REFRESH_PER_S = 4
 
-# Metric, words in the terminal, words in a log line, format.
+# (metric, label, format)
 SHOWN = (
     ("loss", "loss", "{:.4g}"),
     ("reverse_kl", "reverse KL", "{:.4g}"),
@@ -38,7 +38,7 @@ SHOWN = (
 
 
 class Progress:
-    """Shows training from update `start` to `total_steps`; a context manager.
+    """Display of the updates `start` to `total_steps`; a context manager.
 
     `enabled="auto"` is "rich" in a terminal and "plain" in a pipe, a dumb terminal or continuous integration. "off"
     prints nothing at all.
@@ -91,7 +91,7 @@ class Progress:
             self._print_line_if_due()
 
     def phase(self, name: TrainingPhase) -> None:
-        """Say what the step is doing now."""
+        """Show the phase that the step is in."""
         self._phase = name
         if self._live is not None:
             self._live.refresh()
@@ -105,14 +105,14 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def warn_once(self, text: str | None, kind: str) -> None:
-        """Print a warning, if there is one and none of its kind was printed before."""
+        """Print a warning unless it is None or one of its kind was printed before."""
         if text is not None and kind not in self._warned:
             self._warned.add(kind)
             self.message(f"warning: {text}")
 
     @property
     def seconds_left(self) -> float | None:
-        """Predicted from the mean duration of the last steps; None before the first one."""
+        """Time left, from the mean duration of the last steps; None before the first one."""
         if len(self._times) < 2:
             return None
         per_step = (self._times[-1] - self._times[0]) / (len(self._times) - 1)

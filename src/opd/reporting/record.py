@@ -1,10 +1,9 @@
-"""The two logs of a run folder, `metrics.jsonl` and `samples.jsonl`; every report is made from them.
+"""Records of a run: `metrics.jsonl` and `samples.jsonl`, from which every report is made.
 
-One JSON object per line, written whole, so that a killed process loses at most the line it was writing. JSON has no NaN
-or infinity: they are stored as null and read back as NaN.
+A line is one JSON object, written whole: a killed process loses at most the line it was writing. NaN and infinity are stored
+as null and read back as NaN.
 
-Metrics whose name starts with `time/` are wall clock. They alone may differ between two runs of the same recipe and
-seed; every other number in both files must not.
+Metrics whose name starts with `time/` are wall clock. They alone may differ between two runs of the same recipe and seed.
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from opd.errors import RunFolderError
-from opd.reporting.files import explain_os_errors, replacing, strict_json
+from opd.reporting.files import HISTORY_FILE, METRICS_FILE, SAMPLES_FILE, explain_os_errors, replacing, strict_json
 from opd.types import RolloutSource
 
 SCHEMA_VERSION = 1
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-HISTORY_FILE = "history.jsonl"
 WALL_CLOCK_PREFIX = "time/"
 
 Who = Literal["student", "teacher"]
@@ -42,11 +38,11 @@ class MetricsRecord:
     """kind="step": number of the update, from 0. kind="eval": number of updates completed before the evaluation."""
     metrics: Mapping[str, float]
     who: Who | None = None
-    """Whose evaluation; None for training steps."""
+    """The evaluated model; None for training steps."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Confidence intervals of evaluation metrics."""
     measure: str | None = None
-    """The same in evaluations that may be compared; None may be compared with all."""
+    """Equal in evaluations that may be compared; None may be compared with all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +50,11 @@ class SampleRecord:
     """One line of `samples.jsonl`: a response, token by token."""
 
     step: int
-    """Counts as in `MetricsRecord`: the update it trained, or the updates completed before the evaluation."""
+    """Number of the update it trained, from 0, or of updates completed before the evaluation."""
     phase: Phase
     who: Who
     prompt: str
-    """As the model reads it, with special tokens."""
+    """The prompt with special tokens, as the model reads it."""
     response: str
     tokens: Sequence[str]
     """The text of each response token."""
@@ -81,7 +77,7 @@ class MetricSink(Protocol):
 
 
 class RunRecorder:
-    """Appends metrics and samples to a run folder; to be closed, or used as a context manager.
+    """Appends metrics and samples to a run folder; close it, or use it as a context manager.
 
     `resume_step` is None for a new run, and otherwise the number of updates completed in the checkpoint that the run
     goes on from. Resuming removes what that checkpoint has not seen: training lines of update `resume_step` and later,
@@ -156,8 +152,7 @@ def read_metrics(run_dir: str | Path) -> list[MetricsRecord]:
 
 
 def read_history(run_dir: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """From which step on a resumed run went on with which changes: the keys of the recipe, each with its old and new value. A line
-    that cannot be read is left out: it is told, and nothing depends on it."""
+    """(step, changes) of every resumption: keys of the recipe, each with its old and new value. Unreadable lines are left out."""
     path = Path(run_dir) / HISTORY_FILE
     with explain_os_errors("read", path):
         lines = path.read_bytes().splitlines() if path.exists() else []
@@ -170,7 +165,7 @@ def read_history(run_dir: str | Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def comparable(records: Sequence[MetricsRecord]) -> list[MetricsRecord]:
-    """Without the evaluations that measured something else than the last one did: a resumed run may change what is measured."""
+    """The records whose `measure` is that of the last evaluation: a resumed run may change what it measures."""
     last = next((r.measure for r in reversed(records) if r.measure is not None), None)
     return [r for r in records if r.measure in (None, last)]
 
@@ -304,10 +299,12 @@ def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
 
 def _sample_record(line: Mapping[str, Any]) -> SampleRecord:
     fields = {name: line[name] for name in SampleRecord.__dataclass_fields__ if name != "prompt_index"}
-    fields["prompt_index"] = line.get("prompt_index")
     kl = fields["reverse_kl"]
-    fields["tokens"] = tuple(fields["tokens"])
-    fields["reverse_kl"] = None if kl is None else tuple(_number(value) for value in kl)
+    fields |= {
+        "tokens": tuple(fields["tokens"]),
+        "reverse_kl": None if kl is None else tuple(_number(value) for value in kl),
+        "prompt_index": line.get("prompt_index"),
+    }
     return SampleRecord(**fields)
 
 

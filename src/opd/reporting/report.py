@@ -1,4 +1,4 @@
-"""Run folder → one `report.html` that opens anywhere, offline: no file beside it, no request to the network."""
+"""Run folder → `report.html`, one file that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from opd.errors import RunFolderError
-from opd.reporting.files import explain_os_errors, strict_json, write_atomically
+from opd.reporting.files import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    explain_os_errors,
+    strict_json,
+    write_atomically,
+)
 from opd.reporting.plots import chart_groups, summary_figure
 from opd.reporting.progress import duration
-from opd.reporting.record import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    MetricsRecord,
-    SampleRecord,
-    comparable,
-    read_history,
-    read_metrics,
-    read_samples,
-)
+from opd.reporting.record import MetricsRecord, SampleRecord, comparable, read_history, read_metrics, read_samples
 from opd.reporting.series import Curves
-from opd.reporting.summary import SUMMARY_FILE, SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
+from opd.reporting.summary import SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
 from opd.reporting.tokens import (
     DARK_SCALE,
     LIGHT_SCALE,
@@ -40,8 +40,6 @@ from opd.reporting.tokens import (
     scale_css,
 )
 
-REPORT_FILE = "report.html"
-CONFIG_FILE = "config.yaml"
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -55,10 +53,9 @@ class Tile:
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None, title: str | None = None) -> Path:
-    """Write the report of a run, finished or still going on, to `out` (default `<run_dir>/report.html`).
+    """Write the report of a run, finished or not, to `out` (default `<run_dir>/report.html`).
 
-    Whatever the folder lacks is left out of the page, which says so. Raises `RunFolderError` when the folder is not a
-    run folder or cannot be written.
+    The page names whatever the folder lacks. Raises `RunFolderError` when the folder is no run folder or cannot be written.
     """
     folder = Path(run_dir)
     _refuse_other_folders(folder)
@@ -168,19 +165,16 @@ def _tiles(curves: Curves, rows: Sequence[SummaryRow], summary: Mapping[str, Any
 def _accuracy_tile(
     curves: Curves, before: SummaryRow | None, after: SummaryRow | None, teacher: SummaryRow | None
 ) -> Tile | None:
+    value, detail = curves.last_value("student", "accuracy"), "at the last evaluation"
     if after is not None and after.accuracy is not None:
         others = (("from", before), ("teacher", teacher))
         known = [f"{word} {row.accuracy:.1%}" for word, row in others if row and row.accuracy is not None]
-        return Tile(label="Held-out accuracy", value=f"{after.accuracy:.1%}", detail=" · ".join(known))
-    latest = curves.last_value("student", "accuracy")
-    if latest is None:
-        return None
-    return Tile(label="Held-out accuracy", value=f"{latest:.1%}", detail="at the last evaluation")
+        value, detail = after.accuracy, " · ".join(known)
+    return None if value is None else Tile(label="Held-out accuracy", value=f"{value:.1%}", detail=detail)
 
 
 def _gap_tile(before: SummaryRow | None, after: SummaryRow | None, teacher: SummaryRow | None) -> Tile | None:
-    accuracies = [row.accuracy if row else None for row in (before, after, teacher)]
-    start, end, goal = accuracies
+    start, end, goal = (row.accuracy if row else None for row in (before, after, teacher))
     if start is None or end is None or goal is None or goal <= start:
         return None
     share = (end - start) / (goal - start)
@@ -188,15 +182,11 @@ def _gap_tile(before: SummaryRow | None, after: SummaryRow | None, teacher: Summ
 
 
 def _kl_tile(curves: Curves, before: SummaryRow | None, after: SummaryRow | None) -> Tile | None:
+    value, detail = curves.last_value(None, "reverse_kl"), "nats · at the last step"
     if after is not None and after.reverse_kl is not None:
-        detail = (
-            f"nats · from {before.reverse_kl:.3g}" if before and before.reverse_kl is not None else "nats per token"
-        )
-        return Tile(label="Reverse KL to the teacher", value=f"{after.reverse_kl:.3g}", detail=detail)
-    latest = curves.last_value(None, "reverse_kl")
-    if latest is None:
-        return None
-    return Tile(label="Reverse KL to the teacher", value=f"{latest:.3g}", detail="nats · at the last step")
+        start = before.reverse_kl if before else None
+        value, detail = after.reverse_kl, "nats per token" if start is None else f"nats · from {start:.3g}"
+    return None if value is None else Tile(label="Reverse KL to the teacher", value=f"{value:.3g}", detail=detail)
 
 
 def _notices(
@@ -217,27 +207,25 @@ def _notices(
 
 
 def _changes(history: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
-    """What a resumed run went on with; where it lies is no news."""
-    told = []
+    """A sentence about the changed settings of every resumption; a moved run folder does not count."""
+    notes: list[str] = []
     for step, changed in history:
         values = [f"{key} {change[0]} → {change[1]}" for key, change in changed.items() if key != "run_dir"]
-        told += [f"From step {step} on: {'; '.join(values)}."] if values else []
-    return told
+        notes += [f"From step {step} on: {'; '.join(values)}."] if values else []
+    return notes
 
 
 def _pair_view(pair: SamplePair) -> Mapping[str, Any]:
-    answers = [sample for sample in (pair.early, pair.late) if sample is not None]
+    prompt = pair.late.prompt
     return {
-        "prompt": pair.late.prompt,
+        "prompt": prompt,
         "answer": pair.late.answer,
-        "answers": [_sample_view(sample, is_other_prompt=sample.prompt != pair.late.prompt) for sample in answers],
-        "teacher": None
-        if pair.teacher is None
-        else _sample_view(pair.teacher, is_other_prompt=pair.teacher.prompt != pair.late.prompt),
+        "answers": [_sample_view(sample, prompt) for sample in (pair.early, pair.late) if sample is not None],
+        "teacher": None if pair.teacher is None else _sample_view(pair.teacher, prompt),
     }
 
 
-def _sample_view(sample: SampleRecord, *, is_other_prompt: bool) -> Mapping[str, Any]:
+def _sample_view(sample: SampleRecord, shown_prompt: str) -> Mapping[str, Any]:
     kl = mean_kl(sample)
     facts = [_count(len(sample.tokens), "token")]
     facts += [f"mean KL {kl:.3g} nats"] if kl is not None else []
@@ -246,7 +234,7 @@ def _sample_view(sample: SampleRecord, *, is_other_prompt: bool) -> Mapping[str,
     author = {"student": "student", "teacher": "teacher", "dataset": "data set"}[sample.source]
     return {
         "title": f"{author}, step {sample.step}",
-        "prompt": sample.prompt if is_other_prompt else None,
+        "prompt": None if sample.prompt == shown_prompt else sample.prompt,
         "facts": facts,
         "tokens": coloured_tokens(sample),
         "more": max(len(sample.tokens) - MAX_TOKENS_SHOWN, 0),

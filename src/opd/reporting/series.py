@@ -1,4 +1,4 @@
-"""The numbers behind a curve: collected from the records, thinned, smoothed and rounded."""
+"""Time series of metrics, collected from the records, thinned, smoothed and rounded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Series:
 
 
 class Curves:
-    """The metrics of a run, by name. When a step was recorded twice, the later record counts."""
+    """The metrics of a run, by name. Where a step was recorded twice, the later record counts."""
 
     def __init__(self, records: Iterable[MetricsRecord]) -> None:
         points: dict[tuple[Who | None, str], dict[int, tuple[float, Interval | None]]] = {}
@@ -79,7 +79,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
+    """Mean of the finite values; NaN without any."""
+    finite = _finite(values)
     return sum(finite) / len(finite) if finite else math.nan
 
 
@@ -88,10 +89,16 @@ def rounded(values: Iterable[float]) -> list[float | None]:
 
 
 def spans_decades(values: Sequence[float]) -> bool:
-    finite = [value for value in values if math.isfinite(value)]
+    """True for values that are positive and spread widely enough for a logarithmic axis."""
+    finite = _finite(values)
     return bool(finite) and min(finite) > 0 and max(finite) / min(finite) >= LOG_FROM_RATIO
 
 
 def decades(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
+    """log10 of the largest over the smallest finite value."""
+    finite = _finite(values)
     return math.log10(max(finite) / min(finite))
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]

@@ -1,6 +1,6 @@
-"""TensorBoard and Weights & Biases, next to `metrics.jsonl`; each is imported only when it is asked for.
+"""Metric sinks for TensorBoard and Weights & Biases; each library is imported only when a recipe names it.
 
-Training metrics keep the name they have in `metrics.jsonl`. Evaluation metrics, which share names with them, become
+Training metrics keep the name they have in `metrics.jsonl`. Evaluation metrics, which share these names, become
 `eval/student/<name>` and `eval/teacher/<name>`.
 """
 
@@ -28,9 +28,9 @@ def open_sinks(
     project: str = "opd",
     config: Mapping[str, Any] | None = None,
 ) -> list[MetricSink]:
-    """The sinks called `names` ("tensorboard", "wandb"), ready to be given to a `RunRecorder`.
+    """The sinks called `names` ("tensorboard", "wandb"), for a `RunRecorder`.
 
-    Raises `ConfigError` for another name and `MissingDependencyError` for a sink that is not installed.
+    Raises `ConfigError` for another name and `MissingDependencyError` for a library that is not installed.
     """
     sinks: list[MetricSink] = []
     for name in names:
@@ -44,7 +44,7 @@ def open_sinks(
 
 
 class TensorBoardSink:
-    """Writes `<run_dir>/tensorboard`; look at it with `tensorboard --logdir <run_dir>`."""
+    """Writes `<run_dir>/tensorboard`, for `tensorboard --logdir <run_dir>`."""
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None) -> None:
         try:
@@ -82,7 +82,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Logs to a Weights & Biases run, and to the same one again when the run is resumed."""
+    """Logs to a Weights & Biases run; a resumed run continues the same one."""
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
-"""Student before, student after, teacher: the three rows that say what a run achieved."""
+"""The result of a run: one row each for the student before, the student after, and the teacher."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.errors import RunFolderError
-from opd.reporting.files import explain_os_errors, strict_json, write_atomically
+from opd.reporting.files import SUMMARY_FILE, explain_os_errors, strict_json, write_atomically
 
-SUMMARY_FILE = "summary.json"
 ROW_TITLES = {"student_before": "student before", "student_after": "student after", "teacher": "teacher"}
 NO_VALUE = "—"
 PLAIN_WIDTH = 200  # wide enough that no column wraps in a log file
@@ -36,11 +36,11 @@ class SummaryRow:
     """More columns; names that start with "accuracy" are shown as percentages."""
     extra_intervals: Mapping[str, Interval] = field(default_factory=dict)
     shown: str | None = None
-    """The key of the recipe that shows a teacher more than the student sees."""
+    """Key of the recipe that shows the teacher more than the student sees."""
 
     @property
     def label(self) -> str:
-        """The title, and what the row does not share with the others."""
+        """The title, with the key of the recipe that shows this model more than the others."""
         return self.title if self.shown is None else f"{self.title}, shown {self.shown}"
 
 
@@ -50,7 +50,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[SummaryRow]:
 
 
 def summary_notes(summary: Mapping[str, Any]) -> list[str]:
-    """What a summary says in words."""
+    """The notes of a summary, as sentences."""
     notes = summary.get("notes")
     return [str(note) for note in notes] if isinstance(notes, (list, tuple)) else []
 
@@ -91,7 +91,7 @@ def summary_text(rows: Sequence[SummaryRow]) -> str:
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary` as JSON, all or nothing; NaN and infinity become null. Raises `RunFolderError`."""
+    """Write `summary` as JSON, atomically; NaN and infinity become null. Raises `RunFolderError`."""
     text = json.dumps(strict_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(Path(path), (text + "\n").encode("utf-8", "backslashreplace"))
 
@@ -113,9 +113,10 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def column_title(name: str) -> str:
-    """The words for a column: accuracy_greedy → "accuracy, greedy"."""
-    kind, _, rest = name.partition("_")
-    return f"accuracy, {rest.replace('_', ' ')}" if kind == "accuracy" and rest else name.replace("_", " ")
+    """The title of a metric's column: accuracy_greedy → "accuracy, greedy", accuracy_t0.5 → "accuracy, T = 0.5"."""
+    if temperature := re.fullmatch(r"accuracy_t([0-9.]+)", name):
+        return f"accuracy, T = {temperature[1]}"
+    return re.sub("^accuracy_", "accuracy, ", name).replace("_", " ")
 
 
 def _row(title: str, values: Mapping[str, Any]) -> SummaryRow:

@@ -1,8 +1,8 @@
 """Responses, token by token, coloured by reverse KL.
 
 The scale is fixed, so that a colour means the same in every report: each level is about three times the KL of the one
-before. Colours grow darker (light page) or brighter (dark page) with KL and keep a text contrast of at least 4.5:1
-(WCAG 2.2, AA); lightness alone tells the levels apart, so they survive colour blindness and grey printing.
+before. Colours grow darker (light page) or brighter (dark page) with KL, and text has a contrast of at least 4.5:1
+(WCAG 2.2, AA). Lightness alone tells the levels apart, so they survive colour blindness and grey printing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NEWLINE, SPACE, TAB, EMPTY = "↵", "·", "→", "∅"
 @dataclass(frozen=True, kw_only=True)
 class ColouredToken:
     text: str
-    """What is printed; whitespace and control characters are replaced by visible marks."""
+    """Printed text; whitespace and control characters are replaced by visible marks."""
     level: int | None
     """Colour level; None where no KL is known."""
     hover: str
@@ -132,7 +132,7 @@ def _pair(by_author: dict[str, list[SampleRecord]]) -> SamplePair | None:
 
 
 def _first_against_last(pairs: list[SamplePair], limit: int) -> list[SamplePair]:
-    """No prompt was answered twice: the samples of the first step beside those of the last."""
+    """The samples of the first step beside those of the last, for a run that asked no prompt twice."""
     if not pairs:
         return []
     first, last = min(pair.late.step for pair in pairs), max(pair.late.step for pair in pairs)

@@ -1,4 +1,4 @@
-"""A reward is a plain function of a prompt and a response: for hybrid objectives, and for evaluation."""
+"""Rewards: plain functions of a prompt and a response, for training and for evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a reward is named, and how it is called: whatever it does wrong is told with the row it happened on."""
+"""Rewards by name, and calls of a reward whose errors name the prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "numeric_answer": num
 
 
 def load_reward(spec: str) -> Reward:
-    """The reward of that name: `exact_match`, `numeric_answer`, `regex:<pattern>` or `package.module:function`."""
+    """The reward called `exact_match`, `numeric_answer`, `regex:<pattern>` or `package.module:function`."""
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     if spec.startswith(REGEX_PREFIX):
@@ -43,49 +43,51 @@ def load_reward(spec: str) -> Reward:
 def score_reward(
     reward: Reward, prompt: Prompt, response: str, *, finished: bool = True, timeout: float = 0.0
 ) -> float:
-    """The reward as a finite float, or a DataError that names the prompt it went wrong on.
+    """The reward as a finite float. Raises DataError, which names the prompt, for a reward that fails, hangs or is not finite.
 
-    `finished` is False for a response cut off at the length limit; a reward with a parameter of that name is told. `timeout` is in
-    seconds; 0 is none.
+    `finished` is False for a response cut off at the length limit, and goes to a reward with a parameter of that name.
+    `timeout` is in seconds; 0 sets no limit.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
-    function = partial(reward, finished=finished) if _asks_whether_finished(reward) else reward
+    function = partial(reward, finished=finished) if _takes_finished(reward) else reward
     try:
         value: Any = call_within(timeout, function, prompt, response)
     except OpdError:
         raise
     except TimeLimitError as error:
         raise DataError(
-            f"reward {name!r} gave {error} for prompt {prompt.index}. The response was {_excerpt(response)!r}. Mend the function, "
+            f"reward {name!r} gave {error} for prompt {prompt.index}. The response was {_excerpt(response)!r}. Fix the function, "
             "raise reward.timeout, or set reward.on_error=zero to count such a response as 0; a run resumes where it stopped."
         ) from error
     except (Exception, SystemExit) as error:  # somebody else's function
         raise DataError(
             f"reward {name!r} failed on prompt {prompt.index}: {type(error).__name__}: {error}. "
-            f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."
+            f"The response was {_excerpt(response)!r}. Fix the function; a run resumes where it stopped."
         ) from error
     number = _float(value)
     if not math.isfinite(number):
         raise DataError(
             f"reward {name!r} returned {value!r} for prompt {prompt.index}, which is not a finite number. "
-            f"The response was {_excerpt(response)!r}. Mend the function; a run resumes where it stopped."
+            f"The response was {_excerpt(response)!r}. Fix the function; a run resumes where it stopped."
         )
     return number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A reward together with how it is called."""
+    """A reward, its time limit, and the handling of its errors."""
 
     reward: Reward
     timeout: float = 0.0
     """Seconds that one call may take; 0 sets no limit."""
     on_error: Literal["stop", "zero"] = "stop"
-    """What a call that raises, hangs or returns no finite number does: end the run, or count as 0."""
+    """A call that raises, hangs or returns no finite number ends the run, or counts as 0."""
 
     def score(self, answered: Sequence[tuple[Prompt, str]], finished: Sequence[bool] | None = None) -> Scores:
-        """One reward per (prompt, response); `finished` says which ended by themselves, None that all did. Raises DataError where
-        `on_error` is stop."""
+        """One reward per (prompt, response). `finished` is False for truncated responses; None means that none is.
+
+        Raises DataError where `on_error` is stop.
+        """
         values, failures = [], []
         ended = [True] * len(answered) if finished is None else finished
         for (prompt, response), whole in zip(answered, ended, strict=True):
@@ -101,7 +103,7 @@ class Scorer:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Rewards in the order of the responses, and what went wrong with those that count as 0."""
+    """Rewards in the order of the responses, and the errors of those that count as 0."""
 
     values: tuple[float, ...]
     failures: tuple[str, ...] = ()
@@ -142,7 +144,7 @@ def _check_signature(spec: str, reward: Any) -> None:
         ) from error
 
 
-def _asks_whether_finished(reward: Reward) -> bool:
+def _takes_finished(reward: Reward) -> bool:
     try:
         return "finished" in inspect.signature(reward).parameters
     except (TypeError, ValueError):  # some built-in functions do not tell
@@ -150,7 +152,7 @@ def _asks_whether_finished(reward: Reward) -> bool:
 
 
 def _float(value: Any) -> float:
-    """NaN for what is no number; text is none, although float() reads it."""
+    """The value as a float; NaN for other types, and for text, which float() would parse."""
     if isinstance(value, (str, bytes)):
         return math.nan
     try:

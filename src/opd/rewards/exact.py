@@ -1,4 +1,4 @@
-"""The response is the answer."""
+"""Reward for a response that equals the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def exact_match(prompt: Prompt, response: str) -> float:
 
 
 def required_answer(prompt: Prompt, reward: str) -> str:
-    """The prompt's answer, or a DataError: a reward that compares has nothing to compare with."""
+    """The prompt's answer. Raises DataError for a prompt without one."""
     if prompt.answer is None:
         raise DataError(
             f"prompt {prompt.index} has no answer, which reward {reward!r} compares the response with; "

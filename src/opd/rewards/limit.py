@@ -1,4 +1,4 @@
-"""A time limit for somebody else's function, in the same process."""
+"""A time limit for a user's function, in the same process."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import TypeVar
 from opd.errors import ConfigError
 
 Value = TypeVar("Value")
-INSIST = 1.0  # seconds until a function that caught the first interruption gets another
+INSIST = 1.0  # seconds until a function that caught an interruption gets another
 
 
 class TimeLimitError(Exception):
-    """The function ran longer than it may."""
+    """A function exceeded its time limit."""
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception, so that `except Exception` in the function lets it through."""
+    """The interruption; no Exception, so that `except Exception` in the function lets it through."""
 
 
 def call_within(seconds: float, function: Callable[..., Value], *arguments: object) -> Value:
     """function(*arguments), or TimeLimitError after that many seconds; 0 sets no limit.
 
-    An alarm signal interrupts Python code, sleeps, reads and regular expressions; a C extension that never returns to Python is not
-    interrupted. Raises ConfigError outside the main thread, where signals do not arrive. Another timer in use is put back.
+    An alarm signal interrupts Python code, sleeps, reads and regular expressions, but no C extension that never returns to
+    Python. Restores another timer in use. Raises ConfigError outside the main thread, where signals do not arrive.
     """
     if seconds <= 0:
         return function(*arguments)

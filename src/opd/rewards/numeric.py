@@ -1,4 +1,4 @@
-"""The number that the response gives as its answer is the number of the answer."""
+"""Reward for a response whose final number equals the number of the answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opd.rewards.exact import required_answer
 from opd.types import Prompt
 
 MAX_DIGITS = 400
-"""A longer number is no answer; Python itself refuses to read beyond 4300 digits."""
+"""Limit of a number's length; Python itself refuses to read beyond 4300 digits."""
 MAX_EXPONENT_LENGTH = 4
 """Sign included: 1e9999 is exact and quick, 1e999999999 would fill the memory."""
 
@@ -27,13 +27,13 @@ _UNIT = re.compile(
     r"\^\s*\{?\s*\\circ\s*\}?|\\(?:text|textrm|mathrm|mbox|textbf)\s*\{(?P<words>[^{}]*)\}(?:\s*\^\s*(?:\{[^{}]*\}|[0-9]))?"
 )
 _NO_NUMBER = re.compile(r"\\sqrt|\\pi|\^")
-"""In a box: its value is not the number that stands last."""
+"""Operators in a box, whose value is then not the last number."""
 _GSM8K = re.compile(r"^####[ \t]*(?P<found>[^\n]*?)[ \t]*\n", re.MULTILINE)
 _ANSWER = re.compile(
     rf"\banswer\b[\s*_]*(?:is\b|[:=])[\s:=*_$(\\]*(?P<found>[-+]?[$€£]?{_UNSIGNED}(?:\s?/\s?{_UNSIGNED})?\s?%?)(?=[.,;:!?)*_$\\]*\s)",
     re.IGNORECASE,
 )
-"""An answer in words, and what shows that its number is at an end."""
+"""An answer in words, and the mark that ends its number."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class Number:
 def numeric_answer(prompt: Prompt, response: str, finished: bool = True) -> float:
     """1 when the number of the response equals the number of the answer, exactly; else 0.
 
-    The number is the one in the last \\boxed{}, or else the last. A response cut off at the length limit (`finished` is False) ends
-    anywhere, so its number is one that it marks as its answer before the cut: in a \\boxed{}, on a line of its own after ####, after "answer is" or
-    "answer:", or alone. Without such a mark it has none.
+    The number is the one in the last \\boxed{}, or else the last. A response cut off at the length limit (`finished` is False)
+    needs a mark before the cut: a \\boxed{}, a line of its own after ####, "answer is" or "answer:", or the number alone.
 
     Reads signs, thousands commas, decimals, exponents, fractions (3/4 and LaTeX), currency and percent signs. A number
     in percent equals itself with or without the sign, and its hundredth: 50% = 50 and 50% = 0.5, but 50 ≠ 0.5.
@@ -58,20 +57,20 @@ def numeric_answer(prompt: Prompt, response: str, finished: bool = True) -> floa
     if answer is None:
         raise DataError(
             f"the answer of prompt {prompt.index} is {prompt.answer!r}, which holds no number for reward "
-            "'numeric_answer'; mend the row, or use exact_match."
+            "'numeric_answer'; fix the row, or use exact_match."
         )
     found = given_number(response) if finished else marked_number(response)
     return float(found is not None and same_number(found, answer))
 
 
 def given_number(text: str) -> Number | None:
-    """The number in the last box, or the last number where there is no box; None when there is none."""
+    """The number in the last box, or the last number of a text without a box; None without any."""
     box = _last_box(text)
     return last_number(text) if box is None else _number_in_box(box)
 
 
 def marked_number(text: str) -> Number | None:
-    """The number that a text marks as its answer, as a whole before its end; None when it marks none."""
+    """The number that a text marks as its answer before its end; None without a mark."""
     box = _last_box(text)
     if box is not None:
         return _number_in_box(box)
@@ -83,7 +82,7 @@ def marked_number(text: str) -> Number | None:
 
 
 def _last_box(text: str) -> str | None:
-    """What the last closed box holds; a box with nothing in it is none."""
+    """Content of the last closed box that is not empty."""
     boxes = list(_BOX.finditer(text))
     closed = _closing_braces(text) if boxes else {}
     for match in reversed(boxes):
@@ -94,7 +93,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Where the brace that opens at a place is closed, for all that are."""
+    """Position of the closing brace by that of its opening brace."""
     opened: list[int] = []
     closed = {}
     for place, character in enumerate(text):
@@ -114,7 +113,7 @@ def _number_in_box(held: str) -> Number | None:
 
 
 def last_number(text: str) -> Number | None:
-    """The last number in a text; None when there is none, or when it divides by zero or is too long to be one."""
+    """The last number in a text; None without any, or for one that divides by zero or is too long."""
     plain = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
     matches = list(_NUMBER.finditer(_LATEX_FRACTION.sub(_fraction, plain)))
     if not matches:

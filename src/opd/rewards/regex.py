@@ -1,4 +1,4 @@
-"""A pattern finds the answer in the response."""
+"""Reward for a response whose last match of a pattern is the answer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from opd.types import Prompt, Reward
 def regex_answer(pattern: str) -> Reward:
     """A reward of 1 when the pattern's last match in the response is the answer, apart from white space around it.
 
-    With a group in the pattern, the group is compared: `####\\s*(.+)`. Dots match line ends only after `(?s)`. In a response cut off at
-    the length limit a find that reaches the cut may be half of one, so it does not count unless it is the whole response.
+    With a group in the pattern, the group is compared: `####\\s*(.+)`. Dots match line ends only after `(?s)`. In a response
+    cut off at the length limit, a match that reaches the cut may be half of one; it counts only if it is the whole response.
     """
     if not pattern:
         raise ConfigError("reward 'regex:' has no pattern; write regex:<pattern>, such as regex:####\\s*(.+).")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from opd.data.pack import Layout, arrange, plan
+from opd.data.pack import Layout, group_by_length, layout_sequences
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ObjectiveError
 from opd.kernels import linear_logits, linear_top_k, top_k_of
@@ -112,8 +112,8 @@ class LocalTeacher:
         self._check_context(prompts, rollouts)
         lengths = [len(p) + len(r.response_ids) - 1 for p, r in zip(prompts, rollouts, strict=True)]
         targets: dict[int, Target] = {}
-        for members in plan(lengths, budget=self.tokens_per_batch, layout=self.layout):
-            sequences = arrange(
+        for members in group_by_length(lengths, budget=self.tokens_per_batch, layout=self.layout):
+            sequences = layout_sequences(
                 [prompts[i] for i in members],
                 [[t if t < self.rows else 0 for t in rollouts[i].response_ids] for i in members],
                 layout=self.layout,

@@ -1,4 +1,4 @@
-"""Random inputs from a seed, and the one way to ask whether a fast version is as good as its plain twin."""
+"""Random inputs from a seed, and the error bound that a fast version has to keep against its plain twin."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random_logits(
 def target_from_logits(
     kind: TargetKind, teacher_logits: Tensor, response_ids: Tensor, *, top_k: int = 4
 ) -> SampledTarget | TopKTarget | DenseTarget:
-    """What a teacher with these logits says about these response tokens, as a target of the given kind."""
+    """The target of the given kind for these response tokens, from a teacher with these logits."""
     teacher_logp = teacher_logits.log_softmax(-1)
     sampled_logp = teacher_logp.gather(-1, response_ids[:, None]).squeeze(-1)
     if kind == "sampled":

@@ -34,7 +34,7 @@ def tiny_causal_lm(
     seed: int = 0,
     initializer_range: float = 0.02,
 ) -> PreTrainedModel:
-    """A randomly initialised float32 model in eval mode. The global random state is left as it was.
+    """A randomly initialised float32 model in eval mode. The global random state is preserved.
 
     `tokenizer` may be a bare vocabulary size; then no EOS or PAD id is set. `vocab_size` pads the embedding beyond the
     tokenizer, as released models do. A larger `initializer_range` makes the next-token distributions less uniform.
@@ -47,17 +47,10 @@ def tiny_causal_lm(
     if not isinstance(tokenizer, int):
         special = {name: getattr(tokenizer, name) for name in special}
     shared = {"vocab_size": rows, "tie_word_embeddings": tie, "initializer_range": initializer_range, **special}
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "max_positions": max_positions}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(
-            architecture,
-            shared,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=kv_heads,
-            max_positions=max_positions,
-        )
+        model = _build(architecture, shared, **sizes)
     return model.float().eval()
 
 
@@ -79,18 +72,8 @@ def _build(
     max_positions: int,
 ) -> PreTrainedModel:
     if architecture == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(
-                n_layer=layers,
-                n_embd=hidden,
-                n_head=heads,
-                n_positions=max_positions,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **shared,
-            )
-        )
+        gpt2 = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": max_positions, "resid_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**gpt2, embd_pdrop=0.0, attn_pdrop=0.0, **shared))
     modern = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,

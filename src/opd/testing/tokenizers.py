@@ -1,4 +1,4 @@
-"""Two real tokenizers, made on the spot: one token per character, and one token per byte."""
+"""Two real tokenizers, built on the spot: one token per character, and one token per byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""A chat template that any tokenizer able to spell it can use."""
+"""A chat template for any tokenizer that can spell it."""
 
 
 def digit_tokenizer(
@@ -25,7 +25,7 @@ def digit_tokenizer(
     """One token per character. Digit d has id d; then the separator, the extra characters, <pad>, <eos>, and <bos> if asked for."""
     characters = DIGITS + separator + extra
     if len(set(characters)) != len(characters):
-        raise ValueError(f"every character needs to be there once, got {characters!r}")
+        raise ValueError(f"every character has to occur once, got {characters!r}")
     vocab = {character: index for index, character in enumerate(characters)}
     specials = [PAD, EOS, *([BOS] if bos else [])]
     vocab |= {token: len(vocab) + offset for offset, token in enumerate(specials)}

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opd.config import Config
-from opd.data.pack import arrange
+from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
 from opd.models import context_length, response_logits, stored_dtype, stored_kind, switched_off
@@ -79,7 +79,7 @@ def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
     def read(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         prompts = [sequence[:1] for sequence in sequences]
         responses = [[*sequence[1:], pad_id] for sequence in sequences]  # the last token is not fed
-        arranged = arrange(prompts, responses, layout="packed", pad_id=pad_id, device=model.device)
+        arranged = layout_sequences(prompts, responses, layout="packed", pad_id=pad_id, device=model.device)
         return response_logits(model, arranged)
 
     if mixes_packed(read):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from opd.data.pack import single
+from opd.data.pack import one_rollout
 from opd.errors import NonFiniteError, OutOfMemoryError
 from opd.losses import Objective
 from opd.types import Batch, Rollout
@@ -53,7 +53,7 @@ def check_gradient(batches: Sequence[Batch], is_finite: Callable[[Batch], bool])
     """The gradient is known to be bad: raises NonFiniteError naming the first sample whose own gradient is."""
     for batch in batches:
         for index, rollout in enumerate(batch.rollouts):
-            if not is_finite(single(batch, index)):
+            if not is_finite(one_rollout(batch, index)):
                 raise NonFiniteError(
                     f"The loss is finite but its gradient is not, first in {_describe(rollout)}. The weights were not changed. "
                     "Lower optimizer.lr or use train.autocast=none, and resume from the last checkpoint; or drop the sample and begin a "

@@ -1,21 +1,22 @@
-"""Other forms of the same conversation, and what of it a rendering holds."""
+"""Equivalent forms of a conversation that chat templates may prefer, and its texts, to be looked for in a rendering."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd.data.messages import RESULT_ROLES, TOOL_ARGUMENTS, Message, content_text
+from opd.data.values import is_list, is_mapping, items_of, to_json
 
 BOOKKEEPING = ("role", "id", "type", "index", "tool_call_id")
 """Keys that tell messages and calls apart; no template has to show them."""
 NONE = "None"
-"""How Python writes a null."""
+"""Python's spelling of a null."""
 
 Chat = tuple[list[Message], dict[str, Any]]
-"""Messages and the template's other arguments."""
+"""Messages, and the other arguments of the template."""
 Repair = Callable[[Chat], Chat]
 
 
@@ -25,7 +26,7 @@ class Leaf:
 
     label: str
     path: tuple[Any, ...]
-    """From (messages, arguments) to the text."""
+    """Keys from (messages, arguments) to the text."""
     text: str
 
 
@@ -35,41 +36,41 @@ def _empty_content(chat: Chat) -> Chat:
 
 def _null_content(chat: Chat) -> Chat:
     """Some templates show the calls of a message only where its content is null."""
-    calls = ("tool_calls", "function_call")
-    return [
-        {**m, "content": None} if m["content"] == "" and any(key in m for key in calls) else m for m in chat[0]
-    ], chat[1]
+
+    def message(m: Message) -> Message:
+        calls = "tool_calls" in m or "function_call" in m
+        return {**m, "content": None} if calls and m["content"] == "" else m
+
+    return [message(m) for m in chat[0]], chat[1]
 
 
 def _text_arguments(chat: Chat) -> Chat:
-    def written(call: Any) -> Any:
-        if not isinstance(call, Mapping):
-            return call
-        if isinstance(call.get("function"), Mapping):
-            return {**call, "function": written(call["function"])}
-        arguments = call.get("arguments")
-        return {**call, "arguments": _json(arguments)} if isinstance(arguments, Mapping) else call
+    def call(value: Any) -> Any:
+        if not is_mapping(value):
+            return value
+        if is_mapping(value.get("function")):
+            return {**value, "function": call(value["function"])}
+        arguments = value.get("arguments")
+        return {**value, "arguments": to_json(arguments)} if is_mapping(arguments) else value
 
     def message(m: Message) -> Message:
-        changed = {"tool_calls": [written(call) for call in m["tool_calls"]]} if "tool_calls" in m else {}
+        changed = {"tool_calls": [call(one) for one in m["tool_calls"]]} if "tool_calls" in m else {}
         if "function_call" in m:
-            changed["function_call"] = written(m["function_call"])
+            changed["function_call"] = call(m["function_call"])
         return {**m, **changed}
 
     return [message(m) for m in chat[0]], chat[1]
 
 
 def _content_as_text(chat: Chat) -> Chat:
-    return [
-        {**m, "content": content_text(m["content"])} if isinstance(m["content"], list) else m for m in chat[0]
-    ], chat[1]
+    return [{**m, "content": content_text(m["content"])} if is_list(m["content"]) else m for m in chat[0]], chat[1]
 
 
 def _content_as_parts(chat: Chat) -> Chat:
-    def parts(m: Message) -> Message:
+    def message(m: Message) -> Message:
         return {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
 
-    return [parts(m) for m in chat[0]], chat[1]
+    return [message(m) for m in chat[0]], chat[1]
 
 
 def _wrapped_tools(chat: Chat) -> Chat:
@@ -93,16 +94,14 @@ REPAIRS: tuple[Repair, ...] = (
 
 
 def repaired(chat: Chat, repairs: Iterable[Repair]) -> Chat:
+    """The chat after each repair in turn."""
     for repair in repairs:
         chat = repair(chat)
     return chat
 
 
-# Reading a rendering.
-
-
 def leaves_of(chat: Chat) -> Iterator[Leaf]:
-    """Every text of the messages, of the tools and of the documents that a template should show."""
+    """Every text of the messages, tools and documents that a template should show."""
     for place, message in enumerate(chat[0]):
         named = ("name",) if message.get("role") in RESULT_ROLES else ()  # by the call that it answers
         for key, value in message.items():
@@ -115,38 +114,35 @@ def leaves_of(chat: Chat) -> Iterator[Leaf]:
 def _texts(label: str, path: tuple[Any, ...], value: Any) -> Iterator[Leaf]:
     if isinstance(value, str) and value.strip():
         yield Leaf(label, path, value)
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
+    for key, item in items_of(value):
         if key not in BOOKKEEPING:
             yield from _texts(label, (*path, key), item)
 
 
 def put(chat: Chat, path: tuple[Any, ...], text: str) -> None:
+    """Replace the text at the path, in place."""
     inside: Any = chat
     for key in path[:-1]:
         inside = inside[key]
     inside[path[-1]] = text
 
 
-def holds(text: str, leaf: str) -> bool:
-    """Whether the text is there, as it is or as JSON writes it."""
-    leaf = leaf.strip()
-    return leaf in text or _json(leaf)[1:-1] in text or json.dumps(leaf)[1:-1] in text
+def contains(rendering: str, text: str) -> bool:
+    """True when the rendering holds the text, as it is or as JSON writes it."""
+    text = text.strip()
+    return text in rendering or to_json(text)[1:-1] in rendering or json.dumps(text)[1:-1] in rendering
 
 
-def structures(messages: Sequence[Message]) -> Iterator[str]:
-    """How Python or JSON would write what is no text, where a template takes it for one."""
+def misread_structures(messages: Sequence[Message]) -> Iterator[str]:
+    """Python's or JSON's spelling of lists and objects, which a rendering holds when its template took them for text."""
     for message in messages:
-        if isinstance(message["content"], list):
-            yield from (str(message["content"]), _json(message["content"]))
-        for call in message.get("tool_calls", ()) if isinstance(message.get("tool_calls"), list) else ():
-            function = call.get("function", call) if isinstance(call, Mapping) else {}
-            arguments = function.get("arguments") if isinstance(function, Mapping) else None
-            if isinstance(arguments, Mapping) and str(arguments) != _json(arguments):
+        content, calls = message["content"], message.get("tool_calls")
+        if is_list(content):
+            yield from (str(content), to_json(content))
+        for call in calls if is_list(calls) else ():
+            function: Any = call.get("function", call) if is_mapping(call) else None
+            arguments: Any = function.get("arguments") if is_mapping(function) else None
+            if is_mapping(arguments) and str(arguments) != to_json(arguments):
                 yield str(arguments)
             if isinstance(arguments, str):
-                yield _json(arguments)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+                yield to_json(arguments)
