@@ -57,6 +57,10 @@ class Rollout:
     source: RolloutSource = "student"
     text: str = ""
     """The response, decoded without special tokens."""
+    id: int = -1
+    """Place among the rollouts drawn together, from 0. `samplers.base.draw` sets it, and samplers leave it alone."""
+    group: int = -1
+    """Place of its prompt among those drawn together: samples of one prompt share it. Set with `id`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from opd.data.messages import Message, canonical, check_text, content_text, plain, read_arguments, read_messages
-from opd.data.rows import lookup, read_rows, type_name
+from opd.data.rows import given_rows, lookup, read_rows, type_name
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -45,21 +45,24 @@ def load_prompts(
     teacher_column: str = "teacher",
     split: str = "train",
     limit: int | None = None,
+    rows: Iterable[Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
     """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
 
     A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The columns
     `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns without a role of
-    their own become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows. `say` is told
-    what rows hold and prompts do not.
+    their own become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows. `rows`
+    are read in place of a file, and `path` is then their name in messages: objects with these columns, or the prompts' texts. `say` is
+    told what rows hold and prompts do not.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no prompts; use 1 or more, or leave it out for all rows.")
     columns = _Columns(prompt=prompt_column, answer=answer_column, response=response_column, teacher=teacher_column)
+    source = read_rows(path, split) if rows is None else given_rows(rows, path, prompt_column)
     found: list[_Read] = []
     seen: set[str] = set()
-    for index, (place, row) in enumerate(islice(read_rows(path, split), limit)):
+    for index, (place, row) in enumerate(islice(source, limit)):
         found.append(_read(index, place, row, columns))
         for column in columns.optional().values():
             seen |= _names(row, column)

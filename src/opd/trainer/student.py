@@ -223,7 +223,7 @@ class Student(Policy):
                 optimizer.step()
         self.zero_grad()
         if self.ema is not None:
-            self.ema.follow()
+            self.ema.update()
         self.version += 1
         return numbers
 
