@@ -90,7 +90,9 @@ def test_a_recipe_gives_the_same_run(world, tmp_path):
     values = settings(world, tmp_path / "recipe", train__steps=4, eval__every=2)
     recipe = opd.Distiller.from_config(build(merge({}, values))).train()
     assert numbers(named) == numbers(recipe)
-    assert opd.train(build(merge({}, values)), overwrite=True) == pytest.approx(recipe.summary, rel=10), "a summary too"
+    summary = opd.train(build(merge({}, values)), overwrite=True)
+    assert summary is not None and recipe.summary is not None
+    assert {**summary, "seconds": 0} == {**recipe.summary, "seconds": 0}
 
 
 def test_sections_are_objects_dicts_or_one_word(world, tmp_path):
@@ -209,7 +211,7 @@ def test_a_run_of_objects_resumes_with_the_same_objects_alone(world, tmp_path):
     of_objects(world, tmp_path / "whole").train()
 
     def stop(record: dict[str, float]) -> None:
-        if record["step"] == 1:
+        if record["step"] == 2:
             raise SystemExit
 
     with pytest.raises(SystemExit):

@@ -17,6 +17,8 @@ from opd.errors import RunFolderError
 from opd.trainer.resume import Change, effect_of
 from opd.types import Prompt
 
+SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
+"""Shape and some entries of every parameter, by name."""
 SAMPLED_ENTRIES = 256  # per tensor: training changes every one of them, and reading all of a large model takes minutes
 CALL_STATE = ("padding", "truncation")  # of a fast tokenizer: what its last call asked for
 HELD_OUT = "held-out prompts"
@@ -32,15 +34,23 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of names, shapes and evenly spaced entries of all parameters, rounded to bfloat16: that is the same number whether the
-    weights were read in bfloat16 or in float32."""
-    digest = hashlib.blake2b(digest_size=16)
+def sampled_weights(model: PreTrainedModel) -> SampledWeights:
+    """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
+    sampled = {}
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         step = max(1, flat.numel() // SAMPLED_ENTRIES)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).double().cpu().numpy().tobytes())
+        sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
+    return sampled
+
+
+def weights_fingerprint(weights: SampledWeights) -> str:
+    """A hash of names, shapes and entries rounded to bfloat16: that is the same number whether the weights were read in bfloat16 or in
+    float32."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, (shape, entries) in weights.items():
+        digest.update(f"{name} {shape}".encode())
+        digest.update(entries.to(torch.bfloat16).double().numpy().tobytes())
     return digest.hexdigest()
 
 

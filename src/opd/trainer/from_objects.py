@@ -113,9 +113,16 @@ def _given(value: Any, role: str) -> GivenModel | Teacher:
         return value
     own = "" if role == "student" else ", or an object with the members of opd.Teacher"
     raise ConfigError(
-        f"{role} cannot be {value!r}; give a folder or hub name, a model of transformers with its tokenizer, {role}=(model, tokenizer), "
+        f"{role} cannot be {_shown(value)}; give a folder or hub name, a model of transformers with its tokenizer, {role}=(model, tokenizer), "
         f"a {'StudentConfig' if role == 'student' else 'TeacherConfig'} or a dict{own}."
     )
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: a model's own repr fills pages."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(type(item).__name__ for item in value)})"
+    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _refuse_student_as_teacher(student: Any, teachers: Mapping[str, Any]) -> None:
@@ -163,7 +170,7 @@ def _rows(key: str, value: Any) -> Any:
     _refuse_splits(name, value)
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise ConfigError(
-            f"{name} cannot be {value!r}; give a file, a datasets.Dataset, a list of dicts such as {{'prompt': …, 'answer': …}}, or a list "
+            f"{name} cannot be {_shown(value)}; give a file, a datasets.Dataset, a list of dicts such as {{'prompt': …, 'answer': …}}, or a list "
             "of texts."
         )
     return value if hasattr(value, "__len__") else list(value)

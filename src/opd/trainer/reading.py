@@ -18,17 +18,14 @@ from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
+from opd.trainer.fingerprints import SampledWeights, sampled_weights
 from opd.trainer.load_models import LoadedModel
 from opd.types import Prompt
-
-SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
-"""Shape and some entries of every parameter, by name."""
 
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
 ANSWER = "The answer is 42."  # in a conversation that is only rendered
-SAMPLED_ENTRIES = 256  # per tensor: two models that differ differ in many of them
 
 
 def check_reading(
@@ -260,17 +257,6 @@ def _one_sided(student: Renderer, teacher: Renderer, role: str) -> Iterator[_One
 
 
 # --- a teacher that is the student ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sampled_weights(model: PreTrainedModel) -> SampledWeights:
-    """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
-    sampled = {}
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // SAMPLED_ENTRIES)
-        sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
-    return sampled
 
 
 def _same_weights(sampled: SampledWeights, model: PreTrainedModel) -> bool:

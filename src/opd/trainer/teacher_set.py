@@ -15,10 +15,10 @@ from opd.models import resolve_device, vocabulary_rows
 from opd.samplers.base import AdjustableSampler
 from opd.samplers.off_policy import RoutedSampler
 from opd.teachers.base import Teacher
+from opd.teachers.ema import Ema
 from opd.teachers.ensemble import Ensemble
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
-from opd.trainer.ema import Ema
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
 from opd.trainer.student import Policy
 from opd.types import Prompt, TargetKind
