@@ -17,6 +17,7 @@ from opd.config import LoraConfig, OptimizerConfig
 from opd.config.recipe import build, merge
 from opd.data.pack import arrange, pack
 from opd.data.rendering import Renderer
+from opd.doctor.checks import check_packing
 from opd.errors import ConfigError, DataError, ModelError
 from opd.losses import Objective
 from opd.models import linear_head, response_hidden, response_logits
@@ -25,7 +26,6 @@ from opd.reporting.record import read_metrics
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, random_logits, random_rollout, save_model, tiny_causal_lm
-from opd.trainer.checks import check_packing
 from opd.trainer.evaluate import _mean_over_prompts, _reward_interval
 from opd.trainer.from_config import build_components
 from opd.trainer.metrics import TokenMetrics

@@ -170,7 +170,7 @@ def test_a_signal_outside_a_run_promises_nothing(capsys, monkeypatch, tmp_path, 
 
 
 def test_a_signal_while_models_load_leaves_the_old_run_as_it_was(world, tmp_path, capsys, monkeypatch):
-    from opd.trainer import lifecycle as module
+    from opd.trainer import distiller as module
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(merge({}, settings(world, tmp_path / "run", **LONG))))

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.config.recipe import build, merge
 from opd.data.rendering import Renderer, byte_alphabet
+from opd.doctor.reading import check_text
 from opd.errors import ModelError
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.tokenizer import load_tokenizer
 from opd.trainer.from_config import build_components
 from opd.trainer.lifecycle import save_student
-from opd.trainer.reading import check_text
 from opd.trainer.run import train
 from opd.trainer.run_folder import RunFolder
 from opd.types import Prompt

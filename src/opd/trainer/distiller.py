@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,10 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
 from opd.reporting.progress import Progress
-from opd.reporting.record import MetricsRecord, read_metrics
-from opd.reporting.report import write_report
 from opd.trainer.from_config import Given, RunComponents, build_components
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
-from opd.trainer.lifecycle import run_in_folder, write_student
+from opd.trainer.lifecycle import Run, run_in_folder, write_student
 from opd.trainer.loop import Callback, take_step
 
 if TYPE_CHECKING:
@@ -46,28 +43,6 @@ if TYPE_CHECKING:
 
     Model = str | os.PathLike[str] | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
     Section = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run."""
-
-    path: Path
-    """Its folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/, summary.json, report.html."""
-    summary: dict[str, Any] | None
-    """Student before, student after, teacher; None without evaluation."""
-    student: PreTrainedModel
-    """The trained model, its adapters merged."""
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def metrics(self) -> list[MetricsRecord]:
-        """The records of all steps and evaluations, in order."""
-        return read_metrics(self.path)
-
-    def report(self) -> Path:
-        """Write report.html again, and return its path."""
-        return write_report(self.path)
 
 
 class Distiller:
@@ -170,8 +145,11 @@ class Distiller:
     @property
     def components(self) -> RunComponents:
         """Student, sampler, scorer and the rest, which are loaded on first use."""
+        return self._build(self.config)
+
+    def _build(self, config: Config) -> RunComponents:
         if self._components is None:
-            self._components = build_components(self.config, self._given)
+            self._components = build_components(config, self._given)
         return self._components
 
     def train(self, *, resume: bool = False, overwrite: bool = False) -> Run:
@@ -187,21 +165,9 @@ class Distiller:
             raise ConfigError(
                 "resume=True loads weights over those that are in use already; make a new Distiller for it."
             )
-        finished = run_in_folder(
-            self.config,
-            self._given,
-            resume=resume,
-            overwrite=overwrite,
-            callbacks=self.callbacks,
-            components=self._components,
-        )
-        self._components, self._trained = finished.components, finished.model
-        return Run(
-            path=Path(self.config.run_dir),
-            summary=finished.summary,
-            student=finished.model,
-            tokenizer=finished.components.tokenizer,
-        )
+        run = run_in_folder(self.config, self._build, resume=resume, overwrite=overwrite, callbacks=self.callbacks)
+        self._trained = run.student
+        return run
 
     def step(self) -> dict[str, float]:
         """Take one step, and return its record: metrics, and its number as `step`. Nothing is written, and no callback is called."""

@@ -10,16 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
+from opd.doctor.reading import SampledWeights
 from opd.errors import RunFolderError
 from opd.trainer.resume import Change, effect_of
 from opd.types import Prompt
 
-SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
-"""Shape and some entries of every parameter, by name."""
-SAMPLED_ENTRIES = 256  # per tensor: training changes every one of them, and reading all of a large model takes minutes
 CALL_STATE = ("padding", "truncation")  # of a fast tokenizer: what its last call asked for
 HELD_OUT = "held-out prompts"
 
@@ -31,17 +29,6 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
         digest.update(repr((prompt.text, prompt.messages, prompt.answer, prompt.response, prompt.teacher)).encode())
         digest.update(repr(dict(prompt.template_arguments)).encode() if prompt.template_arguments else b"")
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def sampled_weights(model: PreTrainedModel) -> SampledWeights:
-    """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
-    sampled = {}
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // SAMPLED_ENTRIES)
-        sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
-    return sampled
 
 
 def weights_fingerprint(weights: SampledWeights) -> str:

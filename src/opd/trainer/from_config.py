@@ -14,6 +14,8 @@ from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
 from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
 from opd.data.rendering import Renderer
+from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
+from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
 from opd.errors import ConfigError
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
@@ -21,18 +23,14 @@ from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
 from opd.teachers.local import LocalTeacher
-from opd.trainer.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
     HELD_OUT,
-    SampledWeights,
     prompts_fingerprint,
-    sampled_weights,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
-from opd.trainer.reading import check_reading, check_text
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
 from opd.trainer.student import Policy, Student, add_lora, no_teacher

@@ -5,26 +5,27 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import Config, LogConfig
 from opd.config.recipe import to_dict
 from opd.errors import MissingDependencyError, RunFolderError
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
-from opd.reporting.record import MetricSink, RunRecorder
+from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_metrics
 from opd.reporting.report import write_report
 from opd.reporting.sinks import open_sinks
 from opd.reporting.summary import SUMMARY_FILE, write_summary
 from opd.tokenizer import write_own_files
 from opd.trainer.checkpoint import behind_link, checkpoints, load_checkpoint, publish, version_of
 from opd.trainer.fingerprints import check_same_inputs
-from opd.trainer.from_config import Given, RunComponents, build_components
+from opd.trainer.from_config import RunComponents
 from opd.trainer.interrupts import Interrupted, RunStopped, StopRequest
 from opd.trainer.loop import Callback, TrainingLoop
 from opd.trainer.records import summarize
@@ -34,34 +35,44 @@ from opd.trainer.run_folder import RunFolder, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
-    """A run that has come to its end."""
+class Run:
+    """A finished run."""
 
-    components: RunComponents
-    model: Any
-    """The trained student, its adapters merged."""
+    path: Path
+    """Its folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/, summary.json, report.html."""
     summary: dict[str, Any] | None
-    """None without evaluation."""
+    """Student before, student after, teacher; None without evaluation."""
+    student: PreTrainedModel
+    """The trained model, its adapters merged."""
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def metrics(self) -> list[MetricsRecord]:
+        """The records of all steps and evaluations, in order."""
+        return read_metrics(self.path)
+
+    def report(self) -> Path:
+        """Write report.html again, and return its path."""
+        return write_report(self.path)
 
 
 def run_in_folder(
     config: Config,
-    given: Given,
+    build: Callable[[Config], RunComponents],
     *,
     resume: bool,
     overwrite: bool,
     callbacks: Sequence[Callback] = (),
-    components: RunComponents | None = None,
-) -> Finished:
-    """Train in `config.run_dir`; `components` are those that were built before. Raises OpdError, and RunStopped after a signal."""
+) -> Run:
+    """Train in `config.run_dir`, which is checked before anything is built. Raises OpdError, and RunStopped after a signal."""
     with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
         try:
             config, folder.changes = continued(config, folder.changes)
             _check_sinks(config.log)
-            if components is None:
-                components = build_components(config, given)
+            components = build(config)
             start = _restore(folder, components) if resume else None
-            return _train(components, folder, stop, callbacks, start, resume=resume)
+            resumed = _resumed(folder, start, config) if resume else []
+            return _train(components, folder, stop, callbacks, start, resumed)
         except KeyboardInterrupt:
             raise _stopped(config, folder, stop, resume=resume) from None
 
@@ -72,22 +83,16 @@ def _train(
     stop: StopRequest,
     callbacks: Sequence[Callback],
     start: int | None,
-    *,
-    resume: bool,
-) -> Finished:
+    resumed: Sequence[str],
+) -> Run:
     config = components.config
     with stop.whole_steps():
         with folder.begin(config, step=start) as notes:
             recorder = RunRecorder(folder.path, resume_step=start, sinks=_sinks(config, folder, start))
         with recorder as run, Progress(config.train.steps, start or 0, enabled=config.log.progress) as progress:
-            for warning in components.warnings:
-                progress.message(f"warning: {warning}")
-            for note in [
-                *(f"note: {note}" for note in components.notes),
-                *notes,
-                *(_resumed(folder, start, config) if resume else ()),
-            ]:
-                progress.message(note)
+            warnings = [f"warning: {warning}" for warning in components.warnings]
+            for line in [*warnings, *(f"note: {note}" for note in components.notes), *notes, *resumed]:
+                progress.message(line)
             loop = TrainingLoop(
                 components=components, folder=folder, run=run, progress=progress, stop=stop, callbacks=callbacks
             )
@@ -101,7 +106,7 @@ def _train(
         if summary is not None:
             write_summary(folder.path / SUMMARY_FILE, summary)
         write_report(folder.path)
-        return Finished(components=components, model=model, summary=summary)
+        return Run(path=folder.path, summary=summary, student=model, tokenizer=components.tokenizer)
 
 
 def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:

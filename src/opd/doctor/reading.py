@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,21 +18,31 @@ from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
-from opd.trainer.fingerprints import SampledWeights, sampled_weights
-from opd.trainer.load_models import LoadedModel
 from opd.types import Prompt
 
+SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
+"""Shape and some entries of every parameter, by name."""
+SAMPLED_ENTRIES = 256  # per tensor: training changes every one of them, and reading all of a large model takes minutes
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
 ANSWER = "The answer is 42."  # in a conversation that is only rendered
 
 
+class ReadingModel(Protocol):
+    """A model with its way of writing prompts."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def renderer(self) -> Renderer: ...
+
+
 def check_reading(
     config: Config,
     prompts: Sequence[Prompt],
-    student: LoadedModel,
-    teachers: Mapping[str, LoadedModel],
+    student: ReadingModel,
+    teachers: Mapping[str, ReadingModel],
     first: SampledWeights,
 ) -> list[str]:
     """Warnings about how the prompts reach the models, other than check_text's about the student; `first` are the student's weights as
@@ -259,6 +269,17 @@ def _one_sided(student: Renderer, teacher: Renderer, role: str) -> Iterator[_One
 # --- a teacher that is the student ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def sampled_weights(model: PreTrainedModel) -> SampledWeights:
+    """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
+    sampled = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // SAMPLED_ENTRIES)
+        sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
+    return sampled
+
+
 def _same_weights(sampled: SampledWeights, model: PreTrainedModel) -> bool:
     """Whether the model has these weights, as far as the coarser of the two dtypes can tell."""
     other = sampled_weights(model)
@@ -285,7 +306,7 @@ def _could_only_agree(config: Config) -> bool:
 
 
 def _agreement(
-    student: Renderer, teacher: LoadedModel, role: str, prompts: Sequence[Prompt], first: SampledWeights
+    student: Renderer, teacher: ReadingModel, role: str, prompts: Sequence[Prompt], first: SampledWeights
 ) -> list[str]:
     if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
         return []
