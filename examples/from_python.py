@@ -12,6 +12,4 @@ distiller = opd.Distiller(
     rollout={"max_new_tokens": 8}, train={"steps": 30, "prompts_per_step": 16}, optimizer={"lr": 3e-3},
 )  # fmt: skip
 run = distiller.train(overwrite=True)
-print(
-    f"reverse KL {run.summary['student_before']['reverse_kl']:.3f} → {run.summary['student_after']['reverse_kl']:.3f}"
-)
+print(*(f"step {r.step}: KL {r.metrics['reverse_kl']:.3f}" for r in run.metrics if r.who == "student"), sep="\n")

@@ -198,7 +198,6 @@ class Distiller:
         model: Any = self.components.student.model if self._trained is None else self._trained
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()  # the student itself goes on with its adapters
-        place.parent.mkdir(parents=True, exist_ok=True)
         write_student(model, self.components.student_files, place, "save again")
         return place
 

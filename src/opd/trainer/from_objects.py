@@ -43,13 +43,12 @@ def config_and_given(
 ) -> tuple[Config, Given]:
     """The config that the arguments make, and the objects among them. Raises ConfigError for what is neither a name nor usable."""
     learner, given_student = _model(student, StudentConfig, "student")
-    named = {"teacher": teacher} if teacher is not None else dict(teachers or {})
-    taught = {
-        name: _model(one, TeacherConfig, name if teacher is not None else f"teachers.{name}")
-        for name, one in named.items()
-    }
     if teacher is not None and teachers:
         raise ConfigError("teacher is one teacher and teachers are several; give one of the two.")
+    named = {name: (one, f"teachers.{name}") for name, one in (teachers or {}).items()}
+    if teacher is not None:
+        named = {"teacher": (teacher, "teacher")}
+    taught = {name: _model(one, TeacherConfig, role) for name, (one, role) in named.items()}
     given_teachers = {name: given for name, (_, given) in taught.items() if given is not None}
     _refuse_student_as_teacher(given_student, given_teachers)
     _check_members("sampler", sampler, Sampler)
@@ -87,7 +86,7 @@ def _model(value: Any, section: type[ModelSection], role: str) -> tuple[ModelSec
     given = _given(model, role)
     kind = type(given.model if isinstance(given, GivenModel) else given).__name__
     if isinstance(given, GivenModel):
-        keys = {"dtype": _dtype(given.model), **keys}
+        keys = {"dtype": _dtype(given.model), "device": str(given.model.device), **keys}
     return section(**{**keys, "model": f"<object {kind}>"}), given
 
 
