@@ -118,3 +118,13 @@ def test_one_with_members_missing_is_refused_at_once(tmp_path: Path):
 
     with pytest.raises(opd.OpdError, match=r"teacher is a Half without supplies, .*context, which opd\.Teacher has"):
         trained(Half(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+def test_one_that_scores_too_few_rollouts_is_refused(tmp_path: Path, kind: str):
+    teacher = Server(kind)
+    score = teacher.score
+    teacher.score = lambda rollouts, kind: score(rollouts, kind)[:-1]
+    objective = SAMPLED if kind == "sampled" else opd.Objective()
+    with pytest.raises(opd.OpdError, match=r"Server\.score returned \d+ targets for \d+ rollouts"):
+        trained(teacher, tmp_path / "run", objective=objective)

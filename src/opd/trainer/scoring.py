@@ -12,12 +12,12 @@ import torch
 
 from opd.config import RlConfig, TrainConfig
 from opd.data.pack import concatenate, count_of, pack, with_target
-from opd.errors import DataError
+from opd.errors import DataError, OpdError
 from opd.losses import Hybrid, Objective
 from opd.teachers.base import Teacher
 from opd.teachers.ensemble import Ensemble
 from opd.trainer.reinforce import Advantages, Reinforcement
-from opd.types import Batch, Rollout, TargetKind
+from opd.types import AnyTarget, Batch, Rollout, TargetKind
 
 
 class Batches(Sequence[Batch]):
@@ -40,7 +40,7 @@ class Batches(Sequence[Batch]):
         batch = self._batches[index]
         if self._teacher is None:
             return batch
-        targets = self._teacher.score(batch.rollouts, "dense")
+        targets = _targets(self._teacher, batch.rollouts, "dense")
         return with_target(batch, concatenate(targets, batch.response_ids.device))
 
 
@@ -183,7 +183,7 @@ def scored_batches(
     """
     if layout.get("global_count") is None:
         layout["global_count"] = count_of(rollouts, layout.get("reduction", "token_mean"), keep)
-    targets = None if kind == "dense" else teacher.score(rollouts, kind)
+    targets = None if kind == "dense" else _targets(teacher, rollouts, kind)
     batches: list[Batch] = []
     packed: dict[str, list[Batch]] = {}
     for name, members in teacher.groups(rollouts).items():
@@ -198,6 +198,16 @@ def scored_batches(
         group = [dataclasses.replace(b, response_ids=teacher.vocabulary.with_stand_ins(b.response_ids)) for b in group]
         batches += group if shares is None else _weighed(group, _factor(name, packed, shares))
     return Batches(batches, scored_by=teacher if kind == "dense" else None)
+
+
+def _targets(teacher: Teacher, rollouts: Sequence[Rollout], kind: TargetKind) -> Sequence[AnyTarget]:
+    targets = teacher.score(rollouts, kind)
+    if len(targets) != len(rollouts):
+        raise OpdError(
+            f"{type(teacher).__name__}.score returned {len(targets)} targets for {len(rollouts)} rollouts; it has to return one each, in "
+            "order."
+        )
+    return targets
 
 
 def _factor(name: str, packed: Mapping[str, Sequence[Batch]], shares: Mapping[str, float]) -> float:
