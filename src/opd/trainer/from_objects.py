@@ -64,7 +64,7 @@ def config_and_given(
         prompts=rows,
         eval_prompts=eval_rows,
         rewards=rewards,
-        sampler=sampler,  # pyright: ignore[reportArgumentType]
+        sampler=sampler,
     )
 
 
@@ -75,7 +75,7 @@ def _one_word(key: str, value: Any) -> Any:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def _model(value: Any, section: type[ModelSection], role: str) -> tuple[ModelSection, GivenModel | Teacher | None]:
+def _model(value: Any, section: type[ModelSection], role: str) -> tuple[ModelSection, Any]:
     """A student or a teacher as its section, and as the object that it is."""
     if isinstance(value, section):
         return value, None
@@ -95,7 +95,8 @@ def _dtype(model: PreTrainedModel) -> str:
     return name if name in DTYPES else "float32"
 
 
-def _given(value: Any, role: str) -> GivenModel | Teacher:
+def _given(value: Any, role: str) -> Any:
+    """A GivenModel, or a teacher as it is."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
         model, tokenizer = value
         if isinstance(model, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
