@@ -15,7 +15,7 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.reporting.progress import Progress
 from opd.reporting.record import RunRecorder
-from opd.trainer.from_config import build_components
+from opd.trainer.from_config import RunComponents
 from opd.trainer.loop import TrainingLoop
 from opd.trainer.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ def main(case_path: str, result_path: str) -> None:
     clock = StepClock()
     with tempfile.TemporaryDirectory() as run_dir:
         config = recipe(case, run_dir)
-        parts: Any = build_components(config)
+        parts: Any = RunComponents(config)
         sample, score = parts.sampler.sample, parts.teacher.score
 
         def sample_and_note(*args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from opd.models import response_logits
 from opd.reporting.record import read_metrics
 from opd.samplers.base import draw
 from opd.teachers.local import LocalTeacher
-from opd.trainer.from_config import build_components
+from opd.trainer.from_config import RunComponents
 from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.reinforce import NO_SIGNAL
@@ -192,7 +192,7 @@ def rewarded(tmp_path_factory, request):
     make_world(folder)
 
     def make(**more):
-        parts = build_components(build(merge({}, settings(folder, folder / "run", **{**RL, **more}))))
+        parts = RunComponents(build(merge({}, settings(folder, folder / "run", **{**RL, **more}))))
         prompts = parts.schedule.take(0, 6)
         rollouts = draw(parts.sampler, prompts, 4, seed=3)
         return parts, rollouts, parts.scorer.score(rollouts, 0)
@@ -448,7 +448,7 @@ REFUSED = {
 def test_what_a_reward_cannot_work_with_is_refused_before_anything_is_trained(world, tmp_path, name):
     more, said = REFUSED[name]
     with pytest.raises((ConfigError, ObjectiveError)) as error:
-        build_components(build(merge({}, settings(world, tmp_path / "run", **{**RL, **more}))))
+        RunComponents(build(merge({}, settings(world, tmp_path / "run", **{**RL, **more}))))
     assert said in str(error.value)
 
 

@@ -18,7 +18,7 @@ from opd.models import response_logits
 from opd.reporting.record import read_metrics
 from opd.samplers.base import draw
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
-from opd.trainer.from_config import build_components
+from opd.trainer.from_config import RunComponents
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
 from opd.trainer.scoring import top_entropy_mask
@@ -56,7 +56,7 @@ def taught(school: Path, run_dir: Path, **more: object) -> dict[str, object]:
 
 
 def parts_of(school: Path, **more: object):
-    parts = build_components(build(merge({}, taught(school, school / "run", prompts__shuffle=False, **more))))
+    parts = RunComponents(build(merge({}, taught(school, school / "run", prompts__shuffle=False, **more))))
     prompts = parts.schedule.take(0, 6)
     rollouts = draw(parts.sampler, prompts, 2, seed=3)
     return parts, rollouts, parts.scorer.score(rollouts, 0)
@@ -320,7 +320,7 @@ REFUSED = {
 def test_what_cannot_be_mixed_is_refused_before_anything_is_trained(school, tmp_path, name):
     more, said = REFUSED[name]
     with pytest.raises((ConfigError, ObjectiveError)) as error:
-        build_components(build(merge({}, taught(school, tmp_path / "run", **more))))
+        RunComponents(build(merge({}, taught(school, tmp_path / "run", **more))))
     assert said in str(error.value)
 
 

@@ -177,10 +177,10 @@ def test_a_signal_while_models_load_leaves_the_old_run_as_it_was(world, tmp_path
     run(settings(world, tmp_path / "run", **LONG))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
-    def build_components(*_: object) -> None:
+    def killed(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(module, "build_components", build_components)
+    monkeypatch.setattr(module, "RunComponents", killed)
     assert main(["train", str(recipe), "--overwrite"]) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert "stopped before the first step, and nothing was changed" in said and said.rstrip().endswith("--overwrite")

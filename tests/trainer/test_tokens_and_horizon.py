@@ -15,7 +15,7 @@ from opd.errors import ConfigError
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
 from opd.samplers.base import draw
-from opd.trainer.from_config import build_components
+from opd.trainer.from_config import RunComponents
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
 from opd.trainer.scoring import top_entropy_mask
@@ -28,7 +28,7 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
 
 
 def parts_of(world: Path, tmp_path: Path, **more: object):
-    parts = build_components(build(merge({}, settings(world, tmp_path / "parts", **more))))
+    parts = RunComponents(build(merge({}, settings(world, tmp_path / "parts", **more))))
     rollouts = draw(parts.sampler, parts.schedule.take(0, 12), 1, seed=3)
     return parts, rollouts, parts.scorer.score(rollouts, 0)
 

@@ -13,7 +13,7 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
 from opd.reporting.progress import Progress
-from opd.trainer.from_config import Given, RunComponents, build_components
+from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.lifecycle import Run, run_in_folder, write_student
@@ -149,7 +149,7 @@ class Distiller:
 
     def _build(self, config: Config) -> RunComponents:
         if self._components is None:
-            self._components = build_components(config, self._given)
+            self._components = RunComponents(config, self._given)
         return self._components
 
     def train(self, *, resume: bool = False, overwrite: bool = False) -> Run:
@@ -198,7 +198,7 @@ class Distiller:
         model: Any = self.components.student.model if self._trained is None else self._trained
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()  # the student itself goes on with its adapters
-        write_student(model, self.components.student_files, place, "save again")
+        write_student(model, self.components.loaded.files, place, "save again")
         return place
 
     def _refuse_after_training(self, what: str) -> None:

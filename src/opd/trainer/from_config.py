@@ -8,12 +8,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
 from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
-from opd.data.rendering import Renderer
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
 from opd.errors import ConfigError
@@ -34,8 +33,7 @@ from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sa
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
-from opd.trainer.teacher_set import TeacherSet, build_teachers
-from opd.types import Prompt
+from opd.trainer.teacher_set import build_teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +55,11 @@ class Given:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunComponents:
-    """Everything a run needs, built once."""
+    """Everything a run needs: loaded in the order in which it can be refused, checked against each other, and connected."""
 
     config: Config
     student: Student
-    tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
     """Draws the rollouts of training."""
     student_sampler: AdjustableSampler
@@ -77,77 +73,58 @@ class RunComponents:
     """The teacher's weights, to be evaluated as the student is; None for several."""
     schedule: PromptSchedule
     evaluator: Evaluator | None
-    student_files: Mapping[str, bytes]
-    """Tokenizer and processor files of the student's model."""
-    renderer: Renderer
-    pad_id: int
+    loaded: LoadedModel
+    """The student as it was loaded, with its tokenizer and their files."""
     fingerprints: dict[str, str]
     """Of the prompts, of the student's first weights and tokenizer, and of the teachers'."""
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     """Facts that need no action."""
 
-
-def build_components(config: Config, given: Given | None = None) -> RunComponents:
-    """Load, check and connect. Raises the OpdError of whatever does not fit; nothing has been trained by then."""
-    return _Builder(config, given or Given()).build()
-
-
-class _Builder:
-    """Loads everything in the order in which it can be refused, then connects it."""
-
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    loaded: LoadedModel
-    """The student as it was loaded."""
-    model: PreTrainedModel
-    """The student as it trains: itself, or with adapters."""
-    teachers: TeacherSet
-    measured: Scorer
-    """The reward of evaluations."""
-
-    def __init__(self, config: Config, given: Given) -> None:
+    def __init__(self, config: Config, given: Given | None = None) -> None:
+        """Raises the OpdError of whatever does not fit; nothing has been trained by then."""
         self.config = config
-        self.given = given
-        self.said: list[str] = []
-
-    def build(self) -> RunComponents:
-        config, given, said = self.config, self.given, self.said
-        self._load_prompts()
-        everything = [*self.prompts, *self.held_out]
-        check_rows(config, self.prompts, self.held_out)
-        self.measured = given.reward(config.eval.reward, config.reward)
+        self._given = given = given or Given()
+        said = self._load_prompts()
+        everything = [*self._prompts, *self._held_out]
+        check_rows(config, self._prompts, self._held_out)
+        self._measured = given.reward(config.eval.reward, config.reward)
         device = config.student.device
         self.loaded = load_model(config.student, "student", config.prompts, device=device, given=given.student)
+        self.renderer, self.pad_id = self.loaded.renderer, self.loaded.pad_id
         # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
-        said += check_text(self.loaded.renderer, "student", everything)
+        said += check_text(self.renderer, "student", everything)
         first_weights = sampled_weights(self.loaded.model)
-        self.model = self._trainable()
-        self.teachers = build_teachers(config, self.loaded, self.model, given.teachers)
-        self.teachers.check_prompts(everything)
-        check_tokens(config.objective, config.rollout, self.loaded.renderer, self.teachers.vocabulary)
-        for role, one in {"student": self.loaded, **self.teachers.loaded}.items():
+        self._model = self._trainable()
+        self._teachers = teachers = build_teachers(config, self.loaded, self._model, given.teachers)
+        teachers.check_prompts(everything)
+        check_tokens(config.objective, config.rollout, self.renderer, teachers.vocabulary)
+        for role, one in {"student": self.loaded, **teachers.loaded}.items():
             check_lengths(everything, one.renderer, one.model, config.rollout.max_new_tokens)
             if config.train.layout == "packed":
-                check_packing(one.model, role, self.loaded.pad_id)
-        said += check_reading(config, everything, self.loaded, self.teachers.loaded, first_weights)
-        said += left_out_notices(one.renderer.chat for one in (self.loaded, *self.teachers.loaded.values()))
-        return self._connect(self._fingerprints(first_weights))
+                check_packing(one.model, role, self.pad_id)
+        said += check_reading(config, everything, self.loaded, teachers.loaded, first_weights)
+        said += left_out_notices(one.renderer.chat for one in (self.loaded, *teachers.loaded.values()))
+        self.fingerprints = self._fingerprints(first_weights)
+        self._connect()
+        self.warnings = tuple(dict.fromkeys([*said, *teachers.vocabulary.warnings, *notices(config)]))
+        self.notes = () if given.student else tuple(saved_notes(config.student, self.loaded.model))
 
-    def _connect(self, fingerprints: dict[str, str]) -> RunComponents:
-        config, loaded, teachers, pad_id = self.config, self.loaded, self.teachers, self.loaded.pad_id
-        student = self._student()
-        student_sampler = make_sampler(
+    def _connect(self) -> None:
+        config, teachers = self.config, self._teachers
+        self.teacher = teachers.teacher
+        self.student = self._student()
+        self.student_sampler = make_sampler(
             config.rollout,
-            loaded,
+            self.loaded,
             teachers.vocabulary,
-            pad_id,
+            self.pad_id,
             source="student",
-            model=self.model,
-            autocast=student.autocast,
+            model=self._model,
+            autocast=self.student.autocast,
             record_entropy=config.train.token_fraction < 1,
         )
-        scorer = StepScorer(
+        self.scorer = StepScorer(
             objective=config.objective,
             rl=config.rl,
             train=config.train,
@@ -155,43 +132,29 @@ class _Builder:
             kind=teachers.kind,
             ensemble=teachers.ensemble,
             reinforcement=self._reinforcement() if config.rl.rewarded else None,
-            pad_id=pad_id,
-            device=student.device,
+            pad_id=self.pad_id,
+            device=self.student.device,
         )
+        self.sampler = self._sampler(self._given.sampler or self.student_sampler)
+        self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id)
+        self.teacher_policy = teachers.policy()
         order = derive_seed(config.seed, 0, "prompts")
-        return RunComponents(
-            config=config,
-            student=student,
-            tokenizer=loaded.tokenizer,
-            student_sampler=student_sampler,
-            sampler=self._sampler(self.given.sampler or student_sampler),
-            scorer=scorer,
-            teacher=teachers.teacher,
-            teacher_sampler=teachers.sampler(config.rollout, pad_id),
-            teacher_policy=teachers.policy(),
-            schedule=PromptSchedule(self.prompts, seed=order, shuffle=config.prompts.shuffle),
-            evaluator=self._evaluator() if self.held_out else None,
-            student_files=loaded.files,
-            renderer=loaded.renderer,
-            pad_id=pad_id,
-            fingerprints=fingerprints,
-            warnings=tuple(dict.fromkeys([*self.said, *teachers.vocabulary.warnings, *notices(config)])),
-            notes=() if self.given.student else tuple(saved_notes(config.student, loaded.model)),
-        )
+        self.schedule = PromptSchedule(self._prompts, seed=order, shuffle=config.prompts.shuffle)
+        self.evaluator = self._evaluator() if self._held_out else None
 
     def _student(self) -> Student:
-        config, rollout, teacher = self.config, self.config.rollout, self.teachers.teacher
+        config, rollout, teacher = self.config, self.config.rollout, self._teachers.teacher
         return Student(
-            self.model,
+            self._model,
             config.optimizer,
-            vocabulary=self.teachers.vocabulary,
+            vocabulary=self._teachers.vocabulary,
             eos_ids=self.loaded.eos,
             total_steps=config.train.steps,
             autocast=config.train.autocast == "bfloat16",
             gradient_checkpointing=config.student.gradient_checkpointing,
             plain_sampling=rollout.temperature == 1 and rollout.top_p == 1 and rollout.top_k == 0,
             teacher_logits=no_teacher if teacher is None else teacher.logits,
-            ema=self.teachers.ema,
+            ema=self._teachers.ema,
         )
 
     def _sampler(self, on_policy: Sampler) -> Sampler:
@@ -201,7 +164,7 @@ class _Builder:
             return on_policy
         off_policy: Sampler | None = DatasetResponses(loaded.renderer, rollout.max_new_tokens, eos_ids=loaded.eos)
         if rollout.off_policy == "teacher":
-            off_policy = self.teachers.sampler(rollout, loaded.pad_id, student=loaded)
+            off_policy = self._teachers.sampler(rollout, loaded.pad_id, student=loaded)
         if off_policy is None:
             raise ConfigError(
                 "rollout.off_policy=teacher draws samples from the teacher, and a teacher object of your own is no model that could draw "
@@ -210,12 +173,12 @@ class _Builder:
         return OnOffPolicySampler(on_policy, off_policy, rollout.lmbda)
 
     def _fingerprints(self, first_weights: SampledWeights) -> dict[str, str]:
-        found = {"training prompts": prompts_fingerprint(self.prompts)}
-        if self.held_out:
-            found[HELD_OUT] = prompts_fingerprint(self.held_out)
+        found = {"training prompts": prompts_fingerprint(self._prompts)}
+        if self._held_out:
+            found[HELD_OUT] = prompts_fingerprint(self._held_out)
         found["student's starting weights"] = weights_fingerprint(first_weights)
         found["student's tokenizer and chat template"] = tokenizer_fingerprint(self.loaded.tokenizer, self.loaded.eos)
-        for name, teacher in self.teachers.loaded.items():
+        for name, teacher in self._teachers.loaded.items():
             if self.config.all_teachers[name].source == "model":
                 whose = "teacher" if name == "teacher" else f"teacher {name}"
                 found[f"{whose}'s own weights"] = weights_fingerprint(sampled_weights(teacher.model))
@@ -223,58 +186,60 @@ class _Builder:
         return found
 
     def _reinforcement(self) -> Reinforcement:
-        config, model, reference = self.config, self.model, None
+        config, model, reference = self.config, self._model, None
         if config.rl.reference_kl > 0:
             adapted = config.student.lora is not None
             reference = LocalTeacher(
                 # Of the first weights: a resumed run loads its own over them later.
                 model if adapted else copy.deepcopy(model),
-                self.loaded.renderer,
+                self.renderer,
                 frozen=not adapted,
                 model_context=model.disable_adapter if adapted else nullcontext,  # pyright: ignore[reportArgumentType]  # of a peft model
-                vocabulary=self.teachers.vocabulary,
-                pad_id=self.loaded.pad_id,
+                vocabulary=self._teachers.vocabulary,
+                pad_id=self.pad_id,
                 name="the reference",
                 tokens_per_batch=config.train.tokens_per_microbatch,
                 layout=config.train.layout,
             )
-        scorer = self.given.reward(config.rl.reward or config.eval.reward, config.reward)
+        scorer = self._given.reward(config.rl.reward or config.eval.reward, config.reward)
         return Reinforcement(config.rl, scorer, reference=reference)
 
-    def _load_prompts(self) -> None:
-        """The rows to train on, and those to evaluate on; `said` gets what rows hold and prompts do not."""
-        config, section, given, say = self.config, self.config.prompts, self.given, self.said.append
+    def _load_prompts(self) -> list[str]:
+        """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""
+        config, section, given = self.config, self.config.prompts, self._given
+        said: list[str] = []
         columns: dict[str, Any] = {
             "prompt_column": section.prompt_column,
             "answer_column": section.answer_column,
             "response_column": section.response_column,
             "teacher_column": section.teacher_column,
-            "say": say,
+            "say": said.append,
         }
         elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
         path, evaluated = section.path, section.eval_path
-        self.prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
-        self.said += unread_columns(self.prompts, path, elsewhere)
-        if len(self.prompts) < config.train.prompts_per_step:
-            say(
-                f"train.prompts_per_step={config.train.prompts_per_step} is more than {path} has rows ({len(self.prompts)}), so a step "
+        self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
+        said += unread_columns(self._prompts, path, elsewhere)
+        if len(self._prompts) < config.train.prompts_per_step:
+            said.append(
+                f"train.prompts_per_step={config.train.prompts_per_step} is more than {path} has rows ({len(self._prompts)}), so a step "
                 "holds some prompts several times."
             )
-        self.held_out = []
+        self._held_out = []
         if config.eval.every > 0 and evaluated is not None:
             options = {"split": section.eval_split, "limit": config.eval.prompts, "rows": given.eval_prompts}
-            self.held_out = load_prompts(evaluated, **options, **columns)
+            self._held_out = load_prompts(evaluated, **options, **columns)
+        return said
 
     def _evaluator(self) -> Evaluator:
-        config, section, teachers = self.config, self.config.eval, self.teachers
+        config, section, teachers = self.config, self.config.eval, self._teachers
         length = config.rollout.max_new_tokens
         sampling = Sampling(max_new_tokens=length, temperature=section.temperature, stop=config.rollout.stop)
-        held_out = prompts_fingerprint(self.held_out)
+        held_out = prompts_fingerprint(self._held_out)
         return Evaluator(
             measure=measure_of(held_out, section.samples_per_prompt, section.temperature, section.reward, length),
-            prompts=self.held_out,
+            prompts=self._held_out,
             samples_per_prompt=section.samples_per_prompt,
-            scorer=self.measured,
+            scorer=self._measured,
             teacher=teachers.teacher,
             mixed={} if teachers.ensemble is None else teachers.ensemble.mixed,
             teacher_logp_floor=config.objective.teacher_logp_floor,
@@ -282,7 +247,7 @@ class _Builder:
             extra_temperatures=section.extra_temperatures,
             layout=config.train.layout,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
-            pad_id=self.loaded.pad_id,
+            pad_id=self.pad_id,
             seed=config.seed,
         )
 

@@ -106,7 +106,7 @@ def _train(
         if summary is not None:
             write_summary(folder.path / SUMMARY_FILE, summary)
         write_report(folder.path)
-        return Run(path=folder.path, summary=summary, student=model, tokenizer=components.tokenizer)
+        return Run(path=folder.path, summary=summary, student=model, tokenizer=components.loaded.tokenizer)
 
 
 def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
@@ -165,7 +165,7 @@ def save_student(components: RunComponents, folder: RunFolder) -> Any:
         if hasattr(model, "merge_and_unload"):
             _save_adapter(model, folder.path / "adapter")
             model = model.merge_and_unload()
-        write_student(model, components.student_files, folder.student, "continue with --resume")
+        write_student(model, components.loaded.files, folder.student, "continue with --resume")
     return model
 
 
