@@ -1,4 +1,4 @@
-"""What is checked about prompts, tokens and models before anything is trained."""
+"""Checks of prompts, tokens and models before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 
 
 def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
-    """What a later step would look for in a row is looked for in every row now."""
+    """Look in every row now for what a later step would need. Raises DataError naming the first that lacks it."""
     asked = [("eval.reward", config.eval.reward, held_out, config.prompts.eval_path)]
     if config.rl.rewarded:
         asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
@@ -92,7 +92,7 @@ def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
 
 
 def notices(config: Config) -> list[str]:
-    """What is allowed, and probably not meant."""
+    """Warnings about settings that are allowed and probably not meant."""
     found = []
     if config.eval.every and config.prompts.eval_path is None:
         found.append("prompts.eval_path is not set, so nothing is evaluated; eval.every=0 says so on purpose.")
@@ -123,7 +123,7 @@ def _reduction_notices(config: Config) -> list[str]:
 
 
 def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
-    """How student/ will differ from the checkpoint that the student came from, its trained weights aside."""
+    """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside."""
     name, revision = student.model, student.revision
     found = []
     kind = stored_kind(name, revision)

@@ -1,4 +1,4 @@
-"""What each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, prompts that
+"""Checks of what each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, prompts that
 student and teacher end differently, and a teacher that is the student."""
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class _End:
 
     text: str
     opening: str
-    """What of it stands before the answer and not before an answer given earlier in a conversation."""
+    """The part that stands before the answer and not before an answer given earlier in a conversation."""
 
 
 def _end(renderer: Renderer, prompt: Prompt) -> _End | None:
@@ -281,7 +281,7 @@ def sampled_weights(model: PreTrainedModel) -> SampledWeights:
 
 
 def _same_weights(sampled: SampledWeights, model: PreTrainedModel) -> bool:
-    """Whether the model has these weights, as far as the coarser of the two dtypes can tell."""
+    """True when the model has these weights, as far as the coarser of the two dtypes can tell."""
     other = sampled_weights(model)
     if {name: shape for name, (shape, _) in sampled.items()} != {name: shape for name, (shape, _) in other.items()}:
         return False
@@ -298,7 +298,7 @@ def _same_entries(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def _could_only_agree(config: Config) -> bool:
-    """Whether a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
+    """True when a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
     it tells the two apart."""
     same = config.objective.student_temperature == config.objective.teacher_temperature
     alone = len(config.all_teachers) == 1 or config.mixture.kind == "routing"

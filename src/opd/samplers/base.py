@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn."""
+    """Settings of drawing responses."""
 
     max_new_tokens: int
     temperature: float = 1.0

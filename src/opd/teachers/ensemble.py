@@ -29,7 +29,7 @@ class Ensemble:
     weights: Mapping[str, float]
     """Of a mixture, for prompts without weights of their own."""
     weights_column: str | None = None
-    """Where a prompt keeps its own."""
+    """Column of a prompt's own weights."""
     weights_at: Callable[[int], Mapping[str, float]] | None = None
     """The weights of a step, where they move."""
     balance_tokens: bool = False
@@ -41,7 +41,7 @@ class Ensemble:
 
     @property
     def shares(self) -> Mapping[str, float] | None:
-        """What the tokens of each group weigh in sum; None leaves them as they are."""
+        """Sum of token weights that each group is to have; None leaves them as they are."""
         return self.weights if self.balance_tokens else None
 
     @property
@@ -65,7 +65,7 @@ class Ensemble:
 
     @property
     def supplies(self) -> frozenset[TargetKind]:
-        """What every member supplies; a mixture needs whole distributions."""
+        """Kinds that every member supplies; a mixture needs whole distributions."""
         common = frozenset.intersection(*(member.supplies for member in self.members.values()))
         return common if self.mixture == "routing" else common & WHOLE
 
@@ -88,7 +88,7 @@ class Ensemble:
         return kind
 
     def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
-        """Which rollouts may share a micro-batch: those of one teacher, under its name; a mixture has one group."""
+        """Rollouts that may share a micro-batch: those of one teacher, under its name; a mixture has one group."""
         if self.mixture != "routing":
             return {"": list(range(len(rollouts)))}
         found: dict[str, list[int]] = {name: [] for name in self.members}
@@ -132,7 +132,7 @@ class Ensemble:
         return weights
 
     def choice(self, prompt: Prompt) -> dict[str, float]:
-        """How likely each member is to answer this prompt itself. Raises DataError as `route` and `weights_of` do."""
+        """Probability of each member to answer this prompt itself. Raises DataError as `route` and `weights_of` do."""
         if self.mixture == "routing":
             return {self.route(prompt): 1.0}
         return dict(zip(self.members, self.weights_of(prompt), strict=True))

@@ -86,7 +86,7 @@ class LocalTeacher:
         return self.kind
 
     def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
-        """Which rollouts may share a micro-batch: all."""
+        """All rollouts may share a micro-batch."""
         return {"": list(range(len(rollouts)))}
 
     @contextmanager

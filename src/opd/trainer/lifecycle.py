@@ -110,7 +110,7 @@ def _train(
 
 
 def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
-    """From where a run goes on, and with what changes."""
+    """Notes on the step that a run resumes from, and on its changes."""
     if start is None:
         return [f"{folder.path}: no checkpoint yet, so it starts at step 0"]
     lines = [f"{folder.path}: resuming after {start} steps"]
@@ -120,7 +120,7 @@ def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
 
 
 def _stopped(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool) -> RunStopped:
-    """What a signal left, and how the run goes on."""
+    """The exception for a signal: what was saved, and how the run goes on."""
     number = stop.signal or signal.SIGINT
     found = checkpoints(folder.checkpoints) if folder.begun or resume else []
     if found:

@@ -1,4 +1,4 @@
-"""What a step and an evaluation leave in the run folder."""
+"""Records of steps and evaluations in the run folder, and the summary made of them."""
 
 from __future__ import annotations
 

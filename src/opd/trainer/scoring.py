@@ -211,7 +211,7 @@ def _targets(teacher: Teacher, rollouts: Sequence[Rollout], kind: TargetKind) ->
 
 
 def _factor(name: str, packed: Mapping[str, Sequence[Batch]], shares: Mapping[str, float]) -> float:
-    """What this teacher's token weights are multiplied by to have their share of the sum of all; 0 for a share of 0, even alone."""
+    """Factor of a group's token weights that gives them their share of the sum of all; 0 for a share of 0, even alone."""
     sums = {n: sum(float(b.token_weights.double().sum()) for b in group) for n, group in packed.items()}
     present = sum(shares[n] for n, own in sums.items() if own > 0)
     return shares[name] / present * sum(sums.values()) / sums[name] if present and sums[name] else 0.0
