@@ -82,7 +82,7 @@ def test_it_is_given_the_weights_of_every_step(tmp_path: Path):
     steps = [record.metrics for record in run.metrics if record.kind == "step"]
     assert server.versions == [0, 1, 2, 3, 4] and server.limits == [5] * 4
     assert all(step["sampler_student_gap"] < 1e-5 for step in steps), "the samples are of the student's own weights"
-    assert steps[-1]["reverse_kl"] < 0.8 * steps[0]["reverse_kl"]
+    assert steps[-1]["reverse_kl"] < 0.9 * steps[0]["reverse_kl"]
 
 
 def test_one_that_ignored_them_would_be_seen(tmp_path: Path):
