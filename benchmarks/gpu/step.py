@@ -126,7 +126,7 @@ def _make_teacher(sheet: Sheet, made: list[LocalTeacher]) -> dict[str, Any]:
             tokens_per_batch=8192,
         )
     )
-    made[0].serve(Objective())
+    made[0].bind_objective(Objective())
     synchronize(sheet.device)
     return {"seconds to make": time.perf_counter() - began, "MiB": _allocated(sheet.device)}
 

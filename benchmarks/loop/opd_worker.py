@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -15,9 +15,9 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.reporting.progress import Progress
 from opd.reporting.record import RunRecorder
-from opd.trainer.loop import run_steps
+from opd.trainer.from_config import RunComponents
+from opd.trainer.loop import TrainingLoop
 from opd.trainer.run_folder import RunFolder
-from opd.trainer.setup import build_parts
 
 
 class TimedRecorder(RunRecorder):
@@ -45,7 +45,7 @@ def main(case_path: str, result_path: str) -> None:
     clock = StepClock()
     with tempfile.TemporaryDirectory() as run_dir:
         config = recipe(case, run_dir)
-        parts: Any = build_parts(config)
+        parts: Any = RunComponents(config)
         sample, score = parts.sampler.sample, parts.teacher.score
 
         def sample_and_note(*args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ def main(case_path: str, result_path: str) -> None:
         parts.student.teacher_logits = clock.wrap(parts.student.teacher_logits, "teacher")
         with TimedRecorder(run_dir, clock) as run, Progress(config.train.steps, enabled="off") as progress:
             clock.restart()
-            run_steps(config, cast(Any, parts), RunFolder(run_dir), run, progress)
+            TrainingLoop(components=parts, folder=RunFolder(run_dir), run=run, progress=progress).run_steps()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     clock.write(result_path, prompts=prompts, versions=versions)
 

@@ -6,9 +6,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.config import Config
+    from opd.config import (
+        CheckpointConfig,
+        Config,
+        EvalConfig,
+        LogConfig,
+        LoraConfig,
+        MixtureConfig,
+        NaturalGradientConfig,
+        OptimizerConfig,
+        PromptsConfig,
+        RewardConfig,
+        RlConfig,
+        RolloutConfig,
+        StudentConfig,
+        TeacherConfig,
+        TrainConfig,
+    )
+    from opd.errors import OpdError
     from opd.kernels import linear_divergence, linear_log_prob
     from opd.losses import Objective
+    from opd.samplers.base import Sampler
+    from opd.teachers.base import Teacher
+    from opd.teachers.vocabulary import VocabularyMatch
+    from opd.trainer.distiller import Distiller, Run
+    from opd.trainer.interrupts import Stop
     from opd.trainer.run import train
     from opd.types import (
         Batch,
@@ -26,47 +48,81 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Config": "opd.config",
-    "Objective": "opd.losses",
-    "linear_divergence": "opd.kernels",
-    "linear_log_prob": "opd.kernels",
-    "train": "opd.trainer.run",
-    "Batch": "opd.types",
-    "DenseTarget": "opd.types",
-    "Head": "opd.types",
-    "HiddenTarget": "opd.types",
-    "LossOutput": "opd.types",
-    "Prompt": "opd.types",
-    "Rollout": "opd.types",
-    "SampledTarget": "opd.types",
-    "Sequences": "opd.types",
-    "Target": "opd.types",
-    "TopKTarget": "opd.types",
-}
 __all__ = [
     "Batch",
+    "CheckpointConfig",
     "Config",
     "DenseTarget",
+    "Distiller",
+    "EvalConfig",
     "Head",
     "HiddenTarget",
+    "LogConfig",
+    "LoraConfig",
     "LossOutput",
+    "MixtureConfig",
+    "NaturalGradientConfig",
     "Objective",
+    "OpdError",
+    "OptimizerConfig",
     "Prompt",
+    "PromptsConfig",
+    "RewardConfig",
+    "RlConfig",
     "Rollout",
+    "RolloutConfig",
+    "Run",
     "SampledTarget",
+    "Sampler",
     "Sequences",
+    "Stop",
+    "StudentConfig",
     "Target",
+    "Teacher",
+    "TeacherConfig",
     "TopKTarget",
+    "TrainConfig",
+    "VocabularyMatch",
     "__version__",
     "linear_divergence",
     "linear_log_prob",
     "train",
 ]
 
+_HOMES = {
+    "opd.errors": ("OpdError",),
+    "opd.kernels": ("linear_divergence", "linear_log_prob"),
+    "opd.losses": ("Objective",),
+    "opd.samplers.base": ("Sampler",),
+    "opd.teachers.base": ("Teacher",),
+    "opd.teachers.vocabulary": ("VocabularyMatch",),
+    "opd.trainer.distiller": ("Distiller", "Run"),
+    "opd.trainer.interrupts": ("Stop",),
+    "opd.trainer.run": ("train",),
+    "opd.types": (
+        "Batch",
+        "DenseTarget",
+        "Head",
+        "HiddenTarget",
+        "LossOutput",
+        "Prompt",
+        "Rollout",
+        "SampledTarget",
+        "Sequences",
+        "Target",
+        "TopKTarget",
+    ),
+}
+"""Public names by the module that they come from; all others are sections of `opd.config`."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
     """Public names are imported on first use: `import opd` is instant and needs no torch."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF.get(name, "opd.config")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

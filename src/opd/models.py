@@ -99,9 +99,15 @@ def load_causal_lm(
             f"The {role} '{name}' lacks {len(missing)} of its weights ({missing[0]}, …), which would be random numbers. The "
             "download is incomplete, or config.json belongs to another model; get the whole folder again."
         )
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
+    return prepare_causal_lm(model, role=role, name=name)
+
+
+def prepare_causal_lm(model: PreTrainedModel, *, role: str, name: str) -> PreTrainedModel:
+    """The model in evaluation mode, with logits as its only output and a generation config that can be saved. Raises ModelError for
+    weights that are not finite."""
     _return_logits(model)
     _make_saveable(model, role)
-    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
     bad = next((n for n, p in model.named_parameters() if p.dtype in FLOATS and not p.isfinite().all()), None)
     if bad is not None:
         raise ModelError(

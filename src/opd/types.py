@@ -57,6 +57,10 @@ class Rollout:
     source: RolloutSource = "student"
     text: str = ""
     """The response, decoded without special tokens."""
+    id: int = -1
+    """Place among the rollouts drawn together, from 0. `samplers.base.draw` sets it, and samplers leave it alone."""
+    group: int = -1
+    """Place of its prompt among those drawn together: samples of one prompt share it. Set with `id`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,21 +158,21 @@ class Batch:
     sequences: Sequences
     response_ids: Int[Tensor, " tokens"]
     sequence_index: Int[Tensor, " tokens"]
-    """Which rollout of this micro-batch each response token belongs to."""
+    """Place in this micro-batch of the rollout that each response token belongs to."""
     rollouts: tuple[Rollout, ...]
     target: AnyTarget | None
     token_weights: Float[Tensor, " tokens"]
     """mask × 1/global count (× importance weight): the loss is Σ token_weights · per-token loss."""
     sampler_logp: Float[Tensor, " tokens"] | None = None
     advantages: Float[Tensor, " tokens"] | None = None
-    """What the reward says about each response token, without gradient; None where no reward is asked."""
+    """Advantage of each response token, without gradient; None where no reward is asked."""
     kept: Bool[Tensor, " response_tokens"] | None = None
-    """Which of the rollouts' response tokens `tokens` are; None: all."""
+    """Mask of the rollouts' response tokens that `tokens` are; None keeps all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """What one optimizer step did: the scalar loss (nats per token under token_mean) and its metrics."""
+    """Result of one optimizer step: the scalar loss (nats per token under token_mean) and its metrics."""
 
     loss: float
     metrics: Mapping[str, float]

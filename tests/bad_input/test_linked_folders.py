@@ -179,7 +179,7 @@ def test_overwrite_without_room_for_the_new_config_puts_everything_back(user: Us
 
 
 def test_a_logger_that_cannot_start_costs_no_old_run(user: User, monkeypatch: pytest.MonkeyPatch):
-    from opd.trainer import run
+    from opd.trainer import lifecycle
 
     before = user.has_finished_run()
 
@@ -187,7 +187,7 @@ def test_a_logger_that_cannot_start_costs_no_old_run(user: User, monkeypatch: py
         (user.run_dir / "tensorboard").write_text("half made")
         raise RunFolderError("the logger is not there")
 
-    monkeypatch.setattr(run, "open_sinks", refuse)
+    monkeypatch.setattr(lifecycle, "open_sinks", refuse)
     user.train("--overwrite").refuses("the logger is not there")
     assert user.files() == before
 

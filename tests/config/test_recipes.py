@@ -41,7 +41,7 @@ def test_what_a_step_takes_from_the_sections_by_hand():
 
 
 def test_a_mean_over_tokens_of_a_loss_of_the_sampled_token_is_said_with_its_size():
-    from opd.trainer.checks import notices
+    from opd.doctor.checks import notices
 
     tail = {"objective__support": "union", "objective__tail": "sampled"}
     k2 = {"objective__support": "sampled", "objective__estimator": "k2"}

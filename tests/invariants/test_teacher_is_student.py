@@ -69,7 +69,7 @@ def test_every_kl_is_exactly_zero(world, layout, budget, kind):
         layout=layout,
         supply=kind,
     )
-    teacher.serve(objective)
+    teacher.bind_objective(objective)
     policy = Policy(model, vocabulary=vocabulary, eos_ids=eos, teacher_logits=teacher.logits)
     batches = pack(rollouts, teacher.score(rollouts), layout=layout, tokens_per_microbatch=budget, pad_id=eos[0])
     metrics = TokenMetrics()

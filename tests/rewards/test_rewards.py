@@ -293,12 +293,18 @@ def test_a_time_limit_puts_back_the_timer_it_found():
         signal.setitimer(signal.ITIMER_REAL, *before)
 
 
-def test_a_time_limit_outside_the_main_thread_is_refused():
+def test_a_time_limit_holds_outside_the_main_thread_too():
+    def endless(prompt, response):
+        while True:
+            time.sleep(0.01)
+
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(score_reward, exact_match, prompt("1"), "1", timeout=1.0)
-        with pytest.raises(ConfigError, match=r"main thread only.*reward.timeout=0"):
-            asked.result()
+        assert pool.submit(score_reward, exact_match, prompt("1"), "1", timeout=1.0).result() == 1.0
         assert pool.submit(score_reward, exact_match, prompt("1"), "1").result() == 1.0
+        with pytest.raises(DataError, match=r"'endless' gave no answer within 0.1 s.*raise reward.timeout"):
+            pool.submit(score_reward, endless, prompt("1"), "1", timeout=0.1).result()
+        with pytest.raises(DataError, match="has no answer"):
+            pool.submit(score_reward, exact_match, prompt(None), "1", timeout=1.0).result()
 
 
 def test_failures_are_counted_as_0_only_where_that_is_asked_for():

@@ -13,8 +13,8 @@ from opd.data.privileged import PrivilegedRenderer
 from opd.teachers.ensemble import Ensemble
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.fingerprints import prompts_fingerprint
+from opd.trainer.from_config import RunComponents
 from opd.trainer.run import train
-from opd.trainer.setup import build_parts
 from opd.types import Prompt
 
 SPECIAL = "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }} {{ m.content }}{% endfor %}<turn>assistant "
@@ -57,7 +57,7 @@ def test_what_rows_hold_and_prompts_do_not_is_said_before_the_run(folder):
         {"prompt": [USER, {"role": "assistant", "content": "4"}]},
         {"prompt": [USER], "tools": [TOOL], "chat_template_kwargs": {"think": True}, "system": "Be brief."},
     ]
-    warnings = "\n".join(build_parts(recipe(folder, *rows, eval__every=0)).warnings)
+    warnings = "\n".join(RunComponents(recipe(folder, *rows, eval__every=0)).warnings)
     assert "1 of 2 rows" in warnings and "end with the assistant's answer" in warnings
     assert "has system, which no prompt holds" in warnings
     names = f"student '{folder / 'student'}' and teacher '{folder / 'teacher'}'"
@@ -67,14 +67,14 @@ def test_what_rows_hold_and_prompts_do_not_is_said_before_the_run(folder):
 
 def test_a_step_of_more_prompts_than_there_are_is_said(folder):
     warnings = "\n".join(
-        build_parts(recipe(folder, {"prompt": [USER]}, train__prompts_per_step=2, eval__every=0)).warnings
+        RunComponents(recipe(folder, {"prompt": [USER]}, train__prompts_per_step=2, eval__every=0)).warnings
     )
     assert "train.prompts_per_step=2 is more than" in warnings and "has rows (1)" in warnings
 
 
 def test_nothing_is_said_about_rows_that_are_shown(folder):
     config = recipe(folder, {"prompt": [USER], "answer": "4", "level": 3})
-    assert build_parts(config).warnings == ()
+    assert RunComponents(config).warnings == ()
 
 
 def test_the_teachers_own_prompt_keeps_the_text_of_parts_and_writes_no_none():

@@ -63,7 +63,7 @@ def world():
 
 def batch_for(world, objective: Objective, kind=None):
     _, teacher, rollouts = world
-    teacher.serve(objective)
+    teacher.bind_objective(objective)
     targets = teacher.score(rollouts, kind)
     (batch,) = pack(rollouts, targets, layout="packed", tokens_per_microbatch=10_000, pad_id=0)
     return batch

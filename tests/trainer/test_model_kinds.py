@@ -17,6 +17,7 @@ from opd.config import LoraConfig, OptimizerConfig
 from opd.config.recipe import build, merge
 from opd.data.pack import layout_sequences, pack
 from opd.data.rendering import Renderer
+from opd.doctor.checks import check_packing
 from opd.errors import ConfigError, DataError, ModelError
 from opd.losses import Objective
 from opd.models import linear_head, response_hidden, response_logits
@@ -25,11 +26,10 @@ from opd.reporting.record import read_metrics
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, random_logits, random_rollout, save_model, tiny_causal_lm
-from opd.trainer.checks import check_packing
 from opd.trainer.evaluate import _mean_over_prompts, _reward_interval
+from opd.trainer.from_config import RunComponents
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
-from opd.trainer.setup import build_parts
 from opd.trainer.student import Policy, Student, add_lora
 from opd.types import DenseTarget, Prompt
 from worlds import settings
@@ -105,7 +105,7 @@ def test_bfloat16_twins_differ_by_exactly_nothing(supply):
     renderer = Renderer(byte_tokenizer(), name="twin")
     teacher = LocalTeacher(copy.deepcopy(model), renderer, vocabulary=vocabulary, pad_id=256, supply=supply)
     objective = Objective(support="teacher_top_k", top_k=8) if supply == "top_k" else Objective()
-    teacher.serve(objective)
+    teacher.bind_objective(objective)
     rollouts = []
     for i, length in enumerate((3, 9)):
         prompt = Prompt(index=i, text="question"[: 3 + i])
@@ -153,7 +153,7 @@ def test_adapters_on_a_float16_student_get_the_gradient_of_any_number_of_tokens(
 def test_half_precision_students_are_refused_or_remarked_upon(world, tmp_path):
     with pytest.raises(ConfigError, match=r"float16 cannot be trained"):
         build(merge({}, settings(world, tmp_path, student__dtype="float16")))
-    parts = build_parts(build(merge({}, settings(world, tmp_path, student__dtype="bfloat16"))))
+    parts = RunComponents(build(merge({}, settings(world, tmp_path, student__dtype="bfloat16"))))
     assert any("rounds away updates" in warning for warning in parts.warnings)
 
 
@@ -180,7 +180,7 @@ def test_a_soft_capped_teacher_is_distilled_through_its_whole_logits(world, tmp_
     save_model(model, tokenizer, tmp_path / "gemma")
     values = settings(world, tmp_path / "run", teacher__model=str(tmp_path / "gemma"), train__steps=40, eval__every=40)
     values |= {"train.prompts_per_step": 16, "optimizer.lr": 0.01}
-    parts = build_parts(build(merge({}, values)))
+    parts = RunComponents(build(merge({}, values)))
     assert parts.teacher.kind == "dense"
     summary = run(values)
     assert summary["student_after"]["reverse_kl"] < 0.8 * summary["student_before"]["reverse_kl"]
@@ -288,8 +288,8 @@ def test_the_sampler_gap_is_shown_only_where_it_means_something(world, tmp_path)
 def test_recorded_samples_are_the_first_ones_and_not_the_longest(world, tmp_path):
     config = build(merge({}, settings(world, tmp_path / "run", train__steps=1, eval__every=0, log__samples=5)))
     train(config)
-    parts = build_parts(config)
-    prompts = [p for p in parts.order.take(0, 6) for _ in range(2)][:5]
+    parts = RunComponents(config)
+    prompts = [p for p in parts.schedule.take(0, 6) for _ in range(2)][:5]
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [p.text for p in prompts]
 

@@ -17,12 +17,12 @@ from opd.config.optimizer import NaturalGradientConfig
 from opd.config.recipe import build, merge, read_recipe
 from opd.data.pack import pack
 from opd.demo.prepare import prepare, recipe_path
+from opd.doctor.checks import notices
 from opd.errors import ConfigError, NonFiniteError
 from opd.losses import Objective
 from opd.reporting.record import read_metrics
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import random_logits, random_rollout, tiny_causal_lm
-from opd.trainer.checks import notices
 from opd.trainer.run import train
 from opd.trainer.student import Student
 from opd.types import DenseTarget

@@ -12,6 +12,7 @@ from opd.config.recipe import build, merge
 from opd.data.rendering import Renderer
 from opd.losses import Objective
 from opd.models import response_logits
+from opd.samplers.base import Sampling
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, random_rollout, tiny_causal_lm
@@ -54,14 +55,17 @@ def rollouts(teacher: LocalTeacher, *, position: int) -> list[Rollout]:
         ids = [PADDING if i == 0 and t == position else token for t, token in enumerate(drawn.response_ids)]
         found.append(
             dataclasses.replace(
-                drawn, prompt=prompt, prompt_ids=teacher.renderer.prompt_ids(prompt), response_ids=tuple(ids)
+                drawn, prompt=prompt, prompt_ids=teacher.renderer.prompt_ids(prompt), response_ids=tuple(ids), id=i
             )
         )
     return found
 
 
 def scorer(config: Config, teacher: LocalTeacher) -> StepScorer:
-    return StepScorer(config, teacher=teacher, reinforcement=None, pad_id=256, device=torch.device("cpu"))
+    return StepScorer(
+        objective=config.objective, rl=config.rl, train=config.train, teacher=teacher, kind=teacher.kind,
+        reinforcement=None, pad_id=256, device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def test_it_is_left_out_with_what_no_teacher_could_read(
     config: Config, objective: Objective, teacher_rows: int, heard: int
 ):
     student, teacher = models(teacher_rows)
-    teacher.serve(objective)
+    teacher.bind_objective(objective)
     config = dataclasses.replace(config, objective=objective)
     drawn = rollouts(teacher, position=3)
     scored = scorer(config, teacher).score(drawn, 0)
@@ -97,17 +101,17 @@ def test_it_is_left_out_with_what_no_teacher_could_read(
 
 def test_without_one_nothing_is_left_out(config: Config):
     _, teacher = models(TOKENS)
-    teacher.serve(Objective())
+    teacher.bind_objective(Objective())
     scored = scorer(config, teacher).score(rollouts(teacher, position=-1), 0)
     assert "unheard_tokens" not in scored.metrics and all(b.kept is None for b in scored.batches)
 
 
 def test_an_evaluation_reads_it_as_any_other(config: Config):
     student, teacher = models(TOKENS)
-    teacher.serve(Objective())
+    teacher.bind_objective(Objective())
     evaluator = Evaluator(
-        prompts=(), samples_per_prompt=1, scorer=None, teacher=teacher, max_new_tokens=9, teacher_logp_floor=None,  # pyright: ignore[reportArgumentType]
-        temperature=1.0, extra_temperatures=(), layout="right_padded", tokens_per_microbatch=9999, pad_id=256, seed=0,
+        prompts=(), samples_per_prompt=1, scorer=None, teacher=teacher, teacher_logp_floor=None,  # pyright: ignore[reportArgumentType]
+        sampling=Sampling(max_new_tokens=9), extra_temperatures=(), layout="right_padded", tokens_per_microbatch=9999, pad_id=256, seed=0,
         measure="own",
     )  # fmt: skip
     rows = evaluator._reverse_kl(rollouts(teacher, position=3), student, teacher)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from opd.config.recipe import build, merge
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
-from opd.trainer.setup import build_parts
+from opd.trainer.from_config import RunComponents
 from worlds import settings
 
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 1, "max_positions": 128, "initializer_range": 0.3}
@@ -38,7 +38,7 @@ def warnings(tmp_path: Path, student: str, teacher: str | None, *rows: dict[str,
     values |= {"student.model": student, "prompts.path": str(tmp_path / "own.jsonl"), "prompts.eval_path": None}
     values.pop("teacher.model")
     values |= {"teacher.model": teacher} if teacher is not None else {}
-    return list(build_parts(build(merge({}, values))).warnings)
+    return list(RunComponents(build(merge({}, values))).warnings)
 
 
 # --- endings ----------------------------------------------------------------------------------------------------------

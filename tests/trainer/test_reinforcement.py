@@ -20,13 +20,14 @@ from opd.errors import ConfigError, DataError, ObjectiveError
 from opd.losses import Hybrid, Objective
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
+from opd.samplers.base import draw
 from opd.teachers.local import LocalTeacher
+from opd.trainer.from_config import RunComponents
 from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.reinforce import NO_SIGNAL
 from opd.trainer.run import train
 from opd.trainer.scoring import scored_batches
-from opd.trainer.setup import build_parts
 from worlds import settings
 
 RL = {"rl__weight": 1.0, "rl__reward": "worlds:first_digit", "train__samples_per_prompt": 4}
@@ -191,9 +192,9 @@ def rewarded(tmp_path_factory, request):
     make_world(folder)
 
     def make(**more):
-        parts = build_parts(build(merge({}, settings(folder, folder / "run", **{**RL, **more}))))
-        prompts = parts.order.take(0, 6)
-        rollouts = parts.sampler.sample([p for p in prompts for _ in range(4)], seed=3)
+        parts = RunComponents(build(merge({}, settings(folder, folder / "run", **{**RL, **more}))))
+        prompts = parts.schedule.take(0, 6)
+        rollouts = draw(parts.sampler, prompts, 4, seed=3)
         return parts, rollouts, parts.scorer.score(rollouts, 0)
 
     return make
@@ -324,7 +325,7 @@ def test_a_term_that_varies_by_rounding_alone_is_not_scaled_up(rewarded, combine
     """The mean of six rewards of 0.1 is not 0.1, and a teacher with the student's weights is not exactly at 0."""
     more = {**(K1 if combine == "advantages" else {}), "rl__combine": combine, "rl__scale": "match"}
     parts, _, _ = rewarded(**more, train__samples_per_prompt=6, rl__reward=f"{__name__}:of_the_prompt_alone")
-    rollouts = parts.sampler.sample([p for p in parts.order.take(0, 6) for _ in range(6)], seed=3)
+    rollouts = draw(parts.sampler, parts.schedule.take(0, 6), 6, seed=3)
     assert sum([0.1] * 6) / 6 != 0.1
     assert len({r.prompt.index % 7 for r in rollouts}) > 2
     seen = preview(parts.student.token_loss, (scored := parts.scorer.score(rollouts, 0)).batches, scored.objective)
@@ -333,7 +334,7 @@ def test_a_term_that_varies_by_rounding_alone_is_not_scaled_up(rewarded, combine
     own = LocalTeacher(
         copy.deepcopy(parts.student.model), parts.renderer, vocabulary=parts.student.vocabulary, pad_id=parts.pad_id
     )
-    own.serve(scored.objective.distill)
+    own.bind_objective(scored.objective.distill)
     alike = scored_batches(
         rollouts, own, own.kind, advantages=[torch.randn(len(r.response_ids)) for r in rollouts], **parts.scorer.layout
     )
@@ -447,7 +448,7 @@ REFUSED = {
 def test_what_a_reward_cannot_work_with_is_refused_before_anything_is_trained(world, tmp_path, name):
     more, said = REFUSED[name]
     with pytest.raises((ConfigError, ObjectiveError)) as error:
-        build_parts(build(merge({}, settings(world, tmp_path / "run", **{**RL, **more}))))
+        RunComponents(build(merge({}, settings(world, tmp_path / "run", **{**RL, **more}))))
     assert said in str(error.value)
 
 

@@ -16,11 +16,12 @@ from opd.config.recipe import build, load, merge, to_yaml
 from opd.data.privileged import PrivilegedRenderer
 from opd.errors import ConfigError, DataError
 from opd.reporting.record import read_metrics
+from opd.samplers.base import draw
 from opd.testing import byte_tokenizer, digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.checkpoint import checkpoints
+from opd.trainer.from_config import RunComponents
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
-from opd.trainer.setup import build_parts
 from opd.types import DenseTarget, Prompt
 from worlds import settings
 
@@ -42,8 +43,8 @@ def values_of(world: Path, run_dir: Path, **more: object) -> dict[str, object]:
 
 
 def parts_of(world: Path, **more: object):
-    parts = build_parts(build(merge({}, values_of(world, world / "run", optimizer__lr=0.01, **more))))
-    rollouts = parts.sampler.sample(parts.order.take(0, 6), seed=3)
+    parts = RunComponents(build(merge({}, values_of(world, world / "run", optimizer__lr=0.01, **more))))
+    rollouts = draw(parts.sampler, parts.schedule.take(0, 6), 1, seed=3)
     return parts, rollouts
 
 
@@ -214,8 +215,8 @@ def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name):
 
 def test_a_hint_also_helps_a_teacher_of_its_own_weights(world, tmp_path):
     """The template is about the prompt, whoever reads it."""
-    parts = build_parts(build(merge({}, settings(world, tmp_path / "run", **HINT))))
-    prompt = parts.order.take(0, 1)[0]
+    parts = RunComponents(build(merge({}, settings(world, tmp_path / "run", **HINT))))
+    prompt = parts.schedule.take(0, 1)[0]
     hinted = parts.renderer.tokenizer(prompt.answer + prompt.text)["input_ids"]
     assert parts.teacher.renderer.prompt_ids(prompt) == tuple(hinted)
     assert parts.renderer.prompt_ids(prompt) == tuple(parts.renderer.tokenizer(prompt.text)["input_ids"])
@@ -294,7 +295,7 @@ def test_what_teaches_nothing_is_refused(world, tmp_path, name):
     more, said = REFUSED[name]
     values = values_of(world, tmp_path / "run")
     with pytest.raises(ConfigError) as error:
-        build_parts(build(merge({}, values | {key.replace("__", "."): value for key, value in more.items()})))
+        RunComponents(build(merge({}, values | {key.replace("__", "."): value for key, value in more.items()})))
     assert said in str(error.value)
 
 

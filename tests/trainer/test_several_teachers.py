@@ -16,11 +16,12 @@ from opd.errors import ConfigError, DataError, ObjectiveError, VocabularyError
 from opd.losses import Hybrid, Objective, mix_teachers
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
+from opd.samplers.base import draw
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
+from opd.trainer.from_config import RunComponents
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
-from opd.trainer.scoring import least_sure
-from opd.trainer.setup import build_parts
+from opd.trainer.scoring import top_entropy_mask
 from worlds import make_world, settings
 
 NAMES = ("even", "odd")
@@ -55,9 +56,9 @@ def taught(school: Path, run_dir: Path, **more: object) -> dict[str, object]:
 
 
 def parts_of(school: Path, **more: object):
-    parts = build_parts(build(merge({}, taught(school, school / "run", prompts__shuffle=False, **more))))
-    prompts = parts.order.take(0, 6)
-    rollouts = parts.sampler.sample([p for p in prompts for _ in range(2)], seed=3)
+    parts = RunComponents(build(merge({}, taught(school, school / "run", prompts__shuffle=False, **more))))
+    prompts = parts.schedule.take(0, 6)
+    rollouts = draw(parts.sampler, prompts, 2, seed=3)
     return parts, rollouts, parts.scorer.score(rollouts, 0)
 
 
@@ -170,7 +171,7 @@ def test_routed_rollouts_keep_their_own_advantages_and_tokens(school):
     more = {"rl__weight": 1.0, "rl__reward": "worlds:first_digit", "train__token_fraction": 0.5}
     parts, rollouts, scored = parts_of(school, **more)
     said = parts.scorer.reinforcement.advantages(rollouts).per_token
-    own = {id(r): (a, kept) for r, a, kept in zip(rollouts, said, least_sure(rollouts, 0.5), strict=True)}
+    own = {id(r): (a, kept) for r, a, kept in zip(rollouts, said, top_entropy_mask(rollouts, 0.5), strict=True)}
     assert len({float(a[0]) for a in said}) > 1
     for batch in scored.batches:
         kept = torch.cat([own[id(r)][1] for r in batch.rollouts])
@@ -319,7 +320,7 @@ REFUSED = {
 def test_what_cannot_be_mixed_is_refused_before_anything_is_trained(school, tmp_path, name):
     more, said = REFUSED[name]
     with pytest.raises((ConfigError, ObjectiveError)) as error:
-        build_parts(build(merge({}, taught(school, tmp_path / "run", **more))))
+        RunComponents(build(merge({}, taught(school, tmp_path / "run", **more))))
     assert said in str(error.value)
 
 

@@ -101,7 +101,7 @@ def test_a_second_signal_ends_the_run_at_once(world, tmp_path, interrupted):
 
 
 def test_a_signal_after_the_last_step_does_not_take_the_student_away(world, tmp_path, monkeypatch):
-    from opd.trainer import run as module
+    from opd.trainer import lifecycle as module
 
     original = module.save_student
 
@@ -170,17 +170,17 @@ def test_a_signal_outside_a_run_promises_nothing(capsys, monkeypatch, tmp_path, 
 
 
 def test_a_signal_while_models_load_leaves_the_old_run_as_it_was(world, tmp_path, capsys, monkeypatch):
-    from opd.trainer import run as module
+    from opd.trainer import distiller as module
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(merge({}, settings(world, tmp_path / "run", **LONG))))
     run(settings(world, tmp_path / "run", **LONG))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
-    def build_parts(_: object) -> None:
+    def killed(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(module, "build_parts", build_parts)
+    monkeypatch.setattr(module, "RunComponents", killed)
     assert main(["train", str(recipe), "--overwrite"]) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert "stopped before the first step, and nothing was changed" in said and said.rstrip().endswith("--overwrite")

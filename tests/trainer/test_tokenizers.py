@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.config.recipe import build, merge
 from opd.data.rendering import Renderer, byte_alphabet
+from opd.doctor.reading import check_text
 from opd.errors import ModelError
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 from opd.tokenizer import load_tokenizer
-from opd.trainer.reading import check_text
-from opd.trainer.run import save_student, train
+from opd.trainer.from_config import RunComponents
+from opd.trainer.lifecycle import save_student
+from opd.trainer.run import train
 from opd.trainer.run_folder import RunFolder
-from opd.trainer.setup import build_parts
 from opd.types import Prompt
 from worlds import settings
 
@@ -156,7 +157,7 @@ def test_a_student_has_the_tokenizer_files_of_its_model_unchanged(tmp_path: Path
 def test_a_model_folder_that_goes_away_during_the_run_costs_nothing(tmp_path: Path):
     model = folder_of(byte_level(), tmp_path / "model", "GPT2Tokenizer")
     files = {file.name: file.read_bytes() for file in model.glob("tokenizer*")}
-    parts = build_parts(build(merge({}, recipe(tmp_path, model, model))))
+    parts = RunComponents(build(merge({}, recipe(tmp_path, model, model))))
     shutil.rmtree(model)
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
@@ -207,7 +208,7 @@ def test_a_tokenizer_that_loses_the_prompts_is_refused_on_either_side(tmp_path: 
         ModelError,
         match=rf"(?s){role} .*loses \d+% of the prompts' characters.*'Solve: 12 .*comes back as.*{role}\.model",
     ):
-        build_parts(build(merge({}, recipe(tmp_path, *sides))))
+        RunComponents(build(merge({}, recipe(tmp_path, *sides))))
 
 
 def test_a_vocabulary_that_the_tokenizer_class_never_reads_is_refused_for_what_it_loses(tmp_path: Path):
@@ -219,7 +220,7 @@ def test_a_vocabulary_that_the_tokenizer_class_never_reads_is_refused_for_what_i
     with pytest.raises(
         ModelError, match=r"student .* loses 100% of the prompts' characters .*student.model.*tokenizer.json"
     ):
-        build_parts(build(merge({}, recipe(tmp_path, folder, folder))))
+        RunComponents(build(merge({}, recipe(tmp_path, folder, folder))))
 
 
 def test_text_that_comes_back_changed_is_shown_and_a_normal_form_is_not():

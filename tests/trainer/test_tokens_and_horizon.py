@@ -14,10 +14,11 @@ from opd.data.pack import one_rollout
 from opd.errors import ConfigError
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
+from opd.samplers.base import draw
+from opd.trainer.from_config import RunComponents
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
-from opd.trainer.scoring import least_sure
-from opd.trainer.setup import build_parts
+from opd.trainer.scoring import top_entropy_mask
 from opd.types import Prompt, Rollout
 from worlds import settings
 
@@ -27,8 +28,8 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
 
 
 def parts_of(world: Path, tmp_path: Path, **more: object):
-    parts = build_parts(build(merge({}, settings(world, tmp_path / "parts", **more))))
-    rollouts = parts.sampler.sample(parts.order.take(0, 12), seed=3)
+    parts = RunComponents(build(merge({}, settings(world, tmp_path / "parts", **more))))
+    rollouts = draw(parts.sampler, parts.schedule.take(0, 12), 1, seed=3)
     return parts, rollouts, parts.scorer.score(rollouts, 0)
 
 
@@ -43,9 +44,9 @@ def rollout_of(entropy: tuple[float, ...]) -> Rollout:
 
 
 def test_the_least_sure_tokens_are_chosen_over_the_whole_step():
-    kept = least_sure([rollout_of((0.1, 0.9, 0.2)), rollout_of((0.8, 0.3))], 0.4)
+    kept = top_entropy_mask([rollout_of((0.1, 0.9, 0.2)), rollout_of((0.8, 0.3))], 0.4)
     assert [k.tolist() for k in kept] == [[False, True, False], [True, False]]
-    assert [k.tolist() for k in least_sure([rollout_of((0.5, 0.5, 0.5))], 0.01)] == [[True, False, False]]
+    assert [k.tolist() for k in top_entropy_mask([rollout_of((0.5, 0.5, 0.5))], 0.01)] == [[True, False, False]]
 
 
 def test_the_recorded_entropy_is_that_of_the_student_at_each_token(world, tmp_path):
@@ -65,7 +66,7 @@ def test_the_gradient_is_that_of_the_kept_tokens_alone(world, tmp_path, supply, 
     more |= {"objective__support": "teacher_top_k", "objective__top_k": 13} if supply == "top_k" else {}
     parts, rollouts, scored = parts_of(world, tmp_path, **more)
     student = parts.student
-    kept = dict(zip(map(id, rollouts), least_sure(rollouts, 0.3), strict=True))
+    kept = dict(zip(map(id, rollouts), top_entropy_mask(rollouts, 0.3), strict=True))
     student.zero_grad()
     rows = 0
     for batch in scored.batches:

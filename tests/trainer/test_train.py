@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd.config.recipe import build, merge
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
+from opd.samplers.base import draw
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
+from opd.trainer.from_config import RunComponents
 from opd.trainer.run import train
-from opd.trainer.setup import build_parts
 from worlds import settings
 
 REQUIRED = [
@@ -265,8 +266,8 @@ def test_each_model_renders_chat_prompts_in_its_own_way(tmp_path):
         save_model(model, tokenizer, tmp_path / name)
     rows = [{"prompt": [{"role": "user", "content": f"q{i}"}], "answer": "a"} for i in range(12)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    parts = build_parts(build(merge({}, settings(tmp_path, tmp_path / "run"))))
-    rollouts = parts.sampler.sample(parts.order.take(0, 4), seed=0)
+    parts = RunComponents(build(merge({}, settings(tmp_path, tmp_path / "run"))))
+    rollouts = draw(parts.sampler, parts.schedule.take(0, 4), 1, seed=0)
     for rollout, target in zip(rollouts, parts.teacher.score(rollouts, "dense"), strict=True):
         question = rollout.prompt.messages[0]["content"]
         assert bytes(rollout.prompt_ids).decode() == f"U{question}:"

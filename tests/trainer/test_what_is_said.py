@@ -8,8 +8,8 @@ import pytest
 
 from opd.cli.show import show_result
 from opd.config.recipe import build, merge
+from opd.doctor.checks import notices
 from opd.reporting.record import read_metrics
-from opd.trainer.checks import notices
 from opd.trainer.run import train
 from worlds import settings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from opd.data.messages import Message, canonical, check_text, content_text, read_arguments, read_messages
-from opd.data.rows import lookup, read_rows
+from opd.data.rows import given_rows, lookup, read_rows
 from opd.data.values import is_list, is_mapping, items_of, plain, type_name
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
@@ -46,6 +46,7 @@ def load_prompts(
     teacher_column: str = "teacher",
     split: str = "train",
     limit: int | None = None,
+    rows: Iterable[Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
     """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
@@ -53,29 +54,31 @@ def load_prompts(
     A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The
     columns `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns
     without a role become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows.
+    `rows` are read in place of a file, and `path` is then their name in messages: objects with these columns, or texts.
     `say` receives a sentence about each thing that rows hold and prompts do not.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no prompts; use 1 or more, or leave it out for all rows.")
     optional = {"answer": answer_column, "response": response_column, "teacher": teacher_column}
-    rows: list[_PromptRow] = []
+    source = read_rows(path, split) if rows is None else given_rows(rows, path, prompt_column)
+    found: list[_PromptRow] = []
     seen: set[str] = set()
-    for index, (place, row) in enumerate(islice(read_rows(path, split), limit)):
-        rows.append(_read(index, place, row, prompt_column, optional))
+    for index, (place, row) in enumerate(islice(source, limit)):
+        found.append(_read(index, place, row, prompt_column, optional))
         for column in optional.values():
             seen |= _names(row, column)
-    if not rows:
+    if not found:
         raise DataError(f"{path} has no rows, so there is nothing to sample from; give a data set with prompts.")
     for role, column in optional.items():
-        if column != role and not any(column in row.named for row in rows):
+        if column != role and not any(column in row.named for row in found):
             raise DataError(
                 f"no row of {path} has the {role} column {column!r}.{_columns_hint(column, seen)} "
                 f"Set {role}_column to one of them."
             )
     if say is not None:
-        for note in _notes(path, rows):
+        for note in _notes(path, found):
             say(note)
-    return [row.prompt for row in rows]
+    return [row.prompt for row in found]
 
 
 def unread_columns(prompts: Sequence[Prompt], path: str, read_elsewhere: str) -> list[str]:

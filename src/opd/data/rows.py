@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -46,6 +46,17 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
         "per line), .json (an array of objects), either with .gz, .parquet, a folder written by datasets' save_to_disk, or "
         "hub:owner/name."
     )
+
+
+def given_rows(rows: Iterable[Any], name: str, prompt_column: str) -> Iterator[Row]:
+    """Rows that are in memory: objects, or texts, each of which is a prompt. Raises DataError for anything else."""
+    for index, row in enumerate(rows):
+        place = f"row {index} of {name}"
+        if not isinstance(row, (str, Mapping)):
+            raise DataError(
+                f"{place} is {type_name(row)}; a row is text, or a dict of columns such as {{'prompt': …}}."
+            )
+        yield place, {prompt_column: row} if isinstance(row, str) else row
 
 
 def lookup(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:

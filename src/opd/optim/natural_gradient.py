@@ -53,13 +53,13 @@ _NOT_FINITE = (
 
 @dataclass(frozen=True, kw_only=True)
 class NaturalStep:
-    """What to add to every parameter, and how it came about."""
+    """The step of every parameter, and diagnostics of the solver."""
 
     step: tuple[Tensor, ...]
     predicted_kl: float
     """½ xᵀFx of this step, in nats per token: how far the distributions will move, to second order."""
     scale: float
-    """What the solution was multiplied by to stay in the trust region; 1 where it lay inside."""
+    """Factor that brought the solution into the trust region; 1 where it lay inside."""
     residual: float
     """|(F + damping) x + g| / |g|: 0 is a solved system."""
     iterations: int

@@ -22,8 +22,14 @@ REGEX_PREFIX = "regex:"
 BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "numeric_answer": numeric_answer}
 
 
-def load_reward(spec: str) -> Reward:
-    """The reward called `exact_match`, `numeric_answer`, `regex:<pattern>` or `package.module:function`."""
+def load_reward(spec: str | Reward) -> Reward:
+    """The reward called `exact_match`, `numeric_answer`, `regex:<pattern>` or `package.module:function`; or a function, as it is.
+
+    Raises ConfigError, also for a function that cannot be called as a reward.
+    """
+    if not isinstance(spec, str):
+        _check_signature(getattr(spec, "__name__", type(spec).__name__), spec)
+        return spec
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     if spec.startswith(REGEX_PREFIX):

@@ -1,1 +1,1 @@
-"""Prompt → Rollout: the student's own samples, and the off-policy ones mixed in on request."""
+"""Prompt → Rollout: the student's own samples, and off-policy ones mixed in. A new sampler is any object with the methods of `base.Sampler`."""

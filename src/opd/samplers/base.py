@@ -1,17 +1,21 @@
-"""What a sampler is."""
+"""The sampler protocol, and the one place where rollouts get their ids and groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
+from opd.errors import OpdError
 from opd.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn."""
+    """Settings of drawing responses."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -21,7 +25,46 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
+class SampledStudent(Protocol):
+    """The student as a sampler sees it."""
+
+    model: PreTrainedModel
+    version: int
+    """Updates that the weights have had."""
+
+
 class Sampler(Protocol):
+    """Draws the responses of a run. Any object with these methods is one: nothing has to be inherited."""
+
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order: a pure function of the weights, the prompts and the seed."""
         ...
+
+    def load(self, student: SampledStudent) -> None:
+        """The next rollouts are of these weights. Called before the first step and after every update."""
+        ...
+
+    def limit(self, max_new_tokens: int) -> None:
+        """Responses from now on end at this length."""
+        ...
+
+
+class AdjustableSampler(Sampler, Protocol):
+    """A sampler that can also draw in another way, which evaluations need."""
+
+    def with_sampling(self, sampling: Sampling) -> Sampler:
+        """A sampler of the same weights that draws as told; this one stays as it is."""
+        ...
+
+
+def draw(sampler: Sampler, prompts: Sequence[Prompt], samples_per_prompt: int, *, seed: int) -> list[Rollout]:
+    """`samples_per_prompt` rollouts of every prompt, each with its `id` and `group`. Raises OpdError for a sampler that answers other
+    prompts than it was asked, or in another order."""
+    asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    rollouts = sampler.sample(asked, seed=seed)
+    if len(rollouts) != len(asked) or any(r.prompt.index != p.index for r, p in zip(rollouts, asked, strict=True)):
+        raise OpdError(
+            f"{type(sampler).__name__}.sample returned {len(rollouts)} rollouts for {len(asked)} prompts, or not in their order. It has to "
+            "return one per prompt, in order, each with the prompt that it answers."
+        )
+    return [replace(r, id=i, group=i // samples_per_prompt) for i, r in enumerate(rollouts)]

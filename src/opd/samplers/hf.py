@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import (
@@ -19,7 +21,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from opd.data.rendering import Renderer
 from opd.models import context_length
-from opd.samplers.base import Sampling
+from opd.samplers.base import SampledStudent, Sampling
 from opd.seeding import derive_seed, seeded
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
@@ -41,12 +43,12 @@ class HfSampler:
         source: RolloutSource = "student",
         student_renderer: Renderer | None = None,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-        presence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        model_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         record_entropy: bool = False,
     ) -> None:
-        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher; `presence` is what has
-        to hold while the model is used."""
-        self.presence = presence
+        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher. `model_context` is
+        entered around every use (it moves an offloaded model to its device, or disables an adapter)."""
+        self.model_context = model_context
         self.record_entropy = record_entropy
         self.model = model
         self.renderer = renderer
@@ -63,8 +65,22 @@ class HfSampler:
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order. The same weights, prompts and seed give the same rollouts; the global random state is
         left as it was. Raises DataError for a prompt longer than the context."""
-        with self.presence():
+        with self.model_context():
             return self._sample(prompts, seed)
+
+    def load(self, student: SampledStudent) -> None:
+        """Takes the student's version alone: its weights are those of `model` already."""
+        self.policy_version = student.version
+
+    def limit(self, max_new_tokens: int) -> None:
+        """Responses from now on end at this length."""
+        self.sampling = replace(self.sampling, max_new_tokens=max_new_tokens)
+
+    def with_sampling(self, sampling: Sampling) -> HfSampler:
+        """The same model, drawn from as told."""
+        other = copy.copy(self)
+        other.sampling = sampling
+        return other
 
     def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         limit = context_length(self.model)

@@ -1,1 +1,1 @@
-"""Rollout → Target: what the teacher would have said at every response position."""
+"""Rollout → Target: the teacher's view of every response position. A new teacher is any object with the members of `base.Teacher`."""

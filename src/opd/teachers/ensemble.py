@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,23 +12,42 @@ import torch
 from opd.data.rows import lookup
 from opd.errors import DataError, ObjectiveError
 from opd.losses import WEIGHT_SUM_TOLERANCE, Objective
-from opd.teachers.local import LocalTeacher
+from opd.teachers.base import Teacher
+from opd.teachers.local import sampled_logp
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.types import AnyTarget, DenseTarget, HiddenTarget, Prompt, Rollout, TargetKind, TeacherMixture
+from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, Prompt, Rollout, TargetKind, TeacherMixture
 
 WHOLE: frozenset[TargetKind] = frozenset({"hidden", "dense"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """Teachers of one vocabulary. What `LocalTeacher` offers, for all of them."""
+    """Teachers of one vocabulary, together one Teacher."""
 
-    members: Mapping[str, LocalTeacher]
+    members: Mapping[str, Teacher]
     mixture: Literal["routing", "probability", "logit", "loss"]
     weights: Mapping[str, float]
     """Of a mixture, for prompts without weights of their own."""
     weights_column: str | None = None
-    """Where a prompt keeps its own."""
+    """Column of a prompt's own weights."""
+    weights_at: Callable[[int], Mapping[str, float]] | None = None
+    """The weights of a step, where they move."""
+    balance_tokens: bool = False
+    """With routing, the tokens of every member's prompts weigh in sum as `weights` say."""
+
+    def at(self, step: int) -> Ensemble:
+        """The ensemble with the weights of this step."""
+        return self if self.weights_at is None else replace(self, weights=self.weights_at(step))
+
+    @property
+    def shares(self) -> Mapping[str, float] | None:
+        """Sum of token weights that each group is to have; None leaves them as they are."""
+        return self.weights if self.balance_tokens else None
+
+    @property
+    def mixed(self) -> Mapping[str, Teacher]:
+        """The members that all read every response; none with routing."""
+        return {} if self.mixture == "routing" else self.members
 
     @property
     def name(self) -> str:
@@ -46,21 +65,18 @@ class Ensemble:
 
     @property
     def supplies(self) -> frozenset[TargetKind]:
-        """What every member supplies; a mixture needs whole distributions."""
+        """Kinds that every member supplies; a mixture needs whole distributions."""
         common = frozenset.intersection(*(member.supplies for member in self.members.values()))
         return common if self.mixture == "routing" else common & WHOLE
 
     @property
-    def exact_kind(self) -> TargetKind:
-        return "hidden" if all(m.exact_kind == "hidden" for m in self.members.values()) else "dense"
+    def exact_kind(self) -> TargetKind | None:
+        """The whole distribution, in a form that every member has."""
+        kinds = {member.exact_kind for member in self.members.values()}
+        return None if None in kinds else "hidden" if kinds == {"hidden"} else "dense"
 
-    @property
-    def kind(self) -> TargetKind:
-        """What `serve` settled, the same for all."""
-        return next(iter(self.members.values())).kind
-
-    def serve(self, objective: Objective) -> TargetKind:
-        """Settle what `score` hands out for this objective. Raises ObjectiveError when nothing that all of them supply will do."""
+    def bind_objective(self, objective: Objective) -> TargetKind:
+        """The kind that all members hand out for this objective. Raises ObjectiveError when nothing that all of them supply will do."""
         if not self.supplies and self.mixture != "routing":
             raise ObjectiveError(
                 f"mixture.kind={self.mixture} mixes whole distributions, and not every teacher of {self.name} supplies one; drop their "
@@ -68,12 +84,11 @@ class Ensemble:
             )
         kind = objective.check_supplies(self.supplies, self.name)
         for member in self.members.values():
-            member.serve(objective)
-            member.kind = kind
+            member.bind_objective(objective)
         return kind
 
     def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
-        """Which rollouts may share a micro-batch: those of one teacher, under its name; a mixture has one group."""
+        """Rollouts that may share a micro-batch: those of one teacher, under its name; a mixture has one group."""
         if self.mixture != "routing":
             return {"": list(range(len(rollouts)))}
         found: dict[str, list[int]] = {name: [] for name in self.members}
@@ -116,9 +131,14 @@ class Ensemble:
             )
         return weights
 
-    def score(self, rollouts: Sequence[Rollout], kind: TargetKind | None = None) -> list[AnyTarget]:
+    def choice(self, prompt: Prompt) -> dict[str, float]:
+        """Probability of each member to answer this prompt itself. Raises DataError as `route` and `weights_of` do."""
+        if self.mixture == "routing":
+            return {self.route(prompt): 1.0}
+        return dict(zip(self.members, self.weights_of(prompt), strict=True))
+
+    def score(self, rollouts: Sequence[Rollout], kind: TargetKind) -> list[AnyTarget]:
         """One target per rollout, in order: its own teacher's, or the mixture of all."""
-        kind = kind or self.kind
         if self.mixture == "routing":
             routed: dict[int, AnyTarget] = {}
             for name, members in self.groups(rollouts).items():
@@ -141,11 +161,34 @@ class Ensemble:
         """Teacher logits of a hidden target of any member: they share the vocabulary."""
         return next(iter(self.members.values())).logits(target)
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Nothing to do: members take turns, and each sees to itself."""
-        yield
+    def context(self) -> AbstractContextManager[None]:
+        """Nothing to do: members take turns, and each enters its own."""
+        return nullcontext()
 
+    def member_metrics(self, rollouts: Sequence[Rollout], batches: Sequence[Batch]) -> dict[str, float]:
+        """Per-member metrics: token share (routing) or mean mixture weight, plus a reverse-KL estimate for mixtures whose targets are in
+        `batches`. With routing, the update itself measures each member."""
+        if self.mixture == "routing":
+            tokens, groups = sum(len(r.response_ids) for r in rollouts), self.groups(rollouts)
+            own = {n: sum(len(rollouts[i].response_ids) for i in groups.get(n, ())) for n in self.members}
+            return {f"teacher/{name}/share": count / tokens for name, count in own.items()}
+        given = [self.weights_of(r.prompt) for r in rollouts]
+        found = {f"teacher/{n}/weight": sum(w[i] for w in given) / len(given) for i, n in enumerate(self.members)}
+        for index, name in enumerate(self.members if batches else ()):
+            found |= self._distance(index, name, batches)
+        return found
 
-AnyTeacher = LocalTeacher | Ensemble
-WeightsAt = Callable[[int], Mapping[str, float]]
+    def _distance(self, index: int, name: str, batches: Sequence[Batch]) -> dict[str, float]:
+        """Mean log-prob (nats) that a member gives the sampled tokens, at one product with its head; and, where the sampler's is
+        known, their difference, which estimates the reverse KL to that member."""
+        logps, gaps = [], []
+        for batch in batches:
+            assert isinstance(batch.target, TeacherMixture)
+            logp = sampled_logp(batch.target.targets[index], batch.response_ids, self.vocabulary)
+            logps.append(logp)
+            if batch.sampler_logp is not None:
+                gaps.append(batch.sampler_logp - logp)
+        found = {f"teacher/{name}/teacher_logp": float(torch.cat(logps).mean())}
+        if len(gaps) == len(logps):
+            found[f"teacher/{name}/reverse_kl_estimate"] = float(torch.cat(gaps).mean())
+        return found

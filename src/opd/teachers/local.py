@@ -33,7 +33,8 @@ class LocalTeacher:
     """Reads its own rendering of the prompt, then the student's response tokens as they are.
 
     With the student's layout and batch size its forward pass is the student's own, operation by operation, so a teacher that
-    *is* the student differs from it by exactly nothing. Logits are cut to the common vocabulary, and ids that no token owns are −inf, exactly as on the student's side.
+    *is* the student differs from it by exactly nothing. Logits are cut to the common vocabulary, and ids that no token owns are −inf,
+    exactly as on the student's side.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class LocalTeacher:
         tokens_per_batch: int = 16384,
         layout: Layout = "right_padded",
         supply: TargetKind | None = None,
-        presence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        model_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         frozen: bool = True,
     ) -> None:
-        """`presence` is what has to hold while the model is used, such as that it is on its device. `frozen=False` leaves the weights
-        trainable, for a model that somebody else trains."""
+        """`model_context` is entered around every use of the model: it moves an offloaded one to its device, or disables an adapter.
+        `frozen=False` leaves the weights trainable, for a model that is trained elsewhere."""
         self.model = model.requires_grad_(False).eval() if frozen else model
-        self._presence = presence
+        self._model_context = model_context
         self._depth = 0
         self.renderer = renderer
         self.name = name
@@ -78,23 +79,23 @@ class LocalTeacher:
         self.kind: TargetKind = supply or self.exact_kind
         self.top_k = 0
 
-    def serve(self, objective: Objective) -> TargetKind:
+    def bind_objective(self, objective: Objective) -> TargetKind:
         """Settle what `score` hands out for this objective. Raises ObjectiveError when nothing it supplies will do."""
         self.kind = objective.check_supplies(self.supplies, self.name)
         self.top_k = min(objective.top_k or DEFAULT_TOP_K, self.vocabulary.size)
         return self.kind
 
     def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
-        """Which rollouts may share a micro-batch: all."""
+        """All rollouts may share a micro-batch."""
         return {"": list(range(len(rollouts)))}
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """The model is there to be used inside; blocks may be nested."""
+    def context(self) -> Iterator[None]:
+        """The model is ready to be used inside; blocks may be nested."""
         if self._depth:
             yield
             return
-        with self._presence():
+        with self._model_context():
             self._depth += 1
             try:
                 yield
@@ -102,9 +103,9 @@ class LocalTeacher:
                 self._depth -= 1
 
     def score(self, rollouts: Sequence[Rollout], kind: TargetKind | None = None) -> list[Target]:
-        """One target per rollout, in order; row t is the teacher's view of response token t. `kind` is what `serve` settled unless
-        another is asked for. Raises DataError when a prompt and its response do not fit the teacher's context."""
-        with torch.no_grad(), self.active():
+        """One target per rollout, in order; row t is the teacher's view of response token t. `kind` is what `bind_objective` settled
+        unless another is asked for. Raises DataError when a prompt and its response do not fit the teacher's context."""
+        with torch.no_grad(), self.context():
             return self._score(rollouts, kind or self.kind)
 
     def _score(self, rollouts: Sequence[Rollout], kind: TargetKind) -> list[Target]:
@@ -143,39 +144,20 @@ class LocalTeacher:
 
     def _logits(self, sequences: Sequences) -> torch.Tensor:
         if self.head is None:
-            return self.mask(response_logits(self.model, sequences))
-        return linear_logits(self._hidden(sequences, self.head), self.head, **self._common)
+            return mask_vocabulary(response_logits(self.model, sequences), self.vocabulary)
+        return linear_logits(self._hidden(sequences, self.head), self.head, **_common(self.vocabulary))
 
     def _top_k(self, sequences: Sequences, ids: torch.Tensor, k: int) -> TopKTarget:
         if self.head is None:
             return top_k_of(to_logp(self._logits(sequences)), ids, k)
-        return linear_top_k(self._hidden(sequences, self.head), self.head, ids, k, **self._common)
+        return linear_top_k(self._hidden(sequences, self.head), self.head, ids, k, **_common(self.vocabulary))
 
     def _hidden(self, sequences: Sequences, head: Head) -> torch.Tensor:
         return response_hidden(self.model, sequences).to(head.weight.dtype)
 
-    @property
-    def _common(self) -> dict[str, Any]:
-        return {"valid_vocab": self.vocabulary.size, "masked_ids": self.vocabulary.invalid_ids}
-
-    def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits over the common vocabulary; ids without a token are −inf."""
-        return mask_vocabulary(logits, self.vocabulary)
-
     def logits(self, target: HiddenTarget) -> torch.Tensor:
         """Teacher logits of a hidden target, in float32 and masked like the dense ones."""
-        return linear_logits(target.hidden, target.head, **self._common)
-
-    @torch.no_grad()
-    def sampled_logp(self, target: HiddenTarget | DenseTarget, ids: torch.Tensor) -> torch.Tensor:
-        """This teacher's log-prob (nats) of one token per row of a whole distribution of its own, on the device of `ids`."""
-        if isinstance(target, DenseTarget):
-            return (
-                to_logp(target.logits).gather(-1, ids.to(target.logits.device).unsqueeze(-1)).squeeze(-1).to(ids.device)
-            )
-        top = linear_top_k(target.hidden, target.head, ids.to(target.hidden.device), 1, **self._common)
-        assert top.sampled_logp is not None
-        return top.sampled_logp.to(ids.device)
+        return linear_logits(target.hidden, target.head, **_common(self.vocabulary))
 
     def _check_context(self, prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout]) -> None:
         limit = context_length(self.model)
@@ -186,6 +168,20 @@ class LocalTeacher:
                     f"Prompt {rollout.prompt.index} and its response take {length} tokens, and {self.name} reads {limit}. "
                     "Lower rollout.max_new_tokens, or drop the long prompts."
                 )
+
+
+def _common(vocabulary: VocabularyMatch) -> dict[str, Any]:
+    return {"valid_vocab": vocabulary.size, "masked_ids": vocabulary.invalid_ids}
+
+
+@torch.no_grad()
+def sampled_logp(target: HiddenTarget | DenseTarget, ids: torch.Tensor, vocabulary: VocabularyMatch) -> torch.Tensor:
+    """A whole distribution's log-prob (nats) of one token per row, on the device of `ids`."""
+    if isinstance(target, DenseTarget):
+        return to_logp(target.logits).gather(-1, ids.to(target.logits.device).unsqueeze(-1)).squeeze(-1).to(ids.device)
+    top = linear_top_k(target.hidden, target.head, ids.to(target.hidden.device), 1, **_common(vocabulary))
+    assert top.sampled_logp is not None
+    return top.sampled_logp.to(ids.device)
 
 
 def mask_vocabulary(logits: torch.Tensor, vocabulary: VocabularyMatch) -> torch.Tensor:

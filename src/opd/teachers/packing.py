@@ -27,7 +27,7 @@ SHIFTED = 0.1
 
 @torch.no_grad()
 def mixes_packed(read: Callable[[Sequence[Sequence[int]]], Float[Tensor, "tokens width"]]) -> bool:
-    """Whether packed sequences change each other's outputs.
+    """True when packed sequences change each other's outputs.
 
     `read` gives the logits, or other outputs, of sequences of token ids (1 to 5) that are packed one behind the other. A causal
     model's first sequence cannot see the second, so what changes there with another second sequence is rounding.

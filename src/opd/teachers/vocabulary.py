@@ -34,7 +34,7 @@ class VocabularyMatch:
     warnings: tuple[str, ...] = ()
 
     def owns(self, ids: Int[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
-        """Which ids are a token of both. An inference engine may sample others: rows of padding have a probability too."""
+        """Mask of the ids that are a token of both. An inference engine may sample others: rows of padding have a probability too."""
         inside = ids < self.size
         if self.invalid_ids:
             inside &= ~torch.isin(ids, torch.tensor(self.invalid_ids, device=ids.device, dtype=ids.dtype))
@@ -48,7 +48,7 @@ class VocabularyMatch:
 
 
 def embedding_rows(model: Any) -> int:
-    """How many token ids a model can read."""
+    """Number of token ids that a model can read."""
     return model.get_input_embeddings().weight.shape[0]
 
 

@@ -24,9 +24,9 @@ from opd.trainer.student import Student
 
 FORMAT = 1
 FULL_DISK = (OSError, RuntimeError, SafetensorError)
-"""How open, torch.save and save_file report one."""
+"""Exceptions of open, torch.save and save_file on a full disk."""
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)
-"""What reading a file that was cut short or edited raises."""
+"""Exceptions of reading a file that was cut short or edited."""
 
 
 def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, keep: int) -> Path:
@@ -74,7 +74,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def behind_link(place: Path) -> Path:
-    """Where a folder is to be written: a link to an empty folder was made to be filled, and any other link is replaced."""
+    """The path to write a folder to: a link to an empty folder was made to be filled, and any other link is replaced."""
     target = place.resolve()
     return target if place.is_symlink() and target.is_dir() and not any(target.iterdir()) else place
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,10 +13,9 @@ from opd.data.pack import Layout
 from opd.losses import Objective
 from opd.reporting.intervals import mean_interval, wilson_interval
 from opd.rewards import Scorer
-from opd.samplers.hf import HfSampler
-from opd.samplers.off_policy import RoutedSampler
+from opd.samplers.base import AdjustableSampler, Sampling, draw
 from opd.seeding import derive_seed
-from opd.teachers.ensemble import AnyTeacher, Ensemble
+from opd.teachers.base import Teacher
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
 from opd.trainer.student import Policy
@@ -42,11 +41,12 @@ class Evaluator:
     prompts: Sequence[Prompt]
     samples_per_prompt: int
     scorer: Scorer
-    teacher: AnyTeacher | None
-    """None: nobody to compare with, so only the reward is told."""
-    max_new_tokens: int
+    teacher: Teacher | None
+    """None, or one without an `exact_kind`: only the reward is reported."""
+    mixed: Mapping[str, Teacher] = field(default_factory=dict)
+    """Members of a mixture, each of which is compared with too."""
     teacher_logp_floor: float | None
-    temperature: float
+    sampling: Sampling
     extra_temperatures: tuple[float, ...]
     layout: Layout
     tokens_per_microbatch: int
@@ -55,34 +55,32 @@ class Evaluator:
     measure: str
     """The same in evaluations that may be compared: a hash of the prompts, the reward, and how answers are drawn."""
 
-    def run(self, sampler: HfSampler | RoutedSampler, model: Policy | None, *, extra: bool) -> Evaluation:
+    def run(self, sampler: AdjustableSampler, model: Policy | None, *, extra: bool) -> Evaluation:
         """Evaluate what `sampler` draws; `model` gives the log-probs that are compared with the teacher's (None: they are not). `extra`
         adds accuracies at the extra temperatures."""
         began = time.perf_counter()
-        rollouts, rewards = self._sample(sampler, self.temperature)
+        rollouts, rewards = self._sample(sampler, self.sampling)
         kl: list[list[float]] = [[] for _ in rollouts]
         metrics: dict[str, float] = {}
         intervals: dict[str, Interval] = {}
-        self._tell("accuracy", rewards, rollouts, metrics, intervals)
-        if self.teacher is not None and model is not None:
+        self._add("accuracy", rewards, rollouts, metrics, intervals)
+        if self.teacher is not None and self.teacher.exact_kind is not None and model is not None:
             kl = self._reverse_kl(rollouts, model, self.teacher)
-            self._tell("reverse_kl", [sum(row) / len(row) for row in kl], rollouts, metrics, intervals)
-            if isinstance(self.teacher, Ensemble) and self.teacher.mixture != "routing":
-                for name, member in self.teacher.members.items():
-                    apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
-                    key = f"teacher/{name}/reverse_kl"
-                    metrics[key], intervals[key] = _mean_over_prompts(apart, self.samples_per_prompt)
+            self._add("reverse_kl", [sum(row) / len(row) for row in kl], rollouts, metrics, intervals)
+            for name, member in self.mixed.items():
+                apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
+                key = f"teacher/{name}/reverse_kl"
+                metrics[key], intervals[key] = _mean_over_prompts(apart, self.samples_per_prompt)
         metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
         metrics["truncated"] = sum(not r.finished for r in rollouts) / len(rollouts)
         for temperature in self.extra_temperatures if extra else ():
             name = accuracy_name(temperature)
-            metrics[name], intervals[name] = _reward_interval(
-                self._sample(sampler, temperature)[1], self.samples_per_prompt
-            )
+            _, rewards_there = self._sample(sampler, replace(self.sampling, temperature=temperature))
+            metrics[name], intervals[name] = _reward_interval(rewards_there, self.samples_per_prompt)
         metrics["time/eval"] = time.perf_counter() - began
         return Evaluation(metrics=metrics, intervals=intervals, rollouts=list(zip(rollouts, kl, rewards, strict=True)))
 
-    def _tell(
+    def _add(
         self,
         name: str,
         values: list[float],
@@ -93,28 +91,22 @@ class Evaluator:
         """The mean and its interval, over all prompts and, where prompts have teachers of their own, over those of each."""
         interval = _reward_interval if name == "accuracy" else _mean_over_prompts
         metrics[name], intervals[name] = interval(values, self.samples_per_prompt)
-        if not isinstance(self.teacher, Ensemble) or self.teacher.mixture != "routing":
-            return
-        for teacher, members in self.teacher.groups(rollouts).items():
-            key = f"teacher/{teacher}/{name}"
-            metrics[key], intervals[key] = interval([values[i] for i in members], self.samples_per_prompt)
+        groups = {} if self.teacher is None else self.teacher.groups(rollouts)
+        for teacher, members in groups.items():
+            if teacher:
+                key = f"teacher/{teacher}/{name}"
+                metrics[key], intervals[key] = interval([values[i] for i in members], self.samples_per_prompt)
 
-    def _sample(self, sampler: HfSampler | RoutedSampler, temperature: float) -> tuple[list[Rollout], list[float]]:
-        kept = sampler.sampling
-        sampler.sampling = replace(
-            kept, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=self.max_new_tokens
-        )
-        try:
-            repeated = [p for p in self.prompts for _ in range(self.samples_per_prompt)]
-            rollouts = sampler.sample(repeated, seed=derive_seed(self.seed, 0, f"eval at {temperature}"))
-        finally:
-            sampler.sampling = kept
+    def _sample(self, sampler: AdjustableSampler, sampling: Sampling) -> tuple[list[Rollout], list[float]]:
+        seed = derive_seed(self.seed, 0, f"eval at {sampling.temperature}")
+        rollouts = draw(sampler.with_sampling(sampling), self.prompts, self.samples_per_prompt, seed=seed)
         scores = self.scorer.score([(r.prompt, r.text) for r in rollouts], [r.finished for r in rollouts])
         return rollouts, list(scores.values)
 
     @torch.no_grad()
-    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: AnyTeacher) -> list[list[float]]:
+    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: Teacher) -> list[list[float]]:
         """Per rollout, per response token."""
+        assert teacher.exact_kind is not None
         batches = scored_batches(
             rollouts,
             teacher,
@@ -127,8 +119,8 @@ class Evaluator:
         metrics, objective = TokenMetrics(), Objective(teacher_logp_floor=self.teacher_logp_floor)
         for batch in batches:
             model.loss(batch, objective, metrics)
-        by_rollout = {id(rollout): values.tolist() for rollout, values in metrics.per_rollout("reverse_kl")}
-        return [by_rollout[id(rollout)] for rollout in rollouts]
+        by_id = {rollout.id: values.tolist() for rollout, values in metrics.per_rollout("reverse_kl")}
+        return [by_id[rollout.id] for rollout in rollouts]
 
 
 def measure_of(*parts: object) -> str:

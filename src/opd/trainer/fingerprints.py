@@ -10,14 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
+from opd.doctor.reading import SampledWeights
 from opd.errors import RunFolderError
 from opd.trainer.resume import Change, effect_of
 from opd.types import Prompt
 
-SAMPLED_ENTRIES = 256  # per tensor: training changes every one of them, and reading all of a large model takes minutes
 CALL_STATE = ("padding", "truncation")  # of a fast tokenizer: what its last call asked for
 HELD_OUT = "held-out prompts"
 
@@ -31,16 +31,13 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of names, shapes and evenly spaced entries of all parameters, rounded to bfloat16: that is the same number whether the
-    weights were read in bfloat16 or in float32."""
+def weights_fingerprint(weights: SampledWeights) -> str:
+    """A hash of names, shapes and entries rounded to bfloat16: that is the same number whether the weights were read in bfloat16 or in
+    float32."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // SAMPLED_ENTRIES)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).double().cpu().numpy().tobytes())
+    for name, (shape, entries) in weights.items():
+        digest.update(f"{name} {shape}".encode())
+        digest.update(entries.to(torch.bfloat16).double().numpy().tobytes())
     return digest.hexdigest()
 
 

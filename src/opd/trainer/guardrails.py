@@ -1,4 +1,4 @@
-"""What stops a run before it harms the weights: losses and gradients that are not finite, and memory that ran out."""
+"""Guards that stop a run before it harms the weights: losses and gradients that are not finite, and memory that ran out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distillation beside a reward: what has to be known of both over the whole batch, and their sum on whole logits."""
+"""Hybrid updates: batch-wide standard deviations and advantages needed before the update, and the combined loss from full logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LossOf = Callable[[Batch, Hybrid], tuple[torch.Tensor, TokenLoss]]
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What the update goes on with."""
+    """Inputs of the update after the preview pass."""
 
     batches: Sequence[Batch]
     objective: Hybrid

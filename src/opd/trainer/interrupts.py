@@ -35,6 +35,10 @@ class RunStopped(KeyboardInterrupt):
         self.next: Literal["resume", "overwrite", "again"] = next
 
 
+class Stop(Exception):
+    """Raised by a callback, ends the run after its step: student saved, report written. A message says why."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The first signal, where it can end things: never in the middle of a step."""
 

@@ -1,17 +1,19 @@
-"""One model with its tokenizer, and the sampler made of it."""
+"""One model with its tokenizer, from a folder, the hub or Python; and the sampler made of it."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config import Config, ModelConfig, StudentConfig, TeacherConfig
+from opd.config import ModelConfig, PromptsConfig, RolloutConfig, StudentConfig, TeacherConfig
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
-from opd.models import load_causal_lm, resolve_device, resolve_dtype
+from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype
 from opd.samplers.base import Sampling
 from opd.samplers.hf import HfSampler
 from opd.teachers.vocabulary import VocabularyMatch
@@ -21,8 +23,16 @@ from opd.types import RolloutSource
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenModel:
+    """A model and its tokenizer that are in memory already."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """What is loaded from one folder, or from the hub."""
+    """A model with its tokenizer, and its way of writing prompts."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -31,51 +41,72 @@ class LoadedModel:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The student's own tokenizer and processor files, which its trained form takes along."""
 
+    @property
+    def pad_id(self) -> int:
+        """Any id will do, because padding is masked by position; a tokenizer without one lends its EOS."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else self.eos[0]
 
-def load_side(
-    config: StudentConfig | TeacherConfig, role: str, device_name: str, system: str | None, template: str | None = None
+
+def load_model(
+    config: StudentConfig | TeacherConfig,
+    role: str,
+    prompts: PromptsConfig,
+    *,
+    device: str,
+    given: GivenModel | None = None,
 ) -> LoadedModel:
-    """Model, tokenizer and renderer; with `template`, of prompts that it rewrites."""
-    device = resolve_device(device_name)
+    """Model, tokenizer and renderer; `given` takes the place of what would be loaded. A teacher's renderer follows
+    prompts.teacher_prompt."""
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
-    tokenizer = load_tokenizer(config.model, **options)
-    with memory_advice("load"):
-        model = load_causal_lm(
-            config.model,
-            dtype=resolve_dtype(config.dtype, device),
-            device=device,
-            attn_implementation=config.attn_implementation,
-            **options,
-        )
-    renderer = make_renderer(config, tokenizer, f"{role} '{config.model}'", system, template)
-    files = {}
-    if role == "student":
+    name = f"{role} '{config.model}'"
+    if given is None:
+        place = resolve_device(device)
+        tokenizer = load_tokenizer(config.model, **options)
+        with memory_advice("load"):
+            model = load_causal_lm(
+                config.model,
+                dtype=resolve_dtype(config.dtype, place),
+                device=place,
+                attn_implementation=config.attn_implementation,
+                **options,
+            )
+    else:
+        model, tokenizer = prepare_causal_lm(given.model, role=role, name=config.model), given.tokenizer
+    renderer = make_renderer(config, tokenizer, name, prompts, rewrites=role != "student")
+    files: Mapping[str, bytes] = {}
+    if role == "student" and given is None:
         files = own_files(config.model, tokenizer, revision=config.revision, code=config.trust_remote_code)
+    elif role == "student":
+        files = _saved_files(tokenizer)
     eos = eos_ids(model.generation_config, tokenizer)
     return LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files)
 
 
+def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files that a tokenizer in memory would be saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def make_renderer(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, name: str, system: str | None, template: str | None
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, name: str, prompts: PromptsConfig, *, rewrites: bool
 ) -> Renderer:
-    """This model's way of writing prompts."""
+    """This model's way of writing prompts; `rewrites` lets it follow prompts.teacher_prompt."""
     options: dict[str, Any] = {
         "name": name,
         "chat_template_kwargs": config.chat_template_kwargs,
-        "system": system,
+        "system": prompts.system,
     }
+    template = prompts.teacher_prompt if rewrites else None
     return Renderer(tokenizer, **options) if template is None else PrivilegedRenderer(tokenizer, template, **options)
 
 
-def pad_id_of(side: LoadedModel) -> int:
-    """Any id will do, because padding is masked by position; a tokenizer without one lends its EOS."""
-    pad_id = side.tokenizer.pad_token_id
-    return pad_id if isinstance(pad_id, int) else side.eos[0]
-
-
 def make_sampler(
-    config: Config,
-    side: LoadedModel,
+    rollout: RolloutConfig,
+    loaded: LoadedModel,
     vocabulary: VocabularyMatch,
     pad_id: int,
     *,
@@ -83,8 +114,7 @@ def make_sampler(
     model: PreTrainedModel | None = None,
     **options: Any,
 ) -> HfSampler:
-    """Draws as the recipe says; `options` are further ones of HfSampler."""
-    rollout = config.rollout
+    """A sampler that draws as the recipe says; `options` are further ones of HfSampler."""
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -93,10 +123,10 @@ def make_sampler(
         stop=rollout.stop,
     )
     return HfSampler(
-        model or side.model,
-        side.renderer,
+        model or loaded.model,
+        loaded.renderer,
         sampling,
-        eos_ids=side.eos,
+        eos_ids=loaded.eos,
         pad_id=pad_id,
         vocabulary=vocabulary,
         batch_size=rollout.batch_size,

@@ -3,146 +3,203 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 from opd.config import Config
-from opd.errors import DataError, OutOfMemoryError
+from opd.errors import DataError, OpdError, OutOfMemoryError
 from opd.reporting.findings import cut_off
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
+from opd.samplers.base import draw
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
+from opd.trainer.from_config import RunComponents
 from opd.trainer.guardrails import memory_advice
-from opd.trainer.interrupts import Interrupted, StopRequest
+from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
-from opd.trainer.setup import RunComponents
-from opd.types import LossOutput
+from opd.trainer.scoring import Scored
+from opd.types import LossOutput, Rollout
+
+Callback = Callable[[dict[str, float]], object]
+"""Called with the record of every step: its number, from 0, as `step`, and its metrics. May raise Stop."""
 
 
-def run_steps(
-    config: Config,
-    parts: RunComponents,
-    folder: RunFolder,
-    run: RunRecorder,
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step as it went."""
+
+    rollouts: Sequence[Rollout]
+    scored: Scored
+    out: LossOutput
+    metrics: dict[str, float]
+
+
+def take_step(
+    components: RunComponents,
+    step: int,
     progress: Progress,
-    stop: StopRequest | None = None,
-) -> None:
-    """From the student's version to the last step. A step is rollouts, their targets, one update; then what is due.
+    before_update: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Step:
+    """Rollouts, their targets, one update. `before_update` is entered around everything that moves no weight."""
+    config, sampler, student = components.config, components.sampler, components.student
+    clock = Clock(progress)
+    prompts = components.schedule.take(step, config.train.prompts_per_step)
+    sampler.limit(config.rollout.horizon(step, config.train.steps))
+    with before_update():
+        with clock.phase("rollout"):
+            seed = derive_seed(config.seed, step, "rollout")
+            rollouts = draw(sampler, prompts, config.train.samples_per_prompt, seed=seed)
+        with clock.phase("teacher"):
+            scored = components.scorer.score(rollouts, step)
+    with clock.phase("update"):
+        out = student.update(scored.batches, scored.objective)
+    sampler.load(student)  # the next rollouts are on-policy again
+    return Step(
+        rollouts=rollouts, scored=scored, out=out, metrics={**out.metrics, **scored.metrics, **clock.times(out)}
+    )
 
-    Raises Interrupted between two steps after a signal; what was trained is in a checkpoint then.
-    """
-    student, train = parts.student, config.train
-    stop = StopRequest() if stop is None else stop
-    evaluate_if_missing(config, parts, run, progress, stop)
-    for step in range(student.version, train.steps):
-        clock = Clock(progress)
-        prompts = parts.order.take(step, train.prompts_per_step)
-        parts.sampler.limit(config.rollout.horizon(step, train.steps))
-        with saved_on_error(config, parts, folder):
-            with clock.phase("rollout"):
-                rollouts = parts.sampler.sample(
-                    [p for p in prompts for _ in range(train.samples_per_prompt)],
-                    seed=derive_seed(config.seed, step, "rollout"),
-                )
-            with clock.phase("teacher"):
-                scored = parts.scorer.score(rollouts, step)
-        with clock.phase("update"):
-            out = student.update(scored.batches, scored.objective)
-        parts.student_sampler.policy_version = student.version  # the next rollouts are on-policy again
-        metrics = {**out.metrics, **scored.metrics, **clock.times(out)}
-        run.step(step, metrics)
-        record_samples(run, step, rollouts, out, scored.rewards, parts.renderer, config.log)
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLoop:
+    """The steps of a run, and what is due after each: records, evaluations, checkpoints."""
+
+    components: RunComponents
+    folder: RunFolder
+    run: RunRecorder
+    progress: Progress
+    stop: StopRequest = field(default_factory=StopRequest)
+    callbacks: Sequence[Callback] = ()
+
+    @property
+    def config(self) -> Config:
+        return self.components.config
+
+    def run_steps(self) -> None:
+        """From the student's version to the last step. Raises Interrupted between two steps after a signal; what was trained is in a
+        checkpoint then."""
+        student, config = self.components.student, self.config
+        self.components.sampler.load(student)
+        self.evaluate_if_missing()
+        for step in range(student.version, config.train.steps):
+            done = take_step(self.components, step, self.progress, self.saved_on_error)
+            self._record(step, done)
+            with self.saved_on_error():
+                ended = self._call_back({"step": step, **done.metrics})
+                if evaluation_due(config, student.version) or ended:
+                    self.evaluate(first=False, last=ended)
+                if due(student.version, config.checkpoint.every) or ended:
+                    self.save()
+                self.stop.check()
+            if ended:
+                return
+
+    def _record(self, step: int, done: Step) -> None:
+        rollout, out, scored = self.config.rollout, done.out, done.scored
+        self.run.step(step, done.metrics)
+        record_samples(self.run, step, done.rollouts, out, scored.rewards, self.components.renderer, self.config.log)
         for note in scored.notes:
-            progress.message(f"warning: step {step}: {note}")
-        if config.rollout.horizon(step, train.steps) == config.rollout.max_new_tokens:
-            progress.warn_once(cut_off(out.metrics["truncated"], config.rollout.max_new_tokens), "cut off")
-        progress.update(step, metrics)
-        with saved_on_error(config, parts, folder):
-            if evaluation_due(config, student.version):
-                evaluate(config, parts, run, progress, stop, first=False)
-            if due(student.version, config.checkpoint.every):
-                save(config, parts, folder)
-            stop.check()
+            self.progress.message(f"warning: step {step}: {note}")
+        if rollout.horizon(step, self.config.train.steps) == rollout.max_new_tokens:
+            self.progress.warn_once(cut_off(out.metrics["truncated"], rollout.max_new_tokens), "cut off")
+        self.progress.update(step, done.metrics)
 
+    def _call_back(self, record: dict[str, float]) -> bool:
+        """Call every callback; True when one ends the run. Raises DataError for one that fails."""
+        ended = False
+        for callback in self.callbacks:
+            name = getattr(callback, "__name__", type(callback).__name__)
+            try:
+                callback(dict(record))
+            except Stop as stop:
+                ended = True
+                self.progress.message(
+                    f"stopped by the callback {name} after step {record['step']}: {stop or 'no reason given'}"
+                )
+            except OpdError:
+                raise
+            except Exception as error:  # somebody else's function
+                raise DataError(
+                    f"The callback {name} failed after step {record['step']}: {type(error).__name__}: {error}. Mend the function; a run "
+                    "resumes where it stopped. To end a run from a callback, raise opd.Stop."
+                ) from error
+        return ended
 
-@contextmanager
-def saved_on_error(config: Config, parts: RunComponents, folder: RunFolder) -> Iterator[None]:
-    """A signal, a reward that fails or memory that runs out where no weight moves: what was trained is saved first, so that a run
-    resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
-    try:
-        yield
-    except (Interrupted, DataError, OutOfMemoryError):
-        done = checkpoints(folder.checkpoints)
-        if parts.student.version > (version_of(done[-1]) if done else 0):
-            save(config, parts, folder)
-        raise
+    @contextmanager
+    def saved_on_error(self) -> Iterator[None]:
+        """Saves what was trained before a signal, a failing reward or exhausted memory ends the run where no weight moves, so that it
+        resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
+        try:
+            yield
+        except (Interrupted, DataError, OutOfMemoryError):
+            done = checkpoints(self.folder.checkpoints)
+            if self.components.student.version > (version_of(done[-1]) if done else 0):
+                self.save()
+            raise
 
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {"inputs": self.components.fingerprints}
+        save_checkpoint(self.folder.checkpoints, self.components.student, state, keep=self.config.checkpoint.keep)
 
-def save(config: Config, parts: RunComponents, folder: RunFolder) -> None:
-    save_checkpoint(folder.checkpoints, parts.student, {"inputs": parts.fingerprints}, keep=config.checkpoint.keep)
+    def evaluate_if_missing(self) -> None:
+        """The evaluation before the first step, or the one that a stopped run left out; and a first one where a resumed run measures
+        something else than before."""
+        parts = self.components
+        if parts.evaluator is None:
+            return
+        version = parts.student.version
+        records = read_metrics(self.run.run_dir) if version > 0 else []
+        done = [r for r in records if r.kind == "eval" and r.measure in (None, parts.evaluator.measure)]
+        expected = {"student"} if parts.teacher is None or parts.teacher_sampler is None else {"student", "teacher"}
+        if not expected <= {r.who for r in done}:
+            self.evaluate(first=True)
+        elif evaluation_due(self.config, version) and not any(r.who == "student" and r.step == version for r in done):
+            self.evaluate(first=False)
+
+    def evaluate(self, *, first: bool, last: bool = False) -> None:
+        """Held-out evaluation of the student, and of the teacher before the first step. A signal cuts it short: no weight moves."""
+        parts, progress, config = self.components, self.progress, self.config
+        if parts.evaluator is None:
+            return
+        version = parts.student.version
+        with memory_advice("eval"):
+            progress.phase("eval")
+            with self.stop.at_once():
+                extra = first or last or version == config.train.steps
+                student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
+            measured = (parts.renderer, config.log, parts.evaluator.measure)
+            record_evaluation(self.run, version, "student", student, *measured)
+            teacher = None
+            if first and parts.teacher is not None and parts.teacher_sampler is not None:
+                with self.stop.at_once(), parts.teacher.context():
+                    teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
+                record_evaluation(self.run, version, "teacher", teacher, *measured)
+        reached = student.metrics
+        apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
+        cut = f", {reached['truncated']:.1%} cut off" if reached["truncated"] else ""
+        progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}{cut}")
+        progress.warn_once(cut_off(reached["truncated"], config.rollout.max_new_tokens), "cut off")
+        if teacher is not None and version == 0:
+            shown_more = config.prompts.teacher_prompt is not None
+            note = nothing_to_gain(reached, student.intervals, teacher.metrics, shown_more=shown_more)
+            progress.warn_once(note, "nothing to gain")
 
 
 def evaluation_due(config: Config, version: int) -> bool:
-    """Whether the student is evaluated when it has had `version` updates."""
+    """True where the student is evaluated when it has had `version` updates."""
     return config.eval.every > 0 and (version % config.eval.every == 0 or version == config.train.steps)
 
 
-def evaluate_if_missing(
-    config: Config, parts: RunComponents, run: RunRecorder, progress: Progress, stop: StopRequest
-) -> None:
-    """The evaluation before the first step, or the one that a stopped run left out; and a first one where a resumed run measures
-    something else than before."""
-    evaluator = parts.evaluator
-    if evaluator is None:
-        return
-    version = parts.student.version
-    records = read_metrics(run.run_dir) if version > 0 else []
-    done = [r for r in records if r.kind == "eval" and r.measure in (None, evaluator.measure)]
-    expected = {"student"} if parts.teacher is None or parts.teacher_sampler is None else {"student", "teacher"}
-    if not expected <= {r.who for r in done}:
-        evaluate(config, parts, run, progress, stop, first=True)
-    elif evaluation_due(config, version) and not any(r.who == "student" and r.step == version for r in done):
-        evaluate(config, parts, run, progress, stop, first=False)
-
-
-def evaluate(
-    config: Config, parts: RunComponents, run: RunRecorder, progress: Progress, stop: StopRequest, *, first: bool
-) -> None:
-    """Held-out evaluation of the student, and of the teacher before the first step. A signal cuts it short: no weight moves."""
-    if parts.evaluator is None:
-        return
-    version = parts.student.version
-    extra = first or version == config.train.steps
-    with memory_advice("eval"):
-        progress.phase("eval")
-        with stop.at_once():
-            student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
-        record_evaluation(run, version, "student", student, parts.renderer, config.log, parts.evaluator.measure)
-        teacher = None
-        if first and parts.teacher is not None and parts.teacher_sampler is not None:
-            with stop.at_once(), parts.teacher.active():
-                teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
-            record_evaluation(run, version, "teacher", teacher, parts.renderer, config.log, parts.evaluator.measure)
-    reached = student.metrics
-    apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
-    cut = f", {reached['truncated']:.1%} cut off" if reached["truncated"] else ""
-    progress.message(f"step {version}: held-out accuracy {reached['accuracy']:.3f}{apart}{cut}")
-    progress.warn_once(cut_off(reached["truncated"], config.rollout.max_new_tokens), "cut off")
-    if teacher is not None and version == 0:
-        progress.warn_once(
-            nothing_to_gain(student.metrics, student.intervals, teacher.metrics, config), "nothing to gain"
-        )
-
-
 def due(completed: int, every: int) -> bool:
-    """Whether something that happens every n steps happens after `completed` of them."""
+    """True where something that happens every n steps happens after `completed` of them."""
     return every > 0 and completed % every == 0
 
 
 class Clock:
-    """Wall-clock seconds of each phase of a step, and who to blame when memory runs out in one."""
+    """Wall-clock seconds of each phase of a step; names the phase in out-of-memory errors."""
 
     def __init__(self, progress: Progress) -> None:
         self.began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a step and an evaluation leave in the run folder."""
+"""Records of steps and evaluations in the run folder, and the summary made of them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def record_samples(
     that the recipe keeps."""
     if step % config.samples_every:
         return
-    by_rollout = {id(rollout): kl for rollout, kl in out.per_token}
+    by_id = {rollout.id: kl for rollout, kl in out.per_token}
     for index, rollout in enumerate(rollouts[: config.samples]):
-        kl = by_rollout[id(rollout)]
+        kl = by_id[rollout.id]
         reward = None if rewards is None else rewards[index]
         run.sample(_sample(step, "train", "student", rollout, kl.tolist(), reward, renderer))
 
@@ -83,10 +83,12 @@ def summarize(run_dir: Path, config: Config) -> dict[str, Any] | None:
     if not student:
         return None
     seconds = sum(r.metrics.get("time/step", 0.0) + r.metrics.get("time/eval", 0.0) for r in records)
-    shown = {"shown": SHOWN_MORE} if config.prompts.teacher_prompt is not None else {}
+    shown_more = config.prompts.teacher_prompt is not None
+    shown = {"shown": SHOWN_MORE} if shown_more else {}
     notes = [cut_off(student[-1].metrics.get("truncated", 0.0), config.rollout.max_new_tokens)]
     if teacher and student[0].step == 0:
-        notes.append(nothing_to_gain(student[0].metrics, student[0].intervals, teacher[0].metrics, config))
+        note = nothing_to_gain(student[0].metrics, student[0].intervals, teacher[0].metrics, shown_more=shown_more)
+        notes.append(note)
     return {
         **({"teacher": {**_row(teacher[0]), **shown}} if teacher else {}),
         **({"student_before": _row(student[0])} if student[0].step == 0 else {}),
@@ -101,15 +103,11 @@ def nothing_to_gain(
     student: Mapping[str, float],
     intervals: Mapping[str, tuple[float, float]],
     teacher: Mapping[str, float],
-    config: Config,
+    *,
+    shown_more: bool,
 ) -> str | None:
-    """What is said of a teacher that was evaluated beside the student and is no better."""
-    return teacher_no_better(
-        student["accuracy"],
-        intervals["accuracy"],
-        teacher["accuracy"],
-        shown_more=config.prompts.teacher_prompt is not None,
-    )
+    """The warning about a teacher that was evaluated beside the student and is no better."""
+    return teacher_no_better(student["accuracy"], intervals["accuracy"], teacher["accuracy"], shown_more=shown_more)
 
 
 def _row(record: MetricsRecord) -> dict[str, Any]:

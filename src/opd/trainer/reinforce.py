@@ -11,7 +11,7 @@ import torch
 from opd.config import RlConfig
 from opd.losses import group_relative_advantage, leave_one_out_advantage
 from opd.rewards import Scorer
-from opd.teachers.local import LocalTeacher
+from opd.teachers.base import Teacher
 from opd.types import Rollout, SampledTarget
 
 NO_SIGNAL = (
@@ -22,7 +22,7 @@ NO_SIGNAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages:
-    """What the reward says about one step's rollouts."""
+    """The reward's signal for one step's rollouts."""
 
     per_token: tuple[torch.Tensor, ...]
     """One tensor per rollout, one number per response token."""
@@ -32,26 +32,23 @@ class Advantages:
 
 
 class Reinforcement:
-    """The reward, the comparison within a group, and the reference, if there is one."""
+    """Turns rewards into advantages: the comparison within a group, and the penalty for leaving the reference, if there is one."""
 
-    def __init__(
-        self, config: RlConfig, scorer: Scorer, *, samples_per_prompt: int, reference: LocalTeacher | None
-    ) -> None:
+    def __init__(self, config: RlConfig, scorer: Scorer, *, reference: Teacher | None) -> None:
         self.config = config
         self.scorer = scorer
-        self.samples_per_prompt = samples_per_prompt
         self.reference = reference
 
     def advantages(self, rollouts: Sequence[Rollout]) -> Advantages:
-        """The samples of a prompt follow each other, `samples_per_prompt` at a time."""
+        """Rewards are compared among the rollouts of one `group`."""
         scores = self.scorer.score([(r.prompt, r.text) for r in rollouts], [r.finished for r in rollouts])
         rewards = torch.tensor(scores.values, dtype=torch.float64)
-        group = torch.arange(len(rollouts)) // self.samples_per_prompt
+        group = torch.tensor([r.group for r in rollouts])
         if self.config.advantage == "rloo":
             per_sequence = leave_one_out_advantage(rewards, group)
         else:
             per_sequence = group_relative_advantage(rewards, group, self.config.normalize_std)
-        groups = rewards.split(self.samples_per_prompt)
+        groups = [rewards[group == g] for g in group.unique()]
         idle = sum(bool((g == g[0]).all()) for g in groups) / len(groups)
         metrics = {
             "reward/mean": float(rewards.mean()),
@@ -73,7 +70,7 @@ class Reinforcement:
             per_token = [a - self.config.reference_kl * gap for a, gap in zip(per_token, gaps, strict=True)]
         return Advantages(per_token=tuple(per_token), rewards=scores.values, metrics=metrics, notes=tuple(notes))
 
-    def _gaps(self, rollouts: Sequence[Rollout], reference: LocalTeacher) -> list[torch.Tensor]:
+    def _gaps(self, rollouts: Sequence[Rollout], reference: Teacher) -> list[torch.Tensor]:
         """log p − log p_reference of every response token (nats): on-policy, its mean is the KL to the reference."""
         gaps = []
         for rollout, target in zip(rollouts, reference.score(rollouts, "sampled"), strict=True):

@@ -1,4 +1,4 @@
-"""What may differ between the start of a run and its --resume: every key of a recipe, by what it does to the mathematics."""
+"""Changes of a recipe that --resume allows: every key, by its effect on the mathematics."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def table_key(key: str) -> str:
 
 
 def effect_of(key: str, config: Config) -> Effect:
-    """What another value of `key` would do to a run that has begun."""
+    """The effect of another value of `key` on a run that has begun."""
     if key == "eval.reward" and config.rl.rewarded and config.rl.reward is None:
         return "all"  # it is the reward that is trained on, too
     return EFFECTS.get(table_key(key), "all")
@@ -240,7 +240,7 @@ def continued(config: Config, changes: Mapping[str, Change]) -> tuple[Config, Ma
 
 
 def notes(changes: Mapping[str, Change], config: Config) -> list[str]:
-    """What a person should know about the changes, beside their values."""
+    """Warnings about the changes, beside their values."""
     found = []
     if "train.steps" in changes:
         moving = {

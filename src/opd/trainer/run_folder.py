@@ -47,7 +47,7 @@ class RunFolder:
         self.changes: Mapping[str, Change] = {}
         """With --resume: what differs from the recipe that the run was started with."""
         self.begun = False
-        """Whether `begin` has come so far that the folder holds this run."""
+        """True once `begin` has written this run into the folder."""
 
     def taken_by(self) -> list[str]:
         """Files and folders of a run that are already there. An empty folder, or a link to one, holds nothing."""
@@ -89,7 +89,7 @@ class RunFolder:
             file.write(json.dumps(line, default=str) + "\n")
 
     def _links(self) -> list[str]:
-        """What is said about links that an overwriting run takes away."""
+        """Notes about links that an overwriting run takes away."""
         names = [name for name in OWN_NAMES if (self.path / name).is_symlink()]
         return [
             f"{self.path / name} was a link to {os.readlink(self.path / name)}; the link is gone, and what it leads to is untouched."
@@ -154,7 +154,7 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFo
 
 
 def _check_taken(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Whether this run may be in this folder; with `resume`, notes what has changed."""
+    """Raise RunFolderError unless this run may be in this folder; with `resume`, note what has changed."""
     broken = next((link for name in OWN_NAMES if (link := dangling_link(folder.path / name))), None)
     if broken is not None and not overwrite:
         raise RunFolderError(f"'{folder.path}' is not whole: {explain_link(broken)}")

@@ -20,9 +20,9 @@ from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
 from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
 from opd.seeding import seeded
+from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.trainer.ema import Ema
 from opd.trainer.guardrails import check_gradient, check_loss
 from opd.trainer.hybrid_update import preview, whole_logits_loss
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
@@ -223,7 +223,7 @@ class Student(Policy):
                 optimizer.step()
         self.zero_grad()
         if self.ema is not None:
-            self.ema.follow()
+            self.ema.update()
         self.version += 1
         return numbers
 

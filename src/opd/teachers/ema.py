@@ -29,7 +29,7 @@ class Ema:
         self.model.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def update(self) -> None:
         """One step towards the student."""
         now = dict(self.student.named_parameters())
         for name, average in self.weights().items():

@@ -1,4 +1,4 @@
-"""What each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, prompts that
+"""Checks of what each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, prompts that
 student and teacher end differently, and a teacher that is the student."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,24 +18,31 @@ from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
-from opd.trainer.load_models import LoadedModel
 from opd.types import Prompt
 
 SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
 """Shape and some entries of every parameter, by name."""
-
+SAMPLED_ENTRIES = 256  # per tensor: training changes every one of them, and reading all of a large model takes minutes
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
 ANSWER = "The answer is 42."  # in a conversation that is only rendered
-SAMPLED_ENTRIES = 256  # per tensor: two models that differ differ in many of them
+
+
+class ReadingModel(Protocol):
+    """A model with its way of writing prompts."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def renderer(self) -> Renderer: ...
 
 
 def check_reading(
     config: Config,
     prompts: Sequence[Prompt],
-    student: LoadedModel,
-    teachers: Mapping[str, LoadedModel],
+    student: ReadingModel,
+    teachers: Mapping[str, ReadingModel],
     first: SampledWeights,
 ) -> list[str]:
     """Warnings about how the prompts reach the models, other than check_text's about the student; `first` are the student's weights as
@@ -196,7 +203,7 @@ class _End:
 
     text: str
     opening: str
-    """What of it stands before the answer and not before an answer given earlier in a conversation."""
+    """The part that stands before the answer and not before an answer given earlier in a conversation."""
 
 
 def _end(renderer: Renderer, prompt: Prompt) -> _End | None:
@@ -274,7 +281,7 @@ def sampled_weights(model: PreTrainedModel) -> SampledWeights:
 
 
 def _same_weights(sampled: SampledWeights, model: PreTrainedModel) -> bool:
-    """Whether the model has these weights, as far as the coarser of the two dtypes can tell."""
+    """True when the model has these weights, as far as the coarser of the two dtypes can tell."""
     other = sampled_weights(model)
     if {name: shape for name, (shape, _) in sampled.items()} != {name: shape for name, (shape, _) in other.items()}:
         return False
@@ -291,7 +298,7 @@ def _same_entries(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def _could_only_agree(config: Config) -> bool:
-    """Whether a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
+    """True when a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
     it tells the two apart."""
     same = config.objective.student_temperature == config.objective.teacher_temperature
     alone = len(config.all_teachers) == 1 or config.mixture.kind == "routing"
@@ -299,7 +306,7 @@ def _could_only_agree(config: Config) -> bool:
 
 
 def _agreement(
-    student: Renderer, teacher: LoadedModel, role: str, prompts: Sequence[Prompt], first: SampledWeights
+    student: Renderer, teacher: ReadingModel, role: str, prompts: Sequence[Prompt], first: SampledWeights
 ) -> list[str]:
     if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
         return []

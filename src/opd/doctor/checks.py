@@ -1,4 +1,4 @@
-"""What is checked about prompts, tokens and models before anything is trained."""
+"""Checks of prompts, tokens and models before anything is trained."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from opd.config import Config
+from opd.config import Config, RolloutConfig, StudentConfig
 from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
+from opd.losses import Objective
 from opd.models import context_length, response_logits, stored_dtype, stored_kind, switched_off
 from opd.teachers.packing import mixes_packed
 from opd.teachers.vocabulary import VocabularyMatch
@@ -20,7 +21,7 @@ SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 
 
 def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
-    """What a later step would look for in a row is looked for in every row now."""
+    """Look in every row now for what a later step would need. Raises DataError naming the first that lacks it."""
     asked = [("eval.reward", config.eval.reward, held_out, config.prompts.eval_path)]
     if config.rl.rewarded:
         asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
@@ -48,14 +49,15 @@ def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) ->
             )
 
 
-def check_tokens(config: Config, renderer: Renderer, vocabulary: VocabularyMatch) -> None:
-    outside = [i for i in config.objective.always_include if i >= vocabulary.size]
+def check_tokens(objective: Objective, rollout: RolloutConfig, renderer: Renderer, vocabulary: VocabularyMatch) -> None:
+    """Raises ConfigError for token ids and stop strings that can never occur."""
+    outside = [i for i in objective.always_include if i >= vocabulary.size]
     if outside:
         raise ConfigError(
             f"objective.always_include holds {outside[0]}, and the vocabulary ends at {vocabulary.size - 1}; give token ids of the "
             "student's tokenizer."
         )
-    for stop in config.rollout.stop:
+    for stop in rollout.stop:
         try:
             renderer.response_ids(stop, finished=False)
         except DataError as error:
@@ -64,13 +66,13 @@ def check_tokens(config: Config, renderer: Renderer, vocabulary: VocabularyMatch
             ) from error
 
 
-def check_lengths(config: Config, prompts: list[Prompt], renderer: Renderer, model: PreTrainedModel) -> None:
+def check_lengths(prompts: list[Prompt], renderer: Renderer, model: PreTrainedModel, max_new_tokens: int) -> None:
     """Every prompt is rendered once now, so that the one that is too long is known before step 0 and not at step 900."""
     limit = context_length(model)
     for prompt in prompts:
         ids = renderer.prompt_ids(prompt)
         if limit is not None:
-            renderer.check_length(prompt, ids, config.rollout.max_new_tokens, limit)
+            renderer.check_length(prompt, ids, max_new_tokens, limit)
 
 
 def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
@@ -90,7 +92,7 @@ def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
 
 
 def notices(config: Config) -> list[str]:
-    """What is allowed, and probably not meant."""
+    """Warnings about settings that are allowed and probably not meant."""
     found = []
     if config.eval.every and config.prompts.eval_path is None:
         found.append("prompts.eval_path is not set, so nothing is evaluated; eval.every=0 says so on purpose.")
@@ -120,9 +122,9 @@ def _reduction_notices(config: Config) -> list[str]:
     ]
 
 
-def saved_notes(config: Config, model: PreTrainedModel) -> list[str]:
-    """In what student/ will differ from the checkpoint that the student came from, its trained weights aside."""
-    name, revision = config.student.model, config.student.revision
+def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
+    """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside."""
+    name, revision = student.model, student.revision
     found = []
     kind = stored_kind(name, revision)
     if kind not in (None, model.config.model_type):

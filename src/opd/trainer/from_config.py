@@ -1,0 +1,264 @@
+"""Config → the components of a run, checked against each other before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from opd.config import Config, RewardConfig
+from opd.data.chat import left_out_notices
+from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
+from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
+from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
+from opd.errors import ConfigError
+from opd.rewards import Reward, Scorer, load_reward
+from opd.samplers.base import AdjustableSampler, Sampler, Sampling
+from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
+from opd.seeding import derive_seed
+from opd.teachers.base import Teacher
+from opd.teachers.local import LocalTeacher
+from opd.trainer.evaluate import Evaluator, measure_of
+from opd.trainer.fingerprints import (
+    HELD_OUT,
+    prompts_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
+from opd.trainer.reinforce import Reinforcement
+from opd.trainer.scoring import StepScorer
+from opd.trainer.student import Policy, Student, add_lora, no_teacher
+from opd.trainer.teacher_set import build_teachers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Python objects in the place of what the config names; the config holds a description of each."""
+
+    student: GivenModel | None = None
+    teachers: Mapping[str, GivenModel | Teacher] = field(default_factory=dict)
+    prompts: Iterable[Any] | None = None
+    eval_prompts: Iterable[Any] | None = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    """Functions by their description."""
+    sampler: Sampler | None = None
+
+    def reward(self, name: str, config: RewardConfig) -> Scorer:
+        """The reward of this name or description, called as the recipe says. Raises ConfigError."""
+        return Scorer(
+            reward=self.rewards.get(name) or load_reward(name), timeout=config.timeout, on_error=config.on_error
+        )
+
+
+class RunComponents:
+    """Everything a run needs: loaded in the order in which it can be refused, checked against each other, and connected."""
+
+    config: Config
+    student: Student
+    sampler: Sampler
+    """Draws the rollouts of training."""
+    student_sampler: AdjustableSampler
+    """The student in this process, for evaluations."""
+    scorer: StepScorer
+    teacher: Teacher | None
+    """None where the student learns from a reward alone."""
+    teacher_sampler: AdjustableSampler | None
+    """The teacher on its own rendering of the prompts, for evaluations."""
+    teacher_policy: Policy | None
+    """The teacher's weights, to be evaluated as the student is; None for several."""
+    schedule: PromptSchedule
+    evaluator: Evaluator | None
+    loaded: LoadedModel
+    """The student as it was loaded, with its tokenizer and their files."""
+    fingerprints: dict[str, str]
+    """Of the prompts, of the student's first weights and tokenizer, and of the teachers'."""
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """Facts that need no action."""
+
+    def __init__(self, config: Config, given: Given | None = None) -> None:
+        """Raises the OpdError of whatever does not fit; nothing has been trained by then."""
+        self.config = config
+        self._given = given = given or Given()
+        said = self._load_prompts()
+        everything = [*self._prompts, *self._held_out]
+        check_rows(config, self._prompts, self._held_out)
+        self._measured = given.reward(config.eval.reward, config.reward)
+        device = config.student.device
+        self.loaded = load_model(config.student, "student", config.prompts, device=device, given=given.student)
+        self.renderer, self.pad_id = self.loaded.renderer, self.loaded.pad_id
+        # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
+        said += check_text(self.renderer, "student", everything)
+        first_weights = sampled_weights(self.loaded.model)
+        self._model = self._trainable()
+        self._teachers = teachers = build_teachers(config, self.loaded, self._model, given.teachers)
+        teachers.check_prompts(everything)
+        check_tokens(config.objective, config.rollout, self.renderer, teachers.vocabulary)
+        for role, one in {"student": self.loaded, **teachers.loaded}.items():
+            check_lengths(everything, one.renderer, one.model, config.rollout.max_new_tokens)
+            if config.train.layout == "packed":
+                check_packing(one.model, role, self.pad_id)
+        said += check_reading(config, everything, self.loaded, teachers.loaded, first_weights)
+        said += left_out_notices(one.renderer.chat for one in (self.loaded, *teachers.loaded.values()))
+        self.fingerprints = self._fingerprints(first_weights)
+        self._connect()
+        self.warnings = tuple(dict.fromkeys([*said, *teachers.vocabulary.warnings, *notices(config)]))
+        self.notes = () if given.student else tuple(saved_notes(config.student, self.loaded.model))
+
+    def _connect(self) -> None:
+        config, teachers = self.config, self._teachers
+        self.teacher = teachers.teacher
+        self.student = self._student()
+        self.student_sampler = make_sampler(
+            config.rollout,
+            self.loaded,
+            teachers.vocabulary,
+            self.pad_id,
+            source="student",
+            model=self._model,
+            autocast=self.student.autocast,
+            record_entropy=config.train.token_fraction < 1,
+        )
+        self.scorer = StepScorer(
+            objective=config.objective,
+            rl=config.rl,
+            train=config.train,
+            teacher=teachers.teacher,
+            kind=teachers.kind,
+            ensemble=teachers.ensemble,
+            reinforcement=self._reinforcement() if config.rl.rewarded else None,
+            pad_id=self.pad_id,
+            device=self.student.device,
+        )
+        self.sampler = self._sampler(self._given.sampler or self.student_sampler)
+        self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id)
+        self.teacher_policy = teachers.policy()
+        order = derive_seed(config.seed, 0, "prompts")
+        self.schedule = PromptSchedule(self._prompts, seed=order, shuffle=config.prompts.shuffle)
+        self.evaluator = self._evaluator() if self._held_out else None
+
+    def _student(self) -> Student:
+        config, rollout, teacher = self.config, self.config.rollout, self._teachers.teacher
+        return Student(
+            self._model,
+            config.optimizer,
+            vocabulary=self._teachers.vocabulary,
+            eos_ids=self.loaded.eos,
+            total_steps=config.train.steps,
+            autocast=config.train.autocast == "bfloat16",
+            gradient_checkpointing=config.student.gradient_checkpointing,
+            plain_sampling=rollout.temperature == 1 and rollout.top_p == 1 and rollout.top_k == 0,
+            teacher_logits=no_teacher if teacher is None else teacher.logits,
+            ema=self._teachers.ema,
+        )
+
+    def _sampler(self, on_policy: Sampler) -> Sampler:
+        """The student's sampler, or with rollout.lmbda < 1 a mix with another source."""
+        loaded, rollout = self.loaded, self.config.rollout
+        if rollout.lmbda == 1:
+            return on_policy
+        off_policy: Sampler | None = DatasetResponses(loaded.renderer, rollout.max_new_tokens, eos_ids=loaded.eos)
+        if rollout.off_policy == "teacher":
+            off_policy = self._teachers.sampler(rollout, loaded.pad_id, student=loaded)
+        if off_policy is None:
+            raise ConfigError(
+                "rollout.off_policy=teacher draws samples from the teacher, and a teacher object of your own is no model that could draw "
+                "them. Use rollout.off_policy=dataset, or rollout.lmbda=1."
+            )
+        return OnOffPolicySampler(on_policy, off_policy, rollout.lmbda)
+
+    def _fingerprints(self, first_weights: SampledWeights) -> dict[str, str]:
+        found = {"training prompts": prompts_fingerprint(self._prompts)}
+        if self._held_out:
+            found[HELD_OUT] = prompts_fingerprint(self._held_out)
+        found["student's starting weights"] = weights_fingerprint(first_weights)
+        found["student's tokenizer and chat template"] = tokenizer_fingerprint(self.loaded.tokenizer, self.loaded.eos)
+        for name, teacher in self._teachers.loaded.items():
+            if self.config.all_teachers[name].source == "model":
+                whose = "teacher" if name == "teacher" else f"teacher {name}"
+                found[f"{whose}'s own weights"] = weights_fingerprint(sampled_weights(teacher.model))
+                found[f"{whose}'s tokenizer and chat template"] = tokenizer_fingerprint(teacher.tokenizer, teacher.eos)
+        return found
+
+    def _reinforcement(self) -> Reinforcement:
+        config, model, reference = self.config, self._model, None
+        if config.rl.reference_kl > 0:
+            adapted = config.student.lora is not None
+            reference = LocalTeacher(
+                # Of the first weights: a resumed run loads its own over them later.
+                model if adapted else copy.deepcopy(model),
+                self.renderer,
+                frozen=not adapted,
+                model_context=model.disable_adapter if adapted else nullcontext,  # pyright: ignore[reportArgumentType]  # of a peft model
+                vocabulary=self._teachers.vocabulary,
+                pad_id=self.pad_id,
+                name="the reference",
+                tokens_per_batch=config.train.tokens_per_microbatch,
+                layout=config.train.layout,
+            )
+        scorer = self._given.reward(config.rl.reward or config.eval.reward, config.reward)
+        return Reinforcement(config.rl, scorer, reference=reference)
+
+    def _load_prompts(self) -> list[str]:
+        """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""
+        config, section, given = self.config, self.config.prompts, self._given
+        said: list[str] = []
+        columns: dict[str, Any] = {
+            "prompt_column": section.prompt_column,
+            "answer_column": section.answer_column,
+            "response_column": section.response_column,
+            "teacher_column": section.teacher_column,
+            "say": said.append,
+        }
+        elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
+        path, evaluated = section.path, section.eval_path
+        self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
+        said += unread_columns(self._prompts, path, elsewhere)
+        if len(self._prompts) < config.train.prompts_per_step:
+            said.append(
+                f"train.prompts_per_step={config.train.prompts_per_step} is more than {path} has rows ({len(self._prompts)}), so a step "
+                "holds some prompts several times."
+            )
+        self._held_out = []
+        if config.eval.every > 0 and evaluated is not None:
+            options = {"split": section.eval_split, "limit": config.eval.prompts, "rows": given.eval_prompts}
+            self._held_out = load_prompts(evaluated, **options, **columns)
+        return said
+
+    def _evaluator(self) -> Evaluator:
+        config, section, teachers = self.config, self.config.eval, self._teachers
+        length = config.rollout.max_new_tokens
+        sampling = Sampling(max_new_tokens=length, temperature=section.temperature, stop=config.rollout.stop)
+        held_out = prompts_fingerprint(self._held_out)
+        return Evaluator(
+            measure=measure_of(held_out, section.samples_per_prompt, section.temperature, section.reward, length),
+            prompts=self._held_out,
+            samples_per_prompt=section.samples_per_prompt,
+            scorer=self._measured,
+            teacher=teachers.teacher,
+            mixed={} if teachers.ensemble is None else teachers.ensemble.mixed,
+            teacher_logp_floor=config.objective.teacher_logp_floor,
+            sampling=sampling,
+            extra_temperatures=section.extra_temperatures,
+            layout=config.train.layout,
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            pad_id=self.pad_id,
+            seed=config.seed,
+        )
+
+    def _trainable(self) -> PreTrainedModel:
+        model, lora = self.loaded.model, self.config.student.lora
+        if lora is None:
+            return model
+        try:
+            return add_lora(model, lora, seed=derive_seed(self.config.seed, 0, "lora"))
+        except ValueError as error:  # peft's, for a module name that the model lacks
+            raise ConfigError(
+                f"student.lora.target_modules='{lora.target_modules}' does not fit {type(model).__name__}: {error} "
+                "Use all-linear, or names such as q_proj,v_proj."
+            ) from error

@@ -1,0 +1,211 @@
+"""One run in its folder: begun or resumed, trained, saved and reported; and what a signal leaves of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config import Config, LogConfig
+from opd.config.recipe import to_dict
+from opd.errors import MissingDependencyError, RunFolderError
+from opd.reporting.files import explain_os_errors
+from opd.reporting.progress import Progress
+from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_metrics
+from opd.reporting.report import write_report
+from opd.reporting.sinks import open_sinks
+from opd.reporting.summary import SUMMARY_FILE, write_summary
+from opd.tokenizer import write_own_files
+from opd.trainer.checkpoint import behind_link, checkpoints, load_checkpoint, publish, version_of
+from opd.trainer.fingerprints import check_same_inputs
+from opd.trainer.from_config import RunComponents
+from opd.trainer.interrupts import Interrupted, RunStopped, StopRequest
+from opd.trainer.loop import Callback, TrainingLoop
+from opd.trainer.records import summarize
+from opd.trainer.resume import continued, described
+from opd.trainer.resume import notes as change_notes
+from opd.trainer.run_folder import RunFolder, open_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    """Its folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/, summary.json, report.html."""
+    summary: dict[str, Any] | None
+    """Student before, student after, teacher; None without evaluation."""
+    student: PreTrainedModel
+    """The trained model, its adapters merged."""
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def metrics(self) -> list[MetricsRecord]:
+        """The records of all steps and evaluations, in order."""
+        return read_metrics(self.path)
+
+    def report(self) -> Path:
+        """Write report.html again, and return its path."""
+        return write_report(self.path)
+
+
+def run_in_folder(
+    config: Config,
+    build: Callable[[Config], RunComponents],
+    *,
+    resume: bool,
+    overwrite: bool,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train in `config.run_dir`, which is checked before anything is built. Raises OpdError, and RunStopped after a signal."""
+    with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
+        try:
+            config, folder.changes = continued(config, folder.changes)
+            _check_sinks(config.log)
+            components = build(config)
+            start = _restore(folder, components) if resume else None
+            resumed = _resumed(folder, start, config) if resume else []
+            return _train(components, folder, stop, callbacks, start, resumed)
+        except KeyboardInterrupt:
+            raise _stopped(config, folder, stop, resume=resume) from None
+
+
+def _train(
+    components: RunComponents,
+    folder: RunFolder,
+    stop: StopRequest,
+    callbacks: Sequence[Callback],
+    start: int | None,
+    resumed: Sequence[str],
+) -> Run:
+    config = components.config
+    with stop.whole_steps():
+        with folder.begin(config, step=start) as notes:
+            recorder = RunRecorder(folder.path, resume_step=start, sinks=_sinks(config, folder, start))
+        with recorder as run, Progress(config.train.steps, start or 0, enabled=config.log.progress) as progress:
+            warnings = [f"warning: {warning}" for warning in components.warnings]
+            for line in [*warnings, *(f"note: {note}" for note in components.notes), *notes, *resumed]:
+                progress.message(line)
+            loop = TrainingLoop(
+                components=components, folder=folder, run=run, progress=progress, stop=stop, callbacks=callbacks
+            )
+            try:
+                loop.run_steps()
+            except Interrupted:
+                write_report(folder.path)
+                raise
+        model = save_student(components, folder)
+        summary = summarize(folder.path, config)
+        if summary is not None:
+            write_summary(folder.path / SUMMARY_FILE, summary)
+        write_report(folder.path)
+        return Run(path=folder.path, summary=summary, student=model, tokenizer=components.loaded.tokenizer)
+
+
+def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
+    """Notes on the step that a run resumes from, and on its changes."""
+    if start is None:
+        return [f"{folder.path}: no checkpoint yet, so it starts at step 0"]
+    lines = [f"{folder.path}: resuming after {start} steps"]
+    if changed := described(folder.changes):
+        lines.append(f"changed from here on: {changed}")
+    return lines + [f"warning: {note}" for note in change_notes(folder.changes, config)]
+
+
+def _stopped(config: Config, folder: RunFolder, stop: StopRequest, *, resume: bool) -> RunStopped:
+    """The exception for a signal: what was saved, and how the run goes on."""
+    number = stop.signal or signal.SIGINT
+    found = checkpoints(folder.checkpoints) if folder.begun or resume else []
+    if found:
+        finished = folder.begun and stop.signal is not None and not stop.second
+        how = "stopped after" if finished else "stopped at once; the last checkpoint has"
+        facts = f"{number.name}: {how} {version_of(found[-1])} of {config.train.steps} steps, saved in {found[-1]}."
+        return RunStopped(facts, signal_number=number, next="resume")
+    if folder.begun:
+        facts = f"{number.name}: stopped before a step was saved, so there is nothing to resume."
+        return RunStopped(facts, signal_number=number, next="overwrite")
+    facts = f"{number.name}: stopped before the first step, and nothing was changed."
+    return RunStopped(facts, signal_number=number, next="again")
+
+
+def _restore(folder: RunFolder, components: RunComponents) -> int | None:
+    """Load the newest checkpoint; the number of updates it holds, or None when there is none yet."""
+    config, student = components.config, components.student
+    found = checkpoints(folder.checkpoints)
+    if not found:
+        if folder.student.exists():
+            raise RunFolderError(
+                f"'{folder.path}' holds a finished student and no checkpoint, so there is nothing to resume. Use --overwrite to run it "
+                "again, or another --run_dir."
+            )
+        return None
+    state = load_checkpoint(found[-1], student)
+    check_same_inputs(state["inputs"], components.fingerprints, config, folder.changes)
+    version = student.version
+    if version > config.train.steps:
+        raise RunFolderError(
+            f"train.steps={config.train.steps}, and the run in '{folder.path}' has {version} steps already. Set train.steps to {version} "
+            "to end it here, or to more."
+        )
+    return version
+
+
+def save_student(components: RunComponents, folder: RunFolder) -> Any:
+    """The trained student as an ordinary Hugging Face folder, and the model itself; adapters are merged, and kept beside it in
+    adapter/."""
+    model: Any = components.student.model
+    with explain_os_errors("save the student to", folder.student):
+        if hasattr(model, "merge_and_unload"):
+            _save_adapter(model, folder.path / "adapter")
+            model = model.merge_and_unload()
+        write_student(model, components.loaded.files, folder.student, "continue with --resume")
+    return model
+
+
+def write_student(model: Any, files: Mapping[str, bytes], place: Path, then: str) -> None:
+    """Model and tokenizer files as a Hugging Face folder, whole or not at all. Raises RunFolderError on a full disk; `then` is what to
+    do with some space freed."""
+    final = behind_link(place)
+    temporary = final.with_name(f".writing-{final.name}")
+    with explain_os_errors("save the student to", place):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise RunFolderError(
+                f"Cannot save the student to {place}: {error}. Free some space, then {then}."
+            ) from error
+        write_own_files(files, temporary)
+        publish(temporary, final)
+
+
+def _save_adapter(model: Any, place: Path) -> None:
+    final = behind_link(place)
+    temporary = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    publish(temporary, final)
+
+
+def _check_sinks(log: LogConfig) -> None:
+    """Before `begin` removes an old run."""
+    for name, wanted in (("tensorboard", log.tensorboard), ("wandb", log.wandb_project)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(
+                f"The recipe logs to {name}, which is not installed: pip install 'opd[{name}]', or leave it out of the log section."
+            )
+
+
+def _sinks(config: Config, folder: RunFolder, start: int | None) -> list[MetricSink]:
+    names = ["tensorboard"] if config.log.tensorboard else []
+    names += ["wandb"] if config.log.wandb_project else []
+    return open_sinks(
+        names, folder.path, resume_step=start, project=config.log.wandb_project or "opd", config=to_dict(config)
+    )
