@@ -54,7 +54,7 @@ class NaturalGradientConfig(Section, key="optimizer.natural_gradient"):
 
 
 class OptimizerConfig(Section, key="optimizer"):
-    """How the weights move."""
+    """Optimizer, learning rate and clipping."""
 
     name: Literal["adamw", "muon", "natural_gradient"] = "adamw"
     """AdamW; Muon for the hidden matrices with AdamW for embeddings, head, norms and biases; or natural-gradient steps."""
@@ -77,7 +77,7 @@ class OptimizerConfig(Section, key="optimizer"):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up."""
     min_lr_ratio: float = 0.0
-    """Where linear and cosine end, as a share of lr."""
+    """End of linear and cosine, as a share of lr."""
     max_grad_norm: float | None = None
     """Gradients are clipped to this global norm; 0 switches clipping off. None is 1, and off with natural_gradient, whose trust region
     bounds the step."""

@@ -6,7 +6,7 @@ from opd.config.sections import Section
 
 
 class PromptsConfig(Section, key="prompts"):
-    """Where the prompts come from."""
+    """Files and columns of the prompts."""
 
     path: str
     """JSONL, JSON or parquet file, a dataset folder, or 'hub:owner/name'."""

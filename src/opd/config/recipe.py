@@ -126,8 +126,8 @@ def _scalar(text: str) -> Any:
 
 
 def _reader(dotted: str) -> Callable[[str], Any]:
-    """How the words of a key are read: as YAML, or word for word where it takes text and nothing else: a path may hold what is a list,
-    a comment or a date to YAML."""
+    """The reader of a key's words: YAML, or word for word where the key takes text alone. A path may hold what is a list, a comment
+    or a date to YAML."""
     annotation = hint_of(Config, dotted)
     kinds = set(get_args(annotation)) or {annotation}
     if str not in kinds or not kinds <= {str, type(None), Ellipsis}:

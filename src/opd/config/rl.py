@@ -12,7 +12,7 @@ from opd.losses import Combine, Hybrid, Objective, Scale, linear_schedule
 
 
 class RewardConfig(Section, key="reward"):
-    """How rewards are called, in training and in evaluation."""
+    """Calls of the reward, in training and in evaluation."""
 
     timeout: float = 10.0
     """Seconds that a reward may take for one response; 0 sets no limit."""
@@ -61,12 +61,12 @@ class HybridConfig(Section, key="rl"):
 
     @property
     def rewarded(self) -> bool:
-        """Whether a reward has a say at any step."""
+        """A reward has a weight at some step."""
         return max(self.weight, self.weight_end or 0.0) > 0
 
     @property
     def distilled(self) -> bool:
-        """Whether a teacher has a say at any step."""
+        """A teacher has a weight at some step."""
         return max(self.distill_weight, self.distill_weight_end or 0.0) > 0
 
     def weights_at(self, step: int, total_steps: int) -> tuple[float, float]:
@@ -112,7 +112,7 @@ class RlConfig(HybridConfig, key="rl"):
         return self.clip_range, self.clip_high
 
     def at(self, step: int, total_steps: int, objective: Objective) -> Hybrid:
-        """What the update of this step minimises."""
+        """The loss of this step's update."""
         rl_weight, distill_weight = self.weights_at(step, total_steps)
         return Hybrid(
             distill=objective,

@@ -12,7 +12,7 @@ from opd.losses import linear_schedule
 
 
 class RolloutConfig(Section, key="rollout"):
-    """How the student's answers are drawn."""
+    """Sampling of the student's responses."""
 
     max_new_tokens: int = 256
     """Length limit of a response, EOS included. A response cut here does not supervise EOS."""

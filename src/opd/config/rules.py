@@ -52,7 +52,7 @@ def check_names(key: str, weights: Mapping[str, float], names: Sequence[str]) ->
 
 
 class Sampling(Protocol):
-    """How responses are drawn: a `RolloutConfig`, or what verl's config says in its terms (top_k=0 is off)."""
+    """Sampling of the responses: a `RolloutConfig`, or verl's settings in its terms (top_k=0 is off)."""
 
     @property
     def temperature(self) -> float: ...

@@ -7,7 +7,6 @@ name; pydantic checks the type of every value; a mapping becomes the section tha
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -111,7 +110,7 @@ class _Tree:
     foreign: bool = False
 
     def example(self, key: str) -> str:
-        """How a person sets this key."""
+        """The words that set this key."""
         return f"{key}=VALUE" if self.foreign else f"--{key} VALUE"
 
     def renamed(self, message: str) -> str:
@@ -186,14 +185,14 @@ def _subsection(section: type, value: Any, dotted: str, tree: _Tree) -> Any:
 
 def wrap_scalar(hint: Any, value: Any) -> Any:
     """A single value where the key takes a tuple becomes a tuple of one: `--rollout.stop END` is `stop: [END]`."""
-    wraps = get_origin(hint) is tuple and value is not None and not isinstance(value, (list, tuple))
-    return (value,) if wraps else cast(Any, value)
+    wraps = get_origin(hint) is tuple and type(value) not in (list, tuple, type(None))
+    return (value,) if wraps else value
 
 
 def _paths_to_text(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _paths_to_text(inner) for key, inner in cast("Mapping[Any, Any]", value).items()}
-    return str(os.fspath(cast(Any, value))) if isinstance(value, os.PathLike) else cast(Any, value)
+    return value.__fspath__() if hasattr(value, "__fspath__") else value
 
 
 @cache

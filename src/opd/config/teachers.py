@@ -28,7 +28,7 @@ class TeacherConfig(ModelConfig, key="teacher"):
     tokens_per_batch: int = 16384
     """Tokens the teacher reads at once (padding included)."""
     supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
-    """What it hands to the loss; 'auto' is the most exact kind that the objective can use."""
+    """Kind of target for the loss; 'auto' is the most exact kind that the objective can use."""
     offload: bool = False
     """Keep it in CPU memory while it is not asked (its output layer stays on the device): slower, and room for more teachers."""
 
@@ -66,7 +66,7 @@ class BaseMixtureConfig(Section, key="mixture"):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether the weights of the teachers matter."""
+        """The weights of the teachers matter."""
         return self.kind != "routing"
 
     _idle: ClassVar[str] = (
@@ -83,7 +83,7 @@ class BaseMixtureConfig(Section, key="mixture"):
 
 
 class MixtureConfig(BaseMixtureConfig, key="mixture"):
-    """How several teachers (section teachers) make one. Read where there are two or more."""
+    """Mixture of several teachers (section teachers). Read where there are two or more."""
 
     weights_end: dict[str, float] = field(default_factory=dict[str, float])
     """The weights move to these, linearly; empty keeps them."""
@@ -122,7 +122,7 @@ class MixtureConfig(BaseMixtureConfig, key="mixture"):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether the weights of the teachers matter."""
+        """The weights of the teachers matter."""
         return self.kind != "routing" or self.balance_tokens
 
     def check_names(self, names: Sequence[str]) -> None:

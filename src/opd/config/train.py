@@ -26,7 +26,7 @@ class TrainConfig(Section, key="train"):
     """Train on this share of a step's response tokens, those where the student was least sure (highest entropy, arXiv 2506.01939).
     The others cost no product with an output layer."""
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
-    """How sequences share a micro-batch. 'packed' has no padding."""
+    """Layout of sequences in a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Run the student's matrix products in bfloat16, with float32 weights; logits, divergence and the sums of gradients stay float32.
     On a CPU the output layer rounds its operands alike but multiplies them in float32, so it gains no speed there; in a model that
@@ -77,7 +77,7 @@ class CheckpointConfig(Section, key="checkpoint"):
 
 
 class LogConfig(Section, key="log"):
-    """What is shown and kept. JSONL is always written."""
+    """Display and records. JSONL is always written."""
 
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """Live display on a terminal, lines elsewhere."""

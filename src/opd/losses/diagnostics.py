@@ -1,4 +1,4 @@
-"""Per-token numbers to watch, without gradient: how far student and teacher are apart, whatever the loss."""
+"""Per-token diagnostics without gradient: the distance of student and teacher, whatever the loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dense_diagnostics(
 def _kls_and_entropies(
     student_logp: Float[Tensor, "tokens vocab"], teacher_logp: Float[Tensor, "tokens vocab"]
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """Where nothing is −inf, the four numbers share one difference and two exponentials; elsewhere the losses' own rules hold."""
+    """Four numbers from one difference and two exponentials where nothing is −inf; elsewhere the losses' own functions."""
     difference = student_logp - teacher_logp
     if not difference.sum().isfinite():
         return {
@@ -101,7 +101,7 @@ def token_diagnostics(
     response_ids: Int[Tensor, " tokens"],
     top_k: int | None = None,
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """Everything that this kind of target can tell."""
+    """Every diagnostic that this kind of target allows; `top_k` bounds the tokens that `overlap` compares."""
     metrics = student_diagnostics(student_logp, response_ids) if not isinstance(target, DenseTarget) else {}
     if isinstance(target, DenseTarget):
         metrics |= _in_pieces(student_logp, target.logits, response_ids, top_k)

@@ -134,7 +134,7 @@ def entry_terms(
     beta: float = 0.5,
     normalize: bool = True,
 ) -> Float[Tensor, "*entries"]:
-    """What each vocabulary entry adds to the divergence called `name`; every form of it, full or partial, is made of these."""
+    """The term of each vocabulary entry in the divergence called `name`; full and partial forms are sums of these."""
     check_shape_parameters(name, alpha=alpha, beta=beta)
     logp, logq = _widen_both(student_logp, teacher_logp)
     if name == "total_variation":
@@ -235,7 +235,7 @@ def _weigh(log_weight: Tensor, value: Tensor) -> Tensor:
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether every entry is. A sum is one cheap pass over memory; element-wise tests and masks are several dear ones."""
+    """True if every entry is finite. A sum is one cheap pass over memory; element-wise tests and masks are several dear ones."""
     return bool(value.detach().sum().isfinite())
 
 

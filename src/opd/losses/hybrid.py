@@ -160,12 +160,12 @@ class Hybrid:
 
     @property
     def mixed(self) -> bool:
-        """Whether both terms are there."""
+        """Both terms have a weight."""
         return self.rl_weight != 0.0 and self.distill_weight != 0.0
 
     @property
     def needs_preview(self) -> bool:
-        """Whether the distillation term has to be seen over the whole batch before the update."""
+        """The distillation term must be known over the whole batch before the update."""
         return self.mixed and (self.scale == "match" or self.combine == "advantages")
 
 

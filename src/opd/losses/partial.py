@@ -31,7 +31,7 @@ class Support:
     """False where the same token stands earlier in the row's order of ids."""
 
     def contains(self, token_ids: Int[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
-        """Whether each position's token is in its support."""
+        """True where a position's token is in its support."""
         return (self.ids == token_ids.unsqueeze(-1)).any(dim=-1)
 
     def gather(self, logp: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens k"]:

@@ -26,7 +26,7 @@ def token_weights(
     mask: Bool[Tensor, " tokens"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " tokens"]:
-    """What each token's loss is multiplied by; 0 where `mask` is False.
+    """The factor of each token's loss; 0 where `mask` is False.
 
     token_mean: 1/N, N the counted tokens of the global batch. sequence_mean: 1/(n_s · S), n_s the counted tokens of the
     token's sequence (`lengths`) and S the sequences of the global batch. fixed: 1/C, a constant. `global_count` is N, S or C.

@@ -51,7 +51,7 @@ class ObjectiveSettings:
     """Settings of an `Objective`, and the targets that can feed it. None is "not set": the default where the setting is read."""
 
     divergence: Divergence = "reverse_kl"
-    """What to minimise, student S against teacher T; reverse_kl is KL(S‖T)."""
+    """Divergence to minimise, student S against teacher T; reverse_kl is KL(S‖T)."""
     beta: float | None = None
     """Weight of the teacher in the mixture of generalized_jsd and skew_*, or the β of alpha_beta_divergence; 0.5 if not set."""
     alpha: float | None = None
@@ -63,7 +63,7 @@ class ObjectiveSettings:
     top_k: int | None = None
     """Tokens kept per position by the top_k supports and by union (of each side); 64 if not set."""
     tail: Tail | None = None
-    """What the probability outside a top_k support does; bucket if not set."""
+    """Treatment of the probability outside a top_k support; bucket if not set."""
     always_include: tuple[int, ...] = ()
     """Token ids added to every top_k support, such as EOS or the start of a tool call."""
     estimator: Estimator = "exact"
@@ -73,7 +73,7 @@ class ObjectiveSettings:
     baseline: Baseline = "none"
     """value subtracts the advantage's expectation −KL(S‖T): same mean, mostly less variance."""
     discount: float = 0.0
-    """How much of the later tokens' advantage a token gets: 0 nothing, 1 all of it."""
+    """Share of the later tokens' advantage that a token gets: 0 nothing, 1 all of it."""
     student_temperature: float = 1.0
     """Student logits are divided by this before the divergence; not the sampling temperature."""
     teacher_temperature: float = 1.0
@@ -84,11 +84,11 @@ class ObjectiveSettings:
     """Raise teacher log-probs (nats) below this to it in log(p/q); the metric `clamped` tells how often. Read by reverse_kl, and by
     estimators of the sampled token."""
     reduction: Reduction = "token_mean"
-    """How per-token losses become one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count. Of
+    """Reduction of per-token losses to one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count. Of
     losses that look at the sampled token, fixed alone has the exact expected gradient: token_mean is off by about 1 / (sequences of
     a step), and sequence_mean, which is off at every size, is refused."""
     fixed_count: float | None = None
-    """What reduction=fixed divides by."""
+    """Divisor of reduction=fixed."""
     clip_range: float | None = None
     """ε of the clipped probability ratio student / sampler; None does not clip."""
 
@@ -108,12 +108,12 @@ class ObjectiveSettings:
 
     @property
     def looks_at_sample(self) -> bool:
-        """Whether the loss depends on which token was sampled: then its weights must not, see `reduction`."""
+        """The loss depends on which token was sampled; then its weights must not, see `reduction`."""
         return "sampled" in (self.support, self.tail)
 
     @property
     def takes_floor(self) -> bool:
-        """Whether the teacher's log-probs stand only in log(p/q), weighed by the student: then they can be bounded from below."""
+        """The teacher's log-probs stand only in log(p/q), weighed by the student, and can be bounded from below."""
         reverse = self.divergence == "reverse_kl"
         reverse_limit = self.divergence in ("generalized_jsd", "skew_reverse_kl") and self.beta == 1
         return reverse or reverse_limit or self.support == "sampled"

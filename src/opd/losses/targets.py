@@ -1,4 +1,4 @@
-"""What a target says, as tensors over its tokens."""
+"""Logits and log-probs of a target, as tensors over its tokens."""
 
 from __future__ import annotations
 
