@@ -1,4 +1,4 @@
-"""How fast: any loss of `opd.losses` from hidden states and output layers, without the [tokens, vocab] matrix."""
+"""Fused losses: any loss of `opd.losses` from hidden states and output layers, without the [tokens, vocab] matrix."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLoss:
-    """A weighted sum, and what was seen on the way.
+    """A weighted sum of losses, and per-token results.
 
     Only `loss` can be differentiated. Backward through any of the per-token tensors raises: the gradient of the weight was
     formed with `token_weights`, and cannot be re-weighted token by token afterwards. Tokens of weight 0 are 0 in all of them.
@@ -170,7 +170,7 @@ def linear_objective(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Any `Objective` from hidden states: its weighted sum, the loss of every token, and `Objective.per_token`'s metrics.
 
-    What a trainer calls. `policy` adds reinforcement learning to the same row pass (and `policy_loss` and `clipped` to the metrics),
+    The trainer's call. `policy` adds reinforcement learning to the same row pass (and `policy_loss` and `clipped` to the metrics),
     `distill_weight` is λ of the distillation; with target None the policy term is alone. Metrics are at temperature 1, together with
     `eos_prob`, the probability of `eos_ids`. Only the sum can be differentiated. Inputs are not searched for NaN: the losses show it.
     With discount > 0 the later tokens' advantages are needed first, so log-probs take a pass of their own (one product more).
@@ -283,7 +283,7 @@ def _fitting(target: AnyTarget | None, objective: Objective) -> AnyTarget | None
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """What autocast would round a float32 operand of a product to; None where it is off, or the operand is none."""
+    """The dtype that autocast rounds a float32 operand of a product to; None where it is off, or the operand is none."""
     kind = hidden.device.type
     if hidden.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
         return None

@@ -75,7 +75,7 @@ class Gradient:
 
 
 class FusedCall:
-    """What travels with a call through autograd. Not a container, of which torch.func would make a copy.
+    """The state of a call on its way through autograd; no container, because torch.func would copy one.
 
     `operands` is what the student's side of the products is rounded to; None leaves it as it is.
     """

@@ -15,7 +15,7 @@ from opd.kernels.teacher_logits import TeacherLogits, Teachers
 
 
 class StudentLogits(Protocol):
-    """Where the student's logits come from and their gradient goes: an output layer, or logits that somebody holds."""
+    """The source of the student's logits and the sink of their gradient: an output layer, or logits that somebody holds."""
 
     wants_gradient: bool
 
@@ -42,7 +42,7 @@ class RowPass(Protocol):
     fill: float
     """The value of masked logits: −inf where the pass minds them, MASKED where they just drop out."""
     makes_diagnostics: bool
-    """Whether the pass makes the diagnostics itself."""
+    """True if the pass makes the diagnostics itself."""
 
     def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults: ...
 

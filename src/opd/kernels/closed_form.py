@@ -37,9 +37,9 @@ class ClosedFormDivergence:
     """
 
     mixes = False
-    """Whether f depends on the rows' sums, which must be known first."""
+    """True if f depends on the rows' sums, which must be known first."""
     subtracts_teacher = False
-    """Whether p f is −q, which is subtracted instead of multiplied by p."""
+    """True if p f is −q, which is subtracted instead of multiplied by p."""
 
     def __init__(self, objective: Objective) -> None:
         self.beta, self.rest, self.normalize = objective.beta, 1.0 - objective.beta, objective.normalize
@@ -263,7 +263,7 @@ CLOSED_FORMS: dict[str, type[ClosedFormDivergence]] = {
 
 
 def has_closed_form(rows: RowSpec) -> bool:
-    """Whether the loss has a row pass of its own; otherwise `losses` and autograd do a few rows at a time."""
+    """True if the loss has a row pass of its own; otherwise `losses` and autograd do a few rows at a time."""
     objective = rows.objective
     if rows.target is None:
         return True

@@ -89,10 +89,11 @@ class HeadLogits:
         """Room for the logits of a chunk."""
         return torch.empty(self.chunk, self.layer.columns, dtype=self.head.dtype, device=self.head.hidden.device)
 
-    def chunks(self) -> Iterator[slice]:
-        """The tokens, as few chunks as can be, and even in size."""
-        for first in range(0, self.head.tokens, self.chunk):
-            yield slice(first, min(first + self.chunk, self.head.tokens))
+    def chunks(self, rows: int | None = None) -> Iterator[slice]:
+        """The tokens, `rows` at a time; by default in as few chunks as can be, even in size."""
+        rows = rows or self.chunk
+        for first in range(0, self.head.tokens, rows):
+            yield slice(first, min(first + rows, self.head.tokens))
 
     def logits(self, index: slice | Tensor, out: Tensor, fill: float) -> Tensor:
         """Logits of some tokens into `out`; masked columns are `fill`."""

@@ -65,9 +65,7 @@ class _WholeRows:
             )
 
     def chunks(self) -> Iterator[slice]:
-        tokens = self.student.head.tokens
-        for first in range(0, tokens, self.chunk):
-            yield slice(first, min(first + self.chunk, tokens))
+        return self.student.chunks(self.chunk)
 
     def buffer(self) -> Tensor:
         assert self.memory is not None

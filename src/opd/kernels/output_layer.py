@@ -66,7 +66,7 @@ class OutputLayer:
 
     @property
     def rounds_to_half(self) -> bool:
-        """Whether d(logits) is rounded to float16 on its way through the gradient products."""
+        """True if d(logits) is rounded to float16 on its way through the gradient products."""
         return self.mixed and self.weight.dtype == torch.float16
 
     def logits(self, hidden: Tensor, out: Tensor, fill: float, first: int = 0) -> Tensor:

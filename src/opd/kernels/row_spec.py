@@ -73,7 +73,7 @@ class RowSpec:
 
     @property
     def has_extras(self) -> bool:
-        """Whether there is a policy term or an entropy bonus."""
+        """True if there is a policy term or an entropy bonus."""
         return self.policy is not None or self.entropy_bonus != 0.0
 
     def at(self, index: Any, *, whole_targets: bool = True) -> RowSpec:
@@ -128,5 +128,5 @@ def _target_at(target: AnyTarget | None, index: Any, whole_targets: bool) -> Any
 
 
 def target_has_logits(target: AnyTarget | None) -> bool:
-    """Whether the teacher's side is a whole row of logits."""
+    """True if the teacher's side is a whole row of logits."""
     return isinstance(target, (HiddenTarget, DenseTarget, TeacherMixture))

@@ -27,7 +27,7 @@ def pieces(z: Tensor) -> list[slice]:
 
 
 def out_of_range(sums: Float[Tensor, "rows k"]) -> Bool[Tensor, " rows"]:
-    """Whether any of a row's sums has left the range; NaN counts as outside."""
+    """True where one of a row's sums has left the range; NaN counts as outside."""
     low, high = SAFE_SUM
     return ~((sums > low) & (sums < high)).all(-1)
 

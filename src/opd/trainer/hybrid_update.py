@@ -15,7 +15,7 @@ LossOf = Callable[[Batch, Hybrid], tuple[torch.Tensor, TokenLoss]]
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What the update goes on with."""
+    """Inputs of the update after the preview pass."""
 
     batches: Sequence[Batch]
     objective: Hybrid

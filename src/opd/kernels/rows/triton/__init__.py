@@ -9,7 +9,7 @@ __all__ = ["TritonRows", "has_kernels"]
 
 
 def has_kernels(rows: RowSpec) -> bool:
-    """Whether the loss has row kernels; otherwise `losses` and autograd do a few rows at a time."""
+    """True if the loss has row kernels; otherwise `losses` and autograd do a few rows at a time."""
     objective = rows.objective
     if rows.target is None:
         return True

@@ -33,7 +33,7 @@ WATCHED = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "ov
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """What was found at each position that was asked for."""
+    """The losses and metrics of each position that was asked for."""
 
     loss: Tensor
     """Divergence in nats, [positions]; can be differentiated once with respect to the student's logits."""
