@@ -21,7 +21,8 @@ from kernel_cases import (
 from pairwise_cases import pairwise
 
 from opd.errors import ObjectiveError
-from opd.kernels import linear_divergence, minimal
+from opd.kernels import linear_divergence, linear_objective, minimal
+from opd.losses import Objective
 from opd.types import DenseTarget
 
 WORLD = World(23, 7, 37)
@@ -156,3 +157,37 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch):
         found = run(WORLD, "hidden", "minimal", policy=True, entropy_bonus=0.1)
         assert_same(found, wanted)
         assert {*GRADIENTS, *OUTPUTS} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("hidden", Objective()),
+        ("dense", Objective(divergence="generalized_jsd", student_temperature=1.4)),
+        ("hidden", Objective(divergence="forward_kl", student_temperature=2.0, teacher_temperature=2.0, scale_by_t2=True)),
+        ("top_k", Objective(support="teacher_top_k", top_k=3)),
+        ("sampled", Objective(support="sampled", estimator="k1", delivery="advantage", discount=0.9)),
+        ("none", Objective()),
+    ],
+    ids=["reverse_kl", "jsd", "forward_kl", "top_k", "returns", "reward"],
+)  # fmt: skip
+def test_an_objective_has_the_same_losses_metrics_and_gradients(kind, objective):
+    """Some tokens have weight 0 and are reported all the same."""
+    ids, found = WORLD.response_ids.clamp(max=25), []
+    ids[(ids == 3) | (ids == 11)] = 12
+    target = WORLD.target(kind)
+    if kind == "top_k":
+        target.ids.clamp_(max=25)
+    policy = None if objective.discount else WORLD.policy()
+    for memory in ("fast", "minimal"):
+        leaves = [part.clone().requires_grad_() for part in (WORLD.hidden_states, WORLD.weight, WORLD.bias)]
+        total, loss, metrics = linear_objective(
+            leaves[0], leaves[1], target, ids, objective, bias=leaves[2], policy=policy, memory=memory,
+            token_weights=WORLD.token_weights * (torch.arange(23) % 4 != 0), valid_vocab=30, masked_ids=(3, 11),
+            sampler_logp=WORLD.old, sequence_index=torch.arange(23) // 6, eos_ids=(4, 29, 36), chunk_tokens=9,
+        )  # fmt: skip
+        total.backward()
+        grads = dict(zip(GRADIENTS, (leaf.grad for leaf in leaves), strict=True))
+        found.append({"sum": total.detach(), "loss": loss, **metrics, **grads})
+    assert {"student_entropy", "eos_prob"} <= found[0].keys()
+    assert_same(found[1], found[0])

@@ -25,9 +25,7 @@ Run = Callable[[HeadLogits, RowSpec], RowResults]
 
 HALF_WEIGHT = 64.0  # largest token weight beside 16-bit floats: their products stay far from 65 504, and from the smallest numbers
 HALF_TOP = 14  # a float16 gradient is kept with its largest entry below 2^14
-HALF_ROUGH = (
-    0.005  # share of a float16 gradient that rounding may take; as a normal number it loses a twentieth of that
-)
+HALF_ROUGH = 0.005  # share of a float16 gradient that rounding may take; normal numbers lose a twentieth of that
 
 
 class Gradient:

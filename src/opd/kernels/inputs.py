@@ -15,9 +15,7 @@ from opd.types import AnyTarget
 Memory = Literal["fast", "minimal"]
 
 CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; with fewer the products lose speed
-CPU_CHUNK_ROWS = (
-    256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more than work:
-)
+CPU_CHUNK_ROWS = 256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more:
 CPU_CACHED_BYTES = 4 << 20
 GPU_CHUNK_BYTES = 640 << 20  # 1024 rows of 152k columns: fewer rows re-read dW too often, more cost memory
 MAX_CHUNK = 8192
