@@ -489,7 +489,7 @@ def test_objectives_without_kernels_go_through_autograd(objective):
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU to run on")
 def test_kernels_that_were_not_made_for_the_interpreter_refuse_a_cpu(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(rows, "INTERPRETED", False)
     world = world_of(2, 5, 17)
     with pytest.raises(ObjectiveError, match="before the first import"):
         linear_divergence(world.hidden_states, world.weight, world.target("hidden"), impl="triton")

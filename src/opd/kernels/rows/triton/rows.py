@@ -16,6 +16,7 @@ from opd.kernels.few_tokens import add_policy_and_entropy, few_tokens_loss, toke
 from opd.kernels.row_results import RowResults
 from opd.kernels.row_spec import MASKED, RowSpec, restore_neg_inf
 from opd.kernels.rows.triton import kernels
+from opd.kernels.rows.triton.kernels import INTERPRETED
 from opd.kernels.teacher_logits import Teachers
 from opd.losses import Objective
 from opd.types import TopKTarget
@@ -65,7 +66,7 @@ class TritonRows:
     makes_diagnostics = False
 
     def __init__(self, rows: RowSpec, logits: Tensor) -> None:
-        if not (logits.is_cuda or kernels.INTERPRETED):
+        if not (logits.is_cuda or INTERPRETED):
             raise ObjectiveError(
                 "TRITON_INTERPRET=1 came too late: the kernels have been compiled for CUDA in this process; set it before the first "
                 "import of opd.kernels.rows.triton."
