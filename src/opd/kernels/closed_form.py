@@ -192,7 +192,16 @@ class Skewed(ClosedFormDivergence):
     """KL(S‖M) or KL(T‖M); f is made of (q − p)/M."""
 
     mixes = True
-    of_student: bool
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        self.of_student = objective.divergence == "skew_reverse_kl"
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        return x / s if self.of_student else y / q
+
+    def row_scale(self, s: Tensor, q: Tensor) -> float:
+        return self.beta * self.rest if self.of_student else -self.rest * self.rest
 
     def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
         over = self._gap(z, t, q / s)
@@ -229,36 +238,12 @@ class Skewed(ClosedFormDivergence):
         return torch.sub(smaller, t, out=t) if teachers else t.add_(smaller)
 
 
-class SkewReverseKl(Skewed):
-    """KL(S‖M)."""
-
-    of_student = True
-
-    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
-        return x / s
-
-    def row_scale(self, s: Tensor, q: Tensor) -> float:
-        return self.beta * self.rest
-
-
-class SkewForwardKl(Skewed):
-    """KL(T‖M)."""
-
-    of_student = False
-
-    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
-        return y / q
-
-    def row_scale(self, s: Tensor, q: Tensor) -> float:
-        return -self.rest * self.rest
-
-
 CLOSED_FORMS: dict[str, type[ClosedFormDivergence]] = {
     "reverse_kl": ReverseKl,
     "forward_kl": ForwardKl,
     "generalized_jsd": GeneralizedJsd,
-    "skew_reverse_kl": SkewReverseKl,
-    "skew_forward_kl": SkewForwardKl,
+    "skew_reverse_kl": Skewed,
+    "skew_forward_kl": Skewed,
 }
 
 
