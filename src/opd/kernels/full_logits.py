@@ -1,4 +1,4 @@
-"""The loss from whole logits, by `losses` and autograd: the definition, which everybody calls who holds the logits of both models."""
+"""The loss from whole logits, by `losses` and autograd: the definition, for every caller that holds both models' logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def objective_from_logits(
 ) -> tuple[Float[Tensor, " tokens"], dict[str, Float[Tensor, " tokens"]]]:
     """The loss of every token, differentiable, and the metrics: the numbers of `linear_objective`, from logits.
 
-    Masked tokens have logits of −inf on both sides, and `target` holds no hidden states. Raises ObjectiveError for shapes and targets that do not fit the objective.
+    Masked tokens have logits of −inf on both sides, and `target` holds no hidden states. Raises ObjectiveError for shapes and
+    targets that do not fit the objective.
     """
     vocab = student_logits.shape[-1]
     seen = Diagnostics(target=target, eos_ids=tuple(i for i in eos_ids if i < vocab))
