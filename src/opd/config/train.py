@@ -31,6 +31,9 @@ class TrainConfig(Section, key="train"):
     """Run the student's matrix products in bfloat16, with float32 weights; logits, divergence and the sums of gradients stay float32.
     On a CPU the output layer rounds its operands alike but multiplies them in float32, so it gains no speed there; in a model that
     does more to its logits than a product (a soft-cap) it stays in float32 everywhere."""
+    loss_memory: Literal["fast", "minimal"] = "fast"
+    """Memory of the loss: 'fast' holds the logits of one chunk of tokens; 'minimal' a few MiB beside the gradients, and computes the
+    logits twice. It takes one teacher and a KL, JSD or skewed KL over the whole vocabulary, top-k, or sampled log-probs."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch")

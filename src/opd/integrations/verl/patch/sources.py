@@ -14,12 +14,12 @@ TREE = "opd.integrations.verl.patch.tree"
 CORE = "verl.trainer.ppo.opd_core"
 FACE = "verl.trainer.ppo.on_policy_distillation"
 PLUGIN = "opd.integrations.verl.plugin"
-STARTS = ("opd.losses", "opd.kernels.impl.chunked", f"{PLUGIN}.on_policy_distillation", f"{TREE}.step")
+STARTS = ("opd.losses", "opd.kernels.rows.closed_form", f"{PLUGIN}.on_policy_distillation", f"{TREE}.step")
 """Modules that are copied, with everything that they import."""
 PACKAGES = {
     CORE: "The losses and row passes of on-policy distillation, copied from the package opd.",
     f"{CORE}.kernels": "Losses from rows of logits, without autograd's copies.",
-    f"{CORE}.kernels.impl": "Row passes.",
+    f"{CORE}.kernels.rows": "Row passes.",
 }
 """Packages whose own `__init__` would import more than is copied."""
 LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"

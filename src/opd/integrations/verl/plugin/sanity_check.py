@@ -12,8 +12,7 @@ from torch import Tensor
 
 from opd.errors import ModelError
 from opd.kernels import linear_log_prob
-from opd.kernels.request import AnyTarget, TeacherMixture
-from opd.types import Head, HiddenTarget, TopKTarget
+from opd.types import AnyTarget, Head, HiddenTarget, TeacherMixture, TopKTarget
 
 MAX_TOKENS = 512
 """Of a micro-batch, that are checked."""

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.kernels.request import AnyTarget
 from opd.teachers.vocabulary import VocabularyMatch
+from opd.types import AnyTarget
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,8 @@ from opd.integrations.verl.plugin.model_checks import common_vocabulary
 from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.teachers.base import TargetSlice
 from opd.integrations.verl.plugin.teachers.frozen_model import FrozenTeacher, StudentBase
-from opd.kernels.request import TeacherMixture
 from opd.teachers.vocabulary import joined
-from opd.types import HiddenTarget
+from opd.types import HiddenTarget, TeacherMixture
 
 
 class InActorTeachers:
