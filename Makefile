@@ -77,11 +77,11 @@ $(VERL080_READY): pyproject.toml constraints-verl080.txt
 	$(VERL080_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl080.txt verl==0.8.0 cachetools fastapi uvicorn msgspec pyzmq -e . pytest pytest-timeout psutil
 	@touch $(VERL080_READY)
 
-patches: $(READY)  ## the patches for verl's own tree, again: after any change to what they carry
-	for version in 0.8.0 0.9.0 0.9.1; do $(BIN)/opd verl patch build --verl $$version || exit 1; done
+patches: $(READY)  ## the patch for verl's own tree, again: after any change to what they carry
+	$(BIN)/python -m tools.verl_patch build
 
-dist: $(READY)  ## the patches for verl as one archive with checksums
-	$(BIN)/opd verl patch pack --out dist
+dist: $(READY)  ## the patch for verl as one archive with checksums
+	$(BIN)/python -m tools.verl_patch pack --out dist
 
 clean:  ## remove the virtual environments and run folders
 	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV) runs dist

@@ -49,16 +49,24 @@ class ResponseTokens:
         return ResponseTokens(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})
 
 
+def response_positions(micro_batch: Any) -> Int[Tensor, " tokens"]:
+    """Positions, among all tokens of the micro-batch without padding, whose outputs predict the response tokens that count.
+
+    The shift by one is verl's own: its function that cuts log-probs to the responses is given positions instead.
+    """
+    values = micro_batch["input_ids"].values()
+    at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
+    return at[_padded(micro_batch, "response_mask").bool()]
+
+
 def response_tokens(
     micro_batch: Any, *, packed: bool, reduction: Mapping[str, Any], vocabulary: VocabularyMatch, rows: int
 ) -> ResponseTokens:
-    """The alignment is verl's own: its function that cuts log-probs to the responses is given positions instead. `rows` is how many ids
-    every teacher can read."""
+    """The response tokens that count. `rows` is the number of ids that every teacher has an embedding for."""
     input_ids = micro_batch["input_ids"]
     offsets, values = input_ids.offsets(), input_ids.values()
-    at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
     mask = _padded(micro_batch, "response_mask").bool()
-    index = at[mask]
+    index = response_positions(micro_batch)
     row_index = _in_rows(offsets)[index]
     counts = {name: micro_batch[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     scale = {"loss_agg_mode": "token-mean", **{k: v for k, v in reduction.items() if v is not None}}
