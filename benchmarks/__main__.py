@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-NAMES = ("losses", "loop", "kernels", "gpu", "gradient_filter", "gradient_variance", "verl_native", "convergence")
+NAMES = ("losses", "loop", "kernels", "gpu", "gradient_variance", "verl_native", "convergence")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from benchmarks._convergence_methods import Method
 from benchmarks._convergence_model import TinyDecoder
 from benchmarks._convergence_task import Prompts, accuracy, draw_prompts, generator, rewards
 from opd.config import OptimizerConfig
-from opd.kernels import PolicyTerm
+from opd.kernels import PolicyTerm, objective_from_logits
 from opd.losses import (
     Hybrid,
     TokenLoss,
@@ -28,7 +28,7 @@ from opd.losses import (
 )
 from opd.optim.build import build_optimizer, learning_rate_factor
 from opd.optim.natural_gradient import natural_gradient_step
-from opd.trainer.hybrid_update import preview, whole_logits_loss
+from opd.trainer.hybrid_update import preview
 from opd.types import Batch, DenseTarget, Sequences
 
 NATURAL, DAMPED = "natural_gradient", "natural_gradient_damped"
@@ -203,8 +203,17 @@ def loss_of(batch: Batch, logits: Tensor, hybrid: Hybrid) -> tuple[Tensor, Token
         assert batch.advantages is not None
         policy = PolicyTerm(advantages=batch.advantages, clip_range=hybrid.clip_range, weight=hybrid.rl_weight)
     target = batch.target if hybrid.distill_weight != 0.0 else None
-    out = whole_logits_loss(logits, target, batch, hybrid, policy, ())
-    return weighted_sum(out.loss, batch.token_weights), out
+    loss, metrics = objective_from_logits(
+        logits,
+        target,
+        batch.response_ids,
+        hybrid.distill,
+        policy=policy,
+        distill_weight=hybrid.distill_weight,
+        sampler_logp=batch.sampler_logp,
+        sequence_index=batch.sequence_index,
+    )
+    return weighted_sum(loss, batch.token_weights), TokenLoss(loss=loss, metrics=metrics)
 
 
 def total_loss(batch: Batch, logits: Tensor, hybrid: Hybrid) -> Tensor:

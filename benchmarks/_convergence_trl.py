@@ -25,11 +25,10 @@ from benchmarks._convergence_train import EVALUATE_EVERY, MAX_NORM, Curve, Job, 
 from benchmarks._convergence_world import Cell, world
 from benchmarks._trl import ON_CPU, versions
 from opd.config import OptimizerConfig
-from opd.kernels import PolicyTerm
+from opd.kernels import PolicyTerm, objective_from_logits
 from opd.losses import weighted_sum
 from opd.optim.build import learning_rate_factor
 from opd.testing import digit_tokenizer
-from opd.trainer.hybrid_update import whole_logits_loss
 
 CHARACTERS = "0123456789><"
 """Of token ids 0 to 11. <pad> and <eos> have ids that the model has no rows for, so a response is never shorter."""
@@ -322,9 +321,8 @@ def compare(base: TinyDecoder, job: Job, seen: Seen) -> dict[str, float]:
     assert same.advantages is not None
     old = y_logp + shift(batch.response_ids.view(-1, job.digits)).flatten()
     term = PolicyTerm(advantages=same.advantages, old_log_prob=old, clip_range=hybrid.clip_range)
-    ratio_loss = weighted_sum(
-        whole_logits_loss(logits(), None, same, hybrid, term, ()).loss, batch.token_weights
-    ).item()
+    per_token, _ = objective_from_logits(logits(), None, same.response_ids, hybrid.distill, policy=term)
+    ratio_loss = weighted_sum(per_token, batch.token_weights).item()
     gradient = as_decoder(seen.gradient, base.shape.layers)
     own = _clipped(base, total_loss(batch, logits(), hybrid))
     own_same = _clipped(base, total_loss(same, logits(), hybrid))

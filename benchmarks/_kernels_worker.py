@@ -21,7 +21,7 @@ import torch
 
 from benchmarks._kernels_cases import MIB, Task, Variant, read_task
 from benchmarks._kernels_variants import Inputs, float64_gradients, make_inputs, make_step
-from opd.kernels.api import default_chunk
+from opd.kernels.inputs import default_chunk
 
 PACKAGES = {
     "TRL GKD": ("trl", "transformers"),

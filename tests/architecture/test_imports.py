@@ -66,7 +66,7 @@ CROSS_EDGES = {
 }
 
 EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "httpx", "vllm", "verl", "ray", "triton"}
-HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/impl/triton/")
+HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,6 @@ def cases() -> dict[str, tuple[str, Settings]]:
     found["frozen weight"] = ("hidden", {"grads": "hb"})
     found["frozen hidden"] = ("hidden", {"grads": "wb"})
     found["no gradients"] = ("hidden", {"grads": ""})
-    found["filtered"] = ("hidden", {"gradient_filter": 0.0})
     return found
 
 

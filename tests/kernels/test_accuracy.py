@@ -22,6 +22,7 @@ from kernel_cases import (
     named,
     run,
 )
+from pairwise_cases import pairwise
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 TOKENS, HIDDEN, VOCAB = (1, 7, 33), (1, 5, 64), (2, 17, 129, 1003)
@@ -36,14 +37,10 @@ def shapes(number: int) -> list[tuple[int, int, int]]:
     return [(tokens, HIDDEN[(i + j) % 3], vocab) for i, tokens, j, vocab in pairs if (i + j + number) % 3 == 0]
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES + ENDS, ids=named)
-def test_every_divergence_at_odd_shapes(divergence, dtype):
-    for tokens in TOKENS:
-        for hidden in HIDDEN:
-            for vocab in VOCAB:
-                world = World(tokens, hidden, vocab, dtype, seed=tokens + vocab)
-                assert_as_accurate(world, "hidden", dtype, **divergence)
+@pairwise(divergence=DIVERGENCES + ENDS, dtype=(FLOAT32, BFLOAT16), tokens=TOKENS, hidden=HIDDEN, vocab=VOCAB)
+def test_every_divergence_at_odd_shapes(divergence, dtype, tokens, hidden, vocab):
+    world = World(tokens, hidden, vocab, dtype, seed=tokens + vocab)
+    assert_as_accurate(world, "hidden", dtype, **divergence)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
@@ -72,9 +69,7 @@ def test_estimators_that_see_the_response_token(dtype):
             assert_as_accurate(World(tokens, hidden, vocab, dtype), "sampled", dtype, **estimator, policy=True)
 
 
-@pytest.mark.parametrize("closeness", CLOSE)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=named)
+@pairwise(divergence=DIVERGENCES, dtype=(FLOAT32, BFLOAT16), closeness=CLOSE)
 def test_a_student_that_is_nearly_the_teacher(divergence, dtype, closeness):
     for tokens, hidden, vocab in ((7, 5, 17), (33, 64, 1003)):
         # in bfloat16 the smallest step is 2⁻⁹ of a number: nothing closer than that can be said in it
@@ -123,13 +118,14 @@ def test_near_the_teacher_the_gradient_of_a_kl_has_four_digits():
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES + ENDS, ids=named)
-def test_logits_with_a_common_offset(divergence):
+OFFSETS = ((60.0, None), (-150.0, None), (35.0, None), (-18.0, None), (60.0, -150.0), (-150.0, 0.0), (0.0, 60.0))
+
+
+@pairwise(divergence=DIVERGENCES + ENDS, offsets=OFFSETS, kind=("hidden", "dense"))
+def test_logits_with_a_common_offset(divergence, offsets, kind):
     """Softmax does not see an offset; sums of e^z do: 60 leaves float32's range, −150 vanishes in it, 35 and −18 just stay."""
-    for offset, teacher_offset in ((60.0, None), (-150.0, None), (35.0, None), (-18.0, None), (60.0, -150.0), (-150.0, 0.0), (0.0, 60.0)):  # fmt: skip
-        world = World(7, 5, 129, FLOAT32, offset=offset, teacher_offset=teacher_offset)
-        for kind in ("hidden", "dense"):
-            assert_as_accurate(world, kind, FLOAT32, **divergence, policy=True, entropy_bonus=0.1)
+    world = World(7, 5, 129, FLOAT32, offset=offsets[0], teacher_offset=offsets[1])
+    assert_as_accurate(world, kind, FLOAT32, **divergence, policy=True, entropy_bonus=0.1)
 
 
 @pytest.mark.parametrize("kind", ["probability", "logit", "loss", "top_k", "sampled", "none"])

@@ -236,13 +236,6 @@ def test_a_chunk_that_is_no_number_of_tokens(chunk):
     refused(ObjectiveError, f"chunk_tokens={chunk} must be a whole number ≥ 1", "leave it out", chunk_tokens=chunk)
 
 
-def test_a_gradient_filter_that_filters_nothing_sensible():
-    for epsilon in (-1e-3, math.nan, math.inf):
-        refused(ObjectiveError, f"gradient_filter={epsilon} must be a finite number ≥ 0", gradient_filter=epsilon)
-    for changes in ({"memory": "minimal"}, {"impl": "reference"}):
-        refused(ObjectiveError, "chunks of whole rows", "memory='fast'", gradient_filter=1e-3, **changes)
-
-
 # --- implementations --------------------------------------------------------------------------------------------------
 
 

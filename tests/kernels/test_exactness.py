@@ -21,6 +21,7 @@ from kernel_cases import (
     named,
     run,
 )
+from pairwise_cases import pairwise
 
 from opd.kernels import TeacherMixture, linear_divergence
 from opd.losses import forward_kl, generalized_jsd, mix_teachers, partial_divergence, reverse_kl, support_of
@@ -44,20 +45,16 @@ def both(kind: str, **settings: object) -> None:
     assert_same(run(WORLD, kind, "chunked", chunk_tokens=5, **settings), wanted)
 
 
-@pytest.mark.parametrize("extra", EXTRAS, ids=lambda e: "+".join(e) or "alone")
-@pytest.mark.parametrize("divergence", DIVERGENCES + ENDS, ids=named)
-@pytest.mark.parametrize("kind", WHOLE)
+@pairwise(kind=WHOLE, divergence=DIVERGENCES + ENDS, extra=EXTRAS)
 @pytest.mark.filterwarnings("ignore:generalized_jsd with normalize=False")
 def test_chunks_of_whole_rows_give_the_plain_numbers(kind, divergence, extra):
     both(kind, **divergence, **extra)
     both(kind, **divergence, **extra, teacher_temperature=1.4)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", PARTIAL, ids=named)
-def test_chunks_of_a_top_k_give_the_plain_numbers(divergence, tail):
-    for extra in EXTRAS:
-        both("top_k", **divergence, **extra, tail=tail)
+@pairwise(divergence=PARTIAL, tail=TAILS, extra=EXTRAS)
+def test_chunks_of_a_top_k_give_the_plain_numbers(divergence, tail, extra):
+    both("top_k", **divergence, **extra, tail=tail)
     if tail == "sampled":
         both("top_k", **divergence, tail=tail, sampler_logp=WORLD.old)
 

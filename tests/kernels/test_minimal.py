@@ -18,10 +18,11 @@ from kernel_cases import (
     named,
     run,
 )
+from pairwise_cases import pairwise
 
 from opd.errors import ObjectiveError
-from opd.kernels import linear_divergence
-from opd.kernels.impl import minimal
+from opd.kernels import linear_divergence, linear_objective, minimal
+from opd.losses import Objective
 from opd.types import DenseTarget
 
 WORLD = World(23, 7, 37)
@@ -51,19 +52,14 @@ def both(kind, world: World = WORLD, tolerance: float = 1e-12, dtype: torch.dtyp
         assert_same(got, wanted, tolerance)
 
 
-@pytest.mark.parametrize("extra", EXTRAS, ids=lambda e: "+".join(e) or "alone")
-@pytest.mark.parametrize("divergence", CLOSED + ENDS, ids=named)
-def test_blocks_of_whole_teachers_give_the_plain_numbers(divergence, extra):
-    for kind in ("hidden", "dense"):
-        both(kind, **divergence, **extra)
-        both(kind, **divergence, **extra, teacher_temperature=1.4)
+@pairwise(divergence=CLOSED + ENDS, extra=EXTRAS, kind=("hidden", "dense"), teacher_temperature=(1.0, 1.4))
+def test_blocks_of_whole_teachers_give_the_plain_numbers(divergence, extra, kind, teacher_temperature):
+    both(kind, **divergence, **extra, teacher_temperature=teacher_temperature)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-def test_blocks_of_a_top_k_give_the_plain_numbers(tail):
-    for divergence in (*CLOSED, {"divergence": "total_variation"}):
-        for extra in EXTRAS:
-            both("top_k", **divergence, **extra, tail=tail)
+@pairwise(tail=TAILS, divergence=(*CLOSED, {"divergence": "total_variation"}), extra=EXTRAS)
+def test_blocks_of_a_top_k_give_the_plain_numbers(tail, divergence, extra):
+    both("top_k", **divergence, **extra, tail=tail)
 
 
 def test_blocks_of_everything_else_give_the_plain_numbers():
@@ -128,12 +124,12 @@ def test_blocks_are_as_accurate_as_rows(monkeypatch, divergence, dtype):
 @pytest.mark.parametrize(
     ("kind", "divergence", "grads", "student", "teacher"),
     [("hidden", "reverse_kl", "hwb", 4, 2), ("hidden", "forward_kl", "hwb", 4, 2), ("hidden", "generalized_jsd", "hwb", 4, 2),
-     ("hidden", "skew_reverse_kl", "hwb", 4, 2), ("hidden", "skew_forward_kl", "hwb", 4, 2), ("hidden", "generalized_jsd", "h", 4, 3),
+     ("hidden", "skew_reverse_kl", "hwb", 4, 2), ("hidden", "skew_forward_kl", "hwb", 4, 2), ("hidden", "generalized_jsd", "h", 3, 2),
      ("hidden", "reverse_kl", "h", 3, 2), ("dense", "reverse_kl", "hwb", 4, 0), ("dense", "generalized_jsd", "hwb", 4, 0),
      ("top_k", "reverse_kl", "hwb", 4, 0), ("sampled", "reverse_kl", "hwb", 4, 0)],
 )  # fmt: skip
 def test_products_are_as_many_as_promised(kind, divergence, grads, student, teacher):
-    """Six for every divergence, of which two with the teacher's hidden size; a mixture without a weight's gradient asks for more."""
+    """Six for every divergence, of which two with the teacher's hidden size; one fewer where the weight is frozen."""
     world = World(23, 16, 37)
     target, depth = world.target(kind), world.parts["teacher_hidden"].shape[1]
     for chunk in (9, None):
@@ -161,3 +157,37 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch):
         found = run(WORLD, "hidden", "minimal", policy=True, entropy_bonus=0.1)
         assert_same(found, wanted)
         assert {*GRADIENTS, *OUTPUTS} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("hidden", Objective()),
+        ("dense", Objective(divergence="generalized_jsd", student_temperature=1.4)),
+        ("hidden", Objective(divergence="forward_kl", student_temperature=2.0, teacher_temperature=2.0, scale_by_t2=True)),
+        ("top_k", Objective(support="teacher_top_k", top_k=3)),
+        ("sampled", Objective(support="sampled", estimator="k1", delivery="advantage", discount=0.9)),
+        ("none", Objective()),
+    ],
+    ids=["reverse_kl", "jsd", "forward_kl", "top_k", "returns", "reward"],
+)  # fmt: skip
+def test_an_objective_has_the_same_losses_metrics_and_gradients(kind, objective):
+    """Some tokens have weight 0 and are reported all the same."""
+    ids, found = WORLD.response_ids.clamp(max=25), []
+    ids[(ids == 3) | (ids == 11)] = 12
+    target = WORLD.target(kind)
+    if kind == "top_k":
+        target.ids.clamp_(max=25)
+    policy = None if objective.discount else WORLD.policy()
+    for memory in ("fast", "minimal"):
+        leaves = [part.clone().requires_grad_() for part in (WORLD.hidden_states, WORLD.weight, WORLD.bias)]
+        total, loss, metrics = linear_objective(
+            leaves[0], leaves[1], target, ids, objective, bias=leaves[2], policy=policy, memory=memory,
+            token_weights=WORLD.token_weights * (torch.arange(23) % 4 != 0), valid_vocab=30, masked_ids=(3, 11),
+            sampler_logp=WORLD.old, sequence_index=torch.arange(23) // 6, eos_ids=(4, 29, 36), chunk_tokens=9,
+        )  # fmt: skip
+        total.backward()
+        grads = dict(zip(GRADIENTS, (leaf.grad for leaf in leaves), strict=True))
+        found.append({"sum": total.detach(), "loss": loss, **metrics, **grads})
+    assert {"student_entropy", "eos_prob"} <= found[0].keys()
+    assert_same(found[1], found[0])

@@ -27,10 +27,15 @@ from kernel_cases import (
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels import TeacherMixture, linear_divergence, linear_objective, walk
-from opd.kernels.parallel import Shards
-from opd.kernels.request import MASKED, Answer, Needs, Request
-from opd.kernels.rows import Rows
+from opd.kernels import TeacherMixture, chunk_loop, linear_divergence, linear_objective
+from opd.kernels.chunk_loop import run_chunks
+from opd.kernels.closed_form import kind_of
+from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec
+from opd.kernels.parallel import Columns, Shards
+from opd.kernels.row_results import RowResults
+from opd.kernels.row_spec import MASKED, RowSpec
+from opd.kernels.rows.autograd import AutogradRows
+from opd.kernels.rows.reference import run_whole
 from opd.losses import Objective
 from opd.testing import assert_close_to_reference
 from opd.types import DenseTarget, Head, HiddenTarget
@@ -40,8 +45,8 @@ CUDA = torch.cuda.is_available()
 with pytest.MonkeyPatch.context() as _patch:
     if not CUDA:
         _patch.setenv("TRITON_INTERPRET", "1")  # kernels are what it says they are from their definition on
-    from opd.kernels.impl import triton as implementation
-    from opd.kernels.impl.triton import kernels, rows
+    from opd.kernels.rows import triton as implementation
+    from opd.kernels.rows.triton import kernels, rows
 
 DEVICE = "cuda" if CUDA else "cpu"
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -69,15 +74,15 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _only_infinite_rows_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`walk` gives rows that came out infinite or NaN to autograd, which would hide most slips of a kernel."""
-    again = walk.by_autograd
+    """The chunk loop gives rows that came out infinite or NaN to autograd, which would hide most slips of a kernel."""
+    again = chunk_loop.loss_by_autograd
 
-    def checked(*arguments: Any, **settings: Any) -> Rows:
+    def checked(*arguments: Any, **settings: Any) -> RowResults:
         found = again(*arguments, **settings)
         assert not found.values["loss"].isfinite().any(), "a kernel gave up on a row whose loss is finite"
         return found
 
-    monkeypatch.setattr(walk, "by_autograd", checked)
+    monkeypatch.setattr(chunk_loop, "loss_by_autograd", checked)
 
 
 @pytest.fixture
@@ -330,7 +335,7 @@ def test_a_nan_is_not_taken_for_a_masked_logit():
     world = world_of(2, 5, 17, dtype=FLOAT32)
     z = world.logits().float()
     z[1, 4] = torch.nan
-    found = _kernels(world)(z, [(None, world.teacher_logits().float())], torch.arange(2, device=DEVICE), gradient=True)
+    found = run_kernels(world, z, world.teacher_logits().float())
     assert found.values["loss"].isnan().tolist() == [False, True]
 
 
@@ -339,27 +344,63 @@ def test_a_masked_teacher_logit_under_a_living_one_is_infinite():
     world = world_of(2, 5, 17, dtype=FLOAT32)
     t = world.teacher_logits().float()
     t[1, 4] = MASKED
-    found = _kernels(world)(world.logits().float(), [(None, t)], torch.arange(2, device=DEVICE), gradient=True)
+    found = run_kernels(world, world.logits().float(), t)
     assert found.values["loss"].isfinite().tolist() == [True, False]
 
 
-def _kernels(world: World, **settings: Any) -> rows.RowKernels:
-    return rows.RowKernels(_request(world, world.target("hidden", FLOAT32), FLOAT32, Objective(**settings)))
+def run_kernels(world: World, z: Tensor, t: Tensor, **settings: Any) -> RowResults:
+    """The row pass alone: the gradient replaces z."""
+    _, spec = _request(world, world.target("hidden", FLOAT32), FLOAT32, Objective(**settings))
+    chunk = spec.at(slice(0, len(z)), whole_targets=False)
+    return rows.TritonRows(spec, z)(chunk, z, [(None, t)], gradient=True)
+
+
+Request = tuple[HeadSpec, RowSpec]
 
 
 def _request(world: World, target: Any, dtype: torch.dtype, objective: Objective, **settings: Any) -> Request:
     known: dict[str, Any] = {
-        "hidden": world.hidden_states.to(dtype),
         "weight": world.weight.to(dtype),
         "bias": world.bias.to(dtype),
-        "token_weights": world.token_weights.to(dtype),
-        "response_ids": world.response_ids,
         "vocab": world.vocab,
+        "masked_ids": (),
         "shards": Shards(world.vocab),
-        "needs": Needs(hidden=True, weight=True, bias=True),
-        "chunk_tokens": 3,
-    }
-    return Request(target=target, objective=objective, **(known | settings))
+    } | settings
+    columns = Columns(vocab=known.pop("vocab"), masked_ids=known.pop("masked_ids"), shards=known.pop("shards"))
+    head = HeadSpec(
+        hidden=world.hidden_states.to(dtype),
+        weight=known.pop("weight"),
+        bias=known.pop("bias"),
+        columns=columns,
+        token_weights=world.token_weights.to(dtype),
+        needs=GradsNeeded(hidden=True, weight=True, bias=True),
+        chunk_tokens=3,
+    )
+    ids = world.response_ids
+    return head, RowSpec(columns=columns, target=target, objective=objective, response_ids=ids, **known)
+
+
+Answer = dict[str, Tensor]
+
+
+def _run(request: Request) -> Answer:
+    """Every row's results and the gradients, by the kernels or, where they are none, by autograd."""
+    head, spec = request
+    student, row_pass = HeadLogits(head), rows.TritonRows if implementation.has_kernels(spec) else AutogradRows
+    return run_chunks(student, spec, row_pass).values | _gradients(student)
+
+
+def _reference(request: Request) -> Answer:
+    student = HeadLogits(request[0])
+    return run_whole(student, request[1]).values | _gradients(student)
+
+
+def _gradients(student: HeadLogits) -> Answer:
+    return dict(zip(GRADIENTS, student.gradients(), strict=True))
+
+
+def _with_gradients(answer: Answer) -> Answer:
+    return {name: answer[name] for name in ("loss", *GRADIENTS)}
 
 
 @pytest.mark.parametrize("divergence", [{"divergence": "reverse_kl"}, {"divergence": "total_variation"}], ids=named)
@@ -370,10 +411,9 @@ def test_the_gradient_stays_inside_its_rows(divergence):
     inner = around[1:5, 8:25]
     inner.copy_(world.logits())
     teacher = torch.full((4, 40), torch.nan, device=DEVICE)[:, 3:20].copy_(world.teacher_logits())
-    index = torch.arange(4, device=DEVICE)
     alone = inner.clone()
-    _kernels(world, **divergence)(inner, [(None, teacher)], index, gradient=True)
-    _kernels(world, **divergence)(alone, [(None, teacher.clone())], index, gradient=True)
+    run_kernels(world, inner, teacher, **divergence)
+    run_kernels(world, alone, teacher.clone(), **divergence)
     assert torch.equal(inner, alone)
     around[1:5, 8:25] = 7.0
     assert bool((around == 7.0).all())
@@ -422,9 +462,9 @@ def test_a_token_that_is_masked_has_probability_zero_even_if_it_was_the_response
         policy=world.policy(old_log_prob=world.old.nan_to_num(neginf=-3.0)),
         masked_ids=(4,) if masked == "by id" else (),
     )
-    got, wanted = implementation.run(request), _reference(request)
-    assert_same(_answer(got), _answer(wanted), 1e-11)
-    assert got.rows["student_logp"].isinf().tolist() == [False, True, False]
+    got, wanted = _run(request), _reference(request)
+    assert_same(_with_gradients(got), _with_gradients(wanted), 1e-11)
+    assert got["student_logp"].isinf().tolist() == [False, True, False]
 
 
 # ---- objectives without kernels ------------------------------------------------------------------------------------
@@ -442,25 +482,14 @@ def test_a_token_that_is_masked_has_probability_zero_even_if_it_was_the_response
 def test_objectives_without_kernels_go_through_autograd(objective):
     world = world_of(5, 5, 17)
     request = _request(world, world.target("hidden"), FLOAT64, Objective(**objective))
-    assert not implementation.has_kernels(request)
-    got, wanted = (_answer(run_with(request)) for run_with in (implementation.run, _reference))
+    assert not implementation.has_kernels(request[1])
+    got, wanted = (_with_gradients(run_with(request)) for run_with in (_run, _reference))
     assert_same(got, {name: wanted[name] for name in got}, 1e-11)
-
-
-def _reference(request: Request) -> Answer:
-    from opd.kernels.impl import reference
-
-    return reference.run(request)
-
-
-def _answer(answer: Answer) -> dict[str, Tensor]:
-    found = {"loss": answer.rows["loss"], "d_hidden": answer.hidden_grad, "d_weight": answer.weight_grad, "d_bias": answer.bias_grad}  # fmt: skip
-    return {name: value for name, value in found.items() if value is not None}
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU to run on")
 def test_kernels_that_were_not_made_for_the_interpreter_refuse_a_cpu(monkeypatch):
-    monkeypatch.setattr(implementation, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     world = world_of(2, 5, 17)
     with pytest.raises(ObjectiveError, match="before the first import"):
         linear_divergence(world.hidden_states, world.weight, world.target("hidden"), impl="triton")
@@ -508,7 +537,7 @@ def over_shards(sizes: list[int], request_of: Callable[[Shards], Request]) -> tu
     def rank(number: int) -> None:
         with lock, warnings.catch_warnings():
             try:
-                answers[number] = implementation.run(request_of(shards[number]))
+                answers[number] = _run(request_of(shards[number]))
             except BaseException as error:
                 answers[number] = error
                 barrier.abort()
@@ -521,15 +550,11 @@ def over_shards(sizes: list[int], request_of: Callable[[Shards], Request]) -> tu
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer
+    split = ("d_weight", "d_bias")
     for answer in answers[1:]:
-        assert_same(answer.rows, answers[0].rows, 0.0)
-        assert torch.equal(answer.hidden_grad, answers[0].hidden_grad)
-    whole = {
-        **answers[0].rows,
-        "d_hidden": answers[0].hidden_grad,
-        "d_weight": torch.cat([answer.weight_grad for answer in answers]),
-        "d_bias": torch.cat([answer.bias_grad for answer in answers]),
-    }
+        assert_same(*({name: v for name, v in one.items() if name not in split} for one in (answer, answers[0])), 0.0)
+        assert torch.equal(answer["d_hidden"], answers[0]["d_hidden"])
+    whole = answers[0] | {name: torch.cat([answer[name] for answer in answers]) for name in split}
     return whole, max(shard.messages for shard in shards)
 
 
@@ -565,14 +590,13 @@ def test_a_vocabulary_in_two_places_is_one_vocabulary(kind, settings):
     world.parts["response_ids"].clamp_(1, 24)
     requests = shard_requests(world, kind, Objective(**settings), **more)
     got, messages = over_shards([17, 23], requests)
-    wanted = _reference(requests(Shards(40)))
-    whole = {**wanted.rows, **_answer(wanted)}
+    whole = _reference(requests(Shards(40)))
     assert_same(got, {name: whole[name] for name in got}, 1e-11)
     chunks, hidden_grad, maxima = 2, 1, 1
     if kind == "top_k":
         picks, sums = 2, 1  # the top-k's logits and the response token's; the normalisers and entropies
     else:
-        picks, sums = 1, 1 if rows.kind_of(requests(Shards(40))) in rows.TWO_READS else 2
+        picks, sums = 1, 1 if kind_of(Objective(**settings)) in rows.TWO_READS else 2
     assert messages == chunks * (picks + maxima + sums) + hidden_grad
 
 
@@ -582,6 +606,5 @@ def test_a_rank_whose_columns_are_all_padding_adds_nothing():
     for divergence in EVERY:
         requests = shard_requests(world, "hidden", Objective(**divergence), vocab=16)
         got, _ = over_shards([16, 24], requests)
-        wanted = _reference(requests(Shards(40)))
-        whole = {**wanted.rows, **_answer(wanted)}
+        whole = _reference(requests(Shards(40)))
         assert_same(got, {name: whole[name] for name in got}, 1e-11)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.config.recipe import build, merge
+from opd.errors import ConfigError
 from opd.models import response_logits
 from opd.reporting.record import read_metrics
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
@@ -182,6 +183,23 @@ def test_gradient_checkpointing_changes_memory_and_not_the_weights(world, tmp_pa
         run(settings(world, tmp_path / name, student__gradient_checkpointing=on, eval__every=0))
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "student").state_dict() for n in ("plain", "recompute"))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"objective__divergence": "generalized_jsd", "student__lora__rank": 4, "train__token_fraction": 0.5}]
+)
+def test_a_loss_of_minimal_memory_changes_the_metrics_by_rounding_alone(world, tmp_path, more):
+    for memory in ("fast", "minimal"):
+        run(settings(world, tmp_path / memory, train__loss_memory=memory, train__steps=4, eval__every=0, **more))
+    for fast, minimal in zip(*(steps(tmp_path / memory) for memory in ("fast", "minimal")), strict=True):
+        assert fast.keys() == minimal.keys()
+        for name in fast.keys() - {key for key in fast if key.startswith("time/")}:
+            assert minimal[name] == pytest.approx(fast[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_loss_memory_that_there_is_not_is_refused(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.loss_memory"):
+        build(merge({}, settings(world, tmp_path / "run", train__loss_memory="small")))
 
 
 def test_lora_trains_adapters_alone_and_saves_the_merged_model_and_the_adapter(world, tmp_path):

@@ -23,8 +23,14 @@ WHOLE = (FACE, f"{TREE}.step", f"{TREE}.teacher")
 STAND_INS = {
     ("opd.losses.objective", "Objective"): (f"{TREE}.full_vocabulary", "Objective"),
     ("opd.losses.diagnostics", "token_diagnostics"): (f"{TREE}.full_vocabulary", "token_diagnostics"),
+    ("opd.kernels.parallel", "Shards"): (f"{TREE}.row_level", "Shards"),
+    ("opd.kernels.output_layer", "OutputLayer"): (f"{TREE}.row_level", "OutputLayer"),
+    ("opd.kernels.rows.closed_form", "FewTokenRows"): (f"{TREE}.row_level", "FewTokenRows"),
+    ("opd.kernels.few_tokens", "add_policy_and_entropy"): (f"{TREE}.row_level", "add_policy_and_entropy"),
+    ("opd.kernels.few_tokens", "policy_loss"): (f"{TREE}.row_level", "absent"),
+    ("opd.kernels.few_tokens", "policy_loss_by_autograd"): (f"{TREE}.row_level", "absent"),
 }
-"""(module, name) → what is copied in its place: shorter, and the same for a divergence over the whole vocabulary."""
+"""(module, name) → what is copied in its place: shorter, and the same for whole logits and a divergence over the whole vocabulary."""
 CORE = "verl.trainer.ppo.opd_core"
 MOVED = {FACE: "verl.trainer.ppo.on_policy_distillation", TREE: CORE, PLUGIN: CORE, "opd.teachers": CORE, "opd": CORE}
 """Where a module, or everything in a package, stands in verl's tree; the first that fits."""

@@ -172,6 +172,10 @@ class TrainConfig(Section):
     On a CPU the output layer rounds its operands alike but multiplies them in float32, so it gains no speed there; in a model that
     does more to its logits than a product (a soft-cap) it stays in float32 everywhere."""
 
+    loss_memory: Literal["fast", "minimal"] = "fast"
+    """Memory of the loss: 'fast' holds the logits of one chunk of tokens; 'minimal' a few MiB beside the gradients, and computes the
+    logits twice. It takes one teacher and a KL, JSD or skewed KL over the whole vocabulary, top-k, or sampled log-probs."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")

@@ -1,11 +1,15 @@
-"""How fast: any loss of `opd.losses` from hidden states and output layers, without the [tokens, vocab] matrix."""
+"""Fused losses: any loss of `opd.losses` from hidden states and output layers, without the [tokens, vocab] matrix."""
 
 from __future__ import annotations
 
 from opd.kernels.api import LinearLoss, linear_divergence, linear_objective
+from opd.kernels.full_logits import objective_from_logits
+from opd.kernels.implementations import Impl
+from opd.kernels.inputs import Memory
 from opd.kernels.log_prob import linear_log_prob
-from opd.kernels.request import Impl, Memory, PolicyTerm, TeacherMixture
+from opd.kernels.row_spec import PolicyTerm
 from opd.kernels.teacher_rows import linear_logits, linear_top_k, top_k_of
+from opd.types import TeacherMixture
 
 __all__ = [
     "Impl",
@@ -18,5 +22,6 @@ __all__ = [
     "linear_logits",
     "linear_objective",
     "linear_top_k",
+    "objective_from_logits",
     "top_k_of",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,39 +9,23 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.checks import check_finite, check_request, check_shapes, choose_impl, common_vocabulary
-from opd.kernels.fused import apply
-from opd.kernels.parallel import Shards
-from opd.kernels.request import (
-    Answer,
-    AnyTarget,
-    Impl,
-    Memory,
-    Needs,
-    PolicyTerm,
-    Request,
-    Watch,
-)
+from opd.kernels.autograd_function import FusedCall, FusedLoss
+from opd.kernels.checks import check_finite, check_rows, check_shapes
+from opd.kernels.head import GradsNeeded, HeadSpec
+from opd.kernels.implementations import Impl, choose_run
+from opd.kernels.inputs import Memory, head_spec, unshard
+from opd.kernels.row_spec import Diagnostics, PolicyTerm, RowSpec
 from opd.losses import Divergence, Objective, Tail, discounted_return
 from opd.losses._shapes import Float, Int
-from opd.types import SampledTarget, TopKTarget
+from opd.types import AnyTarget, SampledTarget, TopKTarget
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; with fewer the products lose speed
-CPU_CHUNK_ROWS = (
-    256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more than work:
-)
-CPU_CACHED_BYTES = 4 << 20
-GPU_CHUNK_BYTES = 640 << 20  # 1024 rows of 152k columns: fewer rows re-read dW too often, more cost memory
-MAX_CHUNK = 8192
-MINIMAL_CHUNK = 1024
-
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLoss:
-    """A weighted sum, and what was seen on the way.
+    """A weighted sum of losses, and per-token results.
 
     Only `loss` can be differentiated. Backward through any of the per-token tensors raises: the gradient of the weight was
     formed with `token_weights`, and cannot be re-weighted token by token afterwards. Tokens of weight 0 are 0 in all of them.
@@ -88,7 +71,6 @@ def linear_divergence(
     impl: Impl = "auto",
     chunk_tokens: int | None = None,
     memory: Memory = "fast",
-    gradient_filter: float | None = None,
     group: ProcessGroup | None = None,
 ) -> LinearLoss:
     """Σ w [λ D(S, T) + policy − c H(S)] for S = softmax(student_hidden @ student_weight.T + bias) and the teacher T of `target`.
@@ -105,10 +87,8 @@ def linear_divergence(
     rows beyond the smaller, beyond `valid_vocab` or beyond `Head.valid_vocab` are padding: −inf on both sides.
 
     `policy` adds reinforcement learning and `entropy_bonus` c ≥ 0 an entropy term to the same row pass, at no further product;
-    `distill_weight` is λ. `memory="minimal"` walks blocks of the vocabulary twice (two products more; for a mixture with a frozen head,
-    three) and keeps nothing beyond the gradients but a few MiB. `gradient_filter=ε` drops columns of d(logits) from the gradient
-    products where no token of the chunk has |∂loss/∂z| > ε, loss unweighted: the gradient of a token's hidden state then errs by at
-    most ε w Σ|W_v| over the dropped v, that of a row of the weight by ε Σ w |h|. With `group`, `student_weight` (and a teacher's head, or logits) are
+    `distill_weight` is λ. `memory="minimal"` computes the logits twice (two products more) and
+    keeps nothing beyond the gradients but a few MiB. With `group`, `student_weight` (and a teacher's head, or logits) are
     this rank's rows of the vocabulary, in rank order and split alike; hidden states are the same on all ranks, and so is their
     gradient. A DTensor weight is gathered once.
 
@@ -126,42 +106,45 @@ def linear_divergence(
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
     )
-    student_weight, bias = gathered(student_weight), None if bias is None else gathered(bias)
+    weight, bias = unshard(student_weight), None if bias is None else unshard(bias)
     if token_weights is None:
         token_weights = torch.ones(student_hidden.shape[:1], device=student_hidden.device)
-    check_shapes(student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, policy)
-    run = choose_impl(impl, memory, student_hidden, group)
-    shards = Shards(student_weight.shape[0], group)
-    request = Request(
-        hidden=student_hidden.detach(),
-        weight=student_weight.detach(),
-        bias=None if bias is None else bias.detach(),
-        target=target,
+    check_shapes(student_hidden, weight, bias, target, token_weights, response_ids, sampler_logp, policy)
+    head = head_spec(
+        student_hidden,
+        weight,
+        bias,
+        target,
+        token_weights=token_weights,
+        valid_vocab=valid_vocab,
+        temperature=objective.student_temperature,
+        chunk_tokens=chunk_tokens,
+        memory=memory,
+        group=group,
+    )
+    rows = RowSpec(
+        columns=head.columns,
         objective=objective,
-        token_weights=token_weights.detach().to(torch.promote_types(student_hidden.dtype, torch.float32)),
+        target=target,
         response_ids=response_ids,
         sampler_logp=None if sampler_logp is None else sampler_logp.detach(),
         policy=policy,
         entropy_bonus=entropy_bonus,
         distill_weight=distill_weight,
-        vocab=common_vocabulary(shards, target, valid_vocab),
-        needs=wanted(student_hidden, student_weight, bias),
-        shards=shards,
-        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(student_hidden, shards.size, memory),
-        memory=memory,
-        gradient_filter=gradient_filter,
     )
-    check_request(request, impl)
-    check_finite(request)
-    rows = apply(run, request, student_hidden, student_weight, bias)
+    run = choose_run(impl, memory, head, rows)
+    check_rows(rows, head.token_weights)
+    check_finite(head, rows)
+    call = FusedCall(run, head, rows)
+    found = call.named(FusedLoss.apply(student_hidden, weight, bias, call, *call.tensors))
     return LinearLoss(
-        loss=rows["sum"],
-        per_token=rows.get("divergence", torch.zeros_like(rows["loss"])),
-        student_entropy=rows["student_entropy"],
-        teacher_entropy=rows.get("teacher_entropy"),
-        student_logp=rows.get("student_logp"),
-        policy_loss=rows.get("policy_loss"),
-        clipped=rows.get("clipped"),
+        loss=found["sum"],
+        per_token=found.get("divergence", torch.zeros_like(found["loss"])),
+        student_entropy=found["student_entropy"],
+        teacher_entropy=found.get("teacher_entropy"),
+        student_logp=found.get("student_logp"),
+        policy_loss=found.get("policy_loss"),
+        clipped=found.get("clipped"),
     )
 
 
@@ -182,16 +165,17 @@ def linear_objective(
     sequence_index: Int[Tensor, " tokens"] | None = None,
     eos_ids: tuple[int, ...] = (),
     impl: Impl = "auto",
+    memory: Memory = "fast",
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Any `Objective` from hidden states: its weighted sum, the loss of every token, and `Objective.per_token`'s metrics.
 
-    What a trainer calls. `policy` adds reinforcement learning to the same row pass (and `policy_loss` and `clipped` to the metrics),
+    The trainer's call. `policy` adds reinforcement learning to the same row pass (and `policy_loss` and `clipped` to the metrics),
     `distill_weight` is λ of the distillation; with target None the policy term is alone. Metrics are at temperature 1, together with
     `eos_prob`, the probability of `eos_ids`. Only the sum can be differentiated. Inputs are not searched for NaN: the losses show it.
     With discount > 0 the later tokens' advantages are needed first, so log-probs take a pass of their own (one product more).
 
-    Inside `torch.autocast`, float32 hidden states and weight are rounded to its dtype for the three products, as a linear layer's are;
+    `memory="minimal"` as in `linear_divergence`. Inside `torch.autocast`, float32 hidden states and weight are rounded to its dtype for the three products, as a linear layer's are;
     logits and the gradients' sums stay float32. (`linear_divergence` takes its operands as they are.)
     """
     if target is None:  # of the objective, only the temperature is about the student alone
@@ -204,48 +188,41 @@ def linear_objective(
             f"discount={objective.discount} makes the distillation a policy gradient of its own, which cannot share a pass with `policy`; "
             "add the advantages, or set discount=0."
         )
-    shards = Shards(student_weight.shape[0])
+    head = head_spec(
+        student_hidden,
+        student_weight,
+        bias,
+        target,
+        token_weights=token_weights,
+        valid_vocab=valid_vocab,
+        masked_ids=masked_ids,
+        temperature=objective.student_temperature,
+        chunk_tokens=chunk_tokens,
+        memory=memory,
+    )
     squared = objective.student_temperature**2 if objective.scale_by_t2 else 1.0
-    request = Request(
-        hidden=student_hidden.detach(),
-        weight=student_weight.detach(),
-        bias=None if bias is None else bias.detach(),
+    rows = RowSpec(
+        columns=head.columns,
+        objective=replace(objective, scale_by_t2=False) if objective.scale_by_t2 else objective,
         target=_fitting(target, objective),
-        objective=objective,
-        token_weights=token_weights.detach().to(torch.promote_types(student_hidden.dtype, torch.float32)),
         response_ids=response_ids,
         sampler_logp=None if sampler_logp is None else sampler_logp.detach(),
         policy=policy,
         distill_weight=squared * distill_weight,
-        vocab=common_vocabulary(shards, target, valid_vocab),
-        masked_ids=masked_ids,
-        needs=wanted(student_hidden, student_weight, bias),
-        shards=shards,
-        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(student_hidden, shards.size, "fast"),
-        watch=Watch(target=target, eos_ids=eos_ids),
+        diagnostics=Diagnostics(target=target, eos_ids=tuple(i for i in eos_ids if i < head.columns.vocab)),
     )
-    check_request(request, impl)
-    run = choose_impl(impl, "fast", student_hidden, None)
+    check_rows(rows, head.token_weights)
     seen: dict[str, Tensor] = {}
     if objective.discount > 0:
-        request, seen = _with_returns(request, sequence_index, run, operands)
-    rows = {**seen, **apply(run, request, student_hidden, student_weight, bias, operands)}
-    metrics = {name.removeprefix("watch/"): rows[name].detach() for name in rows if name.startswith("watch/")}
-    if policy is not None:
-        metrics |= {name: rows[name].detach() for name in ("policy_loss", "clipped")}
-    metrics["clamped"] = rows["clamped"].detach() if "clamped" in rows else torch.zeros_like(rows["loss"])
-    return rows["sum"], rows["loss"].detach(), metrics
-
-
-def default_chunk(hidden: Tensor, columns: int, memory: Memory) -> int:
-    """Tokens per chunk: as many as fit the device's budget, and on a CPU no more than pay."""
-    if memory == "minimal":
-        return MINIMAL_CHUNK
-    row = max(1, columns) * (8 if hidden.dtype == torch.float64 else 4)
-    if hidden.is_cuda:
-        return max(64, min(MAX_CHUNK, GPU_CHUNK_BYTES // row // 64 * 64))
-    useful = max(CPU_CHUNK_ROWS, CPU_CACHED_BYTES // row)
-    return max(16, min(MAX_CHUNK, useful, CPU_CHUNK_BYTES // row // 16 * 16))
+        assert sequence_index is not None
+        rows, seen = _with_returns(head, rows, sequence_index, impl, memory, operands)
+    call = FusedCall(choose_run(impl, memory, head, rows), head, rows, operands)
+    found = {**seen, **call.named(FusedLoss.apply(student_hidden, student_weight, bias, call, *call.tensors))}
+    names = {name: name.removeprefix("diagnostics/") for name in found if name.startswith("diagnostics/")}
+    names |= {} if policy is None else {"policy_loss": "policy_loss", "clipped": "clipped"}
+    metrics = {short: found[name].detach() for name, short in names.items()}
+    metrics["clamped"] = found["clamped"].detach() if "clamped" in found else torch.zeros_like(found["loss"])
+    return found["sum"], found["loss"].detach(), metrics
 
 
 def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
@@ -264,17 +241,18 @@ def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
 
 @torch.no_grad()
 def _with_returns(
-    request: Request, sequence_index: Tensor | None, run: Callable[[Request], Answer], operands: torch.dtype | None
-) -> tuple[Request, dict[str, Tensor]]:
-    """Discounted advantages, as the policy term of a request without a teacher; and the diagnostics, which need one."""
-    objective = request.objective
-    assert sequence_index is not None
+    head: HeadSpec, rows: RowSpec, sequence_index: Tensor, impl: Impl, memory: Memory, operands: torch.dtype | None
+) -> tuple[RowSpec, dict[str, Tensor]]:
+    """Discounted advantages, as the policy term of rows without a teacher; and the diagnostics, which need one."""
+    objective, frozen = rows.objective, replace(head, needs=GradsNeeded())
 
     def advantage(**changes: Any) -> dict[str, Tensor]:
         plain = replace(objective, discount=0.0, clip_range=None, **changes)
-        fed = _fitting(request.target, plain)
-        changed = replace(request, objective=plain, target=fed, sampler_logp=None, needs=Needs(), distill_weight=1.0)
-        return apply(run, changed, request.hidden, request.weight, request.bias, operands)
+        alone = replace(
+            rows, objective=plain, target=_fitting(rows.target, plain), sampler_logp=None, distill_weight=1.0
+        )
+        call = FusedCall(choose_run(impl, memory, frozen, alone), frozen, alone, operands)
+        return call.named(FusedLoss.apply(head.hidden, head.weight, head.bias, call, *call.tensors))
 
     seen = advantage(baseline="none")
     returns = discounted_return(-seen["loss"], sequence_index, objective.discount)
@@ -282,12 +260,13 @@ def _with_returns(
         returns = returns + (seen["loss"] - advantage(baseline="value")["loss"])
     policy = PolicyTerm(
         advantages=returns,
-        old_log_prob=request.sampler_logp,
+        old_log_prob=rows.sampler_logp,
         clip_range=objective.clip_range,
-        weight=request.distill_weight,
+        weight=rows.distill_weight,
     )
+    seen = {name: value for name, value in seen.items() if name.startswith("diagnostics/") or name == "clamped"}
     bare = Objective(student_temperature=objective.student_temperature)
-    return replace(request, target=None, objective=bare, policy=policy, watch=None), seen
+    return replace(rows, target=None, objective=bare, policy=policy, diagnostics=None), seen
 
 
 def _fitting(target: AnyTarget | None, objective: Objective) -> AnyTarget | None:
@@ -304,27 +283,8 @@ def _fitting(target: AnyTarget | None, objective: Objective) -> AnyTarget | None
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """What autocast would round a float32 operand of a product to; None where it is off, or the operand is none."""
+    """The dtype that autocast rounds a float32 operand of a product to; None where it is off, or the operand is none."""
     kind = hidden.device.type
     if hidden.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-def gathered(weight: Tensor) -> Tensor:
-    """A DTensor's whole value. Ranks work on tokens of their own, so its gradient is the sum over them."""
-    if not hasattr(weight, "full_tensor"):
-        return weight
-    from torch.distributed.tensor import DTensor, Partial
-
-    assert isinstance(weight, DTensor)
-    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
-
-
-def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
-    on = torch.is_grad_enabled()
-    return Needs(
-        hidden=on and hidden.requires_grad,
-        weight=on and weight.requires_grad,
-        bias=on and bias is not None and bias.requires_grad,
-    )

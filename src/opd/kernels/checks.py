@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-from collections.abc import Callable, MutableMapping
-from importlib import import_module
-from typing import Any, get_args
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from opd.errors import MissingDependencyError, NonFiniteError, ObjectiveError
+from opd.errors import NonFiniteError, ObjectiveError
+from opd.kernels.head import HeadSpec
 from opd.kernels.parallel import Shards
-from opd.kernels.request import Answer, AnyTarget, Impl, Memory, PolicyTerm, Request, TeacherMixture
+from opd.kernels.row_spec import PolicyTerm, RowSpec
 from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE
-from opd.types import DenseTarget, HiddenTarget, SampledTarget, TopKTarget
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int64, torch.int32)
@@ -26,38 +23,12 @@ MIXTURES = ("probability", "logit", "loss")
 _found_finite: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
 
 
-def choose_impl(impl: Impl, memory: Memory, hidden: Tensor, group: Any) -> Callable[[Request], Answer]:
-    """The function that computes the answer. `auto` takes Triton on CUDA when it is installed; a named one that cannot run raises."""
-    for name, value, choices in (("impl", impl, get_args(Impl)), ("memory", memory, get_args(Memory))):
-        if value not in choices:
-            raise ObjectiveError(f"{name}={value!r} is not one of {', '.join(choices)}.")
-    if memory == "minimal":
-        if impl not in ("auto", "chunked"):
-            raise ObjectiveError(f"memory='minimal' is an implementation of its own; use impl='auto', not '{impl}'.")
-        return import_module("opd.kernels.impl.minimal").run
-    if impl == "auto":
-        impl = "triton" if hidden.is_cuda and importlib.util.find_spec("triton") is not None else "chunked"
-    if impl == "reference" and group is not None:
-        raise ObjectiveError("impl='reference' works on whole vocabularies; use impl='chunked' with a group.")
-    if impl == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise MissingDependencyError(
-                "impl='triton' needs Triton, which is not installed: pip install triton, or use impl='chunked'."
-            )
-        if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ObjectiveError(
-                f"impl='triton' runs on CUDA, but the hidden states are on {hidden.device}; use impl='chunked', or set "
-                "TRITON_INTERPRET=1 to check the kernels slowly on a CPU."
-            )
-    return import_module(f"opd.kernels.impl.{impl}").run
-
-
 def check_shapes(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: AnyTarget | None,
-    token_weights: Tensor,
+    token_weights: Tensor | None,
     response_ids: Tensor | None,
     sampler_logp: Tensor | None,
     policy: PolicyTerm | None,
@@ -226,48 +197,49 @@ def common_vocabulary(shards: Shards, target: AnyTarget | None, valid_vocab: int
     return min(sizes)
 
 
-def check_request(request: Request, impl: Impl) -> None:
+def check_chunk(chunk_tokens: int) -> None:
+    """Raise ObjectiveError for a chunk that is no number of tokens."""
+    if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ObjectiveError(
+            f"chunk_tokens={chunk_tokens} must be a whole number ≥ 1; leave it out for a good default."
+        )
+
+
+def check_rows(rows: RowSpec, token_weights: Tensor) -> None:
     """Raise ObjectiveError for numbers out of range and combinations that make no loss."""
-    for name, value in (("entropy_bonus", request.entropy_bonus), ("distill_weight", request.distill_weight)):
+    target, objective = rows.target, rows.objective
+    for name, value in (("entropy_bonus", rows.entropy_bonus), ("distill_weight", rows.distill_weight)):
         if not math.isfinite(value):
             raise ObjectiveError(f"{name}={value} must be a finite number.")
-    if request.entropy_bonus < 0:
-        raise ObjectiveError(f"entropy_bonus={request.entropy_bonus} must be ≥ 0; below it would push entropy down.")
-    if not isinstance(request.chunk_tokens, int) or request.chunk_tokens < 1:
-        raise ObjectiveError(
-            f"chunk_tokens={request.chunk_tokens} must be a whole number ≥ 1; leave it out for a good default."
-        )
-    epsilon = request.gradient_filter
-    if epsilon is not None and not (epsilon >= 0 and math.isfinite(epsilon)):
-        raise ObjectiveError(f"gradient_filter={epsilon} must be a finite number ≥ 0; None turns it off.")
-    if epsilon is not None and (request.memory == "minimal" or impl == "reference"):
-        raise ObjectiveError(
-            "gradient_filter works on chunks of whole rows; use memory='fast' and impl='chunked' or 'triton'."
-        )
-    if request.target is None and request.policy is None and request.entropy_bonus == 0:
+    if rows.entropy_bonus < 0:
+        raise ObjectiveError(f"entropy_bonus={rows.entropy_bonus} must be ≥ 0; below it would push entropy down.")
+    if target is None and not rows.has_extras:
         raise ObjectiveError("target, policy and entropy_bonus are all missing: there is nothing to compute.")
-    if request.target is not None and request.distill_weight == 0:
+    if target is not None and rows.distill_weight == 0:
         raise ObjectiveError(
             "distill_weight=0 with a target would pay for a teacher that has no say; pass target=None."
         )
-    _check_policy(request.policy, request.token_weights)
-    _check_ids(request)
-    if isinstance(request.target, (TopKTarget, SampledTarget)) and request.objective.teacher_temperature != 1.0:
+    _check_policy(rows.policy, token_weights)
+    check_ids("response_ids", rows.response_ids, rows.columns.vocab)
+    check_ids("TopKTarget.ids", target.ids if isinstance(target, TopKTarget) else None, rows.columns.vocab)
+    if isinstance(target, (TopKTarget, SampledTarget)) and objective.teacher_temperature != 1.0:
         raise ObjectiveError(
-            f"teacher_temperature={request.objective.teacher_temperature} needs the teacher's logits, but the target holds log-probs at "
+            f"teacher_temperature={objective.teacher_temperature} needs the teacher's logits, but the target holds log-probs at "
             "temperature 1; use a HiddenTarget or a DenseTarget, or teacher_temperature=1."
         )
-    if request.target is not None and not isinstance(request.target, TeacherMixture):
-        request.objective.check_target(request.target)
-    if isinstance(request.target, SampledTarget) and request.response_ids is None:
+    if target is not None and not isinstance(target, TeacherMixture):
+        objective.check_target(target)
+    if isinstance(target, SampledTarget) and rows.response_ids is None:
         raise ObjectiveError("a SampledTarget is about the response tokens; pass response_ids.")
-    looks_at_response = "sampled" in (request.objective.tail, request.objective.support)
-    if isinstance(request.target, TopKTarget) and looks_at_response:
-        known = request.target.sampled_logp is not None and request.response_ids is not None
-        if not known:
-            raise ObjectiveError(
-                "this loss looks at the response token: pass response_ids, and sampled_logp in the TopKTarget."
-            )
+    looks_at_response = "sampled" in (objective.tail, objective.support)
+    if (
+        isinstance(target, TopKTarget)
+        and looks_at_response
+        and (target.sampled_logp is None or rows.response_ids is None)
+    ):
+        raise ObjectiveError(
+            "this loss looks at the response token: pass response_ids, and sampled_logp in the TopKTarget."
+        )
 
 
 def _check_policy(policy: PolicyTerm | None, weights: Tensor) -> None:
@@ -281,45 +253,41 @@ def _check_policy(policy: PolicyTerm | None, weights: Tensor) -> None:
     if not math.isfinite(policy.weight):
         raise ObjectiveError(f"policy.weight={policy.weight} must be a finite number.")
     for name in ("advantages", "old_log_prob", "importance_weights"):
-        value = getattr(policy, name)
-        if value is not None:
-            _finite_rows(f"policy.{name}", value, masked=name == "old_log_prob", weights=weights)
+        _finite_rows(f"policy.{name}", getattr(policy, name), masked=name == "old_log_prob", weights=weights)
 
 
-def _check_ids(request: Request) -> None:
-    top_k = request.target.ids if isinstance(request.target, TopKTarget) else None
-    for name, ids in (("response_ids", request.response_ids), ("TopKTarget.ids", top_k)):
-        if ids is None or not ids.numel():
-            continue
-        wrong = (ids < 0) | (ids >= request.vocab)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            raise ObjectiveError(
-                f"{name} has {int(ids[wrong][0])} at token {row}, but the common vocabulary has {request.vocab} entries; student and "
-                "teacher must use the same tokenizer, and masked tokens need a valid id too."
-            )
+def check_ids(name: str, ids: Tensor | None, vocab: int) -> None:
+    """Raise ObjectiveError for ids outside the common vocabulary."""
+    if ids is None or not ids.numel():
+        return
+    wrong = (ids < 0) | (ids >= vocab)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ObjectiveError(
+            f"{name} has {int(ids[wrong][0])} at token {row}, but the common vocabulary has {vocab} entries; student and "
+            "teacher must use the same tokenizer, and masked tokens need a valid id too."
+        )
 
 
-def check_finite(request: Request) -> None:
+def check_finite(head: HeadSpec, rows: RowSpec | None = None) -> None:
     """Raise NonFiniteError that names the first row of an input with a NaN or an infinity (−inf is a bias or a logit of a masked token).
 
     Rows of tokens of weight 0 may hold anything: they take no part.
     """
-    weights = request.token_weights
-    _finite_rows("student_hidden", request.hidden, weights=weights)
-    _finite_rows("student_weight", request.weight)
+    weights = head.token_weights
+    _finite_rows("student_hidden", head.hidden, weights=weights)
+    _finite_rows("student_weight", head.weight)
     _finite_rows("token_weights", weights)
-    if request.sampler_logp is not None:
-        _finite_rows("sampler_logp", request.sampler_logp, masked=True, weights=weights)
-    if request.bias is not None:
-        _finite_rows("bias", request.bias, masked=True)
-    target = request.target
+    _finite_rows("bias", head.bias, masked=True)
+    if rows is None:
+        return
+    _finite_rows("sampler_logp", rows.sampler_logp, masked=True, weights=weights)
+    target = rows.target
     for member in target.targets if isinstance(target, TeacherMixture) else (target,):
         if isinstance(member, HiddenTarget):
             _finite_rows("the teacher's hidden states", member.hidden, weights=weights)
             _finite_once("the teacher's weight", member.head.weight)
-            if member.head.bias is not None:
-                _finite_rows("the teacher's bias", member.head.bias, masked=True)
+            _finite_rows("the teacher's bias", member.head.bias, masked=True)
         elif isinstance(member, DenseTarget):
             _finite_rows("the teacher's logits", member.logits, masked=True, weights=weights)
         elif isinstance(member, (TopKTarget, SampledTarget)):
@@ -341,8 +309,12 @@ def _finite_once(name: str, weight: Tensor) -> None:
         _found_finite[weight] = state
 
 
-def _finite_rows(name: str, value: Tensor, masked: bool = False, weights: Tensor | None = None) -> None:
-    if not value.numel() or bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()):
+def _finite_rows(name: str, value: Tensor | None, masked: bool = False, weights: Tensor | None = None) -> None:
+    if (
+        value is None
+        or not value.numel()
+        or bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite())
+    ):
         return
     wrong = value.isnan() | (value == torch.inf) if masked else ~value.isfinite()
     if weights is not None:

@@ -1,5 +1,6 @@
-"""Differentiable log-probs and entropies of given tokens from hidden states, for any policy loss: the logits are computed
-again in the backward pass, so that no more than a chunk of them ever exists.
+"""Differentiable log-probs and entropies of given tokens from hidden states, for any policy loss.
+
+The logits are computed again in the backward pass, so that no more than a chunk of them ever exists.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.api import default_chunk, gathered, wanted
-from opd.kernels.checks import check_finite, check_request, check_shapes, common_vocabulary
-from opd.kernels.fused import lift
-from opd.kernels.parallel import Shards
-from opd.kernels.products import Head, exact_float32
-from opd.kernels.request import MASKED, Request
-from opd.kernels.walk import Gradients, chunk_of, masked_columns, student_head
+from opd.kernels.autograd_function import lift
+from opd.kernels.checks import check_finite, check_ids, check_shapes
+from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec
+from opd.kernels.inputs import head_spec, unshard
+from opd.kernels.output_layer import exact_float32
+from opd.kernels.row_spec import MASKED, restore_neg_inf
+from opd.kernels.unshifted_softmax import pieces
 from opd.losses import Objective
 from opd.losses._shapes import Float, Int
 
@@ -44,27 +45,20 @@ def linear_log_prob(
 
     Raises ObjectiveError for shapes, dtypes, devices and ids that do not fit, NonFiniteError for NaN or infinite inputs.
     """
-    weight, bias = gathered(weight), None if bias is None else gathered(bias)
-    ones = torch.ones(hidden.shape[:1], device=hidden.device)
-    check_shapes(hidden, weight, bias, None, ones, token_ids, None, None)
-    shards = Shards(weight.shape[0], group)
-    request = Request(
-        hidden=hidden.detach(),
-        weight=weight.detach(),
-        bias=None if bias is None else bias.detach(),
-        target=None,
-        objective=Objective(student_temperature=temperature),
-        token_weights=ones,
-        response_ids=token_ids,
-        entropy_bonus=1.0,
-        vocab=common_vocabulary(shards, None, valid_vocab),
-        needs=wanted(hidden, weight, bias),
-        shards=shards,
-        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(hidden, shards.size, "fast"),
+    weight, bias = unshard(weight), None if bias is None else unshard(bias)
+    check_shapes(hidden, weight, bias, None, None, token_ids, None, None)
+    head = head_spec(
+        hidden,
+        weight,
+        bias,
+        valid_vocab=valid_vocab,
+        temperature=Objective(student_temperature=temperature).student_temperature,  # refuses what is none
+        chunk_tokens=chunk_tokens,
+        group=group,
     )
-    check_request(request, "chunked")
-    check_finite(request)
-    log_prob, entropy, _, _ = _LogProb.apply(hidden, weight, bias, request)  # pyright: ignore[reportGeneralTypeIssues]
+    check_ids("response_ids", token_ids, head.columns.vocab)
+    check_finite(head)
+    log_prob, entropy, _, _ = _LogProb.apply(hidden, weight, bias, token_ids, head)  # pyright: ignore[reportGeneralTypeIssues]
     return log_prob, entropy
 
 
@@ -72,29 +66,27 @@ class _LogProb(torch.autograd.Function):
     """Log-probs and entropies; and log Σ e^z and the entropies again, for the backward pass alone."""
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> tuple[Tensor, ...]:
-        request = _filled(
-            request, hidden, weight, bias
-        )  # torch.func shows this function other tensors than its caller holds
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: HeadSpec) -> tuple[Tensor, ...]:
+        head = _filled(head, hidden, weight, bias)  # torch.func shows this function other tensors than its caller holds
         with torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
-            log_z, log_prob, entropy = _statistics(request)
+            log_z, log_prob, entropy = _statistics(head, ids)
         return log_prob, entropy.clone(), log_z, entropy
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, bias, request = inputs
+        hidden, weight, bias, ids, head = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(hidden, weight, bias, *output[2:])
-        nothing = torch.empty(0, dtype=request.hidden.dtype, device=request.hidden.device)
-        ctx.request = replace(request, hidden=nothing, weight=nothing, bias=None)  # tensors are held by autograd
+        ctx.save_for_backward(hidden, weight, bias, ids, *output[2:])
+        nothing = torch.empty(0, dtype=head.hidden.dtype, device=head.hidden.device)
+        ctx.head = replace(head, hidden=nothing, weight=nothing, bias=None)  # tensors are held by autograd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        found = _Gradients.apply(*ctx.saved_tensors, grad_logp, grad_entropy, ctx.request)
+        found = _Gradients.apply(*ctx.saved_tensors, grad_logp, grad_entropy, ctx.head)
         assert isinstance(found, tuple)
-        return (*found, None)
+        return (*found, None, None)
 
 
 class _Gradients(torch.autograd.Function):
@@ -105,30 +97,25 @@ class _Gradients(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        ids: Tensor,
         log_z: Tensor,
         entropy: Tensor,
         grad_logp: Tensor | None,
         grad_entropy: Tensor | None,
-        request: Request,
+        head: HeadSpec,
     ) -> tuple[Tensor | None, ...]:
-        request = _filled(request, hidden, weight, bias)
+        head = _filled(head, hidden, weight, bias)
         zeros = torch.zeros_like(entropy)
         grad_logp = zeros if grad_logp is None else grad_logp
         grad_entropy = zeros if grad_entropy is None else grad_entropy
         rows = ((grad_logp != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
         everything = len(rows) == len(hidden)
         if not everything:
-            request = replace(
-                request,
-                hidden=request.hidden[rows],
-                token_weights=request.token_weights[rows],
-                response_ids=_ids(request)[rows],
-            )
+            head, ids = head.at(rows), ids[rows]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
-            slopes = [part[rows].to(request.dtype) for part in (grad_logp, grad_entropy)]
-            up = lift(request, *slopes)
-            answer = _gradients(request, slopes[0] * up, slopes[1] * up, log_z[rows], entropy[rows]).answer({})
-            found = answer.hidden_grad, answer.weight_grad, answer.bias_grad
+            slopes = [part[rows].to(head.dtype) for part in (grad_logp, grad_entropy)]
+            up = lift(head, *slopes)
+            found = _gradients(head, ids, slopes[0] * up, slopes[1] * up, log_z[rows], entropy[rows])
             own = [
                 None if value is None or like is None else (value / up if up != 1.0 else value).to(like.dtype)
                 for value, like in zip(found, (hidden, weight, bias), strict=True)
@@ -146,61 +133,47 @@ class _Gradients(torch.autograd.Function):
         raise ObjectiveError("linear_log_prob has first derivatives only; use whole logits and opd.losses for more.")
 
 
-def _filled(request: Request, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Request:
+def _filled(head: HeadSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadSpec:
     bias = None if bias is None else bias.detach()
-    return replace(request, hidden=hidden.detach(), weight=weight.detach(), bias=bias)
+    return replace(head, hidden=hidden.detach(), weight=weight.detach(), bias=bias)
 
 
-def _ids(request: Request) -> Tensor:
-    if request.response_ids is None:
-        raise ObjectiveError("log-probs are of tokens; pass token_ids.")
-    return request.response_ids
+def _student(head: HeadSpec) -> HeadLogits:
+    student = HeadLogits(head)
+    if student.layer.bias is not None:
+        student.layer.bias = student.layer.bias.clamp_min(MASKED)  # times a probability of 0 it is 0, where −inf is not
+    return student
 
 
-def _head(request: Request) -> Head:
-    head = student_head(request, masked_columns(request))
-    if head.bias is not None:
-        head.bias = head.bias.clamp_min(MASKED)  # times a probability of 0 it is 0, where −inf is not
-    return head
-
-
-def _statistics(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(head: HeadSpec, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ e^z, log p(token) and the entropy of every row."""
-    shards, ids = request.shards, _ids(request)
-    head, chunk = _head(request), chunk_of(request)
-    buffer = torch.empty(chunk, head.columns, dtype=request.dtype, device=request.hidden.device)
+    shards, student = head.columns.shards, _student(replace(head, needs=GradsNeeded()))
+    buffer = student.buffer()
     parts: list[tuple[Tensor, ...]] = [(buffer.new_empty(0),) * 3]
-    for first in range(0, request.tokens, chunk):
-        hidden = request.hidden[first : first + chunk]
-        z = head.logits(hidden, buffer[: len(hidden)], MASKED)
-        y_logit = shards.pick(z, ids[first : first + chunk].unsqueeze(-1))
-        (top,) = shards.max(z.amax(-1, keepdim=True) if head.columns else z.new_full((len(z), 1), MASKED))
+    for index in student.chunks():
+        z = student.logits(index, buffer[: index.stop - index.start], MASKED)
+        y_logit = shards.pick(z, ids[index].unsqueeze(-1))
+        top = shards.top(z, MASKED)
         z.sub_(top)
-        pieces = [(p.sum(-1, keepdim=True), (p * rows).sum(-1, keepdim=True)) for rows in z.split(_piece(z)) for p in [rows.exp()]]  # fmt: skip
-        mass, mean = shards.sum(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+        sums = [(p.sum(-1, keepdim=True), (p * z[some]).sum(-1, keepdim=True)) for some in pieces(z) for p in [z[some].exp()]]  # fmt: skip
+        mass, mean = shards.sum(*(torch.cat(column) for column in zip(*sums, strict=True)))
         log_mass = mass.log()
         found = top + log_mass, y_logit - top - log_mass, log_mass - mean / mass
         parts.append(tuple(part.squeeze(-1) for part in found))
     log_z, log_prob, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return log_z, torch.where(log_prob < MASKED / 2, -torch.inf, log_prob), entropy
+    return log_z, restore_neg_inf(log_prob), entropy
 
 
-def _piece(z: Tensor) -> int:
-    return max(1, (1 << (24 if z.is_cuda else 16)) // max(1, z.shape[1]))
-
-
-def _gradients(request: Request, d_logp: Tensor, d_entropy: Tensor, log_z: Tensor, entropy: Tensor) -> Gradients:
+def _gradients(
+    head: HeadSpec, ids: Tensor, d_logp: Tensor, d_entropy: Tensor, log_z: Tensor, entropy: Tensor
+) -> tuple[Tensor | None, ...]:
     """d_logp (1[v = y] − p) − d_entropy p (log p + H), through the products."""
-    head, chunk = _head(request), chunk_of(request)
-    gradients = Gradients(request, head)
-    buffer = torch.empty(chunk, head.columns, dtype=request.dtype, device=request.hidden.device)
-    ids = _ids(request)
-    for first in range(0, request.tokens, chunk):
-        rows = slice(first, min(first + chunk, request.tokens))
-        z = head.logits(request.hidden[rows], buffer[: rows.stop - rows.start], MASKED)
-        size = _piece(z)
-        for a in range(0, len(z), size):
-            here, there = z[a : a + size], slice(first + a, min(first + a + size, rows.stop))
+    student = _student(head)
+    buffer = student.buffer()
+    for index in student.chunks():
+        z = student.logits(index, buffer[: index.stop - index.start], MASKED)
+        for some in pieces(z):
+            here, there = z[some], slice(index.start + some.start, index.start + some.stop)
             here.sub_(log_z[there].unsqueeze(-1))
             p = here.exp()
             slope = d_entropy[there].unsqueeze(-1)
@@ -208,6 +181,6 @@ def _gradients(request: Request, d_logp: Tensor, d_entropy: Tensor, log_z: Tenso
                 here.add_(entropy[there].unsqueeze(-1)).mul_(-slope).sub_(d_logp[there].unsqueeze(-1)).mul_(p)
             else:
                 torch.mul(p, -d_logp[there].unsqueeze(-1), out=here)
-        request.shards.add_at(z, ids[rows].unsqueeze(-1), d_logp[rows].unsqueeze(-1))
-        gradients.add(z, torch.ones_like(d_logp[rows]), rows)
-    return gradients
+        head.columns.shards.add_at(z, ids[index].unsqueeze(-1), d_logp[index].unsqueeze(-1))
+        student.add_gradient(z, torch.ones_like(d_logp[index]), index)
+    return student.gradients()

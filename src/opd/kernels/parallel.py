@@ -1,7 +1,8 @@
-"""The vocabulary split over ranks: what has to be added up, and where a rank's columns begin."""
+"""The vocabulary's columns: how many take part, which are masked, and how they are split over ranks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import distributed as dist
 
 
 class Shards:
-    """Columns [offset, offset + size) of the vocabulary are here. Without a group everything is, and nothing is sent."""
+    """Columns [offset, offset + size) of the vocabulary are on this rank; without a group, all of them, and nothing is sent."""
 
     def __init__(self, size: int, group: Any = None) -> None:
         self.group = group
@@ -39,6 +40,11 @@ class Shards:
     def max(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """The maximum of each tensor over the ranks, in one message."""
         return self._reduce(parts, dist.ReduceOp.MAX)
+
+    def top(self, logits: Tensor, nothing: float) -> Tensor:
+        """Each row's maximum over all ranks, [rows, 1]; a rank without columns contributes `nothing`."""
+        here = logits.amax(-1, keepdim=True) if logits.shape[1] else logits.new_full((len(logits), 1), nothing)
+        return self.max(here)[0]
 
     def _reduce(self, parts: tuple[Tensor, ...], operation: Any) -> tuple[Tensor, ...]:
         if self.group is None:
@@ -84,3 +90,30 @@ class Shards:
     def own_columns(self, rows: Tensor) -> Tensor:
         """This rank's part of whole rows."""
         return rows[:, self.offset : self.offset + self.size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The vocabulary entries that a row of logits has."""
+
+    vocab: int
+    """Entries that exist on both sides, of all shards together; those beyond are padding."""
+    masked_ids: tuple[int, ...] = ()
+    """Entries below `vocab` that no token owns."""
+    shards: Shards
+
+    @classmethod
+    def whole(cls, vocab: int, masked_ids: tuple[int, ...] = ()) -> Columns:
+        """All of them on one rank."""
+        return cls(vocab=vocab, masked_ids=masked_ids, shards=Shards(vocab))
+
+    @property
+    def here(self) -> int:
+        """Columns of the logits on this rank: all of a shard, or those below `vocab`."""
+        return self.vocab if self.shards.alone else self.shards.size
+
+    def masked(self, device: torch.device) -> Tensor:
+        """This rank's column numbers that must have probability 0, of both models: masked ids and padding."""
+        column, mine = self.shards.local(torch.tensor(self.masked_ids, dtype=torch.long, device=device))
+        first = min(self.here, max(0, self.vocab - self.shards.offset))
+        return torch.cat([column[mine & (column < first)], torch.arange(first, self.here, device=device)])

@@ -1,5 +1,6 @@
-"""A teacher's view from its hidden states, by the very products that the student's rows go through: with the same rows in a
-chunk they give the same bits, so that a teacher that is the student differs from it by exactly nothing.
+"""Teacher logits and top-k log-probs from hidden states, by the products that the student's rows go through.
+
+With the same rows in a chunk they give the same bits, so that a teacher that is the student differs from it by exactly nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opd.kernels.api import default_chunk
-from opd.kernels.checks import check_request, check_shapes, common_vocabulary
-from opd.kernels.normal import log_probs
-from opd.kernels.parallel import Shards
-from opd.kernels.products import exact_float32
-from opd.kernels.request import Needs, Request
-from opd.kernels.walk import chunk_of, masked_columns, student_head
-from opd.losses import Objective, gather_logp, likeliest
+from opd.kernels.checks import check_ids, check_shapes
+from opd.kernels.head import HeadLogits
+from opd.kernels.inputs import head_spec
+from opd.kernels.output_layer import exact_float32
+from opd.kernels.unshifted_softmax import log_probs
+from opd.losses import gather_logp, likeliest
 from opd.losses._shapes import Float, Int
 from opd.types import Head, TopKTarget
 
@@ -61,7 +60,7 @@ def linear_logits(
     valid_vocab: int | None = None,
     masked_ids: tuple[int, ...] = (),
 ) -> Float[Tensor, "tokens vocab"]:
-    """All the logits in float32, over the valid vocabulary, −inf at `masked_ids`: for who must have them."""
+    """All the logits in float32, over the valid vocabulary, −inf at `masked_ids`, for callers that need all of them."""
     return torch.cat([logits.clone() for _, logits in _chunks(hidden, head, None, valid_vocab, masked_ids, None)])
 
 
@@ -74,31 +73,21 @@ def _chunks(
     chunk_tokens: int | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Logits of one chunk of tokens after the other, in the same buffer."""
-    ones = torch.ones(hidden.shape[:1], device=hidden.device)
-    check_shapes(hidden, head.weight, head.bias, None, ones, response_ids, None, None)
-    shards = Shards(head.weight.shape[0])
+    check_shapes(hidden, head.weight, head.bias, None, None, response_ids, None, None)
     valid = [rows for rows in (valid_vocab, head.valid_vocab) if rows is not None]
-    request = Request(
-        hidden=hidden,
-        weight=head.weight,
-        bias=head.bias,
-        target=None,
-        objective=Objective(),
-        token_weights=ones,
-        response_ids=response_ids,
-        entropy_bonus=1.0,
-        vocab=common_vocabulary(shards, None, min(valid) if valid else None),
+    spec = head_spec(
+        hidden,
+        head.weight,
+        head.bias,
+        valid_vocab=min(valid) if valid else None,
         masked_ids=masked_ids,
-        needs=Needs(),
-        shards=shards,
-        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(hidden, shards.size, "fast"),
+        chunk_tokens=chunk_tokens,
     )
-    check_request(request, "chunked")
-    layer, chunk = student_head(request, masked_columns(request)), chunk_of(request)
-    buffer = torch.empty(chunk, layer.columns, dtype=request.dtype, device=hidden.device)
+    check_ids("response_ids", response_ids, spec.columns.vocab)
+    student = HeadLogits(spec)
+    buffer = student.buffer()
     with torch.autocast(hidden.device.type, enabled=False):
-        for first in range(0, max(1, request.tokens), chunk):
-            rows = slice(first, min(first + chunk, request.tokens))
+        for rows in student.chunks() if spec.tokens else [slice(0, 0)]:
             with exact_float32(hidden.device):
-                logits = layer.logits(hidden[rows], buffer[: rows.stop - rows.start], -torch.inf)
+                logits = student.logits(rows, buffer[: rows.stop - rows.start], -torch.inf)
             yield rows, logits

@@ -1,4 +1,4 @@
-"""Distillation beside a reward: what has to be known of both over the whole batch, and their sum on whole logits."""
+"""Hybrid updates: batch-wide standard deviations and advantages that are needed before the update."""
 
 from __future__ import annotations
 
@@ -7,27 +7,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from opd.kernels import PolicyTerm
-from opd.kernels.terms import policy_loss, policy_loss_by_autograd
-from opd.losses import (
-    NO_SPREAD,
-    Hybrid,
-    Objective,
-    TokenLoss,
-    combine_advantages,
-    mix_losses,
-    mix_teachers,
-    student_diagnostics,
-    to_logp,
-)
-from opd.types import AnyTarget, Batch, DenseTarget, Target, TeacherMixture
+from opd.losses import NO_SPREAD, Hybrid, TokenLoss, combine_advantages
+from opd.types import Batch
 
 LossOf = Callable[[Batch, Hybrid], tuple[torch.Tensor, TokenLoss]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What the update goes on with."""
+    """Inputs of the update after the preview pass."""
 
     batches: Sequence[Batch]
     objective: Hybrid
@@ -94,49 +82,3 @@ def _divisor(spread: float) -> float:
 def _spread(parts: Sequence[torch.Tensor]) -> float:
     values = torch.cat([part.double() for part in parts])
     return float(values.std(correction=0)) if len(values) else 0.0
-
-
-def whole_logits_loss(
-    logits: torch.Tensor,
-    target: AnyTarget | None,
-    batch: Batch,
-    hybrid: Hybrid,
-    policy: PolicyTerm | None,
-    eos_ids: Sequence[int],
-) -> TokenLoss:
-    """What `kernels.linear_objective` computes, from logits [tokens, vocabulary]."""
-    loss, metrics = torch.zeros_like(logits[:, 0]), {}
-    if target is None:
-        metrics |= student_diagnostics(to_logp(logits.detach()), batch.response_ids)
-    else:
-        out = _distillation(logits, target, batch, hybrid.distill)
-        loss, metrics = hybrid.distill_weight * out.loss, {**out.metrics}
-    if policy is not None:
-        logp = to_logp(logits, hybrid.distill.student_temperature)
-        y_logp = logp.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-        surrogate = policy_loss_by_autograd(policy, y_logp)
-        metrics |= {"policy_loss": surrogate.detach(), "clipped": policy_loss(policy, y_logp)[2]}
-        loss = loss + surrogate
-    eos = torch.tensor([i for i in eos_ids if i < logits.shape[-1]], device=logits.device, dtype=torch.long)
-    metrics["eos_prob"] = to_logp(logits.detach())[:, eos].exp().sum(-1)
-    return TokenLoss(loss=loss, metrics=metrics)
-
-
-def _distillation(logits: torch.Tensor, target: AnyTarget, batch: Batch, objective: Objective) -> TokenLoss:
-    """`Objective.per_token`, also against several teachers."""
-
-    def against(one: Target) -> TokenLoss:
-        return objective.per_token(
-            logits, one, batch.response_ids, sampler_logp=batch.sampler_logp, sequence_index=batch.sequence_index
-        )
-
-    if not isinstance(target, TeacherMixture):
-        return against(target)
-    if target.mixture == "loss":
-        outs = [against(member) for member in target.targets]
-        metrics = {name: mix_losses([out.metrics[name] for out in outs], target.weights) for name in outs[0].metrics}
-        return TokenLoss(loss=mix_losses([out.loss for out in outs], target.weights), metrics=metrics)
-    temperature = objective.teacher_temperature
-    members = [to_logp(member.logits, temperature) for member in target.targets if isinstance(member, DenseTarget)]
-    mixed = mix_teachers(members, target.weights, target.mixture)
-    return against(DenseTarget(logits=mixed * temperature))  # which is divided by the temperature again

@@ -33,6 +33,7 @@ EFFECTS: dict[str, Effect] = {
             "optimizer.natural_gradient.keep_graphs",
             "train.tokens_per_microbatch",
             "train.layout",
+            "train.loss_memory",
             "eval.every",
             "eval.extra_temperatures",
             "checkpoint.every",

@@ -107,6 +107,7 @@ def _connect(
         eos_ids=side.eos,
         total_steps=config.train.steps,
         autocast=config.train.autocast == "bfloat16",
+        loss_memory=config.train.loss_memory,
         gradient_checkpointing=config.student.gradient_checkpointing,
         plain_sampling=config.rollout.temperature == 1 and config.rollout.top_p == 1 and config.rollout.top_k == 0,
         teacher_logits=no_teacher if teacher is None else teacher.logits,

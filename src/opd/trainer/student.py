@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
 from opd.errors import ConfigError, MissingDependencyError
-from opd.kernels import PolicyTerm, linear_objective
+from opd.kernels import Memory, PolicyTerm, linear_objective, objective_from_logits
 from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
 from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
@@ -24,7 +24,7 @@ from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.ema import Ema
 from opd.trainer.guardrails import check_gradient, check_loss
-from opd.trainer.hybrid_update import preview, whole_logits_loss
+from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
 from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, TeacherMixture
 
@@ -43,12 +43,14 @@ class Policy:
         eos_ids: Sequence[int],
         teacher_logits: Callable[[HiddenTarget], torch.Tensor],
         autocast: bool = False,
+        loss_memory: Memory = "fast",
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.eos_ids = tuple(eos_ids)
         self.teacher_logits = teacher_logits
         self.autocast_dtype = torch.bfloat16 if autocast else None
+        self.loss_memory: Memory = loss_memory
         self.head_is_a_product = linear_head(model) is not None
 
     @property
@@ -73,9 +75,10 @@ class Policy:
         metrics.add(batch, out)
         return total
 
-    def token_loss(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
-        """The weighted sum, which can be differentiated, and what it is made of."""
-        return (self._fused if self.head_is_a_product else self._materialized)(batch, objective)
+    @property
+    def token_loss(self) -> Callable[[Batch, Objective | Hybrid], tuple[torch.Tensor, TokenLoss]]:
+        """The function that gives the weighted sum, which can be differentiated, and what it is made of."""
+        return self._fused if self.head_is_a_product else self._materialized
 
     def _fused(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
         """From hidden states: neither model's logits exist for more than a chunk of tokens."""
@@ -99,6 +102,7 @@ class Policy:
             sampler_logp=batch.sampler_logp,
             sequence_index=batch.sequence_index,
             eos_ids=self.eos_ids,
+            memory=self.loss_memory,
         )
         return total, TokenLoss(loss=per_token, metrics=metrics)
 
@@ -106,8 +110,18 @@ class Policy:
         """From whole logits, for a model that does more than a product after its last hidden state (a soft-cap, a scale)."""
         hybrid = as_hybrid(objective)
         target = self._target(batch, hybrid, dense=True)
-        out = whole_logits_loss(self.logits(batch), target, batch, hybrid, _policy(batch, hybrid), self.eos_ids)
-        return weighted_sum(out.loss, batch.token_weights), out
+        loss, metrics = objective_from_logits(
+            self.logits(batch),
+            target,
+            batch.response_ids,
+            hybrid.distill,
+            policy=_policy(batch, hybrid),
+            distill_weight=hybrid.distill_weight,
+            sampler_logp=batch.sampler_logp,
+            sequence_index=batch.sequence_index,
+            eos_ids=self.eos_ids,
+        )
+        return weighted_sum(loss, batch.token_weights), TokenLoss(loss=loss, metrics=metrics)
 
     def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> AnyTarget | None:
         """The batch's target, where distillation has a say; hidden states as logits where they are on another device, or `dense`."""
@@ -154,6 +168,7 @@ class Student(Policy):
         teacher_logits: Callable[[HiddenTarget], torch.Tensor],
         total_steps: int,
         autocast: bool = False,
+        loss_memory: Memory = "fast",
         gradient_checkpointing: bool = False,
         plain_sampling: bool = False,
         ema: Ema | None = None,
@@ -164,6 +179,7 @@ class Student(Policy):
             eos_ids=eos_ids,
             teacher_logits=teacher_logits,
             autocast=autocast,
+            loss_memory=loss_memory,
         )
         self.config = config
         self.total_steps = total_steps

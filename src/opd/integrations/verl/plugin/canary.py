@@ -12,8 +12,7 @@ from torch import Tensor
 
 from opd.errors import ModelError
 from opd.kernels import linear_log_prob
-from opd.kernels.request import AnyTarget, TeacherMixture
-from opd.types import Head, HiddenTarget, TopKTarget
+from opd.types import AnyTarget, Head, HiddenTarget, TeacherMixture, TopKTarget
 
 TOKENS = 512
 """Looked at, at most."""

@@ -1,14 +1,13 @@
 """Divergences from whole logits: one number per token, whose gradient is written while the row is in hand.
 
-The row passes are those of `kernels.impl.chunked`. The gradient of the logits is made in the forward pass, in the logits' dtype, so
+The row passes are those of `kernels.rows`. The gradient of the logits is made in the forward pass, in the logits' dtype, so
 that nothing of the [tokens, vocab] matrices has to be kept in float32, and so that a later in-place backward on the same logits
 cannot change it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.forms import has_closed_form
-from opd.kernels.generic import ByAutograd, by_autograd, watch_all
-from opd.kernels.impl.chunked import ClosedForm
-from opd.kernels.parallel import Shards
-from opd.kernels.request import Needs, Request, TeacherMixture, Watch
-from opd.kernels.rows import Rows
-from opd.kernels.walk import TeacherRows, lifted, masked_columns
+from opd.kernels.chunk_loop import run_chunks
+from opd.kernels.closed_form import has_closed_form
+from opd.kernels.output_layer import lifted, mask_columns
+from opd.kernels.parallel import Columns
+from opd.kernels.row_spec import Diagnostics, RowSpec
+from opd.kernels.rows.autograd import AutogradRows
+from opd.kernels.rows.closed_form import closed_form_rows
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.types import DenseTarget
+from opd.types import DenseTarget, TeacherMixture
 
 CPU_CHUNK_BYTES = 8 << 20  # of one float32 buffer of rows
 GPU_CHUNK_BYTES = 128 << 20
@@ -34,7 +33,7 @@ WATCHED = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "ov
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """What was found at each position that was asked for."""
+    """The losses and metrics of each position that was asked for."""
 
     loss: Tensor
     """Divergence in nats, [positions]; can be differentiated once with respect to the student's logits."""
@@ -69,26 +68,18 @@ def token_losses(
     common = min(columns, *(t.shape[-1] for t in teacher_logits), columns if vocab is None else vocab)
     inside = VocabularyMatch(size=common, invalid_ids=masked_ids)
     ids = torch.zeros(tokens, dtype=torch.long, device=device) if response_ids is None else response_ids
-    request = Request(
-        hidden=student_logits.detach(),
-        weight=student_logits.detach().new_empty(columns, 0),
-        bias=None,
-        target=target,
+    rows = RowSpec(
+        columns=Columns.whole(common, masked_ids),
         objective=objective,
-        token_weights=student_logits.new_ones(1),
+        target=target,
         response_ids=inside.with_stand_ins(ids),
-        vocab=common,
-        masked_ids=masked_ids,
-        needs=Needs(),
-        shards=Shards(columns),
-        chunk_tokens=_rows(student_logits),
-        watch=Watch(target=target) if watch else None,
+        diagnostics=Diagnostics(target=target) if watch else None,
     )
     where = torch.arange(tokens, device=device) if positions is None else positions
-    walker = _Walker(request, where, student_scale, torch.is_grad_enabled() and student_logits.requires_grad)
-    loss = _Differentiable.apply(student_logits, walker)
+    held = _HeldLogits(rows, where, student_scale, torch.is_grad_enabled() and student_logits.requires_grad)
+    loss = _Differentiable.apply(student_logits, held)
     assert isinstance(loss, Tensor)
-    return TokenLosses(loss=loss, metrics=walker.metrics)
+    return TokenLosses(loss=loss, metrics=held.metrics)
 
 
 def _target(
@@ -115,87 +106,68 @@ def _rows(logits: Tensor) -> int:
     return max(16, min(4096, size))
 
 
-class _Walker:
-    """One walk over the rows: their losses, diagnostics, and the gradient of the student's logits."""
+class _HeldLogits:
+    """The student's logits at some positions, for the chunk loop, and their gradient."""
 
-    def __init__(self, request: Request, positions: Tensor, scale: float, gradient: bool) -> None:
-        self.request, self.positions, self.gradient = request, positions, gradient
-        self.factor = scale / request.objective.student_temperature
+    def __init__(self, rows: RowSpec, positions: Tensor, scale: float, gradient: bool) -> None:
+        self.rows, self.positions, self.wants_gradient = rows, positions, gradient
+        self.factor = scale / rows.objective.student_temperature
         self.metrics: dict[str, Tensor] = {}
         self.slopes: Tensor | None = None
         """The gradient of the logits, until somebody asks for it."""
         self.powers: Tensor | None = None
         """Of two, [positions], that rows of `slopes` are multiplied by where they are float16."""
-        self.masked = masked_columns(request)
+        self.held = torch.empty(0)
 
     def run(self, logits: Tensor) -> Tensor:
-        request, gradient = self.request, self.gradient
-        closed = has_closed_form(request)
-        rows = request.chunk_tokens
-        row_pass = ClosedForm(request, rows) if closed else ByAutograd(request)
-        teacher = TeacherRows(request, self.masked, rows)
-        buffer = torch.empty(rows, request.vocab, dtype=request.dtype, device=logits.device)
-        slopes = torch.zeros_like(logits) if gradient else None
-        done, powers = [], [buffer.new_zeros(0, 1)]
-        for index in self.positions.split(rows):
-            z = self._student(logits, index, buffer[: len(index)], row_pass.fill)
-            teachers = teacher.logits(index, len(index), row_pass.fill)
-            apart = request.watch is not None and not row_pass.watches
-            seen = watch_all(request, z, teachers, index) if apart else {}
-            out = row_pass(z, teachers, index, gradient=gradient)
-            if closed:
-                self._mend(logits, teacher, z, index, out, gradient)
-            out.values |= seen
-            if slopes is not None:
-                z.mul_((out.scale * self.factor).unsqueeze(-1))
-                if slopes.dtype == torch.float16:
-                    powers.append(lifted(z))
-                slopes[index, : request.vocab] = z.to(slopes.dtype)
-            done.append(out)
-        values = Rows.join(done, buffer).values
-        empty = buffer.new_zeros(0)
-        self.metrics = {name.removeprefix("watch/"): v for name, v in values.items() if name.startswith("watch/")}
-        self.slopes = slopes
-        if len(powers) > 1:
-            self.powers = torch.cat(powers).squeeze(-1)
-        return values.get("loss", empty)
+        """The loss of each position."""
+        self.held = logits
+        self.masked = self.rows.columns.masked(logits.device)
+        self.slopes = torch.zeros_like(logits) if self.wants_gradient else None
+        self._powers = [logits.new_zeros(0, 1, dtype=torch.float32)]
+        values = run_chunks(self, self.rows, closed_form_rows if has_closed_form(self.rows) else AutogradRows).values
+        self.held = torch.empty(0)
+        names = [name for name in values if name.startswith("diagnostics/")]
+        self.metrics = {name.removeprefix("diagnostics/"): values[name] for name in names}
+        if len(self._powers) > 1:
+            self.powers = torch.cat(self._powers).squeeze(-1)
+        return values.get("loss", self._powers[0].view(0))
 
-    def _student(self, logits: Tensor, index: Tensor, out: Tensor, fill: float) -> Tensor:
-        out.copy_(logits[index, : out.shape[1]])
+    def chunks(self) -> Iterator[Tensor]:
+        yield from self.positions.split(_rows(self.held)) if len(self.positions) else ()
+
+    def buffer(self) -> Tensor:
+        dtype = torch.float64 if self.held.dtype == torch.float64 else torch.float32
+        return torch.empty(_rows(self.held), self.rows.columns.here, dtype=dtype, device=self.held.device)
+
+    def logits(self, index: Tensor, out: Tensor, fill: float) -> Tensor:
+        out.copy_(self.held[index, : out.shape[1]])
         if self.factor != 1.0:
             out.mul_(self.factor)
-        return out.index_fill_(-1, self.masked, fill) if self.masked.numel() else out
+        return mask_columns(out, self.masked, fill, 0, out.shape[1])
 
-    def _mend(self, logits: Tensor, teacher: TeacherRows, z: Tensor, index: Tensor, out: Rows, gradient: bool) -> None:
-        """Rows with a probability of 0 somewhere are done again, every case told apart."""
-        bad = out.broken()
-        if not len(bad):
-            return
-        again = index[bad]
-        fresh = self._student(logits, again, z.new_empty(len(bad), z.shape[1]), -math.inf)
-        teachers = teacher.logits(again, len(bad), -math.inf)
-        seen = watch_all(self.request, fresh, teachers, again) if self.request.watch is not None else {}
-        mended = by_autograd(self.request, fresh, teachers, again, gradient=gradient)
-        mended.values |= seen
-        if gradient:
-            z[bad] = fresh
-        out.replace(bad, mended)
+    def add_gradient(self, gradient: Tensor, scale: Tensor, rows: Tensor) -> None:
+        assert self.slopes is not None
+        gradient.mul_((scale * self.factor).unsqueeze(-1))
+        if self.slopes.dtype == torch.float16:
+            self._powers.append(lifted(gradient))
+        self.slopes[rows, : gradient.shape[1]] = gradient.to(self.slopes.dtype)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(student_logits: Tensor, walker: _Walker) -> Tensor:
+    def forward(student_logits: Tensor, held: _HeldLogits) -> Tensor:
         with torch.no_grad(), torch.autocast(student_logits.device.type, enabled=False):
-            return walker.run(student_logits.detach())
+            return held.run(student_logits.detach())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Walker], output: Tensor) -> None:
-        ctx.walker = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _HeldLogits], output: Tensor) -> None:
+        ctx.held = inputs[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = _HandOut.apply(grad, ctx.walker)
+        found = _HandOut.apply(grad, ctx.held)
         assert isinstance(found, Tensor)
         return found, None
 
@@ -204,13 +176,13 @@ class _HandOut(torch.autograd.Function):
     """The gradient of the logits: a function of its own, so that torch.func shows it plain tensors."""
 
     @staticmethod
-    def forward(grad: Tensor, walker: _Walker) -> Tensor:
-        slopes, walker.slopes = walker.slopes, None  # scaled in place: another copy would be as large as the logits
+    def forward(grad: Tensor, held: _HeldLogits) -> Tensor:
+        slopes, held.slopes = held.slopes, None  # scaled in place: another copy would be as large as the logits
         if slopes is None:
             raise RuntimeError("this loss can be differentiated once; compute it again for a second backward pass.")
-        weights = grad.float() / walker.powers if walker.powers is not None else grad
+        weights = grad.float() / held.powers if held.powers is not None else grad
         everywhere = torch.zeros(slopes.shape[0], dtype=weights.dtype, device=weights.device)
-        everywhere[walker.positions] = weights
+        everywhere[held.positions] = weights
         if slopes.dtype in (torch.float16, torch.bfloat16):
             # In float32: in float16 a weight of 1/N, without a loss scale, would vanish, and one rounded to bfloat16 changes the
             # gradient's length. A product of two dtypes copies what it is given, so a few rows at a time.
@@ -219,7 +191,7 @@ class _HandOut(torch.autograd.Function):
                 rows.mul_(weight.unsqueeze(-1))
         else:
             slopes.mul_(everywhere.unsqueeze(-1))
-        return slopes.index_fill_(0, walker.positions[grad == 0], 0.0)  # also where the loss is NaN
+        return slopes.index_fill_(0, held.positions[grad == 0], 0.0)  # also where the loss is NaN
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

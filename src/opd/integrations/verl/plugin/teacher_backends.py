@@ -17,9 +17,8 @@ from opd.integrations.verl.plugin.alignment import ResponseTokens
 from opd.integrations.verl.plugin.checks import common_vocabulary
 from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.teacher import StudentBase, Teacher
-from opd.kernels.request import AnyTarget, TeacherMixture
 from opd.teachers.vocabulary import VocabularyMatch, joined
-from opd.types import HiddenTarget
+from opd.types import AnyTarget, HiddenTarget, TeacherMixture
 
 
 @dataclass(frozen=True, kw_only=True)

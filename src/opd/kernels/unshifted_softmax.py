@@ -26,17 +26,17 @@ def pieces(z: Tensor) -> list[slice]:
     return [slice(first, min(first + rows, z.shape[0])) for first in range(0, z.shape[0], rows)]
 
 
-def unsafe(sums: Float[Tensor, "rows k"]) -> Bool[Tensor, " rows"]:
-    """Whether any of a row's sums has left the range; NaN counts as outside."""
+def out_of_range(sums: Float[Tensor, "rows k"]) -> Bool[Tensor, " rows"]:
+    """True where one of a row's sums has left the range; NaN counts as outside."""
     low, high = SAFE_SUM
     return ~((sums > low) & (sums < high)).all(-1)
 
 
 def log_probs(z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-    """log softmax(z) by the sums of the fused row pass; by `log_softmax` where they are unsafe."""
+    """log softmax(z) by the sums of the fused row pass; by `log_softmax` where they are out_of_range."""
     sums = torch.cat([z.new_empty(0, 1), *(z[piece].exp().sum(-1, keepdim=True) for piece in pieces(z))])
     logp = z - sums.log()
-    outside = unsafe(sums)
+    outside = out_of_range(sums)
     if bool(outside.any()):
         logp[outside] = torch.log_softmax(z[outside], dim=-1)
     return logp

@@ -6,6 +6,7 @@ few rows at a time, which rounds nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
 
 
-class Head:
+class OutputLayer:
     """hidden @ weight.T + bias over the columns that both models have."""
 
     def __init__(
@@ -65,7 +66,7 @@ class Head:
 
     @property
     def rounds_to_half(self) -> bool:
-        """Whether d(logits) is rounded to float16 on its way through the gradient products."""
+        """True if d(logits) is rounded to float16 on its way through the gradient products."""
         return self.mixed and self.weight.dtype == torch.float16
 
     def logits(self, hidden: Tensor, out: Tensor, fill: float, first: int = 0) -> Tensor:
@@ -87,16 +88,7 @@ class Head:
                     torch.mm(hidden, weight[a : a + self.step].to(self.dtype).T, out=out[:, a : a + self.step])
         if self.bias is not None:
             out.add_(self.bias[first:last])
-        return self.mask(out, fill, first)
-
-    def mask(self, out: Tensor, fill: float, first: int = 0) -> Tensor:
-        """Set the masked columns among [first, first + out's width)."""
-        if self.masked.numel():
-            here = self.masked
-            if first or out.shape[1] < self.columns:
-                here = here[(here >= first) & (here < first + out.shape[1])] - first
-            out.index_fill_(-1, here, fill)
-        return out
+        return mask_columns(out, self.masked, fill, first, self.columns)
 
     def hidden_grad(self, gradient: Tensor, out: Tensor, first: int = 0, accumulate: bool = False) -> None:
         """out (+)= gradient @ weight, [rows, hidden] in float32."""
@@ -119,3 +111,21 @@ class Head:
             torch.addmm(out, left, right, beta=int(accumulate), out_dtype=torch.float32, out=out)  # pyright: ignore[reportCallIssue]
         else:
             torch.addmm(out, gradient.T, hidden, beta=int(accumulate), out=out)
+
+
+def mask_columns(out: Tensor, masked: Tensor, fill: float, first: int, columns: int) -> Tensor:
+    """Set those of the `masked` columns that are among [first, first + out's width) of all `columns`, in place."""
+    if masked.numel():
+        if out.shape[1] < columns:
+            masked = masked[(masked >= first) & (masked < first + out.shape[1])] - first
+        out.index_fill_(-1, masked, fill)
+    return out
+
+
+def lifted(gradient: Tensor) -> Tensor:
+    """Each row times a power of two, in place, that brings its largest entry near 2^10, and these powers: float16 holds no number
+    below 6e-8, and most of a row of a large vocabulary is."""
+    top = torch.frexp(torch.linalg.vector_norm(gradient, math.inf, dim=-1, keepdim=True))
+    power = torch.where(top.mantissa.isfinite(), torch.exp2((10 - top.exponent).to(gradient.dtype)), 1.0)
+    gradient.mul_(power)
+    return power

@@ -1,4 +1,4 @@
-"""Chunks are a way to walk, not a setting of the loss; and what nobody needs is not computed."""
+"""Chunks are no setting of the loss; and what nobody needs is not computed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import CLOSED, ENDS, GRADIENTS, OUTPUTS, WHOLE, Products, World, assert_same, run
 
-from opd.kernels import linear_divergence, walk
-from opd.kernels.request import select_target
+from opd.kernels import chunk_loop, head, linear_divergence
+from opd.kernels.row_spec import select_target
 
 WORLD = World(23, 7, 37)
 KINDS = (*WHOLE, "top_k", "sampled", "none")
@@ -36,8 +36,8 @@ def test_results_do_not_depend_on_the_chunk(kind):
 
 def test_rows_worked_on_together_are_no_setting_either(monkeypatch):
     wanted = run(WORLD, "hidden", "chunked", **SETTINGS["hidden"])
-    for module in ("opd.kernels.generic", "opd.kernels.normal", "opd.kernels.impl.chunked", "opd.kernels.log_prob"):
-        monkeypatch.setattr(f"{module}.CPU_PIECE", 2 * WORLD.vocab, raising=False)
+    for module in ("opd.kernels.full_logits", "opd.kernels.unshifted_softmax"):
+        monkeypatch.setattr(f"{module}.CPU_PIECE", 2 * WORLD.vocab)
     for kind in KINDS:
         for divergence in ("reverse_kl", "total_variation") if kind in WHOLE else ("reverse_kl",):
             settings = {"divergence": divergence, **SETTINGS[kind]}
@@ -58,7 +58,7 @@ def test_float32_results_do_not_depend_on_the_chunk_beyond_rounding(kind):
 )
 def test_chunks_are_as_few_as_can_be_and_no_larger_than_asked_for(monkeypatch, tokens, chunk, rows):
     """Where they can be, they are alike in size, in steps of here 16 rows."""
-    monkeypatch.setattr(walk, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(head, "ROW_MULTIPLE", 16)
     world = World(tokens, 7, 37)
     target = world.target("dense")
     with Products() as seen:
@@ -235,13 +235,15 @@ def test_autocast_around_the_call_changes_nothing(kind):
 def again(monkeypatch) -> list[list[int]]:
     """The rows of each time that some did not fit the fast pass."""
     seen: list[list[int]] = []
-    plain = walk.by_autograd
+    plain = chunk_loop.recompute_nonfinite_rows
 
-    def counting(request, z, teachers, index, *, gradient):
-        seen.append(index.tolist())
-        return plain(request, z, teachers, index, gradient=gradient)
+    def counting(student, teacher, rows, index, z, out):
+        bad = out.nonfinite_rows()
+        if len(bad):
+            seen.append((bad + index.start).tolist())
+        plain(student, teacher, rows, index, z, out)
 
-    monkeypatch.setattr(walk, "by_autograd", counting)
+    monkeypatch.setattr(chunk_loop, "recompute_nonfinite_rows", counting)
     return seen
 
 

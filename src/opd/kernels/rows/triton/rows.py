@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.kernels.forms import kind_of, with_extras
-from opd.kernels.impl.triton import kernels
-from opd.kernels.request import MASKED, AnyTarget, Request, select_policy, select_target, true_infinity
-from opd.kernels.rows import Rows
-from opd.kernels.terms import FewTokens, policy_loss
+from opd.errors import ObjectiveError
+from opd.kernels.closed_form import kind_of
+from opd.kernels.few_tokens import add_policy_and_entropy, few_tokens_loss, token_slopes
+from opd.kernels.row_results import RowResults
+from opd.kernels.row_spec import MASKED, RowSpec, restore_neg_inf
+from opd.kernels.rows.triton import kernels
+from opd.kernels.teacher_logits import Teachers
 from opd.losses import Objective
-from opd.types import SampledTarget, TopKTarget
+from opd.types import TopKTarget
 
 MAX_BLOCK = 16384  # entries of a row worked on together; with more, registers spill (Fast-LLM #547, speculators #1111)
 BUSY_BLOCK = 8192  # the same where an entry costs logarithms (ptxas for sm_90: few spills or none from 8 warps on)
@@ -45,7 +47,7 @@ class Statistics:
     def student_logp(self, logits: Tensor) -> Tensor:
         """Of tokens with these logits, [rows, k]; −inf where they are masked."""
         logp = logits - self.known[0].unsqueeze(-1) - self.log_s.unsqueeze(-1)
-        return true_infinity(logp)
+        return restore_neg_inf(logp)
 
     def two_read(self, kind: str) -> tuple[Tensor, Tensor]:
         """A KL and its Σ p f, as the gradient kernel understands f."""
@@ -56,123 +58,78 @@ class Statistics:
         return cross / q - log_ratio, torch.zeros_like(s)
 
 
-class RowKernels:
+class TritonRows:
     """Every divergence over the vocabulary, top-k and sampled targets, the policy term and the entropy bonus."""
 
     fill = MASKED
-    watches = False
+    makes_diagnostics = False
 
-    def __init__(self, request: Request) -> None:
-        self.request, self.shards = request, request.shards
-        self.extras = request.policy is not None or request.entropy_bonus != 0.0
-        self.kind = kind_of(request)
-        objective = request.objective
+    def __init__(self, rows: RowSpec, logits: Tensor) -> None:
+        if not (logits.is_cuda or kernels.INTERPRETED):
+            raise ObjectiveError(
+                "TRITON_INTERPRET=1 came too late: the kernels have been compiled for CUDA in this process; set it before the first "
+                "import of opd.kernels.rows.triton."
+            )
+        objective, self.shards = rows.objective, rows.columns.shards
+        self.kind = kind_of(objective)
         order, zero = objective.alpha >= objective.beta, min(objective.alpha, objective.beta) == 0.0
         self.constants = {"KIND": self.kind, "ORDER": order, "ZERO": zero}
-        self.shape = torch.tensor(_shape(objective), dtype=request.dtype, device=request.hidden.device)
+        self.shape = torch.tensor(_shape(objective), dtype=logits.dtype, device=logits.device)
 
-    def __call__(
-        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, *, gradient: bool
-    ) -> Rows:
+    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
         if teachers and teachers[0][0] is not None:
-            return self._sum_of_losses(z, teachers, index, gradient)
-        t = teachers[0][1] if teachers else None
-        target = None if teachers else select_target(self.request.target, index)
-        return self._rows(z, t, target, index, out=z if gradient else None, extras=self.extras)
+            return self._sum_of_losses(rows, z, teachers, gradient)
+        return self._rows(rows, z, teachers[0][1] if teachers else None, out=z if gradient else None)
 
-    def _sum_of_losses(
-        self, z: Tensor, teachers: Sequence[tuple[Tensor | None, Tensor]], index: Tensor, gradient: bool
-    ) -> Rows:
+    def _sum_of_losses(self, rows: RowSpec, z: Tensor, teachers: Teachers, gradient: bool) -> RowResults:
         """Σ w_i D(S, T_i) + what does not depend on a teacher, which goes with the first."""
         total = torch.zeros_like(z) if gradient else None
+        plain = replace(rows, policy=None, entropy_bonus=0.0)
         values: dict[str, Tensor] = {}
         for number, (weight, t) in enumerate(teachers):
-            assert weight is not None
-            one = self._rows(z, t, None, index, out=total, extras=self.extras and number == 0, weight=weight).values
+            one = self._rows(plain if number else rows, z, t, out=total, weight=weight).values
             if number == 0:
                 values = {name: value for name, value in one.items() if name != "teacher_entropy"}
             else:
                 values |= {name: values[name] + one[name] for name in ("divergence", "loss")}
         if total is not None:
             z.copy_(total)
-        return Rows(values=values, scale=torch.ones_like(values["loss"]))
+        return RowResults(values=values, scale=torch.ones_like(values["loss"]))
 
     def _rows(
-        self,
-        z: Tensor,
-        t: Tensor | None,
-        target: AnyTarget | None,
-        index: Tensor,
-        *,
-        out: Tensor | None,
-        extras: bool,
-        weight: Tensor | None = None,
-    ) -> Rows:
-        """Loss of rows against one teacher's logits `t` or a `target` without logits; `out` gets the gradient.
+        self, rows: RowSpec, z: Tensor, t: Tensor | None, *, out: Tensor | None, weight: Tensor | None = None
+    ) -> RowResults:
+        """Loss of rows against one teacher's logits `t` or a target without logits; `out` gets the gradient.
 
         A `weight` per row multiplies the divergence, and the gradient is added to `out`; without one it replaces it.
         """
-        request, shards = self.request, self.shards
-        ids = None if request.response_ids is None else request.response_ids[index].unsqueeze(-1)
-        y_logits = None if ids is None else shards.pick(z, ids)
+        shards, target = self.shards, rows.target
+        y_logits = None if rows.response_ids is None else shards.pick(z, rows.response_ids.unsqueeze(-1))
         k_logits = shards.pick(z, target.ids) if isinstance(target, TopKTarget) else None
         found = self._statistics(z, t)
         values = {"student_entropy": found.student_entropy}
         if y_logits is not None:
             values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
-        loss, center = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s)
-        k_slope, y_slope = None, None
+        loss, center, slopes = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s), [None, None]
         if t is not None:
             values["teacher_entropy"] = found.teacher_entropy
             divergence, center = found.two_read(self.kind) if self.kind in TWO_READS else self._moments(z, t, found)
             values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
-            loss = request.distill_weight * values["divergence"]
-        elif isinstance(target, (TopKTarget, SampledTarget)):
-            sampler = None if request.sampler_logp is None else request.sampler_logp[index]
-            few = FewTokens(request.objective, target, None if ids is None else ids.squeeze(-1), sampler)
+            loss = rows.distill_weight * values["divergence"]
+        elif target is not None:
             on_k = None if k_logits is None else found.student_logp(k_logits)
-            few_loss, k_slope, y_slope, clamped = few.loss(on_k, values.get("student_logp"))
-            values |= {"divergence": few_loss, "clamped": clamped}
-            loss = request.distill_weight * few_loss
-            k_slope, y_slope = (
-                None if slope is None else request.distill_weight * slope for slope in (k_slope, y_slope)
-            )
-        values = with_extras(request, values, loss, index) if extras else {**values, "loss": loss}
-        if out is None:
-            return Rows(values=values, scale=torch.ones_like(loss))
-        policy = select_policy(request.policy, index) if extras else None
-        if policy is not None:
-            more = policy_loss(policy, values["student_logp"])[1]
-            y_slope = more if y_slope is None else y_slope + more
-        per_row = self._per_row(found, center, weight, extras, (k_slope, y_slope))
-        self._gradient(z, t, found, per_row, out, extras=extras, add=weight is not None)
-        if k_slope is not None and isinstance(target, TopKTarget):
-            shards.add_at(out, target.ids, k_slope)
-        if y_slope is not None and ids is not None:
-            shards.add_at(out, ids, y_slope.unsqueeze(-1))
-        return Rows(values=values, scale=torch.ones_like(loss))
-
-    def _per_row(
-        self,
-        found: Statistics,
-        center: Tensor,
-        weight: Tensor | None,
-        extras: bool,
-        slopes: tuple[Tensor | None, Tensor | None],
-    ) -> Tensor:
-        """[4, rows]: w, Σ p f, and c and e of p (c log p − e), which holds −p Σ_k F'_k and the entropy bonus."""
-        out = torch.zeros(4, *center.shape, dtype=center.dtype, device=center.device)
-        out[0] = self.request.distill_weight if weight is None else self.request.distill_weight * weight
-        out[1] = center
-        if extras:
-            out[2] = self.request.entropy_bonus
-            out[3] = -self.request.entropy_bonus * found.student_entropy
-        k_slope, y_slope = slopes
-        if k_slope is not None:
-            out[3] += k_slope.sum(-1)
-        if y_slope is not None:
-            out[3] += y_slope
-        return out
+            few_loss, *few, values["clamped"] = few_tokens_loss(rows, on_k, values.get("student_logp"))
+            values["divergence"] = few_loss
+            loss = rows.distill_weight * few_loss
+            slopes = [None if slope is None else rows.distill_weight * slope for slope in few]
+        values = add_policy_and_entropy(rows, values, loss)
+        if out is not None:
+            adds = token_slopes(rows, values, slopes[0], slopes[1])
+            per_row = _per_row(rows, found, center, weight, adds)
+            self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
+            for ids, slope in adds:
+                shards.add_at(out, ids, slope)
+        return RowResults(values=values, scale=torch.ones_like(loss))
 
     # ---- launches --------------------------------------------------------------------------------------------------
 
@@ -226,6 +183,20 @@ class RowKernels:
             constants["num_warps"] = before.best_config.num_warps
         strides = (z.stride(0), other.stride(0), out.stride(0))
         _launch(kernels.gradient, z, other, out, found.known, per_row, self.shape, rows, columns, *strides, **constants)
+
+
+def _per_row(
+    rows: RowSpec, found: Statistics, center: Tensor, weight: Tensor | None, adds: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """[4, rows]: w, Σ p f, and c and e of p (c log p − e), which holds −p Σ_k F'_k and the entropy bonus."""
+    out = torch.zeros(4, *center.shape, dtype=center.dtype, device=center.device)
+    out[0] = rows.distill_weight if weight is None else rows.distill_weight * weight
+    out[1] = center
+    out[2] = rows.entropy_bonus
+    out[3] = -rows.entropy_bonus * found.student_entropy
+    for _, slope in adds:
+        out[3] += slope.sum(-1)
+    return out
 
 
 def _shape(objective: Objective) -> tuple[float, ...]:

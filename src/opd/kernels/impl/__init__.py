@@ -1,1 +1,0 @@
-"""Implementations of one request; they never import each other."""

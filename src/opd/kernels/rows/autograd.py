@@ -1,0 +1,24 @@
+"""The row pass of losses without a closed form: any objective through `losses` and autograd, exact, a few whole rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd.kernels.full_logits import loss_by_autograd
+from opd.kernels.row_results import RowResults
+from opd.kernels.row_spec import RowSpec
+from opd.kernels.teacher_logits import Teachers
+
+
+class AutogradRows:
+    """Any loss."""
+
+    fill = -torch.inf
+    makes_diagnostics = False
+
+    def __init__(self, rows: RowSpec, logits: Tensor) -> None:
+        pass
+
+    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
+        return loss_by_autograd(rows, z, teachers, gradient=gradient)
