@@ -111,11 +111,11 @@ renew:  ## new environments with the newest versions that go with the pins at th
 	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV)
 	$(MAKE) lock
 
-patches: $(READY)  ## the patches for verl's own tree, again: after any change to what they carry
-	for version in 0.8.0 0.9.0 0.9.1; do $(BIN)/opd verl patch build --verl $$version || exit 1; done
+patches: $(READY)  ## the patch for verl's own tree, again: after any change to what they carry
+	$(BIN)/python -m tools.verl_patch build
 
-dist: $(READY)  ## the patches for verl as one archive with checksums
-	$(BIN)/opd verl patch pack --out dist
+dist: $(READY)  ## the patch for verl as one archive with checksums
+	$(BIN)/python -m tools.verl_patch pack --out dist
 
 clean:  ## remove the virtual environments and run folders
 	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV) runs dist

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.gpu.sheet import CheckFailed, Sheet
-from opd.integrations.verl.patch.tree.logits import token_losses
+from opd.integrations.verl.plugin.logits import token_losses
 from opd.losses import Objective
 from opd.types import DenseTarget
 

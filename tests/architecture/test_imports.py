@@ -62,7 +62,6 @@ CROSS_EDGES = {
     ("optim", "config"): "an optimizer is built from its section",
     ("demo", "testing"): "the demo's models are the tiny ones",
     ("integrations", "testing"): "the stand-ins of a dry run are tiny models",
-    ("integrations", ""): "the patch for verl says which version of the package it was made from",
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 

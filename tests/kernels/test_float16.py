@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import GRADIENTS, WAYS, World, run
 
-from opd.integrations.verl.patch.tree.logits import token_losses
+from opd.integrations.verl.plugin.logits import token_losses
 from opd.kernels import linear_log_prob, linear_objective, output_layer
 from opd.losses import Objective
 from opd.types import DenseTarget

@@ -1,67 +1,52 @@
-"""`opd verl patch`: build the git patches for verl's own tree, and put them into one or take them out."""
+"""`opd verl patch`: put the git patch for verl's own tree into one, look at it, or take it out, by the `apply_patch.sh` beside it."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.errors import ConfigError
+import opd
+from opd.errors import ConfigError, MissingDependencyError
 
-USAGE = "opd verl patch build|apply|check|verify|reverse|pack …"
+MODES = {"apply": (), "check": ("--check",), "verify": ("--verify",), "reverse": ("--reverse",)}
+FOR_A_CHECKOUT = ("build", "pack")
+USAGE = "opd verl patch apply|check|verify|reverse …"
 HELP = """
-build --verl VERSION [--try] [--archive FILE] [--out DIR]
-          patches/VERSION/0001-on-policy-distillation.patch and what goes with it, from the release of verl on the package index
-          (kept in ~/.cache/opd/verl) or from FILE, its wheel or source archive; DIR is ./patches. --try: of a release that the
-          patch was not tested with
 apply [--3way | --am] [--try] [--no-verify] [--python PYTHON] DIR | --installed
-          into a checkout or an unpacked release, or into the verl that PYTHON imports. --try: a verl that no patch was made for
-          gets the one for the nearest release, if every line of it fits
+          into a checkout or an unpacked release, or into the verl that PYTHON imports. --try: a verl that the patch was not made
+          for gets it if every line of it fits
 check, verify, reverse [--try] [--python PYTHON] DIR | --installed
           say what would happen; say whether it is in and works; take it out
-pack [--out DIR]
-          the patches as one archive with checksums; DIR is ./dist
-The same without opd: patches/apply_patch.sh"""
+The same without opd: patches/apply_patch.sh. In a checkout of opd, python -m tools.verl_patch builds and packs the patch."""
 
 
 def run(args: Sequence[str]) -> int:
     if not args or "-h" in args or "--help" in args:
         print(f"usage: {USAGE}\n{HELP}")
         return 0 if args else 2
-    from opd.integrations.verl.patch.builder import build
-    from opd.integrations.verl.patch.installer import MODES, pack
-    from opd.integrations.verl.patch.installer import run as install
-
-    command, rest = args[0], list(args[1:])
-    if command in MODES:
-        if not rest:
-            raise ConfigError(
-                f"Give the folder of a verl checkout or release, or --installed: opd verl patch {command} DIR"
-            )
-        return install(command, rest)
-    if command == "build":
-        untested = "--try" in rest
-        options = _options([word for word in rest if word != "--try"], "--verl", "--archive", "--out")
-        if "--verl" not in options:
-            raise ConfigError("Say for which verl: opd verl patch build --verl 0.9.1")
-        archive = Path(options["--archive"]) if "--archive" in options else None
-        written = build(options["--verl"], Path(options.get("--out", "patches")), archive, untested=untested)
-    elif command == "pack":
-        written = pack(Path(_options(rest, "--out").get("--out", "dist")))
-    else:
+    command, words = args[0], list(args[1:])
+    if command in FOR_A_CHECKOUT:
+        raise ConfigError(f"The patch is made in a checkout of opd: python -m tools.verl_patch {command}")
+    if command not in MODES:
         raise ConfigError(f"opd verl patch has no command '{command}': {USAGE}")
-    print("\n".join(map(str, written)))
-    return 0
+    if not words:
+        raise ConfigError(
+            f"Give the folder of a verl checkout or release, or --installed: opd verl patch {command} DIR"
+        )
+    bash = shutil.which("bash")
+    if bash is None:
+        raise MissingDependencyError("apply_patch.sh is a bash script, and bash is not on this machine; install it.")
+    python = () if "--python" in words else ("--python", sys.executable)
+    return subprocess.run([bash, str(installer()), *MODES[command], *python, *words], check=False).returncode
 
 
-def _options(words: Sequence[str], *known: str) -> dict[str, str]:
-    """--name value and --name=value."""
-    found: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name not in known:
-            raise ConfigError(f"{word} is not an option here; there are {', '.join(known)}.")
-        found[name] = value if equals else next(rest, "")
-        if not found[name]:
-            raise ConfigError(f"{name} needs a value.")
-    return found
+def installer() -> Path:
+    """`apply_patch.sh` inside the installed package, or in a checkout. Raises ConfigError when there is none."""
+    package = Path(opd.__file__).parent
+    for folder in (package / "patches", package.parents[1] / "patches"):
+        if (folder / "apply_patch.sh").is_file():
+            return folder / "apply_patch.sh"
+    raise ConfigError("This installation of opd carries no patch; take the folder patches/ of its repository.")

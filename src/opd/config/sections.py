@@ -177,7 +177,7 @@ def _subsection(section: type, value: Any, dotted: str, tree: _Tree) -> Any:
     if isinstance(value, section):
         return value
     if isinstance(value, Mapping):
-        return _parse(section, cast("Mapping[str, Any]", value), f"{dotted}.", tree)
+        return cast("Any", _parse(section, cast("Mapping[str, Any]", value), f"{dotted}.", tree))
     what = "is empty" if value is None else f"cannot be {value!r}"
     example = tree.example(f"{dotted}.{next(iter(_hints(section)))}")
     raise ConfigError(f"'{dotted}' is a section and {what}; set its keys, e.g. {example}.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
-from verl.trainer.ppo.on_policy_distillation import OnPolicyDistillation
+from verl.trainer.ppo.opd_core.step import OnPolicyDistillation
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "distillation_type": "generalized_jsd",
         "distillation_beta": 0.25,
         "teachers": ("teacher", "wide"),
-        "teacher_weights": [0.3, 0.7],
+        "weights": [0.3, 0.7],
         "micro": 1,
     },
     "a teacher with convolutions, which would mix packed sequences": {"teachers": ("lfm2",), "micro": 2},
@@ -100,7 +100,7 @@ def plainly(models: Path, data: Any, names: tuple[str, ...], policy: dict[str, A
             said = [
                 (e(input_ids=ids).logits[0, at, :TOKENS] / temperature).log_softmax(-1).double().exp() for e in experts
             ]
-        weights = policy.get("teacher_weights", [1.0 / len(experts)] * len(experts))
+        weights = policy.get("weights", [1.0 / len(experts)] * len(experts))
         q = sum(w * x for w, x in zip(weights, said, strict=True)).log().float()  # pyright: ignore[reportAttributeAccessIssue]
         loss = policy.get("hybrid_lambda_distill", 1.0) * divergence(
             policy.get("distillation_type", "reverse_kl"), p, q, beta
@@ -147,12 +147,14 @@ def student_engine(models: Path, name: str, packed: bool, reshard: bool = True) 
 
 
 def loss_function(models: Path, built: Any, teachers: tuple[str, ...], micro: int, **policy: Any) -> Any:
-    paths = [str(models / name) for name in teachers]
+    opd: dict[str, Any] = {"teachers": {name: {"model": str(models / name)} for name in teachers}}
+    if "weights" in policy:
+        opd["mixture"] = {"weights": dict(zip(teachers, policy.pop("weights"), strict=True))}
     config = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=micro,
-        policy_loss=PolicyLossConfig(loss_mode="on_policy_distillation", teacher_path=paths, **policy),
+        policy_loss=PolicyLossConfig(loss_mode="on_policy_distillation", opd=opd, **policy),
     )
     return OnPolicyDistillation(config=config, engine=built)
 

@@ -8,34 +8,32 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import opd
-from opd.integrations.verl.patch.builder import PATCH
-from opd.integrations.verl.patch.release import read_release
+from tools.verl_patch.builder import FILES, PATCHES
+from tools.verl_patch.release import read_release
 
-PATCHES = Path(opd.__file__).parents[2] / "patches"
 SCRIPT = PATCHES / "apply_patch.sh"
-VERSIONS = sorted(folder.parent.name for folder in PATCHES.glob(f"*/{PATCH}"))
+VERSIONS = (PATCHES / FILES).read_text(encoding="utf-8").splitlines()[0].split()[2:]
 NEWEST = VERSIONS[-1]
 QUIET = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "LC_ALL": "C"}
 
 
 @cache
 def release(version: str) -> dict[str, bytes]:
-    """Path → content. Downloaded once into the cache of `opd verl patch build`."""
+    """Path → content. Downloaded once into the cache of `python -m tools.verl_patch build`."""
     return read_release(version)
 
 
 @cache
-def touched(version: str) -> tuple[tuple[str, str], ...]:
+def touched() -> tuple[tuple[str, str], ...]:
     """(new or changed, path) of every file in the patch."""
-    lines = (PATCHES / version / "FILES.txt").read_text(encoding="utf-8").splitlines()[1:]
+    lines = (PATCHES / FILES).read_text(encoding="utf-8").splitlines()[1:]
     return tuple((line.split()[0], line.split()[2]) for line in lines)
 
 
 def small_files(version: str) -> dict[str, bytes]:
     """The files that the patch changes, the version, and a few that it leaves alone."""
     held = release(version)
-    wanted = {path for kind, path in touched(version) if kind == "changed"} | {
+    wanted = {path for kind, path in touched() if kind == "changed"} | {
         "verl/version/version",
         "verl/__init__.py",
     }

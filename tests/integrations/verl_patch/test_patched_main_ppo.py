@@ -65,14 +65,14 @@ def trained(tree: Path, folder: Path, trace: Path, *more: str, steps: int = 1) -
         done = main_ppo(
             folder,
             f"{LOSS}.loss_mode=on_policy_distillation",
-            f"{LOSS}.distillation_trace={trace}",
+            f"{LOSS}.opd.trace={trace}",
             f"trainer.total_training_steps={steps}",
             *OF_THE_RELEASE,
             *more,
         )
     assert done.code == 0, done.log[-4000:]
     assert len(done.metrics) == steps
-    assert "on-policy distillation: Settings(" in done.log
+    assert "on-policy distillation: DistillationSettings(" in done.log
     assert "opd 0." not in done.log and not any(name.startswith("actor/opd/") for name in done.metrics[0])  # no plugin
     return done
 
@@ -106,7 +106,7 @@ def recomputed(
 @pytest.mark.parametrize("tree", RUNNABLE, indirect=True)
 def test_main_ppo_trains_and_its_first_loss_is_that_of_plain_transformers(tree: Path, folder: Path):
     trace = folder / ("trace-" + (tree / "verl/version/version").read_text().strip())
-    done = trained(tree, folder, trace, f"{LOSS}.teacher_path={folder}/teacher", steps=STEPS)
+    done = trained(tree, folder, trace, f"{LOSS}.opd.teacher.model={folder}/teacher", steps=STEPS)
     per_token, said = recomputed(folder, trace, kl, "teacher")
     torch.testing.assert_close(said, per_token, atol=1e-5, rtol=0)
     mean = float(per_token.mean())
@@ -127,8 +127,9 @@ def test_two_ranks_padded_micro_batches_two_teachers_and_a_policy_loss(tree: Pat
         tree,
         folder,
         trace,
-        f"{LOSS}.teacher_path=[{folder}/teacher,{folder}/wide]",
-        f"{LOSS}.teacher_weights=[0.25,0.75]",
+        f"+{LOSS}.opd.teachers.one.model={folder}/teacher",
+        f"+{LOSS}.opd.teachers.other.model={folder}/wide",
+        f"{LOSS}.opd.mixture.weights={{one:0.25,other:0.75}}",
         f"{LOSS}.distillation_type=generalized_jsd",
         f"{LOSS}.distillation_beta=0.3",
         f"{LOSS}.distillation_temperature=2.0",

@@ -11,23 +11,24 @@ from verl.base_config import BaseConfig
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from opd.errors import ConfigError
-from opd.integrations.verl.patch.tree.settings import LOSS_MODE, Settings, settings_of
+from opd.integrations.verl.plugin.concept_names import LOSS_MODE
+from opd.integrations.verl.plugin.policy_loss_settings import NAMES, DistillationSettings, settings_of
 
-OURS = tuple(Settings.__dataclass_fields__)
+OURS = (*NAMES, "opd")
 PREFIXES = ("distillation_", "hybrid_", "teacher_")
-"""Of our keys; verl's actor has none that begins so."""
+"""A key that begins so is meant for the distillation; verl's actor has none."""
 FILLED = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1, "ppo_micro_batch_size": None}
 """What verl's dataclass insists on, and no policy loss reads."""
 SCALARS = (bool, int, float, str, type(None))
 
 
-def read_config(config: Any) -> tuple[Settings, Any]:
+def read_config(config: Any) -> tuple[DistillationSettings, Any]:
     """What a call's `config` says about distillation, and the config that verl's policy losses can read; None gives the defaults.
 
     Our keys stand in its `policy_loss` section, or beside `policy_loss: on_policy_distillation`. Raises ConfigError.
     """
     if config is None:
-        return Settings(), None
+        return DistillationSettings(), None
     if isinstance(config, BaseConfig):
         return settings_of(getattr(config, "policy_loss", None)), config
     given = _mapping(config, "config")
@@ -67,7 +68,7 @@ def _ours(given: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings: Settings) -> ActorConfig:
+def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings: DistillationSettings) -> ActorConfig:
     """verl's dataclass with the numbers that policy losses read; verl's defaults for the others."""
     values = dict(_scalars(ActorConfig, given))
     values.pop("policy_loss", None)

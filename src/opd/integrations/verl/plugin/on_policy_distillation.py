@@ -8,6 +8,7 @@ first; log-probs and divergences are in nats and in float32 (float64 when given 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,20 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 
 from opd.errors import ConfigError, NonFiniteError, ObjectiveError
-from opd.integrations.verl.patch.tree.logits import TokenLosses, token_losses
-from opd.integrations.verl.patch.tree.settings import LOSS_MODE, Settings, check_config, settings_of
 from opd.integrations.verl.plugin.call_config import read_config
+from opd.integrations.verl.plugin.concept_names import LOSS_MODE
+from opd.integrations.verl.plugin.logits import TokenLosses, token_losses
+from opd.integrations.verl.plugin.policy_loss_settings import (
+    DistillationSettings,
+    TeacherModel,
+    check_config,
+    settings_of,
+)
 from opd.losses import Objective
 
 __all__ = [
     "LOSS_MODE",
-    "Settings",
+    "DistillationSettings",
     "check_config",
     "compute_hybrid_distillation_loss",
     "compute_multi_teacher_distillation_loss",
@@ -87,7 +94,7 @@ def compute_on_policy_distillation_loss(
     `OnPolicyDistillation` takes its place. Logits are [sequences, response, vocab], raw, and row t predicts response token t; the others are [sequences, response]. With
     λ_rl = 0 the first three are not read and may be None. The KL returned is the mean KL(student ‖ teacher) at temperature 1,
     whatever is trained; the clip fractions are those of the policy loss, 0 without one. A sequence of teachers is mixed by
-    `config.policy_loss.teacher_weights` and `teacher_mixture`. Raises ObjectiveError for missing or misshapen logits, NonFiniteError
+    `config.policy_loss.opd.mixture`. Raises ObjectiveError for missing or misshapen logits, NonFiniteError
     for a NaN or infinite loss.
     """
     settings, config = read_config(config)
@@ -113,7 +120,7 @@ def compute_hybrid_distillation_loss(
 ) -> Losses:
     """`compute_on_policy_distillation_loss` with both weights given here. verl's policy loss reads its clip ratios in `config`."""
     told, config = read_config(config)
-    settings = Settings(**{**vars(told), "hybrid_lambda_rl": lambda_rl, "hybrid_lambda_distill": lambda_distill})
+    settings = replace(told, rl_weight=lambda_rl, distill_weight=lambda_distill)
     return _total(
         settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
         teacher_logits, student_logits,
@@ -132,22 +139,21 @@ def compute_multi_teacher_distillation_loss(
 ) -> Losses:
     """Pure distillation from several teachers: q = Σ w q_i (probability), log q ∝ Σ w log q_i (logit), or Σ w D(student, q_i) (loss)."""
     told, config = read_config(config)
-    weights = tuple(float(w) for w in teacher_weights or ())
-    names = tuple(f"teacher {i}" for i in range(len(teacher_logits)))
-    changed = {"teacher_path": names, "teacher_weights": weights, "teacher_mixture": mixture, "hybrid_lambda_rl": 0.0}
-    settings = Settings(**{**vars(told), **changed})
+    names = [f"teacher {i}" for i in range(len(teacher_logits))]
+    if teacher_weights is not None and len(teacher_weights) != len(names):
+        raise ConfigError(
+            f"{len(teacher_weights)} teacher_weights for {len(names)} teachers; give each one, with a sum of 1."
+        )
+    settings = replace(
+        told,
+        teachers={name: TeacherModel(model=name) for name in names},
+        mixture=mixture,
+        mixture_weights=dict(zip(names, map(float, teacher_weights or ()), strict=False)),
+        rl_weight=0.0,
+    )
     return _total(
         settings, (None, None, None), response_mask, loss_agg_mode, config, None, teacher_logits, student_logits
     )
-
-
-def __getattr__(name: str) -> Any:
-    """The trainer's side is loaded when it is asked for: it needs verl's workers, and the losses do not."""
-    if name == "OnPolicyDistillation":
-        from opd.integrations.verl.patch.tree.step import OnPolicyDistillation
-
-        return OnPolicyDistillation
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _per_token(student: Tensor, teacher: Tensor, name: str, temperature: float, **shape: Any) -> Tensor:
@@ -158,7 +164,7 @@ def _per_token(student: Tensor, teacher: Tensor, name: str, temperature: float, 
 
 
 def _total(
-    settings: Settings,
+    settings: DistillationSettings,
     rl: tuple[Tensor | None, Tensor | None, Tensor | None],
     response_mask: Tensor,
     loss_agg_mode: str,
@@ -180,7 +186,7 @@ def _total(
         everywhere = values.new_zeros(mask.shape).masked_scatter(mask, values)
         return agg_loss(loss_mat=everywhere, loss_mask=mask.to(values.dtype), loss_agg_mode=loss_agg_mode, **info)
 
-    loss = settings.hybrid_lambda_distill * mean(found.loss)
+    loss = settings.distill_weight * mean(found.loss)
     if not loss.isfinite():
         raise NonFiniteError(
             f"the distillation loss is not finite, at {int((~found.loss.isfinite()).sum())} of {len(found.loss)} response tokens: student "
@@ -189,7 +195,7 @@ def _total(
     clipped = clipped_lower = loss.detach().new_zeros(())
     if settings.trains_rl:
         policy, metrics = _policy_loss(settings, rl, response_mask, loss_agg_mode, config, rollout_is_weights)
-        loss = loss + settings.hybrid_lambda_rl * policy
+        loss = loss + settings.rl_weight * policy
         clipped, clipped_lower = (
             torch.as_tensor(metrics.get(f"actor/{name}", 0.0), device=loss.device, dtype=loss.dtype).detach()
             for name in ("pg_clipfrac", "pg_clipfrac_lower")
@@ -198,7 +204,10 @@ def _total(
 
 
 def _divergences(
-    settings: Settings, response_mask: Tensor, teacher_logits: Tensor | Sequence[Tensor], student_logits: Tensor
+    settings: DistillationSettings,
+    response_mask: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    student_logits: Tensor,
 ) -> tuple[TokenLosses, Tensor]:
     teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
     _check_logits(student_logits, teachers)
@@ -214,13 +223,13 @@ def _divergences(
         settings.objective(),
         positions=mask.flatten().nonzero().squeeze(-1),
         teacher_weights=torch.tensor(settings.shares(len(teachers)), dtype=torch.float64),
-        mixture=settings.teacher_mixture,
+        mixture=settings.mixture,
     )
     return found, mask
 
 
 def _policy_loss(
-    settings: Settings,
+    settings: DistillationSettings,
     rl: tuple[Tensor | None, Tensor | None, Tensor | None],
     response_mask: Tensor,
     loss_agg_mode: str,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO and distillation: 1.0 · policy loss + 0.5 · reverse KL to the teacher.
+# Two teachers as one: q = 0.7 q1 + 0.3 q2.
 set -euo pipefail
 
 tree=$(cd "$(dirname "$0")/../.." && pwd)
@@ -7,6 +7,7 @@ export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} # this tree, before another v
 
 STUDENT=${STUDENT:-Qwen/Qwen2.5-0.5B-Instruct}
 TEACHER=${TEACHER:-Qwen/Qwen2.5-7B-Instruct}
+OTHER_TEACHER=${OTHER_TEACHER:-Qwen/Qwen2.5-3B-Instruct}
 DATA=${DATA:-$HOME/data/gsm8k}
 GPUS=${GPUS:-1}
 loss=actor_rollout_ref.actor.policy_loss
@@ -24,18 +25,18 @@ python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.actor.ppo_mini_batch_size=128 \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 \
     "$loss.loss_mode=on_policy_distillation" \
-    "$loss.teacher_path=$TEACHER" \
-    "$loss.hybrid_lambda_rl=1.0" \
-    "$loss.hybrid_lambda_distill=0.5" \
+    "$loss.opd.teachers={one:{model:'$TEACHER'},other:{model:'$OTHER_TEACHER'}}" \
+    "$loss.opd.mixture.weights={one:0.7,other:0.3}" \
+    "$loss.opd.mixture.kind=probability" \
     actor_rollout_ref.rollout.name=vllm \
     actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
     actor_rollout_ref.rollout.gpu_memory_utilization=0.4 \
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8 \
-    actor_rollout_ref.rollout.n=8 \
+    actor_rollout_ref.rollout.n=1 \
     trainer.n_gpus_per_node="$GPUS" \
     trainer.nnodes=1 \
     trainer.total_epochs=1 \
     "trainer.logger=[console]" \
     trainer.project_name=on_policy_distillation \
-    trainer.experiment_name=hybrid \
+    trainer.experiment_name=two_teachers \
     "$@"

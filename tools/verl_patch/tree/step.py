@@ -17,11 +17,12 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.patch.tree.logits import WATCHED, token_losses
-from opd.integrations.verl.patch.tree.settings import PREFIX, settings_of
-from opd.integrations.verl.patch.tree.teacher import Teacher
+from opd.integrations.verl.plugin.alignment import response_positions
+from opd.integrations.verl.plugin.logits import WATCHED, token_losses
 from opd.integrations.verl.plugin.packed_reading import followed, refuse_mixing
+from opd.integrations.verl.plugin.policy_loss_settings import PREFIX, settings_of
 from opd.teachers.vocabulary import joined
+from tools.verl_patch.tree.teacher import Teacher
 
 LOSSES = "distillation_losses"
 """In the engine's model output: the divergence at each token of the micro-batch, 0 where no response token follows."""
@@ -39,7 +40,7 @@ class OnPolicyDistillation:
         object.__setattr__(rl, "loss_mode", self.settings.hybrid_loss_mode)
         object.__setattr__(self.policy_config, "policy_loss", rl)
         refuse_mixing(engine)
-        self.teachers = [Teacher(path, engine, self.settings) for path in self.settings.teacher_path]
+        self.teachers = [Teacher(told, engine) for told in self.settings.teachers.values()]
         self.vocabulary = joined([teacher.vocabulary for teacher in self.teachers])
         self.rows = min(teacher.rows for teacher in self.teachers)
         self.rank, self.traced = engine.rank, 0
@@ -70,12 +71,12 @@ class OnPolicyDistillation:
     def _per_token(self, logits: Tensor, data: Any) -> dict[str, Tensor]:
         teachers, self.teacher_logits = self.teacher_logits, []
         values = data["input_ids"].values()
-        positions, next_ids = response_positions(data), values.roll(-1)
+        positions = response_positions(data)
         # A divergence does not read the token that followed, so that padding of the output layer counts like any other; what stands
         # after an id that a teacher has no row for, no teacher has read.
         heard = followed(values, data["input_ids"].offsets(), positions, self.rows)
         self.counts = {
-            "padding_tokens": int((~self.vocabulary.owns(next_ids[positions])).sum()),
+            "padding_tokens": int((~self.vocabulary.owns(values[positions + 1])).sum()),
             "unread_tokens": int((~heard).sum()),
         }
         positions = positions[heard]
@@ -84,9 +85,8 @@ class OnPolicyDistillation:
             teachers,
             self.objective,
             positions=positions,
-            response_ids=next_ids,
             teacher_weights=torch.tensor(self.settings.shares(len(teachers)), dtype=torch.float64),
-            mixture=self.settings.teacher_mixture,
+            mixture=self.settings.mixture,
             student_scale=rollout_temperature(data),
             vocab=self.vocabulary.size,
             masked_ids=self.vocabulary.invalid_ids,
@@ -97,8 +97,8 @@ class OnPolicyDistillation:
                 f"the distillation loss is not finite at {bad} of {len(positions)} response tokens of this micro-batch; no update was made. "
                 "Student or teacher gives NaN, or the teacher rules out a token that the student gives some probability."
             )
-        if self.settings.distillation_trace:
-            self._trace(self.settings.distillation_trace, data, positions, found.loss)
+        if self.settings.trace:
+            self._trace(self.settings.trace, data, positions, found.loss)
         every = {LOSSES: found.loss, **{name: found.metrics[name] for name in WATCHED if name in found.metrics}}
         return {name: _spread(value, positions, len(values)).unsqueeze(0) for name, value in every.items()}
 
@@ -118,10 +118,10 @@ class OnPolicyDistillation:
                 metrics[PREFIX + name] = Metric(AggregationType.SUM, mean(name).detach())
         for name, count in self.counts.items():
             metrics[PREFIX + name] = Metric(AggregationType.SUM, torch.tensor(float(count)))
-        loss = self.settings.hybrid_lambda_distill * distilled
+        loss = self.settings.distill_weight * distilled
         if self.settings.trains_rl:
             theirs, more = ppo_loss(self.policy_config, model_output, data, dp_group)
-            loss = loss + self.settings.hybrid_lambda_rl * theirs
+            loss = loss + self.settings.rl_weight * theirs
             metrics = {**more, **metrics}
         return loss, metrics
 
@@ -138,16 +138,6 @@ class OnPolicyDistillation:
             },
             Path(folder) / f"rank{self.rank}_{self.traced:06d}.pt",
         )
-
-
-def response_positions(data: Any) -> Tensor:
-    """Where, among all tokens of the micro-batch without padding, the model predicts a response token that counts.
-
-    The shift by one is verl's own: its function that cuts log-probs to the responses is given positions instead.
-    """
-    values = data["input_ids"].values()
-    at = no_padding_2_padding(torch.arange(len(values), device=values.device), data)
-    return at[_padded(data, "response_mask").bool()]
 
 
 def rollout_temperature(data: Any) -> float:

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from opd.integrations.verl.patch.tree.settings import Settings
 from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
+from opd.integrations.verl.plugin.policy_loss_settings import TeacherModel
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
@@ -23,11 +23,11 @@ DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not
 class Teacher(FSDPEngineWithLMHead):
     """Every worker holds a shard; a forward pass gathers one layer at a time."""
 
-    def __init__(self, path: str, student: Any, settings: Settings) -> None:
+    def __init__(self, told: TeacherModel, student: Any) -> None:
         """`student` is the actor's engine, whose precision and sharding the teacher shares. Raises VocabularyError."""
-        model = _model_config(path, student.model_config, settings)
+        model = _model_config(told, student.model_config)
         self.vocabulary = _common_vocabulary(student.model_config, model)
-        super().__init__(model, _engine_config(student.engine_config, settings.teacher_offload), None, None)
+        super().__init__(model, _engine_config(student.engine_config, told.offload), None, None)
         module = self._build_module().requires_grad_(False)
         self.rows = embedding_rows(module)
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
@@ -59,11 +59,11 @@ def _common_vocabulary(student: Any, teacher: Any) -> VocabularyMatch:
     return match
 
 
-def _model_config(path: str, student: Any, settings: Settings) -> HFModelConfig:
+def _model_config(told: TeacherModel, student: Any) -> HFModelConfig:
     attention = student.override_config.get("attn_implementation")
     return HFModelConfig(
-        path=path,
-        trust_remote_code=settings.teacher_trust_remote_code,
+        path=told.model,
+        trust_remote_code=told.trust_remote_code,
         override_config={} if attention is None else {"attn_implementation": attention},
         use_remove_padding=student.use_remove_padding,
         enable_gradient_checkpointing=False,
