@@ -192,7 +192,7 @@ def test_a_wrong_gradient_is_a_failed_check(monkeypatch: pytest.MonkeyPatch, tmp
     """The part `truth` sees a gradient that is off by a thousandth."""
     from benchmarks.gpu import truth
 
-    from opd.kernels import implementations
+    from opd.kernels import api
 
     made = sheet(tmp_path)
     case = truth.Case(
@@ -204,13 +204,13 @@ def test_a_wrong_gradient_is_a_failed_check(monkeypatch: pytest.MonkeyPatch, tmp
         settings=(("divergence", "reverse_kl"),),
     )
     assert truth.check(made, [case])["held"] == 1
-    right = implementations.run_chunks
+    right = api.run_chunks
 
     def wrong(student, rows, row_pass_of):
         found = right(student, rows, row_pass_of)
         student.hidden_grad *= 1.001
         return found
 
-    monkeypatch.setattr(implementations, "run_chunks", wrong)
+    monkeypatch.setattr(api, "run_chunks", wrong)
     with pytest.raises(CheckFailed, match="d_hidden"):
         truth.check(made, [case])

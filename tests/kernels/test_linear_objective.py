@@ -50,7 +50,7 @@ SAMPLED = [
 ]
 BASELINES = [
     Objective(support="sampled", estimator="k1", delivery="advantage", baseline="value"),
-    Objective(support="sampled", estimator="k1", delivery="advantage", baseline="value", discount=0.5, top_k=6),
+    Objective(support="sampled", estimator="k1", delivery="advantage", baseline="value", discount=0.5),
 ]
 FITTING = [
     *(("hidden", o) for o in FULL + PARTIAL + CHOSEN + SAMPLED + BASELINES),

@@ -31,9 +31,7 @@ from opd.kernels import TeacherMixture, chunk_loop, linear_divergence, linear_ob
 from opd.kernels.chunk_loop import run_chunks
 from opd.kernels.closed_form import kind_of
 from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec
-from opd.kernels.parallel import Columns, Shards
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import MASKED, RowSpec
+from opd.kernels.row_spec import MASKED, Columns, RowResults, RowSpec, Shards
 from opd.kernels.rows.autograd import AutogradRows
 from opd.kernels.rows.reference import run_whole
 from opd.losses import Objective

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from opd.kernels.api import LinearLoss, linear_divergence, linear_objective
+from opd.kernels.api import Impl, LinearLoss, linear_divergence, linear_objective
 from opd.kernels.full_logits import objective_from_logits
-from opd.kernels.implementations import Impl
-from opd.kernels.inputs import Memory
+from opd.kernels.head import Memory
 from opd.kernels.log_prob import linear_log_prob
 from opd.kernels.row_spec import PolicyTerm
 from opd.kernels.teacher_rows import linear_logits, linear_top_k, top_k_of

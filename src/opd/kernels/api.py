@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from opd.errors import ObjectiveError
-from opd.kernels.autograd_function import FusedCall, FusedLoss
+from opd.errors import MissingDependencyError, ObjectiveError
+from opd.kernels.autograd_function import Run, fused_loss
 from opd.kernels.checks import check_finite, check_rows, check_shapes
-from opd.kernels.head import GradsNeeded, HeadSpec
-from opd.kernels.implementations import Impl, choose_run
-from opd.kernels.inputs import Memory, head_spec, unshard
+from opd.kernels.chunk_loop import run_chunks
+from opd.kernels.closed_form import has_closed_form
+from opd.kernels.head import GradsNeeded, HeadSpec, Memory, head_spec, unshard
+from opd.kernels.minimal import run_blocks
 from opd.kernels.row_spec import Diagnostics, PolicyTerm, RowSpec
+from opd.kernels.rows.autograd import AutogradRows
+from opd.kernels.rows.closed_form import closed_form_rows
+from opd.kernels.rows.reference import run_whole
 from opd.losses import Divergence, Objective, Tail, discounted_return
 from opd.losses._shapes import Float, Int
 from opd.types import AnyTarget, SampledTarget, TopKTarget
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Impl = Literal["auto", "reference", "chunked", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +116,6 @@ def linear_divergence(
         teacher_temperature=teacher_temperature,
     )
     weight, bias = unshard(student_weight), None if bias is None else unshard(bias)
-    if token_weights is None:
-        token_weights = torch.ones(student_hidden.shape[:1], device=student_hidden.device)
     check_shapes(student_hidden, weight, bias, target, token_weights, response_ids, sampler_logp, policy)
     head = head_spec(
         student_hidden,
@@ -134,9 +141,8 @@ def linear_divergence(
     )
     run = choose_run(impl, memory, head, rows)
     check_rows(rows, head.token_weights)
-    check_finite(head, rows)
-    call = FusedCall(run, head, rows)
-    found = call.named(FusedLoss.apply(student_hidden, weight, bias, call, *call.tensors))
+    check_finite(head.hidden, head.weight, head.bias, head.token_weights, rows)
+    found = fused_loss(student_hidden, weight, bias, head, rows, run)
     return LinearLoss(
         loss=found["sum"],
         per_token=found.get("divergence", torch.zeros_like(found["loss"])),
@@ -181,7 +187,6 @@ def linear_objective(
     if target is None:  # of the objective, only the temperature is about the student alone
         objective = Objective(student_temperature=objective.student_temperature)
     objective.check_given(sampler_logp, sequence_index)
-    operands = autocast_dtype(student_hidden)
     check_shapes(student_hidden, student_weight, bias, target, token_weights, response_ids, sampler_logp, policy)
     if policy is not None and objective.discount > 0:
         raise ObjectiveError(
@@ -200,6 +205,10 @@ def linear_objective(
         chunk_tokens=chunk_tokens,
         memory=memory,
     )
+    device = student_hidden.device.type
+    if student_hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        operands = torch.get_autocast_dtype(device)
+        head = replace(head, hidden=head.hidden.to(operands), weight=head.weight.to(operands))
     squared = objective.student_temperature**2 if objective.scale_by_t2 else 1.0
     rows = RowSpec(
         columns=head.columns,
@@ -215,14 +224,44 @@ def linear_objective(
     seen: dict[str, Tensor] = {}
     if objective.discount > 0:
         assert sequence_index is not None
-        rows, seen = _with_returns(head, rows, sequence_index, impl, memory, operands)
-    call = FusedCall(choose_run(impl, memory, head, rows), head, rows, operands)
-    found = {**seen, **call.named(FusedLoss.apply(student_hidden, student_weight, bias, call, *call.tensors))}
+        rows, seen = _with_returns(head, rows, sequence_index, impl, memory)
+    run = choose_run(impl, memory, head, rows)
+    found = seen | fused_loss(student_hidden, student_weight, bias, head, rows, run)
     names = {name: name.removeprefix("diagnostics/") for name in found if name.startswith("diagnostics/")}
     names |= {} if policy is None else {"policy_loss": "policy_loss", "clipped": "clipped"}
     metrics = {short: found[name].detach() for name, short in names.items()}
     metrics["clamped"] = found["clamped"].detach() if "clamped" in found else torch.zeros_like(found["loss"])
     return found["sum"], found["loss"].detach(), metrics
+
+
+def choose_run(impl: Impl, memory: Memory, head: HeadSpec, rows: RowSpec) -> Run:
+    """`auto` takes Triton on CUDA when it is installed, else PyTorch. A named implementation that cannot run raises."""
+    for name, value, choices in (("impl", impl, get_args(Impl)), ("memory", memory, get_args(Memory))):
+        if value not in choices:
+            raise ObjectiveError(f"{name}={value!r} is not one of {', '.join(choices)}.")
+    if memory == "minimal":
+        if impl not in ("auto", "chunked"):
+            raise ObjectiveError(f"memory='minimal' is an implementation of its own; use impl='auto', not '{impl}'.")
+        return run_blocks
+    has_triton = importlib.util.find_spec("triton") is not None
+    if impl == "reference":
+        if not rows.columns.shards.alone:
+            raise ObjectiveError("impl='reference' works on whole vocabularies; use impl='chunked' with a group.")
+        return run_whole
+    if impl == "triton" or (impl == "auto" and head.hidden.is_cuda and has_triton):
+        if not has_triton:
+            raise MissingDependencyError(
+                "impl='triton' needs Triton, which is not installed: pip install triton, or use impl='chunked'."
+            )
+        if not head.hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ObjectiveError(
+                f"impl='triton' runs on CUDA, but the hidden states are on {head.hidden.device}; use impl='chunked', or set "
+                "TRITON_INTERPRET=1 to check the kernels slowly on a CPU."
+            )
+        from opd.kernels.rows.triton import TritonRows, has_kernels
+
+        return partial(run_chunks, row_pass_of=TritonRows if has_kernels(rows) else AutogradRows)
+    return partial(run_chunks, row_pass_of=closed_form_rows if has_closed_form(rows) else AutogradRows)
 
 
 def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
@@ -241,7 +280,7 @@ def _objective(target: AnyTarget | None, **settings: Any) -> Objective:
 
 @torch.no_grad()
 def _with_returns(
-    head: HeadSpec, rows: RowSpec, sequence_index: Tensor, impl: Impl, memory: Memory, operands: torch.dtype | None
+    head: HeadSpec, rows: RowSpec, sequence_index: Tensor, impl: Impl, memory: Memory
 ) -> tuple[RowSpec, dict[str, Tensor]]:
     """Discounted advantages, as the policy term of rows without a teacher; and the diagnostics, which need one."""
     objective, frozen = rows.objective, replace(head, needs=GradsNeeded())
@@ -251,8 +290,8 @@ def _with_returns(
         alone = replace(
             rows, objective=plain, target=_fitting(rows.target, plain), sampler_logp=None, distill_weight=1.0
         )
-        call = FusedCall(choose_run(impl, memory, frozen, alone), frozen, alone, operands)
-        return call.named(FusedLoss.apply(head.hidden, head.weight, head.bias, call, *call.tensors))
+        run = choose_run(impl, memory, frozen, alone)
+        return fused_loss(head.hidden, head.weight, head.bias, frozen, alone, run)
 
     seen = advantage(baseline="none")
     returns = discounted_return(-seen["loss"], sequence_index, objective.discount)
@@ -280,11 +319,3 @@ def _fitting(target: AnyTarget | None, objective: Objective) -> AnyTarget | None
     kept = target.teacher_logp.topk(objective.top_k, dim=-1)
     ids = target.ids.gather(-1, kept.indices)
     return TopKTarget(ids=ids, teacher_logp=kept.values, sampled_logp=target.sampled_logp)
-
-
-def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype that autocast rounds a float32 operand of a product to; None where it is off, or the operand is none."""
-    kind = hidden.device.type
-    if hidden.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec
-from opd.kernels.output_layer import exact_float32
-from opd.kernels.parallel import Columns
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import RowSpec, target_has_logits
-from opd.losses import Objective
-from opd.types import TeacherMixture
+from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec, exact_float32
+from opd.kernels.row_spec import Diagnostics, PolicyTerm, RowResults, RowSpec, target_has_logits
+from opd.types import DenseTarget, Head, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
 
 Run = Callable[[HeadLogits, RowSpec], RowResults]
 """Compute every row's results, and leave the gradients in the first argument."""
@@ -26,6 +22,10 @@ Run = Callable[[HeadLogits, RowSpec], RowResults]
 HALF_WEIGHT = 64.0  # largest token weight beside 16-bit floats: their products stay far from 65 504, and from the smallest numbers
 HALF_TOP = 14  # a float16 gradient is kept with its largest entry below 2^14
 HALF_ROUGH = 0.005  # share of a float16 gradient that rounding may take; normal numbers lose a twentieth of that
+
+TARGETS = (HiddenTarget, Head, DenseTarget, TopKTarget, SampledTarget, TeacherMixture)
+for specification in (HeadSpec, RowSpec, PolicyTerm, Diagnostics, *TARGETS):
+    torch.export.register_dataclass(specification)  # torch.func swaps the tensors of what it knows alone
 
 
 class Gradient:
@@ -73,37 +73,24 @@ class Gradient:
 
 
 class FusedCall:
-    """The state of a call on its way through autograd; no container, because torch.func would copy one.
+    """The state of a call on its way through autograd; no container, because torch.func would copy one."""
 
-    `operands` is what the student's side of the products is rounded to; None leaves it as it is.
-    """
-
-    def __init__(self, run: Run, head: HeadSpec, rows: RowSpec, operands: torch.dtype | None = None) -> None:
-        self.run, self.head, self.rows, self.operands = run, head, rows, operands
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.names: list[str] = []
         self.gradients: list[Gradient | None] | None = None
-        self.tensors: list[Tensor] = []
-        """Those of the rows, in order, and the token weights: torch.func shows `FusedLoss.forward` other ones in their place."""
-        _mapped((rows, head.token_weights), lambda value: self.tensors.append(value.detach()) or value)
 
-    def specs(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: tuple[Tensor, ...]
-    ) -> tuple[HeadSpec, RowSpec]:
-        """The specifications with the tensors that autograd shows."""
-        operands, given = self.operands or hidden.dtype, iter(tensors)
-        rows, token_weights = _mapped((self.rows, self.head.token_weights), lambda _: next(given))
-        head = replace(
-            self.head,
-            hidden=hidden.detach().to(operands),
-            weight=weight.detach().to(operands),
-            bias=None if bias is None else bias.detach(),
-            token_weights=token_weights,
-        )
-        return head, rows
 
-    def named(self, outputs: Any) -> dict[str, Tensor]:
-        """Results of `FusedLoss.apply` by name: every row's, and their differentiable weighted `sum`."""
-        return dict(zip(self.names, outputs, strict=True))
+def fused_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadSpec, rows: RowSpec, run: Run
+) -> dict[str, Tensor]:
+    """Every row's results by name, and their weighted `sum`, which alone can be differentiated: with respect to the first three.
+
+    `head` holds these three too, detached, and as the products take them.
+    """
+    call = FusedCall(run)
+    outputs: Any = FusedLoss.apply(hidden, weight, bias, head, rows, call)
+    return dict(zip(call.names, outputs, strict=True))
 
 
 class FusedLoss(torch.autograd.Function):
@@ -111,9 +98,8 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, call: FusedCall, *tensors: Tensor
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadSpec, rows: RowSpec, call: FusedCall
     ) -> tuple[Tensor, ...]:
-        head, rows = call.specs(hidden, weight, bias, tensors)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
             up = lift(head, head.token_weights)
             lifted = replace(head, token_weights=head.token_weights * up)
@@ -129,13 +115,12 @@ class FusedLoss(torch.autograd.Function):
             total = torch.where(head.token_weights == 0, 0.0, loss * head.token_weights).sum()
             call.gradients = _kept(gradients, (hidden, weight, bias), found[0][0], up)
         call.names = ["sum", *values]
-        del call.head, call.rows, call.tensors
         return (total, *(value.clone() for value in values.values()))  # not tensors of the caller's
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.inputs = inputs[3], len(inputs)
+        ctx.call = inputs[5]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -153,10 +138,10 @@ class FusedLoss(torch.autograd.Function):
             )
         if grad_sum is None:
             ctx.call.gradients = None
-            return (None,) * ctx.inputs
+            return (None,) * 6
         found = _HandOut.apply(grad_sum, ctx.call)
         assert isinstance(found, tuple)
-        return (*found, *(None,) * (ctx.inputs - 3))
+        return (*found, None, None, None)
 
 
 class _HandOut(torch.autograd.Function):
@@ -177,17 +162,6 @@ class _HandOut(torch.autograd.Function):
         raise ObjectiveError(
             "a fused loss has first derivatives only; use impl='reference' logits and opd.losses for more."
         )
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A specification with each of its tensors changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(_mapped(part, change) for part in value)
-    if not is_dataclass(value) or isinstance(value, (Objective, Columns)):
-        return value
-    return replace(value, **{part.name: _mapped(getattr(value, part.name), change) for part in fields(value)})  # pyright: ignore[reportArgumentType]
 
 
 def lift(head: HeadSpec, *weights: Tensor) -> float:

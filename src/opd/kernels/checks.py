@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from opd.errors import NonFiniteError, ObjectiveError
-from opd.kernels.head import HeadSpec
-from opd.kernels.parallel import Shards
-from opd.kernels.row_spec import PolicyTerm, RowSpec
+from opd.kernels.row_spec import PolicyTerm, RowSpec, Shards
 from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE
 from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
 
@@ -269,16 +267,18 @@ def check_ids(name: str, ids: Tensor | None, vocab: int) -> None:
         )
 
 
-def check_finite(head: HeadSpec, rows: RowSpec | None = None) -> None:
+def check_finite(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_weights: Tensor, rows: RowSpec | None = None
+) -> None:
     """Raise NonFiniteError that names the first row of an input with a NaN or an infinity (−inf is a bias or a logit of a masked token).
 
     Rows of tokens of weight 0 may hold anything: they take no part.
     """
-    weights = head.token_weights
-    _finite_rows("student_hidden", head.hidden, weights=weights)
-    _finite_rows("student_weight", head.weight)
+    weights = token_weights
+    _finite_rows("student_hidden", hidden, weights=weights)
+    _finite_rows("student_weight", weight)
     _finite_rows("token_weights", weights)
-    _finite_rows("bias", head.bias, masked=True)
+    _finite_rows("bias", bias, masked=True)
     if rows is None:
         return
     _finite_rows("sampler_logp", rows.sampler_logp, masked=True, weights=weights)

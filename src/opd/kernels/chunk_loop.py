@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from opd.errors import ObjectiveError
 from opd.kernels.full_logits import diagnostics_of_rows, loss_by_autograd
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import RowSpec
-from opd.kernels.teacher_logits import TeacherLogits, Teachers
+from opd.kernels.head import OutputLayer, mask_columns
+from opd.kernels.row_spec import RowResults, RowSpec, Teachers
+from opd.types import DenseTarget, HiddenTarget, TeacherMixture
 
 
 class StudentLogits(Protocol):
@@ -90,3 +92,89 @@ def recompute_nonfinite_rows(
 
 def _length(index: slice | Tensor) -> int:
     return index.stop - index.start if isinstance(index, slice) else len(index)
+
+
+class TeacherLogits:
+    """Logits divided by the teacher's temperature, in buffers that are made once."""
+
+    def __init__(self, rows: RowSpec, new_buffer: Callable[[], Tensor]) -> None:
+        target, temperature = rows.target, rows.objective.teacher_temperature
+        self.columns, self.temperature = rows.columns, temperature
+        self.mixture = target if isinstance(target, TeacherMixture) else None
+        self.members: list[HiddenTarget | DenseTarget] = []
+        if isinstance(target, (HiddenTarget, DenseTarget)):
+            self.members = [target]
+        elif self.mixture is not None:
+            self.members = list(self.mixture.targets)
+        if not self.members:
+            return
+        apart = self.mixture is None or self.mixture.mixture == "loss"
+        self.buffers = [new_buffer() for _ in (self.members if apart else self.members[:2])]
+        self.dtype = dtype = self.buffers[0].dtype
+        self.masked = rows.columns.masked(self.buffers[0].device)
+        heads = [member.head if isinstance(member, HiddenTarget) else None for member in self.members]
+        self.layers = [
+            one and OutputLayer(one.weight, one.bias, columns=rows.columns, dtype=dtype, temperature=temperature)
+            for one in heads
+        ]
+
+    def logits(self, index: slice | Tensor, rows: int, fill: float) -> Teachers:
+        """Of the tokens `index`, `rows` in number; masked columns are `fill`. Empty without a teacher that has logits."""
+        if not self.members:
+            return []
+        buffers = [buffer[:rows] if rows <= len(buffer) else buffer.new_empty(rows, self.columns.here) for buffer in self.buffers]  # fmt: skip
+        if self.mixture is None:
+            return [(None, self.member(0, index, buffers[0], fill))]
+        weights = self.mixture.weights.to(self.dtype)
+        per_token = (weights.expand(rows, -1) if weights.dim() == 1 else weights[index]).unbind(-1)
+        if self.mixture.mixture == "loss":
+            return [(w, self.member(i, index, buffers[i], fill)) for i, w in enumerate(per_token)]
+        return [(None, self._mixed(per_token, index, buffers, fill))]
+
+    def member(self, number: int, index: slice | Tensor, out: Tensor, fill: float, first: int = 0) -> Tensor:
+        """One teacher's logits of the columns [first, first + out's width) into `out`."""
+        member, layer = self.members[number], self.layers[number]
+        if layer is not None:
+            assert isinstance(member, HiddenTarget)
+            return layer.logits(member.hidden[index], out, fill, first)
+        assert isinstance(member, DenseTarget)
+        out.copy_(member.logits[index, first : first + out.shape[1]])
+        if self.temperature != 1.0:
+            out.div_(self.temperature)
+        return mask_columns(out, self.masked, fill, first, self.columns.here)
+
+    def _mixed(
+        self, weights: Sequence[Tensor], index: slice | Tensor, buffers: Sequence[Tensor], fill: float
+    ) -> Tensor:
+        """log Σ w_i q_i, or Σ w_i log q_i up to a constant per row, which the row pass takes out."""
+        assert self.mixture is not None
+        by_probability = self.mixture.mixture == "probability"
+        total, other = buffers[0], buffers[-1]
+        for number, weight in enumerate(weights):
+            member = self.member(number, index, total if number == 0 else other, fill)
+            member.sub_(self._log_normalizer(member))
+            if by_probability:
+                member.add_(weight.log().unsqueeze(-1))
+            else:
+                member.mul_(weight.unsqueeze(-1))
+                if fill == -math.inf:
+                    member.nan_to_num_(nan=0.0, neginf=fill)  # 0 · −inf: a teacher of weight 0 says nothing
+            if number and by_probability:
+                torch.logaddexp(total, member, out=total)
+            elif number:
+                total.add_(member)
+        mask_columns(total, self.masked, fill, 0, self.columns.here)
+        if fill == -math.inf and not by_probability and bool((self.columns.shards.top(total, fill) == fill).any()):
+            raise ObjectiveError(
+                "mixture='logit' has no tokens left at some position: every token is impossible for one of the teachers; "
+                "use mixture='probability'."
+            )
+        return total
+
+    def _log_normalizer(self, logits: Tensor) -> Tensor:
+        shards = self.columns.shards
+        if shards.alone:
+            return logits.logsumexp(-1, keepdim=True)
+        top = shards.top(logits, -math.inf)
+        (mass,) = shards.sum((logits - top).exp().sum(-1, keepdim=True))
+        return top + mass.log()

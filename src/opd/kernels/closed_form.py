@@ -1,7 +1,7 @@
-"""The closed forms: for each divergence D(p) its value and f = ∂D/∂p, from which dD/dz = p (f − Σ p f).
+"""The closed forms: for each divergence D(p) its value and f = ∂D/∂p, from which dD/dz = p (f − Σ p f); and terms of a few tokens.
 
-All are written for unnormalised p̃ = e^z = S p and q̃ = e^t = Q q, so that nothing is divided by a row's sum entry by entry; with
-z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
+The divergences are written for unnormalised p̃ = e^z = S p and q̃ = e^t = Q q, so that nothing is divided by a row's sum entry by
+entry; with z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
 
     reverse_kl          f = log(p/q)
     forward_kl          p f = −q
@@ -11,20 +11,30 @@ z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
 
 log M is never formed: near β = 0 and 1 it is all but one model's log-prob, and the division by β or 1−β magnifies what it lost. With
 d = log q − log p and w the smaller of the two weights, log(M/p) or log(M/q) is log1p(w (e^±d − 1)), and the other is d away.
+
+A term F of a few tokens' log-probs alone has dF/dz = Σ_k F'_k (1[v = k] − p_v): one multiple of p and a few entries. So reinforcement
+learning and top-k distillation ride on a row that is in hand anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from opd.kernels.row_spec import RowSpec, target_has_logits
-from opd.losses import Objective
+from opd.kernels.row_spec import PolicyTerm, RowSpec, at, target_has_logits
+from opd.losses import Objective, policy_gradient_loss, support_of
+from opd.losses._shapes import Bool, Float
+from opd.losses.sampled import MAX_LOG_RATIO
+from opd.types import SampledTarget, TopKTarget
 
+SAFE_SUM = (1e-10, 1e20)  # far from both ends of float32, so that products of two sums still fit
+CPU_PIECE = 1 << 16  # entries of float32: four buffers of 256 KiB stay in a core's second-level cache
+GPU_PIECE = 1 << 24  # 64 MiB; autograd keeps about thirty copies of a piece
+FEW_ROWS = 128  # what autograd keeps of 64 entries a row is then under a mebibyte
 GRAM_ROWS, GRAM_COLUMNS = 4, 1 << 15  # (benchmarks/LOG.md)
-MAX_LOG_RATIO = 80.0  # |d| from which one model has no part in M: e^80 ≈ 6e34 and its inverse are normal in float32
+MAX_MIXED_RATIO = 80.0  # |d| from which one model has no part in M: e^80 ≈ 6e34 and its inverse are normal in float32
 Sums = tuple[Tensor, ...]
 Total = Callable[..., Sums]
 """Sums of rows over all shards of the vocabulary."""
@@ -135,7 +145,7 @@ def _log_ratio(z: Tensor, t: Tensor, q_over_s: Tensor | None) -> None:
     t.sub_(z)
     if q_over_s is not None:
         t.sub_(q_over_s.log())
-    t.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    t.clamp_(-MAX_MIXED_RATIO, MAX_MIXED_RATIO)
 
 
 class GeneralizedJsd(ClosedFormDivergence):
@@ -248,15 +258,14 @@ CLOSED_FORMS: dict[str, type[ClosedFormDivergence]] = {
 }
 
 
-def has_closed_form(rows: RowSpec) -> bool:
-    """True if the loss has a row pass of its own; otherwise `losses` and autograd do a few rows at a time."""
+def has_closed_form(rows: RowSpec, divergences: Collection[str] = CLOSED_FORMS) -> bool:
+    """True if a row pass made for these divergences has the loss; otherwise `losses` and autograd do a few rows at a time."""
     objective = rows.objective
     if rows.target is None:
         return True
-    if target_has_logits(rows.target):
-        full = objective.support == "full" and objective.teacher_logp_floor is None
-        return full and objective.divergence in CLOSED_FORMS
-    return objective.baseline == "none"
+    if not target_has_logits(rows.target):
+        return objective.baseline == "none"
+    return objective.support == "full" and objective.teacher_logp_floor is None and objective.divergence in divergences
 
 
 def kind_of(objective: Objective) -> str:
@@ -274,6 +283,127 @@ def kind_of(objective: Objective) -> str:
 def closed_form(objective: Objective) -> ClosedFormDivergence:
     """The closed form of an objective's divergence; of a loss that compares no distributions, buffers alone."""
     return CLOSED_FORMS.get(kind_of(objective), ClosedFormDivergence)(objective)
+
+
+# ---- terms of a few tokens ---------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    policy: PolicyTerm, student_logp: Float[Tensor, " tokens"]
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """λ_rl · importance · surrogate, its derivative with respect to the response token's log-prob, and 1 where it is clipped."""
+    logp = student_logp.detach()
+    advantage = policy.advantages.to(logp.dtype)
+    old = logp if policy.old_log_prob is None else policy.old_log_prob.to(logp.dtype)
+    log_ratio = logp - torch.where(old == -torch.inf, 0.0, old)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    loss, moves = -ratio * advantage, log_ratio <= MAX_LOG_RATIO
+    clipped, clip = torch.zeros_like(moves), policy.clip_range
+    if clip is not None:
+        low, high = clip if isinstance(clip, tuple) else (clip, clip)
+        loss = torch.maximum(loss, -ratio.clamp(1.0 - low, 1.0 + high) * advantage)
+        clipped = torch.where(advantage >= 0, ratio > 1.0 + high, ratio < 1.0 - low)
+    factor = torch.full_like(logp, policy.weight)
+    if policy.importance_weights is not None:
+        factor = factor * policy.importance_weights.to(logp.dtype)
+    slope = torch.where(moves & ~clipped, -ratio * advantage, 0.0)
+    return factor * loss, factor * slope, clipped.to(logp.dtype)
+
+
+def policy_loss_by_autograd(policy: PolicyTerm, student_logp: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """The same loss through `losses`, differentiable in `student_logp`."""
+    loss = policy_gradient_loss(student_logp, policy.advantages, policy.old_log_prob, policy.clip_range)
+    if policy.importance_weights is not None:
+        loss = policy.importance_weights.detach() * loss
+    return policy.weight * loss
+
+
+def few_tokens_loss(
+    rows: RowSpec, student_on_k: Float[Tensor, "tokens k"] | None, student_logp: Float[Tensor, " tokens"] | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The divergence from a top-k or sampled target, its derivatives with respect to both arguments, and the clamped mass."""
+    assert isinstance(rows.target, (TopKTarget, SampledTarget))
+    parts = []
+    for first in range(0, max(1, len(rows.target)), FEW_ROWS):
+        piece = slice(first, first + FEW_ROWS)
+        parts.append(_few_rows(rows.at(piece), at(student_on_k, piece), at(student_logp, piece)))
+    loss, k_slope, y_slope, clamped = zip(*parts, strict=True)
+    joined = [None if column[0] is None else torch.cat(column) for column in (k_slope, y_slope)]  # pyright: ignore[reportArgumentType]
+    return torch.cat(loss), joined[0], joined[1], torch.cat(clamped)
+
+
+def _few_rows(
+    rows: RowSpec, student_on_k: Tensor | None, student_logp: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    target, sampler = rows.target, rows.sampler_logp
+    leaves = [None if x is None else x.detach().requires_grad_(True) for x in (student_on_k, student_logp)]
+    on_k, y_logp = leaves
+    with torch.enable_grad():
+        if isinstance(target, TopKTarget):
+            assert on_k is not None
+            support = support_of(target.ids)
+            loss, clamped = rows.objective.from_top_k(
+                support.mask(on_k), support, target, y_logp, rows.response_ids, sampler
+            )
+        else:
+            assert y_logp is not None and isinstance(target, SampledTarget)
+            loss, clamped = rows.objective.from_sampled(y_logp, target.teacher_logp, sampler)
+        present = [leaf for leaf in leaves if leaf is not None]
+        found = list(torch.autograd.grad(loss.sum(), present, allow_unused=True))
+    gradients = [None if leaf is None else found.pop(0) for leaf in leaves]
+    return loss.detach().to(present[0].dtype), gradients[0], gradients[1], clamped.detach()
+
+
+def add_policy_and_entropy(
+    rows: RowSpec, values: dict[str, Tensor], distillation: Float[Tensor, " tokens"]
+) -> dict[str, Tensor]:
+    """`values` with the loss: the distillation term, the policy term and the entropy bonus."""
+    total = distillation
+    if rows.policy is not None:
+        values["policy_loss"], _, values["clipped"] = policy_loss(rows.policy, values["student_logp"])
+        total = total + values["policy_loss"]
+    if rows.entropy_bonus:
+        total = total - rows.entropy_bonus * values["student_entropy"]
+    return {**values, "loss": total}
+
+
+def token_slopes(
+    rows: RowSpec, values: dict[str, Tensor], k_slope: Tensor | None, y_slope: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids, derivatives with respect to the student's log-probs of these) [rows, k], of the distillation and the policy term."""
+    if rows.policy is not None:
+        more = policy_loss(rows.policy, values["student_logp"])[1]
+        y_slope = more if y_slope is None else y_slope + more
+    adds = [(rows.target.ids, k_slope)] if k_slope is not None and isinstance(rows.target, TopKTarget) else []
+    if y_slope is not None and rows.response_ids is not None:
+        adds.append((rows.response_ids.unsqueeze(-1), y_slope.unsqueeze(-1)))
+    return adds
+
+
+# ---- sums of rows -----------------------------------------------------------------------------------------------------
+
+
+def pieces(z: Tensor) -> list[slice]:
+    """The rows, some at a time."""
+    rows = max(1, (GPU_PIECE if z.is_cuda else CPU_PIECE) // max(1, z.shape[1]))
+    return [slice(first, min(first + rows, z.shape[0])) for first in range(0, z.shape[0], rows)]
+
+
+def out_of_range(sums: Float[Tensor, "rows k"]) -> Bool[Tensor, " rows"]:
+    """True where one of a row's sums has left the range; NaN counts as outside."""
+    low, high = SAFE_SUM
+    return ~((sums > low) & (sums < high)).all(-1)
+
+
+def log_probs(z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+    """log softmax(z) by the sums of the fused row pass, so that the same logits give the same bits; by `log_softmax` where they are out
+    of range."""
+    sums = torch.cat([z.new_empty(0, 1), *(z[piece].exp().sum(-1, keepdim=True) for piece in pieces(z))])
+    logp = z - sums.log()
+    outside = out_of_range(sums)
+    if bool(outside.any()):
+        logp[outside] = torch.log_softmax(z[outside], dim=-1)
+    return logp
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -8,18 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd.kernels.few_tokens import policy_loss, policy_loss_by_autograd
-from opd.kernels.parallel import Columns
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import Diagnostics, PolicyTerm, RowSpec, at, restore_neg_inf
-from opd.kernels.teacher_logits import Teachers
-from opd.kernels.unshifted_softmax import log_probs
+from opd.kernels.closed_form import log_probs, pieces, policy_loss, policy_loss_by_autograd
+from opd.kernels.row_spec import Columns, Diagnostics, PolicyTerm, RowResults, RowSpec, Teachers, at, restore_neg_inf
 from opd.losses import Objective, entropy, mix_losses, mix_teachers, student_diagnostics, to_logp, token_diagnostics
 from opd.losses._shapes import Float, Int
 from opd.types import AnyTarget, DenseTarget, SampledTarget, Target, TeacherMixture, TopKTarget
-
-CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
-GPU_PIECE = 1 << 24  # 64 MiB of float32; autograd keeps about thirty copies of a piece
 
 
 def objective_from_logits(
@@ -140,16 +133,11 @@ def _diagnostics(rows: RowSpec, student_logp: Tensor, target: AnyTarget | None) 
 # ---- a few rows at a time, from logits that are divided by their temperatures ------------------------------------------
 
 
-def _pieces(logits: Tensor) -> list[slice]:
-    rows = max(1, (GPU_PIECE if logits.is_cuda else CPU_PIECE) // max(1, logits.shape[-1]))
-    return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
-
-
 def loss_by_autograd(rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
     """`loss_from_logits` of the rows of a chunk, a few at a time; the gradient replaces z. Masked logits are −inf."""
     plain = replace(rows.objective, student_temperature=1.0, teacher_temperature=1.0, scale_by_t2=False)
     shards, parts = rows.columns.shards, []
-    for piece in _pieces(z):
+    for piece in pieces(z):
         some = replace(rows.at(piece), objective=plain)
         logits = shards.gather_columns(z[piece]).detach().requires_grad_(gradient)
         with torch.enable_grad():
@@ -177,7 +165,7 @@ def diagnostics_of_rows(rows: RowSpec, z: Tensor, teachers: Teachers) -> dict[st
     """`diagnostics_from_logits` of the rows of a chunk, a few at a time, under names that begin with "diagnostics/"."""
     parts = [
         _diagnostics_of(rows.at(piece), z[piece], [(at(w, piece), t[piece]) for w, t in teachers])
-        for piece in _pieces(z)
+        for piece in pieces(z)
     ]
     return {f"diagnostics/{name}": torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 

@@ -14,11 +14,9 @@ from torch import Tensor
 from opd.errors import ObjectiveError
 from opd.kernels.autograd_function import lift
 from opd.kernels.checks import check_finite, check_ids, check_shapes
-from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec
-from opd.kernels.inputs import head_spec, unshard
-from opd.kernels.output_layer import exact_float32
+from opd.kernels.closed_form import pieces
+from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec, exact_float32, head_spec, unshard
 from opd.kernels.row_spec import MASKED, restore_neg_inf
-from opd.kernels.unshifted_softmax import pieces
 from opd.losses import Objective
 from opd.losses._shapes import Float, Int
 
@@ -57,7 +55,7 @@ def linear_log_prob(
         group=group,
     )
     check_ids("response_ids", token_ids, head.columns.vocab)
-    check_finite(head)
+    check_finite(head.hidden, head.weight, head.bias, head.token_weights)
     log_prob, entropy, _, _ = _LogProb.apply(hidden, weight, bias, token_ids, head)  # pyright: ignore[reportGeneralTypeIssues]
     return log_prob, entropy
 
@@ -67,7 +65,6 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: HeadSpec) -> tuple[Tensor, ...]:
-        head = _filled(head, hidden, weight, bias)  # torch.func shows this function other tensors than its caller holds
         with torch.autocast(hidden.device.type, enabled=False), exact_float32(hidden.device):
             log_z, log_prob, entropy = _statistics(head, ids)
         return log_prob, entropy.clone(), log_z, entropy
@@ -79,7 +76,7 @@ class _LogProb(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(hidden, weight, bias, ids, *output[2:])
         nothing = torch.empty(0, dtype=head.hidden.dtype, device=head.hidden.device)
-        ctx.head = replace(head, hidden=nothing, weight=nothing, bias=None)  # tensors are held by autograd
+        ctx.head = replace(head, hidden=nothing, weight=nothing, bias=None)  # autograd holds these
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -104,7 +101,7 @@ class _Gradients(torch.autograd.Function):
         grad_entropy: Tensor | None,
         head: HeadSpec,
     ) -> tuple[Tensor | None, ...]:
-        head = _filled(head, hidden, weight, bias)
+        head = replace(head, hidden=hidden, weight=weight, bias=bias)
         zeros = torch.zeros_like(entropy)
         grad_logp = zeros if grad_logp is None else grad_logp
         grad_entropy = zeros if grad_entropy is None else grad_entropy
@@ -131,11 +128,6 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise ObjectiveError("linear_log_prob has first derivatives only; use whole logits and opd.losses for more.")
-
-
-def _filled(head: HeadSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadSpec:
-    bias = None if bias is None else bias.detach()
-    return replace(head, hidden=hidden.detach(), weight=weight.detach(), bias=bias)
 
 
 def _student(head: HeadSpec) -> HeadLogits:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from opd.losses.diagnostics import (
     dense_diagnostics,
-    overlap,
     student_diagnostics,
     token_diagnostics,
     top_k_diagnostics,
-    top_overlap,
 )
 from opd.losses.divergences import (
     Divergence,
@@ -47,10 +45,12 @@ from opd.losses.partial import (
     Tail,
     gather_logp,
     likeliest,
+    overlap,
     partial_divergence,
     support_of,
     tail_logp,
     top_k_support,
+    top_overlap,
     union_support,
 )
 from opd.losses.reduce import Reduction, token_weights, weighted_sum

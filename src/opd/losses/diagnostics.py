@@ -9,12 +9,11 @@ from torch import Tensor
 
 from opd.losses._shapes import Float, Int
 from opd.losses.divergences import entropy, full_divergence, to_logp
-from opd.losses.partial import gather_logp, likeliest, partial_divergence, support_of
+from opd.losses.partial import gather_logp, likeliest, overlap, partial_divergence, support_of, top_overlap
 from opd.types import DenseTarget, SampledTarget, TopKTarget
 
 CPU_PIECE = 1 << 16  # vocabulary entries of float32 that fit a core's cache
 GPU_PIECE = 1 << 26  # 256 MiB of float32
-OVERLAP_K = 16  # arXiv 2604.13016 watches the agreement of the 16 likeliest tokens
 
 
 def student_diagnostics(
@@ -77,21 +76,6 @@ def top_k_diagnostics(
         "support_mass": student_on_k.exp().sum(-1),
         "teacher_support_mass": teacher_on_k.exp().sum(-1),
     }
-
-
-def top_overlap(
-    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], top_k: int | None = None
-) -> Float[Tensor, " tokens"]:
-    """The share of the likeliest tokens, 16 or `top_k` if that is less, that both agree on; from log-probs or logits."""
-    likely = OVERLAP_K if top_k is None else min(top_k, OVERLAP_K)
-    k = max(1, min(likely, student.shape[-1] // 4))  # of a whole small vocabulary all would agree
-    return overlap(likeliest(student, k)[1], likeliest(teacher, k)[1])
-
-
-def overlap(student_ids: Int[Tensor, "tokens k"], teacher_ids: Int[Tensor, "tokens j"]) -> Float[Tensor, " tokens"]:
-    """The share of the student's k likeliest tokens that are among the teacher's."""
-    shared = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(dim=-1)
-    return shared.to(torch.float32).mean(dim=-1)
 
 
 @torch.no_grad()

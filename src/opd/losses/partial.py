@@ -1,4 +1,4 @@
-"""Divergences when only some vocabulary entries are known: the support K, and a named rule for the mass outside it.
+"""Some of the vocabulary's entries: the likeliest, a support K of them, and divergences on K with a named rule for the mass outside.
 
 Log-probabilities on K are normalised over the *whole* vocabulary. A repeated token is marked in `Support.counted` and has
 log-probability −inf on both sides, so that it counts once.
@@ -19,6 +19,7 @@ from opd.losses._shapes import Bool, Float, Int
 from opd.losses.divergences import Divergence, entry_terms, mass_coefficient
 
 GROUP = 32  # of 16, 32, 64 and 128 the fastest for 16 or 64 of 32 000 or 151 936 entries (benchmarks/LOG.md)
+OVERLAP_K = 16  # arXiv 2604.13016 watches the agreement of the 16 likeliest tokens
 Tail = Literal["bucket", "generalized", "renormalize", "sampled"]
 
 
@@ -167,6 +168,21 @@ def likeliest(
         ids = torch.cat([ids, rest.expand(*logp.shape[:-1], -1)], dim=-1)
     best = values.topk(k, dim=-1)
     return best.values, ids.gather(-1, best.indices)
+
+
+def top_overlap(
+    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], top_k: int | None = None
+) -> Float[Tensor, " tokens"]:
+    """The share of the likeliest tokens, 16 or `top_k` if that is less, that both agree on; from log-probs or logits."""
+    likely = OVERLAP_K if top_k is None else min(top_k, OVERLAP_K)
+    k = max(1, min(likely, student.shape[-1] // 4))  # of a whole small vocabulary all would agree
+    return overlap(likeliest(student, k)[1], likeliest(teacher, k)[1])
+
+
+def overlap(student_ids: Int[Tensor, "tokens k"], teacher_ids: Int[Tensor, "tokens j"]) -> Float[Tensor, " tokens"]:
+    """The share of the student's k likeliest tokens that are among the teacher's."""
+    shared = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(dim=-1)
+    return shared.to(torch.float32).mean(dim=-1)
 
 
 def tail_logp(logp_on_k: Float[Tensor, "tokens k"]) -> Float[Tensor, " tokens"]:

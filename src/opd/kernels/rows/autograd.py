@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from opd.kernels.full_logits import loss_by_autograd
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import RowSpec
-from opd.kernels.teacher_logits import Teachers
+from opd.kernels.row_spec import RowResults, RowSpec, Teachers
 
 
 class AutogradRows:

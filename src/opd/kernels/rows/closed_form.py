@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from opd.kernels.chunk_loop import RowPass
-from opd.kernels.closed_form import Sums, closed_form, dot
-from opd.kernels.few_tokens import add_policy_and_entropy, few_tokens_loss, policy_loss, token_slopes
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import MASKED, RowSpec, restore_neg_inf
-from opd.kernels.teacher_logits import Teachers
-from opd.kernels.unshifted_softmax import out_of_range, pieces
+from opd.kernels.closed_form import (
+    Sums,
+    add_policy_and_entropy,
+    closed_form,
+    dot,
+    few_tokens_loss,
+    out_of_range,
+    pieces,
+    policy_loss,
+    token_slopes,
+)
+from opd.kernels.row_spec import MASKED, RowResults, RowSpec, Teachers, restore_neg_inf
 from opd.losses import top_overlap
 from opd.types import DenseTarget, HiddenTarget, TeacherMixture, TopKTarget
 

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from opd.kernels.full_logits import diagnostics_from_logits, loss_from_logits
 from opd.kernels.head import HeadLogits
-from opd.kernels.parallel import Columns
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import RowSpec
+from opd.kernels.row_spec import Columns, RowResults, RowSpec
 from opd.losses import weighted_sum
 from opd.types import DenseTarget, HiddenTarget, TeacherMixture
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from opd.errors import ObjectiveError
 from opd.kernels.chunk_loop import run_chunks
 from opd.kernels.closed_form import has_closed_form
-from opd.kernels.output_layer import lifted, mask_columns
-from opd.kernels.parallel import Columns
-from opd.kernels.row_spec import Diagnostics, RowSpec
+from opd.kernels.head import lifted, mask_columns
+from opd.kernels.row_spec import Columns, Diagnostics, RowSpec
 from opd.kernels.rows.autograd import AutogradRows
 from opd.kernels.rows.closed_form import closed_form_rows
 from opd.losses import Objective

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from opd.kernels.row_spec import RowSpec, target_has_logits
+from typing import get_args
+
+from opd.kernels.closed_form import has_closed_form
+from opd.kernels.row_spec import RowSpec
 from opd.kernels.rows.triton.rows import TritonRows
+from opd.losses import Divergence
 
 __all__ = ["TritonRows", "has_kernels"]
 
 
 def has_kernels(rows: RowSpec) -> bool:
-    """True if the loss has row kernels; otherwise `losses` and autograd do a few rows at a time."""
-    objective = rows.objective
-    if rows.target is None:
-        return True
-    if not target_has_logits(rows.target):
-        return objective.baseline == "none"
-    return objective.support == "full" and objective.teacher_logp_floor is None
+    """True if the loss has row kernels, which know every divergence."""
+    return has_closed_form(rows, get_args(Divergence))

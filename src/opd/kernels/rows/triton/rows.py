@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.closed_form import kind_of
-from opd.kernels.few_tokens import add_policy_and_entropy, few_tokens_loss, token_slopes
-from opd.kernels.row_results import RowResults
-from opd.kernels.row_spec import MASKED, RowSpec, restore_neg_inf
+from opd.kernels.closed_form import add_policy_and_entropy, few_tokens_loss, kind_of, token_slopes
+from opd.kernels.row_spec import MASKED, RowResults, RowSpec, Teachers, restore_neg_inf
 from opd.kernels.rows.triton import kernels
 from opd.kernels.rows.triton.kernels import INTERPRETED
-from opd.kernels.teacher_logits import Teachers
 from opd.losses import Objective
 from opd.types import TopKTarget
 
