@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import RESULTS as ALL_RESULTS
-from benchmarks.convergence import outside, plan
+from benchmarks.convergence import distiller, outside, plan
 from benchmarks.convergence.cost import (
     STAGES,
     Signal,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=("grid", *PARTS, "costs", "signal", "trl", "report"),
+        choices=("grid", *PARTS, "costs", "signal", "distiller", "trl", "report"),
         help="these parts; default all but trl, which takes a quarter of an hour and an environment of its own",
     )
     parser.add_argument(
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     if options.quick:
         return quick()
     arms = [(m, o) for m, o in (a.split(":") for a in options.arms)] if options.arms else plan.ARMS
-    parts = options.only or ("grid", *PARTS, "costs", "signal", "report")
+    parts = options.only or ("grid", *PARTS, "costs", "signal", "distiller", "report")
     tuned, runs = Store(RESULTS / "grid.csv"), Store(RESULTS / "runs.csv")
     if "grid" in parts:
         _fill(tuned, plan.grid(arms), options.workers)
@@ -76,6 +76,9 @@ def main(argv: Sequence[str]) -> int:
         _costs(RESULTS / "costs.csv")
     if "signal" in parts:
         _signals(RESULTS / "signal.csv", tuned, options.workers)
+    if "distiller" in parts:
+        asked = outside.settings(tuned, distiller.ARM)
+        _print_runs(outside.fill(RESULTS / "distiller.csv", asked, distiller.trainers(runs)))
     if "trl" in parts:
         _outside(RESULTS / "trl.csv", tuned, runs)
     if "report" in parts:
@@ -113,7 +116,11 @@ def _outside(path: Path, tuned: Store, runs: Store) -> None:
     print(
         "One update of opd and TRL on the same samples: " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True
     )
-    for run in outside.fill(path, outside.settings(tuned), outside.trainers(runs)):
+    _print_runs(outside.fill(path, outside.settings(tuned), outside.trainers(runs)))
+
+
+def _print_runs(found: Iterable[outside.OutsideRun]) -> None:
+    for run in found:
         steps = ", ".join(f"{level}% {run.steps(level) or '-'}" for level in outside.LEVELS)
         print(f"{time.strftime('%H:%M')} {run.trainer}, seed {run.seed}: {steps}", flush=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.convergence.model import Shape, TinyDecoder
 
@@ -81,7 +81,7 @@ def as_decoder(named: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     return found
 
 
-def decoder_of(model: GPT2LMHeadModel, shape: Shape) -> TinyDecoder:
+def decoder_of(model: PreTrainedModel, shape: Shape) -> TinyDecoder:
     """The inverse of `gpt2`."""
     decoder = TinyDecoder(shape, 0)
     decoder.load_state_dict(as_decoder(model.state_dict(), shape.layers))

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks import FOLDER, ROOT
-from benchmarks.convergence import outside, plan
+from benchmarks.convergence import distiller, outside, plan
 from benchmarks.convergence.cost import STAGES, Signal, read_costs, read_signals
 from benchmarks.convergence.figure import curves, ratio_map
 from benchmarks.convergence.methods import METHODS
@@ -52,6 +52,7 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     everywhere = [*main, *small, *mapped] if mapped else []
     in_all = [*in_main, *in_small, *in_map]
     parts += [_map_table(in_all, everywhere), _signal(read_signals(folder / "signal.csv"))]
+    parts += [distiller.table(outside.read_runs(folder / "distiller.csv"))]
     parts += [outside.table(outside.read_runs(folder / "trl.csv")), _grid(tuned)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "tables.md").write_text(text)

@@ -92,6 +92,8 @@ class Job:
     """After the warm-up; linear ends at 0."""
     stop_at: float = math.inf
     """Accuracy that ends the run."""
+    draw: int = 0
+    """Another number draws other samples for the same prompts."""
 
 
 def train(job: Job, student: TinyDecoder, teachers: Sequence[TinyDecoder], held: Prompts) -> Run:
@@ -117,7 +119,8 @@ def train(job: Job, student: TinyDecoder, teachers: Sequence[TinyDecoder], held:
 def step_prompts(job: Job, step: int) -> tuple[Prompts, torch.Generator]:
     """Prompts of a step, and the generator that the step's samples are drawn from next."""
     source = generator(job.seed, step, "rollouts")
-    return draw_prompts(job.rollouts // job.method.samples, job.digits, job.domains, source), source
+    prompts = draw_prompts(job.rollouts // job.method.samples, job.digits, job.domains, source)
+    return prompts, generator(job.seed, step, f"rollouts {job.draw}") if job.draw else source
 
 
 def collect(

@@ -8,7 +8,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
-from benchmarks.convergence import pages
+from benchmarks.convergence import distiller, outside, pages, plan
 from benchmarks.convergence.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +55,19 @@ def test_every_interval_in_the_prose_is_in_the_tables(path: str, heading: str, l
     for said in prose:
         alike = [k for k in known if all(rounded(a, b) == b for a, b in zip(k, said, strict=True))]
         assert alike, f"{path} says {said[0]} ({said[1]} to {said[2]}), and no table does"
+
+
+def test_both_readmes_quote_the_row_of_the_product_s_own_trainer():
+    runs = outside.read_runs(RESULTS / "distiller.csv")
+    seeds = {name: [r.seed for r in runs if r.trainer == name] for name in (distiller.LOOP, distiller.DISTILLER)}
+    assert all(found == list(plan.SEEDS) for found in seeds.values())
+    tables = (RESULTS / "tables.md").read_text("utf-8").split(distiller.TITLE)[1].split("\n## ")[0]
+    (row,) = [line for line in tables.splitlines() if line.startswith(f"| {distiller.DISTILLER} |")]
+    to_80 = INTERVAL.findall(row)[outside.LEVELS.index(80)]
+    for path in ("README.md", "benchmarks/README.md"):
+        text = (ROOT / path).read_text("utf-8")
+        said = re.findall(r"`opd\.Distiller`,\s+takes\s+([^%]*)\s+%", text)
+        assert [INTERVAL.findall(one) for one in said] == [[to_80]], path
+    (luck,) = re.findall(r"Other samples alone.*?([0-9.]+ to [0-9.]+) at 80 %", tables)
+    root = (ROOT / "README.md").read_text("utf-8")
+    assert re.search(rf"other\s+samples\s+alone\s+give\s+the\s+loop\s+{luck}\.", root)
