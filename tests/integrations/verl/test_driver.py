@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("opd.objective.divergence=reverse_kll", "opd.objective.divergence cannot be 'reverse_kll'"),
+        ("opd.objective.divergence=reverse_kll", "'opd.objective.divergence' cannot be 'reverse_kll'"),
         ("opd.teacher.model=/nowhere", "opd.teacher.model='/nowhere' cannot be read"),
         ("distillation.enabled=true", "set distillation.enabled=false"),
         ("actor_rollout_ref.model.use_fused_kernels=true", "model.use_fused_kernels=true makes"),

@@ -9,8 +9,7 @@ from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from opd.errors import ConfigError
-from opd.integrations.verl.dry_run import attention
-from opd.integrations.verl.dry_run.rollout import NAME
+from opd.integrations.verl.dry_run import ROLLOUT_NAME, attention
 from opd.integrations.verl.plugin.one_memory import LanguageModelEngine, ValueModelEngine
 
 if get_device_name() != "cpu":
@@ -20,14 +19,15 @@ if get_device_name() != "cpu":
 
 
 def _replica() -> type[RolloutReplica]:
+    # Late: with verl 0.8 this module is imported inside `import verl`, which the rollout's own imports may have begun.
     from opd.integrations.verl.dry_run.rollout import TransformersReplica
 
     return TransformersReplica
 
 
-RolloutReplicaRegistry.register(NAME, _replica)
+RolloutReplicaRegistry.register(ROLLOUT_NAME, _replica)
 # verl has no function to register the trainer's side of a rollout; the table is what there is.
-base._ROLLOUT_REGISTRY[(NAME, "async")] = "opd.integrations.verl.dry_run.rollout.WeightSender"
+base._ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "opd.integrations.verl.dry_run.rollout.WeightSender"
 # verl registers its own engines for CUDA and NPU only.
 EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(LanguageModelEngine)
 EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(ValueModelEngine)

@@ -19,18 +19,18 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import TokenOutput
 
 from opd.errors import ConfigError
+from opd.integrations.verl.dry_run import ROLLOUT_NAME
 from opd.integrations.verl.dry_run.attention import NAME as ULYSSES
 from opd.integrations.verl.dry_run.sampling import SamplingSettings, sample, score, seed_of
 from opd.integrations.verl.plugin.model_checks import end_ids
 from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
 
-NAME = "transformers"
 TEACHER_ATTENTION = "sdpa"  # verl tells a teacher's server the path alone, and would have it use flash-attn
 
 
 def server_name(replica_rank: int, suffix: str = "") -> str:
     """The Ray actor that serves a replica."""
-    return f"opd_{NAME}_server_{replica_rank}{suffix}"
+    return f"opd_{ROLLOUT_NAME}_server_{replica_rank}{suffix}"
 
 
 @ray.remote(num_cpus=0)
@@ -142,7 +142,7 @@ class WeightSender(BaseRollout):
         """Every worker walks the weights, because gathering one is a collective; the leader sends them."""
         if wire_format != "named_tensors":
             raise ConfigError(
-                f"rollout.name={NAME} takes whole tensors, not {wire_format}; set "
+                f"rollout.name={ROLLOUT_NAME} takes whole tensors, not {wire_format}; set "
                 "actor_rollout_ref.rollout.checkpoint_engine.backend=naive."
             )
         state = {name: tensor.detach().cpu().clone() for name, tensor in weights}
