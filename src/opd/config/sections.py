@@ -165,11 +165,8 @@ def _checked_value(section: type, key: str, value: Any, at: str, tree: _Tree) ->
     try:
         return _adapter(section, key).validate_python(wrap_scalar(hint, _paths_to_text(value)))
     except ValidationError as error:
-        if (key, value) == (
-            "tail",
-            "ignore",
-        ):  # no misspelling but a loss in wide use: the objective itself says why not
-            _made(section, {key: value}, at, tree)
+        if key == "tail" and value == "ignore":
+            _made(section, {key: value}, at, tree)  # a loss in wide use: the objective itself says why it is refused
         raise _wrong_value(error, dotted) from None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import MissingDependencyError, ObjectiveError
-from opd.kernels.autograd_function import Run, fused_loss
+from opd.kernels.autograd_function import FusedCall, FusedLoss, Run
 from opd.kernels.checks import check_finite, check_rows, check_shapes
 from opd.kernels.chunk_loop import run_chunks
 from opd.kernels.closed_form import has_closed_form
@@ -139,10 +139,10 @@ def linear_divergence(
         entropy_bonus=entropy_bonus,
         distill_weight=distill_weight,
     )
-    run = choose_run(impl, memory, head, rows)
+    call = FusedCall(choose_run(impl, memory, head, rows))
     check_rows(rows, head.token_weights)
     check_finite(head.hidden, head.weight, head.bias, head.token_weights, rows)
-    found = fused_loss(student_hidden, weight, bias, head, rows, run)
+    found = call.named(FusedLoss.apply(student_hidden, weight, bias, head, rows, call))
     return LinearLoss(
         loss=found["sum"],
         per_token=found.get("divergence", torch.zeros_like(found["loss"])),
@@ -225,8 +225,8 @@ def linear_objective(
     if objective.discount > 0:
         assert sequence_index is not None
         rows, seen = _with_returns(head, rows, sequence_index, impl, memory)
-    run = choose_run(impl, memory, head, rows)
-    found = seen | fused_loss(student_hidden, student_weight, bias, head, rows, run)
+    call = FusedCall(choose_run(impl, memory, head, rows))
+    found = seen | call.named(FusedLoss.apply(student_hidden, student_weight, bias, head, rows, call))
     names = {name: name.removeprefix("diagnostics/") for name in found if name.startswith("diagnostics/")}
     names |= {} if policy is None else {"policy_loss": "policy_loss", "clipped": "clipped"}
     metrics = {short: found[name].detach() for name, short in names.items()}
@@ -290,8 +290,8 @@ def _with_returns(
         alone = replace(
             rows, objective=plain, target=_fitting(rows.target, plain), sampler_logp=None, distill_weight=1.0
         )
-        run = choose_run(impl, memory, frozen, alone)
-        return fused_loss(head.hidden, head.weight, head.bias, frozen, alone, run)
+        call = FusedCall(choose_run(impl, memory, frozen, alone))
+        return call.named(FusedLoss.apply(head.hidden, head.weight, head.bias, frozen, alone, call))
 
     seen = advantage(baseline="none")
     returns = discounted_return(-seen["loss"], sequence_index, objective.discount)

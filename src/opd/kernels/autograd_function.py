@@ -80,21 +80,16 @@ class FusedCall:
         self.names: list[str] = []
         self.gradients: list[Gradient | None] | None = None
 
-
-def fused_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadSpec, rows: RowSpec, run: Run
-) -> dict[str, Tensor]:
-    """Every row's results by name, and their weighted `sum`, which alone can be differentiated: with respect to the first three.
-
-    `head` holds these three too, detached, and as the products take them.
-    """
-    call = FusedCall(run)
-    outputs: Any = FusedLoss.apply(hidden, weight, bias, head, rows, call)
-    return dict(zip(call.names, outputs, strict=True))
+    def named(self, outputs: Any) -> dict[str, Tensor]:
+        """The outputs of `FusedLoss` by name: every row's results, and their weighted `sum`, which alone can be differentiated."""
+        return dict(zip(self.names, outputs, strict=True))
 
 
 class FusedLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass; backward hands them out, times the gradient of the sum."""
+    """Gradients are made in the forward pass; backward hands them out, times the gradient of the sum.
+
+    `head` holds the first three tensors too, detached, and as the products take them.
+    """
 
     @staticmethod
     def forward(
