@@ -335,8 +335,9 @@ def test_public_names_are_listed_and_imported_without_torch():
         "import sys, opd; names = dir(opd); assert 'torch' not in sys.modules; "
         "import opd as o; [getattr(o, n) for n in ('Stop', 'StudentConfig', 'LoraConfig', 'OpdError')]; print(*names)"
     )
-    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert {"Distiller", "Run", "Stop", "Sampler", "Teacher", "train", *opd.__all__} <= set(listed)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    listed = ran.stdout.split()
+    assert listed == sorted(opd.__all__) and {"Distiller", "Run", "Stop", "Sampler", "Teacher", "train"} <= set(listed)
     sections = {
         f.type.removesuffix(" | None")
         for f in dataclasses.fields(opd.Config)
