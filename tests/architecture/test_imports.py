@@ -23,6 +23,7 @@ BELOW_TRAINER = {
     "adapter",
     "models",
     "tokenizer",
+    "remote",
     "losses",
     "kernels",
     *GROUND,
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapter": {"errors"},
     "models": {"adapter", "types", "errors"},
     "tokenizer": {"adapter", "models", "errors"},
+    "remote": {"errors"},
     "config": {"types", "errors"},
     **{room: {"types", "errors"} for room in ROOMS},
     "doctor": BELOW_TRAINER,
@@ -65,7 +67,7 @@ CROSS_EDGES = {
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 
-EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "httpx", "vllm", "verl", "ray", "triton"}
+EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "vllm", "verl", "ray", "triton"}
 HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
 
 
