@@ -52,11 +52,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CROSS_EDGES = {
     ("config", "losses"): "the objective is a section of the recipe",
+    ("config", "remote"): "addresses and names of keys are checked where they are written",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",
     ("teachers", "losses"): "a teacher settles with the objective what it hands out",
     ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",
     ("teachers", "models"): "a local teacher is a Hugging Face model",
+    ("teachers", "remote"): "a teacher may be behind a server",
     ("samplers", "data"): "a sampler renders prompts",
     ("samplers", "models"): "a sampler asks a model for its context",
     ("samplers", "seeding"): "samples are a pure function of the seed",
