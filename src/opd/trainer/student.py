@@ -18,7 +18,7 @@ from opd.errors import ConfigError, MissingDependencyError
 from opd.kernels import Memory, PolicyTerm, linear_objective, objective_from_logits
 from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
-from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
+from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factors
 from opd.seeding import seeded
 from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
@@ -181,8 +181,10 @@ class Student(Policy):
             autocast=autocast,
             loss_memory=loss_memory,
         )
-        self.config = config
-        self.total_steps = total_steps
+        self.peak_lr = config.peak_lr
+        self.learning_rate_factors = learning_rate_factors(total_steps, config)
+        self.max_grad_norm = config.gradient_limit
+        """0 does not clip."""
         self.plain_sampling = plain_sampling
         self.ema = ema
         self.version = 0
@@ -217,8 +219,8 @@ class Student(Policy):
         norm = self.gradient_norm()
         if not norm.isfinite():
             self._explain_gradient(batches, objective)
-        if self.config.gradient_limit > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.config.gradient_limit, norm)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.max_grad_norm, norm)
         numbers |= self._step(seen_batches, hybrid.distill.student_temperature)
         policy = {name: value for name, value in during.summary().items() if name in POLICY_MEANS}
         return LossOutput(
@@ -228,8 +230,8 @@ class Student(Policy):
         )
 
     def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:
-        factor = learning_rate_factor(self.version, self.total_steps, self.config)
-        numbers = {"lr": self.config.peak_lr * factor}
+        factor = self.learning_rate_factors[self.version]
+        numbers = {"lr": self.peak_lr * factor}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
