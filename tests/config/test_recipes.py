@@ -27,7 +27,7 @@ def test_what_a_step_takes_from_the_sections_by_hand():
     rl = RlConfig(
         weight=0.0, weight_end=1.0, distill_weight=3.0, distill_weight_end=1.0, clip_range=0.2, clip_high=0.28
     )
-    seen = [rl.at(step, 5, Objective()) for step in range(6)]
+    seen = [rl.hybrid(Objective(), 5).at(step) for step in range(6)]
     assert [one.rl_weight for one in seen] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [one.distill_weight for one in seen] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
     assert seen[0].clip_range == (0.2, 0.28)

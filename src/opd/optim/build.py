@@ -121,17 +121,13 @@ def _embedding_parameters(model: PreTrainedModel) -> set[int]:
     return {id(p) for module in modules if module is not None for p in module.parameters()}
 
 
-def learning_rate_factors(total_steps: int, config: OptimizerConfig) -> list[float]:
-    """Share of the peak learning rate that each update of a run has: linear warm-up, then the schedule."""
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak learning rate for update `step` (from 0): linear warm-up, then the schedule. A pure function of the step."""
     warmup = config.warmup_within(total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if config.schedule == "constant":
-            return 1.0
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        decay = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
-
-    return [factor(step) for step in range(total_steps)]
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    decay = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay

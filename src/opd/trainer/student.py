@@ -18,7 +18,7 @@ from opd.errors import ConfigError, MissingDependencyError
 from opd.kernels import Memory, PolicyTerm, linear_objective, objective_from_logits
 from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
-from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factors
+from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
 from opd.seeding import seeded
 from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
@@ -182,7 +182,7 @@ class Student(Policy):
             loss_memory=loss_memory,
         )
         self.peak_lr = config.peak_lr
-        self.learning_rate_factors = learning_rate_factors(total_steps, config)
+        self.learning_rate_factors = [learning_rate_factor(step, total_steps, config) for step in range(total_steps)]
         self.max_grad_norm = config.gradient_limit
         """0 does not clip."""
         self.plain_sampling = plain_sampling
