@@ -26,7 +26,7 @@ STAND_INS = {
     ("opd.kernels.spec", "Shards"): (f"{TREE}.row_level", "Shards"),
     ("opd.kernels.chunk_loop", "OutputLayer"): (f"{TREE}.row_level", "OutputLayer"),
     ("opd.kernels.rows.closed_form", "FewTokenRows"): (f"{TREE}.row_level", "FewTokenRows"),
-    ("opd.kernels.few_tokens", "add_policy_and_entropy"): (f"{TREE}.row_level", "absent"),
+    ("opd.kernels.few_tokens", "add_few_tokens"): (f"{TREE}.row_level", "absent"),
     ("opd.kernels.few_tokens", "policy_loss"): (f"{TREE}.row_level", "absent"),
     ("opd.kernels.few_tokens", "policy_loss_by_autograd"): (f"{TREE}.row_level", "absent"),
 }

@@ -48,59 +48,61 @@ def policy_loss_by_autograd(policy: PolicyTerm, student_logp: Float[Tensor, " to
     return policy.weight * loss
 
 
-def few_tokens_loss(
-    rows: RowSpec, student_on_k: Float[Tensor, "tokens k"] | None, student_logp: Float[Tensor, " tokens"] | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The divergence from a top-k or sampled target, its derivatives with respect to both arguments, and the clamped mass."""
-    assert isinstance(rows.target, (TopKTarget, SampledTarget))
-    parts = []
-    for first in range(0, max(1, len(rows.target)), FEW_ROWS):
-        piece = slice(first, first + FEW_ROWS)
-        parts.append(_few_rows(rows.at(piece), at(student_on_k, piece), at(student_logp, piece)))
-    loss, k_slope, y_slope, clamped = zip(*parts, strict=True)
-    joined = [None if column[0] is None else torch.cat(column) for column in (k_slope, y_slope)]  # pyright: ignore[reportArgumentType]
-    return torch.cat(loss), joined[0], joined[1], torch.cat(clamped)
+def add_few_tokens(
+    rows: RowSpec, values: dict[str, Tensor], student_on_k: Float[Tensor, "tokens k"] | None = None
+) -> dict[str, Tensor]:
+    """Put into `values`, and add to its loss, a top-k or sampled target's term, the policy term and the entropy bonus.
 
-
-def _few_rows(
-    rows: RowSpec, student_on_k: Tensor | None, student_logp: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    target, sampler = rows.target, rows.sampler_logp
-    leaves = [None if x is None else x.detach().requires_grad_(True) for x in (student_on_k, student_logp)]
-    on_k, y_logp = leaves
-    with torch.enable_grad():
-        if isinstance(target, TopKTarget):
-            assert on_k is not None
-            support = support_of(target.ids)
-            loss, clamped = rows.objective.from_top_k(
-                support.mask(on_k), support, target, y_logp, rows.response_ids, sampler
-            )
-        else:
-            assert y_logp is not None and isinstance(target, SampledTarget)
-            loss, clamped = rows.objective.from_sampled(y_logp, target.teacher_logp, sampler)
-        present = [leaf for leaf in leaves if leaf is not None]
-        found = list(torch.autograd.grad(loss.sum(), present, allow_unused=True))
-    gradients = [None if leaf is None else found.pop(0) for leaf in leaves]
-    return loss.detach().to(present[0].dtype), gradients[0], gradients[1], clamped.detach()
-
-
-def add_policy_and_entropy(rows: RowSpec, values: dict[str, Tensor]) -> None:
-    """Add the policy term and the entropy bonus, where there are any, to the loss in `values`."""
+    Returns the derivatives with respect to the student's log-probs: "k_slope" of the top-k tokens, "y_slope" of the response token.
+    """
+    slopes: dict[str, Tensor] = {}
+    if isinstance(rows.target, (TopKTarget, SampledTarget)):
+        found = few_tokens_loss(rows, student_on_k, values.get("student_logp"))
+        values["divergence"], values["clamped"] = found.pop("divergence"), found.pop("clamped")
+        values["loss"] = rows.distill_weight * values["divergence"]
+        slopes = {name: rows.distill_weight * slope for name, slope in found.items()}
     if rows.policy is not None:
-        values["policy_loss"], _, values["clipped"] = policy_loss(rows.policy, values["student_logp"])
+        values["policy_loss"], slope, values["clipped"] = policy_loss(rows.policy, values["student_logp"])
         values["loss"] = values["loss"] + values["policy_loss"]
+        slopes["y_slope"] = slopes["y_slope"] + slope if "y_slope" in slopes else slope
     if rows.entropy_bonus:
         values["loss"] = values["loss"] - rows.entropy_bonus * values["student_entropy"]
+    return slopes
 
 
-def token_slopes(
-    rows: RowSpec, values: dict[str, Tensor], k_slope: Tensor | None, y_slope: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    """(ids, derivatives with respect to the student's log-probs of these) [rows, k], of the distillation and the policy term."""
-    if rows.policy is not None:
-        more = policy_loss(rows.policy, values["student_logp"])[1]
-        y_slope = more if y_slope is None else y_slope + more
-    adds = [(rows.target.ids, k_slope)] if k_slope is not None and isinstance(rows.target, TopKTarget) else []
-    if y_slope is not None and rows.response_ids is not None:
-        adds.append((rows.response_ids.unsqueeze(-1), y_slope.unsqueeze(-1)))
-    return adds
+def few_tokens_loss(
+    rows: RowSpec, student_on_k: Float[Tensor, "tokens k"] | None, student_logp: Float[Tensor, " tokens"] | None
+) -> dict[str, Tensor]:
+    """The divergence from a top-k or sampled target, the clamped mass, and the derivatives that there are."""
+    assert isinstance(rows.target, (TopKTarget, SampledTarget))
+    pieces = [slice(first, first + FEW_ROWS) for first in range(0, max(1, len(rows.target)), FEW_ROWS)]
+    parts = [_few_rows(rows.at(piece), at(student_on_k, piece), at(student_logp, piece)) for piece in pieces]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _few_rows(rows: RowSpec, student_on_k: Tensor | None, student_logp: Tensor | None) -> dict[str, Tensor]:
+    target, given = rows.target, {"k_slope": student_on_k, "y_slope": student_logp}
+    leaves = {name: logp.detach().requires_grad_(True) for name, logp in given.items() if logp is not None}
+    with torch.enable_grad():
+        if isinstance(target, TopKTarget):
+            support, y_logp = support_of(target.ids), leaves.get("y_slope")
+            on_k = support.mask(leaves["k_slope"])
+            loss, clamped = rows.objective.from_top_k(
+                on_k, support, target, y_logp, rows.response_ids, rows.sampler_logp
+            )
+        else:
+            assert isinstance(target, SampledTarget)
+            loss, clamped = rows.objective.from_sampled(leaves["y_slope"], target.teacher_logp, rows.sampler_logp)
+        slopes = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+    found = {"divergence": loss.detach().to(next(iter(leaves.values())).dtype), "clamped": clamped.detach()}
+    return found | {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+
+
+def token_slopes(rows: RowSpec, slopes: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(ids, derivatives) [rows, k] of what `add_few_tokens` returned."""
+    found = []
+    if isinstance(rows.target, TopKTarget) and "k_slope" in slopes:
+        found.append((rows.target.ids, slopes["k_slope"]))
+    if rows.response_ids is not None and "y_slope" in slopes:
+        found.append((rows.response_ids.unsqueeze(-1), slopes["y_slope"].unsqueeze(-1)))
+    return found

@@ -106,7 +106,7 @@ class _Blocks:
             rows = self.rows.at(index, whole_targets=False)
             bad = state["log_s"].isnan().nonzero().squeeze(-1)
             weights = (head.token_weights[index] / head.temperature).unsqueeze(-1)
-            adds = token_slopes(rows, values, state.get("k_slope"), state.get("y_slope"))
+            adds = token_slopes(rows, state)
             for first in range(0, self.columns, self.width):
                 gradient = self._block_gradient(rows, index, values, state, adds, first).mul_(weights)
                 gradient[bad] = 0.0

@@ -71,7 +71,8 @@ class Policy:
     def loss(self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics) -> torch.Tensor:
         """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""
         total, out = self.token_loss(batch, objective)
-        check_loss(out.loss, batch, as_hybrid(objective).distill)
+        if not out.loss.isfinite().all():
+            check_loss(out.loss, batch, as_hybrid(objective).distill)
         metrics.add(batch, out)
         return total
 

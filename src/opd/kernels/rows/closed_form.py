@@ -1,7 +1,7 @@
 """PyTorch only: row passes that write the gradient over the logits, a few rows at a time so that they stay in cache.
 
-For each divergence its value and f = ∂D/∂p, from which dD/dz = p (f − Σ p f). The divergences are written for unnormalised p̃ = e^z = S p and q̃ = e^t = Q q, so that nothing is divided by a row's sum entry by
-entry; with z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
+Each divergence has its value and f = ∂D/∂p, from which dD/dz = p (f − Σ p f). They are written for unnormalised p̃ = e^z = S p and
+q̃ = e^t = Q q, so that nothing is divided by a row's sum entry by entry; with z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
 
     reverse_kl          f = log(p/q)
     forward_kl          p f = −q
@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd.kernels.few_tokens import add_policy_and_entropy, few_tokens_loss, policy_loss, token_slopes
+from opd.kernels.few_tokens import add_few_tokens, policy_loss, token_slopes
 from opd.kernels.spec import (
     MASKED,
     RowPass,
@@ -348,13 +348,12 @@ class ClosedFormRows(_ClosedForm):
         if self.makes_diagnostics:
             values |= _diagnostics(seen, values, log_s, q.log(), *more[1:])
         values["loss"] = rows.distill_weight * values["divergence"]
-        if rows.has_extras:
-            add_policy_and_entropy(rows, values)
+        slopes = add_few_tokens(rows, values) if rows.has_extras else {}
         out = RowResults(values=values, scale=rows.distill_weight * form.row_scale(s, q) / s)
         if self.keeps_state and tops is not None:
             center = more[0] / s if form.mixes else values["divergence"].clone()
             tops_of = [top.squeeze(-1) for top in tops]
-            out.state = {"log_s": tops_of[0] + log_s, "log_q": tops_of[1] + q.log(), "center": center}
+            out.state = {"log_s": tops_of[0] + log_s, "log_q": tops_of[1] + q.log(), "center": center, **slopes}
         self.mark_out_of_range(out, torch.stack([s, q], dim=-1))
         return out
 
@@ -448,20 +447,12 @@ class FewTokenRows(_ClosedForm):
         values = {"student_entropy": (log_s - zp / s).squeeze(-1)}
         if y_logit is not None:
             values["student_logp"] = restore_neg_inf(y_logit - log_s).squeeze(-1)
-        values["loss"], slopes = torch.zeros_like(log_s.squeeze(-1)), (None, None)
-        if target is not None:
-            on_k = None if k_logits is None else restore_neg_inf(k_logits - log_s)
-            values["divergence"], *found, values["clamped"] = few_tokens_loss(rows, on_k, values.get("student_logp"))
-            values["loss"] = rows.distill_weight * values["divergence"]
-            slopes = [None if slope is None else rows.distill_weight * slope for slope in found]
-        add_policy_and_entropy(rows, values)
-        adds = token_slopes(rows, values, slopes[0], slopes[1])
-        scale = self._gradient(rows, z, bonus, s, zp / s, adds) if gradient else 1.0 / s
+        values["loss"] = torch.zeros_like(log_s.squeeze(-1))
+        slopes = add_few_tokens(rows, values, None if k_logits is None else restore_neg_inf(k_logits - log_s))
+        scale = self._gradient(rows, z, bonus, s, zp / s, token_slopes(rows, slopes)) if gradient else 1.0 / s
         out = RowResults(values=values, scale=scale.squeeze(-1))
         if self.keeps_state and top is not None:
-            out.state = {"log_s": (top + log_s).squeeze(-1)}
-            named = zip(("k_slope", "y_slope"), slopes, strict=True)
-            out.state |= {name: slope for name, slope in named if slope is not None}
+            out.state = {"log_s": (top + log_s).squeeze(-1), **slopes}
         self.mark_out_of_range(out, s)
         return out
 

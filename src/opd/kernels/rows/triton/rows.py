@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.few_tokens import add_policy_and_entropy, few_tokens_loss, token_slopes
+from opd.kernels.few_tokens import add_few_tokens, token_slopes
 from opd.kernels.rows.triton import kernels
 from opd.kernels.rows.triton.kernels import INTERPRETED
 from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, kind_of, restore_neg_inf
@@ -109,20 +109,15 @@ class TritonRows:
         values = {"student_entropy": found.student_entropy}
         if y_logits is not None:
             values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
-        values["loss"], center, slopes = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s), [None, None]
+        values["loss"], center = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s)
         if t is not None:
             values["teacher_entropy"] = found.teacher_entropy
             divergence, center = found.two_read(self.kind) if self.kind in TWO_READS else self._moments(z, t, found)
             values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
             values["loss"] = rows.distill_weight * values["divergence"]
-        elif target is not None:
-            on_k = None if k_logits is None else found.student_logp(k_logits)
-            values["divergence"], *few, values["clamped"] = few_tokens_loss(rows, on_k, values.get("student_logp"))
-            values["loss"] = rows.distill_weight * values["divergence"]
-            slopes = [None if slope is None else rows.distill_weight * slope for slope in few]
-        add_policy_and_entropy(rows, values)
+        slopes = add_few_tokens(rows, values, None if k_logits is None else found.student_logp(k_logits))
         if out is not None:
-            adds = token_slopes(rows, values, slopes[0], slopes[1])
+            adds = token_slopes(rows, slopes)
             per_row = _per_row(rows, found, center, weight, adds)
             self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
             for ids, slope in adds:
