@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import distributed as dist
 from opd.errors import ObjectiveError
 from opd.losses import Objective
 from opd.losses._shapes import Bool, Float
-from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, TeacherMixture
 
 Memory = Literal["fast", "minimal"]
 
@@ -200,12 +200,7 @@ class PolicyTerm:
 
     def at(self, index: Any) -> PolicyTerm:
         """The term at some tokens."""
-        return replace(
-            self,
-            advantages=self.advantages[index],
-            old_log_prob=at(self.old_log_prob, index),
-            importance_weights=at(self.importance_weights, index),
-        )
+        return replace(self, **tensors_at(self, index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,11 +254,9 @@ class RowSpec:
         return replace(
             self,
             target=_target_at(self.target, index, whole_targets),
-            response_ids=at(self.response_ids, index),
-            sampler_logp=at(self.sampler_logp, index),
-            sequence_index=at(self.sequence_index, index),
             policy=None if self.policy is None else self.policy.at(index),
             diagnostics=seen,
+            **tensors_at(self, index),
         )
 
 
@@ -324,25 +317,21 @@ def restore_neg_inf(logp: Tensor) -> Tensor:
     return torch.where(logp < MASKED / 2, -torch.inf, logp)
 
 
+def tensors_at(value: Any, index: Any) -> dict[str, Tensor]:
+    """The tensors of a dataclass, each of which has a row per token, at some tokens."""
+    tensors = {part.name: getattr(value, part.name) for part in fields(value)}
+    return {name: tensor[index] for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
 def select_target(target: AnyTarget | None, index: Any) -> AnyTarget | None:
     """The target at some tokens; `index` is an index tensor or a slice."""
-    if isinstance(target, HiddenTarget):
-        return replace(target, hidden=target.hidden[index])
-    if isinstance(target, DenseTarget):
-        return replace(target, logits=target.logits[index])
-    if isinstance(target, TopKTarget):
-        return TopKTarget(
-            ids=target.ids[index],
-            teacher_logp=target.teacher_logp[index],
-            sampled_logp=at(target.sampled_logp, index),
-        )
-    if isinstance(target, SampledTarget):
-        return replace(target, teacher_logp=target.teacher_logp[index])
-    if isinstance(target, TeacherMixture):
-        members = tuple(select_target(member, index) for member in target.targets)
-        weights = target.weights if target.weights.dim() == 1 else target.weights[index]
-        return replace(target, targets=members, weights=weights)
-    return None
+    if target is None:
+        return None
+    if not isinstance(target, TeacherMixture):
+        return replace(target, **tensors_at(target, index))
+    members: Any = tuple(select_target(member, index) for member in target.targets)
+    weights = target.weights if target.weights.dim() == 1 else target.weights[index]
+    return replace(target, targets=members, weights=weights)
 
 
 def _target_at(target: AnyTarget | None, index: Any, whole_targets: bool) -> AnyTarget | None:

@@ -12,7 +12,7 @@ from opd.errors import NonFiniteError, OutOfMemoryError
 from opd.losses import Objective
 from opd.types import Batch, Rollout
 
-FROM_THE_MACHINE = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+TORCH_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 OUT_OF_MEMORY_ADVICE = {
     "rollout": "rollout.batch_size or rollout.max_new_tokens, and go on with --resume",
     "teacher": "teacher.tokens_per_batch, and go on with --resume",
@@ -76,7 +76,7 @@ def memory_advice(phase: str) -> Iterator[None]:
     """An out-of-memory error becomes one that says what to lower; sampling from NaN becomes a NonFiniteError."""
     try:
         yield
-    except FROM_THE_MACHINE as error:
+    except TORCH_ERRORS as error:
         explain(error, phase)
         raise
 

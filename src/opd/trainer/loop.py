@@ -16,7 +16,7 @@ from opd.samplers.base import draw
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.from_config import RunComponents
-from opd.trainer.guardrails import FROM_THE_MACHINE, explain, memory_advice
+from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
@@ -213,7 +213,7 @@ class Clock:
         self.announce(name)
         try:
             yield
-        except FROM_THE_MACHINE as error:
+        except TORCH_ERRORS as error:
             explain(error, name)
             raise
         self.seconds[f"time/{name}"] = time.perf_counter() - began

@@ -193,6 +193,7 @@ class Student(Policy):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.gradient_checkpointing = gradient_checkpointing
+        self.in_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         self.optimizers = build_optimizer(model, config)
 
     def update(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> LossOutput:
@@ -253,7 +254,7 @@ class Student(Policy):
     def _loss_scale(self, batch: Batch) -> float | None:
         """A power of two that the loss is multiplied by where the model is float16, in which gradients times 1/N would vanish: weights
         per token then are between 1 and 2. None while no token counts."""
-        if all(p.dtype != torch.float16 for p in self.model.parameters()):
+        if not self.in_float16:
             return 1.0
         largest = float(batch.token_weights.abs().max()) if len(batch.token_weights) else 0.0
         return 2.0 ** (1 - math.frexp(largest)[1]) if largest > 0.0 else None
