@@ -19,7 +19,7 @@ are shifted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -44,8 +44,6 @@ GRAM_ROWS, GRAM_COLUMNS = 4, 1 << 15  # (benchmarks/LOG.md)
 MAX_MIXED_RATIO = 80.0  # |d| from which one model has no part in M: e^80 ≈ 6e34 and its inverse are normal in float32
 FOLD_SHARE = 1e-3  # a row's multiple of p̃ becomes a divisor only if it is this share of the entries beside it, or more
 Sums = tuple[Tensor, ...]
-Total = Callable[..., Sums]
-"""Sums of rows over all shards of the vocabulary."""
 
 
 class ClosedFormDivergence:
@@ -90,13 +88,6 @@ class ClosedFormDivergence:
         """The factor of f, one number per row, that is left to whoever scales rows."""
         return 1.0
 
-    def row_pass(self, z: Tensor, t: Tensor, total: Total, gradient: bool) -> Sums | None:
-        """The whole row pass in one buffer (two for the JSD), so that more stays in cache: S, Q, Σ p̃ z, Σ q̃ t and the sums of `value`.
-
-        With `gradient`, S p (f − Σ p f) / row_scale replaces z. None: this divergence has no such pass.
-        """
-        return None
-
 
 class ReverseKl(ClosedFormDivergence):
     """KL(S‖T)."""
@@ -110,16 +101,6 @@ class ReverseKl(ClosedFormDivergence):
 
     def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
         return x / s - (s.log() - q.log())
-
-    def row_pass(self, z: Tensor, t: Tensor, total: Total, gradient: bool) -> Sums:
-        one = torch.exp(t, out=self.buffer("p", z))
-        q, tq = one.sum(-1, keepdim=True), dot(one, t)
-        p = torch.exp(z, out=one)
-        s, zp = p.sum(-1, keepdim=True), dot(p, z)
-        s, q, zp, tq, x = total(s, q, zp, tq, dot(p, z.sub_(t)))
-        if gradient:
-            z.sub_(x / s).mul_(p)
-        return s, q, zp, tq, x, torch.zeros_like(q)
 
 
 class ForwardKl(ClosedFormDivergence):
@@ -136,16 +117,6 @@ class ForwardKl(ClosedFormDivergence):
 
     def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
         return y / q + (s.log() - q.log())
-
-    def row_pass(self, z: Tensor, t: Tensor, total: Total, gradient: bool) -> Sums:
-        one = torch.exp(t, out=self.buffer("p", z))
-        q, tq = one.sum(-1, keepdim=True), dot(one, t)
-        y = dot(one, t.sub_(z))
-        p = torch.exp(z, out=t)
-        s, q, zp, tq, y = total(p.sum(-1, keepdim=True), q, dot(p, z), tq, y)
-        if gradient:
-            torch.sub(p, one.mul_(s / q), out=z)
-        return s, q, zp, tq, torch.zeros_like(q), y
 
 
 def _log_ratio(z: Tensor, t: Tensor, q_over_s: Tensor | None) -> None:
@@ -194,17 +165,6 @@ class GeneralizedJsd(ClosedFormDivergence):
 
     def row_scale(self, s: Tensor, q: Tensor) -> float:
         return -1.0 / self.beta if self.normalize else -self.rest
-
-    def row_pass(self, z: Tensor, t: Tensor, total: Total, gradient: bool) -> Sums:
-        one = torch.exp(t, out=self.buffer("p", z))
-        q, tq = one.sum(-1, keepdim=True), dot(one, t)
-        p = torch.exp(z, out=self.buffer("m", z))
-        s, zp = p.sum(-1, keepdim=True), dot(p, z)
-        s, q, zp, tq = total(s, q, zp, tq)
-        x, y = total(*self._sums(z, t, p, one, q / s))
-        if gradient:
-            z.add_(x / s).mul_(p)
-        return s, q, zp, tq, x, y
 
 
 class Skewed(ClosedFormDivergence):
@@ -332,11 +292,8 @@ class ClosedFormRows(_ClosedForm):
         seen = self._before(rows, z, t) if self.makes_diagnostics else {}
         parts: list[Sums] = []
         for piece in pieces(z) if self.shards.alone else [slice(0, len(z))]:
-            part = None
-            if not rows.has_extras and not self.makes_diagnostics and not self.keeps_state:
-                part = form.row_pass(z[piece], t[piece], self.shards.sum, gradient)
-            parts.append(part or self._piece(rows, z[piece], t[piece], y_logit[piece], piece, gradient))
-        s, q, zp, tq, x, y, *more = (torch.cat(column).squeeze(-1) for column in zip(*parts, strict=True))
+            parts.append(self._piece(rows, z[piece], t[piece], y_logit[piece], piece, gradient))
+        s, q, zp, tq, x, y, center, *kls = (torch.cat(column).squeeze(-1) for column in zip(*parts, strict=True))
         log_s = s.log()
         values = {
             "divergence": form.value(x, y, s, q),
@@ -346,12 +303,12 @@ class ClosedFormRows(_ClosedForm):
         if ids is not None:
             values["student_logp"] = restore_neg_inf(y_logit.squeeze(-1) - log_s)
         if self.makes_diagnostics:
-            values |= _diagnostics(seen, values, log_s, q.log(), *more[1:])
+            values |= _diagnostics(seen, values, log_s, q.log(), *kls)
         values["loss"] = rows.distill_weight * values["divergence"]
         slopes = add_few_tokens(rows, values) if rows.has_extras else {}
         out = RowResults(values=values, scale=rows.distill_weight * form.row_scale(s, q) / s)
         if self.keeps_state and tops is not None:
-            center = more[0] / s if form.mixes else values["divergence"].clone()
+            center = center / s if form.mixes else values["divergence"].clone()
             tops_of = [top.squeeze(-1) for top in tops]
             out.state = {"log_s": tops_of[0] + log_s, "log_q": tops_of[1] + q.log(), "center": center, **slopes}
         self.mark_out_of_range(out, torch.stack([s, q], dim=-1))
@@ -361,14 +318,20 @@ class ClosedFormRows(_ClosedForm):
         """The sums of some rows, with everything that may be asked beside the divergence; S p (f − Σ p f) / row_scale replaces z."""
         form, total = self.divergence, self.shards.sum
         p, q_ = torch.exp(z, out=form.buffer("p", z)), torch.exp(t, out=form.buffer("q", z))
-        s, q = total(p.sum(-1, keepdim=True), q_.sum(-1, keepdim=True))
+        s, q = p.sum(-1, keepdim=True), q_.sum(-1, keepdim=True)
+        if form.mixes:
+            s, q = total(s, q)
         zp, tq = dot(p, z), dot(q_, t)
         logits = form.buffer("bonus", z).copy_(z) if rows.entropy_bonus else None
         kls: Sums = ()
         if self.makes_diagnostics:
             difference = torch.sub(z, t, out=form.buffer("m", z))
             kls = (dot(p, difference) / s, dot(q_, difference) / q)
-        x, y, center, zp, tq = total(*form.grad_wrt_probs(z, t, p, q_, s, q), zp, tq)
+        found = form.grad_wrt_probs(z, t, p, q_, s, q)
+        if form.mixes:
+            x, y, center, zp, tq = total(*found, zp, tq)
+        else:
+            s, q, x, y, center, zp, tq = total(s, q, *found, zp, tq)
         sums = (s, q, zp, tq, x, y, center, *kls)
         if not gradient:
             return sums
