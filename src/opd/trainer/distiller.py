@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
-from opd.reporting.progress import Progress
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
@@ -179,7 +178,7 @@ class Distiller:
             raise ConfigError(
                 f"All {steps} steps are done, where the schedules end; make a Distiller with more train.steps."
             )
-        return {"step": step, **take_step(self.components, step, Progress(steps, enabled="off")).metrics}
+        return {"step": step, **take_step(self.components, step).metrics}
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the student as it is now on the held-out prompts. Raises ConfigError without any."""

@@ -16,7 +16,7 @@ from opd.samplers.base import draw
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.from_config import RunComponents
-from opd.trainer.guardrails import memory_advice
+from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
@@ -40,12 +40,13 @@ class Step:
 def take_step(
     components: RunComponents,
     step: int,
-    progress: Progress,
+    announce: Callable[[TrainingPhase], object] = lambda _phase: None,
     before_update: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Step:
-    """Rollouts, their targets, one update. `before_update` is entered around everything that moves no weight."""
+    """Rollouts, their targets, one update. `announce` is told each phase as it begins; `before_update` is entered around everything that
+    moves no weight."""
     config, sampler, student = components.config, components.sampler, components.student
-    clock = Clock(progress)
+    clock = Clock(announce)
     prompts = components.schedule.take(step, config.train.prompts_per_step)
     sampler.limit(config.rollout.horizon(step, config.train.steps))
     with before_update():
@@ -84,7 +85,7 @@ class TrainingLoop:
         self.components.sampler.load(student)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
-            done = take_step(self.components, step, self.progress, self.saved_on_error)
+            done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
             self._record(step, done)
             with self.saved_on_error():
                 ended = self._call_back({"step": step, **done.metrics})
@@ -201,17 +202,20 @@ def due(completed: int, every: int) -> bool:
 class Clock:
     """Wall-clock seconds of each phase of a step; names the phase in out-of-memory errors."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, announce: Callable[[TrainingPhase], object]) -> None:
         self.began = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.progress = progress
+        self.announce = announce
 
     @contextmanager
     def phase(self, name: TrainingPhase) -> Iterator[None]:
         began = time.perf_counter()
-        self.progress.phase(name)
-        with memory_advice(name):
+        self.announce(name)
+        try:
             yield
+        except TORCH_ERRORS as error:
+            explain(error, name)
+            raise
         self.seconds[f"time/{name}"] = time.perf_counter() - began
 
     def times(self, out: LossOutput) -> dict[str, float]:

@@ -35,7 +35,7 @@ from opd.integrations.verl.plugin.trace import write_trace
 from opd.integrations.verl.plugin.v080 import register_engine
 from opd.integrations.verl.plugin.weights import Spread, Weights, matched, scheduled
 from opd.kernels import linear_log_prob, linear_objective
-from opd.kernels.row_spec import select_target
+from opd.kernels.spec import select_target
 from opd.types import HiddenTarget
 
 PREFIX = "actor/opd/"
