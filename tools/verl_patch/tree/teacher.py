@@ -14,7 +14,7 @@ from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
-from opd.integrations.verl.plugin.policy_loss_settings import TeacherModel
+from opd.integrations.verl.plugin.settings import TeacherModel
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say

@@ -23,7 +23,7 @@ from opd.integrations.verl.dry_run import ROLLOUT_NAME
 from opd.integrations.verl.dry_run.attention import NAME as ULYSSES
 from opd.integrations.verl.dry_run.sampling import SamplingSettings, sample, score, seed_of
 from opd.integrations.verl.plugin.model_checks import end_ids
-from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
+from opd.integrations.verl.plugin.teachers.hidden_server import ModelReplica, ModelServer
 
 TEACHER_ATTENTION = "sdpa"  # verl tells a teacher's server the path alone, and would have it use flash-attn
 

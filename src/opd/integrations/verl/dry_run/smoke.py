@@ -21,11 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from opd.errors import OpdError
-from opd.integrations.verl.dry_run.compose import Words, compose, literal, read_words
+from opd.integrations.verl.dry_run.compose import ROLLOUT, ConfigOverrides, Words, compose, literal, read_words
 from opd.integrations.verl.dry_run.launch import Ended, cpu_environment, first_error, launch, ray_folder
-from opd.integrations.verl.dry_run.overrides import ROLLOUT, ConfigOverrides
-from opd.integrations.verl.dry_run.shrink_config import check_given, model_overrides, replace, requested_models
-from opd.integrations.verl.dry_run.sizes import check_sizes
+from opd.integrations.verl.dry_run.shrink_config import (
+    check_given,
+    check_sizes,
+    model_overrides,
+    replace,
+    requested_models,
+)
 from opd.integrations.verl.dry_run.tiny_models import StandIn, make_models
 from opd.integrations.verl.plugin.settings import parse
 

@@ -47,14 +47,9 @@ class RunFacts:
 
 def check_run(settings: Settings, run: RunFacts) -> None:
     """Raise ConfigError for the first thing in verl's config that this distillation cannot live with."""
-    for problem in (
-        *_selection(settings, run),
-        *_pool(settings, run),
-        *_engine(settings, run),
-        *_sampling(settings, run),
-        *_aggregation(settings, run),
-    ):
-        raise ConfigError(problem)
+    for check in (_selection, _pool, _engine, _sampling, _aggregation):
+        for problem in check(settings, run):
+            raise ConfigError(problem)
 
 
 def remarks(settings: Settings, run: RunFacts) -> tuple[str, ...]:

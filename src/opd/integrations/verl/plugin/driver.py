@@ -20,15 +20,16 @@ from opd.errors import ConfigError, ModelError, OpdError
 from opd.integrations.verl.plugin.head import output_layer, run_to_head
 from opd.integrations.verl.plugin.model_checks import (
     NO_ADAPTER,
+    NOT_BUILT,
     check_top_k,
     common_vocabulary,
     read_model,
+    shrink,
     teacher_attention,
     unreadable,
 )
 from opd.integrations.verl.plugin.settings import Settings, key_of
-from opd.integrations.verl.plugin.small_model import NOT_BUILT, shrink
-from opd.integrations.verl.plugin.teachers.frozen_model import precision_of
+from opd.integrations.verl.plugin.teachers.in_actor import precision_of
 
 STUDENT = "actor_rollout_ref.model"
 

@@ -18,26 +18,36 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
 from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.plugin.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
-from opd.integrations.verl.plugin.engine_config import OpdEngineConfig, start_line
+from opd.integrations.verl.plugin.alignment import (
+    ResponseTokens,
+    SequenceSlice,
+    advantages_of,
+    response_tokens,
+    sequence_slice,
+    whole_group,
+    with_advantages,
+)
+from opd.integrations.verl.plugin.base_engines import LanguageModelEngine, register_engine
 from opd.integrations.verl.plugin.head import head_of, output_layer, run_to_head
-from opd.integrations.verl.plugin.metrics import MetricSums
+from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig, start_line
+from opd.integrations.verl.plugin.metrics import MetricSums, Spread, Weights, matched, scheduled, write_trace
 from opd.integrations.verl.plugin.model_checks import end_ids
-from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
 from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.sanity_check import check_teacher
-from opd.integrations.verl.plugin.sequence_parallel import SequenceSlice, sequence_slice, whole_group
 from opd.integrations.verl.plugin.settings import Settings
-from opd.integrations.verl.plugin.teachers.base import TargetSlice, TeacherBackend
-from opd.integrations.verl.plugin.teachers.choose import make_backend
-from opd.integrations.verl.plugin.teachers.served_logprobs import policy_loss
-from opd.integrations.verl.plugin.trace import write_trace
-from opd.integrations.verl.plugin.v080 import register_engine
-from opd.integrations.verl.plugin.weights import Spread, Weights, matched, scheduled
+from opd.integrations.verl.plugin.teachers import TargetSlice, TeacherBackend
+from opd.integrations.verl.plugin.teachers.in_actor import InActorTeachers
+from opd.integrations.verl.plugin.teachers.served import ServedHiddenStates, ServedLogProbs, policy_loss
 from opd.kernels import linear_log_prob, linear_objective
 from opd.kernels.row_spec import select_target
 from opd.types import HiddenTarget
 
+BACKENDS: dict[str, Callable[[Settings, Any], TeacherBackend]] = {
+    "actor": InActorTeachers,
+    "pool": ServedLogProbs,
+    "hidden": ServedHiddenStates,
+}
+"""The teacher backend of each `opd.placement`; `actor` loads weights, and `hidden` an output layer."""
 PREFIX = "actor/opd/"
 PER_TEACHER = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
 """Metrics that are logged for each teacher too, where each token has one of several."""
@@ -75,7 +85,7 @@ class OpdEngine(LanguageModelEngine):
             return
         output_layer(self.module, "student")
         self.reads_rows = reads_rows(self, "student", self.model_config.processor)
-        self.teachers = make_backend(self.settings, self)
+        self.teachers = BACKENDS[self.settings.placement](self.settings, self)
         if self.is_param_offload_enabled:
             self.teachers.offload()
         self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
@@ -201,7 +211,7 @@ class OpdEngine(LanguageModelEngine):
             gap = diagnostics["teacher_logp"] - diagnostics["student_logp"] if len(taught.ids) else gap
             for_rl["advantage"] = gap if rows is None else gap.new_zeros(len(own.ids)).index_copy(0, rows, gap)
         if self.spread is not None:
-            self.spread.add(advantages_of(micro_batch, taught), gap if as_advantage else diagnostics["per_token"])
+            self.spread.add_terms(advantages_of(micro_batch, taught), gap if as_advantage else diagnostics["per_token"])
             return total, whole, {}
         if distils:
             self._record(settings, micro_batch, whole, own, taught, diagnostics)

@@ -1,4 +1,4 @@
-"""The `config` of a call of the policy loss: verl's own actor config, or the same keys in a dict, an OmegaConf node or a namespace."""
+"""The config of the policy loss `on_policy_distillation`: verl's own actor config, which is checked, or the same keys given in a call."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 from verl.base_config import BaseConfig
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, require
 from opd.integrations.verl.plugin.concept_names import LOSS_MODE
-from opd.integrations.verl.plugin.policy_loss_settings import NAMES, DistillationSettings, settings_of
+from opd.integrations.verl.plugin.settings import NAMES, POLICY_LOSS, DistillationSettings, settings_of
 
 OURS = (*NAMES, "opd")
 PREFIXES = ("distillation_", "hybrid_", "teacher_")
@@ -20,6 +20,7 @@ PREFIXES = ("distillation_", "hybrid_", "teacher_")
 FILLED = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1, "ppo_micro_batch_size": None}
 """What verl's dataclass insists on, and no policy loss reads."""
 SCALARS = (bool, int, float, str, type(None))
+STRATEGIES = ("fsdp", "fsdp2")
 
 
 def read_config(config: Any) -> tuple[DistillationSettings, Any]:
@@ -89,3 +90,31 @@ def _scalars(kind: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(given[name], SCALARS):
             yield name, given[name]
+
+
+def check_config(actor: Any) -> None:
+    """Refuse, as a ConfigError, an actor config that cannot work. verl's ActorConfig calls it, on the driver and in every worker."""
+    settings, engine = settings_of(actor.policy_loss), actor.get("fsdp_config", None)
+    require(
+        actor.strategy in STRATEGIES,
+        f"loss_mode={LOSS_MODE} with actor.strategy={actor.strategy}: the hook that hands logits to the loss is in verl's FSDP engine "
+        f"only; use one of {', '.join(STRATEGIES)}.",
+    )
+    unset = f"{POLICY_LOSS}.opd.teacher.model is not set; give the teacher's folder or hub name."
+    require(bool(settings.all_teachers), unset)
+    require(
+        max(actor.get("ulysses_sequence_parallel_size", 1), getattr(engine, "ulysses_sequence_parallel_size", 1)) == 1,
+        f"loss_mode={LOSS_MODE} with sequence parallelism: teacher and student logits would be shards of a sequence; set "
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1.",
+    )
+    padded = f"loss_mode={LOSS_MODE} with fsdp_config.pad_to_length: switch pad_to_length off."
+    require(not getattr(engine, "pad_to_length", False), padded)
+    require(
+        not actor.get("use_fused_kernels", False),
+        f"loss_mode={LOSS_MODE} needs logits, and fused kernels make none; set actor_rollout_ref.model.use_fused_kernels=False.",
+    )
+    require(
+        settings.trains_rl or not (actor.entropy_coeff or actor.use_kl_loss),
+        "entropy_coeff and use_kl_loss belong to the policy loss, which opd.rl.weight=0 (hybrid_lambda_rl) leaves out; set "
+        f"{POLICY_LOSS}.opd.rl.weight above 0, or entropy_coeff=0 use_kl_loss=False.",
+    )
