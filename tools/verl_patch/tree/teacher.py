@@ -13,9 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
+from opd.integrations.verl.plugin.model_checks import common_vocabulary
+from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.settings import TeacherModel
-from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
+from opd.teachers.vocabulary import embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
 
@@ -26,7 +27,9 @@ class Teacher(FSDPEngineWithLMHead):
     def __init__(self, told: TeacherModel, student: Any) -> None:
         """`student` is the actor's engine, whose precision and sharding the teacher shares. Raises VocabularyError."""
         model = _model_config(told, student.model_config)
-        self.vocabulary = _common_vocabulary(student.model_config, model)
+        self.vocabulary = common_vocabulary(student.model_config, model)
+        for warning in self.vocabulary.warnings:
+            print(f"on-policy distillation: warning: {warning}", flush=True)
         super().__init__(model, _engine_config(student.engine_config, told.offload), None, None)
         module = self._build_module().requires_grad_(False)
         self.rows = embedding_rows(module)
@@ -40,23 +43,12 @@ class Teacher(FSDPEngineWithLMHead):
         if self.reads_rows and packed(micro_batch):
             model_inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
         model_inputs = readable(self, model_inputs)
-        device_type = model_inputs["input_ids"].device.type
-        with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
+        with autocast(self):
             logits = self.module(**model_inputs, use_cache=False).logits
         if isinstance(self.module, FSDPModule):
             self.module.reshard()  # FSDP2 keeps the root gathered for a backward pass, which never comes
         mask = model_inputs.get("attention_mask")
         return logits.squeeze(0) if mask is None else logits[mask.bool()]
-
-
-def _common_vocabulary(student: Any, teacher: Any) -> VocabularyMatch:
-    rows = [config.hf_config.get_text_config().vocab_size for config in (student, teacher)]
-    match = check_vocabularies(
-        student.tokenizer, teacher.tokenizer, *rows, student_name=student.path, teacher_name=teacher.path
-    )
-    for warning in match.warnings:
-        print(f"on-policy distillation: warning: {warning}", flush=True)
-    return match
 
 
 def _model_config(told: TeacherModel, student: Any) -> HFModelConfig:

@@ -155,7 +155,11 @@ class VerlSource:
             if missing := [word for word in hook.says.split() if word not in said]:
                 yield f"says nothing of {', '.join(missing)} any more"
         if hook.abstract is not None and isinstance(node, ast.ClassDef):
-            asked = {name for name, member in self.members(module, node).items() if _is_abstract(member)}
+            asked = {
+                name
+                for name, member in self.members(module, node).items()
+                if any("abstract" in ast.unparse(decorator) for decorator in getattr(member, "decorator_list", []))
+            }
             if more := sorted(asked - set(hook.abstract.split())):
                 yield f"asks its subclasses for {', '.join(more)}"
 
@@ -274,11 +278,6 @@ def _parameters(node: ast.AST) -> set[str]:
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return set()
     return {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-
-
-def _is_abstract(node: ast.AST) -> bool:
-    decorators = getattr(node, "decorator_list", [])
-    return any("abstract" in ast.unparse(decorator) for decorator in decorators)
 
 
 def _said(node: ast.AST) -> set[str]:

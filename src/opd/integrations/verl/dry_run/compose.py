@@ -1,4 +1,7 @@
-"""verl's config as its main composes it from the words of a command line, and overrides that come after the user's own; without importing verl."""
+"""verl's config as its main composes it from the words of a command line, and overrides that come after the user's own; without importing verl.
+
+`python -m … WORDS` imports it, for what verl's main checks on the driver before Ray starts.
+"""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -189,16 +192,29 @@ class ConfigOverrides:
 
     def overrides(self) -> list[str]:
         """In Hydra's form, without those that the user's config has anyway."""
-        return [f"++{key}={literal(value)}" for key, value in self.values.items() if not self._is_so(key, value)]
-
-    def _is_so(self, key: str, value: Any) -> bool:
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(self.config, parent)
-        if not self.has(key) or OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
-            return False
-        return self.get(key) == value and type(self.get(key)) is type(value)
+        found = []
+        for key, value in self.values.items():
+            parent, _, name = key.rpartition(".")
+            node, own = OmegaConf.select(self.config, parent), self.get(key)
+            open_ = not self.has(key) or OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
+            if open_ or own != value or type(own) is not type(value):
+                found.append(f"++{key}={literal(value)}")
+        return found
 
 
 def has_critic(config: DictConfig) -> bool:
     enabled = config.critic.enable
     return bool(enabled) if enabled is not None else config.algorithm.adv_estimator == "gae"
+
+
+def main(words: Sequence[str]) -> None:
+    """verl's checks of the sizes that the user wrote. Raises what verl raises, or returns."""
+    config = compose(read_words(words))
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

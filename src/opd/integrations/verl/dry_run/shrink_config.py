@@ -6,7 +6,7 @@ Batches and lengths are cut down with their ratios kept, and refused where they 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,14 @@ def shrink_sizes(changes: ConfigOverrides) -> None:
                 changes.row("micro-batch", *micro)
     for section, prefix in ((ROLLOUT, "log_prob_"), (REF, "log_prob_"), ("critic", "forward_")):
         _shrink_micro_batch(changes, section, prefix, (batch * n // world, PROMPTS * samples), (own_tokens, tokens))
-    _overlong(changes)
+    for rewards in (
+        "reward.reward_kwargs",
+        "reward_model.reward_kwargs",
+    ):  # DAPO's penalty for long responses, in tokens
+        if changes.get(f"{rewards}.max_resp_len") is not None:
+            changes.set(f"{rewards}.max_resp_len", lengths[1])
+        if changes.get(f"{rewards}.overlong_buffer_cfg.len") is not None:
+            changes.set(f"{rewards}.overlong_buffer_cfg.len", lengths[1] // 2)
     changes.row("lengths", " + ".join(map(str, own_lengths)), " + ".join(map(str, lengths)))
 
 
@@ -78,15 +85,6 @@ def _shrink_micro_batch(
     if most is not None and changes.get(f"{ACTOR}.use_dynamic_bsz"):
         changes.set(key, max(length, here * length // 2) if most < whole * own_length else here * length)
     return sizes
-
-
-def _overlong(changes: ConfigOverrides) -> None:
-    """DAPO's penalty for long responses is measured in tokens."""
-    for section in ("reward.reward_kwargs", "reward_model.reward_kwargs"):
-        if changes.get(f"{section}.max_resp_len") is not None:
-            changes.set(f"{section}.max_resp_len", changes.values["data.max_response_length"])
-        if changes.get(f"{section}.overlong_buffer_cfg.len") is not None:
-            changes.set(f"{section}.overlong_buffer_cfg.len", changes.values["data.max_response_length"] // 2)
 
 
 def _world(config: DictConfig) -> int:
@@ -206,17 +204,13 @@ def replace(config: DictConfig, models: Sequence[StandIn], *, folder: Path, step
     _reward(changes, folder)
     shrink_sizes(changes)
     _machine(changes, folder)
-    changes.values |= {key: value for key, value in _left_out() if changes.has(key)}
+    left_out = files("opd.integrations.verl.dry_run").joinpath("left_out.yaml").read_text(encoding="utf-8")
+    dotted = leaves(OmegaConf.create(left_out))  # pyright: ignore[reportArgumentType]
+    changes.values |= {key: value for key, value in dotted if changes.has(key)}
     changes.set("trainer.total_training_steps", steps)
     changes.set("trainer.total_epochs", steps)  # an epoch has a step at the least
     changes.set("trainer.default_local_dir", str(folder / "checkpoints"))
     return changes
-
-
-def _left_out() -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of left_out.yaml."""
-    text = files("opd.integrations.verl.dry_run").joinpath("left_out.yaml").read_text(encoding="utf-8")
-    yield from leaves(OmegaConf.create(text))  # pyright: ignore[reportArgumentType]
 
 
 def _machine(changes: ConfigOverrides, folder: Path) -> None:

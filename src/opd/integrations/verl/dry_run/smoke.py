@@ -137,7 +137,7 @@ class _Run:
         words = [*given.flags(), *given.overrides, *(f"++{key}={literal(value)}" for key, value in values.items())]
         log = self.folder / "check.txt"
         with cpu_environment(self.folder / "unused.jsonl") as env:
-            ended = self._launch([sys.executable, "-m", "opd.integrations.verl.dry_run.own_config", *words], log, env)
+            ended = self._launch([sys.executable, "-m", "opd.integrations.verl.dry_run.compose", *words], log, env)
         text = self._read(log)
         for line in text.splitlines():
             if line.startswith("opd") and ended.code == 0:

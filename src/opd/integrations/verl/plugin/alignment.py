@@ -70,7 +70,11 @@ def response_tokens(
     offsets, values = input_ids.offsets(), input_ids.values()
     mask = _padded(micro_batch, "response_mask").bool()
     index = response_positions(micro_batch)
-    row_index = _in_rows(offsets)[index]
+    # The position of each token when sequences are rows, padded on the right to the longest, and the rows are flattened.
+    lengths = offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
+    column = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1][row]
+    row_index = (row * int(lengths.max()) + column)[index]
     counts = {name: micro_batch[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     scale = {"loss_agg_mode": "token-mean", **{k: v for k, v in reduction.items() if v is not None}}
     sampler = next((name for name in ("rollout_log_probs", "old_log_probs") if name in micro_batch), None)
@@ -99,14 +103,6 @@ def _weights(mask: Tensor, **aggregation: Any) -> Tensor:
     with torch.enable_grad():
         (weights,) = torch.autograd.grad(agg_loss(losses, mask.float(), **aggregation), losses)
     return weights
-
-
-def _in_rows(offsets: Tensor) -> Tensor:
-    """The position of each token when sequences are rows, padded on the right to the longest, and the rows are flattened."""
-    lengths = offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-    column = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1][row]
-    return row * int(lengths.max()) + column
 
 
 def advantages_of(micro_batch: Any, tokens: ResponseTokens) -> Float[Tensor, " tokens"]:

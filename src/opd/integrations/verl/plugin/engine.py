@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
+from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
 
 from opd.errors import ConfigError, NonFiniteError
@@ -32,7 +32,7 @@ from opd.integrations.verl.plugin.head import head_of, output_layer, run_to_head
 from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig, start_line
 from opd.integrations.verl.plugin.metrics import MetricSums, Spread, Weights, matched, scheduled, write_trace
 from opd.integrations.verl.plugin.model_checks import end_ids
-from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
+from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.sanity_check import check_teacher
 from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.teachers import TargetSlice, TeacherBackend
@@ -196,7 +196,7 @@ class OpdEngine(LanguageModelEngine):
             logp, entropy = _log_probs(hidden, layer, own, micro_batch["temperature"])
             return torch.cat([total.view(1), logp, entropy])
 
-        with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
+        with autocast(self):
             values = run_to_head(self.module, inputs, at_head, "student")
         total, whole = values[0], piece.total(values[0])
         if not whole.isfinite():

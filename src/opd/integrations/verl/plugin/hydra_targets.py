@@ -41,6 +41,8 @@ def start_line(settings: Settings) -> str:
 
 FSDP = "dp"
 """verl's name of its FSDP engine among the values of model_engine."""
+SHARED = ("strategy", "entropy_coeff", "use_kl_loss", "loss_agg_mode", "loss_scale_factor")
+"""Names that the checks take over from verl's actor."""
 
 
 def engine_config(**section: Any) -> OpdEngineConfig:
@@ -87,14 +89,10 @@ class OpdActorConfig(FSDPActorConfig):
         return RunFacts(
             **others,
             pool=None if servers is None else TeacherServers(**{**servers, "teachers": tuple(servers["teachers"])}),
-            strategy=self.strategy,
+            **{name: getattr(self, name) for name in SHARED},
             sequence_parallel=self.fsdp_config.ulysses_sequence_parallel_size,
             loss_mode=self.policy_loss.get("loss_mode", "vanilla"),
-            entropy_coeff=self.entropy_coeff,
-            use_kl_loss=self.use_kl_loss,
             sum_pi_squared=self.calculate_sum_pi_squared,
-            loss_agg_mode=self.loss_agg_mode,
-            loss_scale_factor=self.loss_scale_factor,
         )
 
 

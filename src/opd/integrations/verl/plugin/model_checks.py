@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -65,25 +65,17 @@ def check_top_k(settings: Settings, match: VocabularyMatch) -> None:
         )
 
 
-class TokenizedModel(Protocol):
-    """The parts of a model that say which token ids it owns. verl's HFModelConfig has them."""
-
-    path: str
-    hf_config: Any
-    tokenizer: Any
-
-
 @dataclass(kw_only=True)
 class ModelFolder:
-    """Config and tokenizer of a folder."""
+    """Config and tokenizer of a folder: the parts of verl's HFModelConfig that say which token ids a model owns."""
 
     path: str
     hf_config: Any
     tokenizer: Any
 
 
-def common_vocabulary(student: TokenizedModel, teacher: TokenizedModel) -> VocabularyMatch:
-    """The token ids that both models own. Raises VocabularyError that shows where the two part."""
+def common_vocabulary(student: Any, teacher: Any) -> VocabularyMatch:
+    """The token ids that both models own; each is a ModelFolder, or verl's HFModelConfig. Raises VocabularyError that shows where the two part."""
     return check_vocabularies(
         student.tokenizer,
         teacher.tokenizer,

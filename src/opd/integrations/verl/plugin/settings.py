@@ -115,6 +115,14 @@ class DistillationSettings(_Teachers):
             "opd.hybrid_loss_mode is the policy loss beside distillation; name another, for example vanilla.",
         )
 
+    def __str__(self) -> str:
+        """The line of the log that says what is trained."""
+        mixture = {"mixture": self.mixture.kind, "mixture_weights": self.mixture.weights}
+        weights = {"rl_weight": self.rl.weight, "distill_weight": self.rl.distill_weight}
+        more = {"hybrid_loss_mode": self.hybrid_loss_mode, "trace": self.trace}
+        told = {"teachers": self.all_teachers, **mixture, **vars(self.objective), **weights, **more}
+        return f"DistillationSettings({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
     @property
     def trains_rl(self) -> bool:
         """A policy loss is trained beside the distillation."""
@@ -180,10 +188,6 @@ class Settings(_Teachers):
         checked = self.sanity_check_every
         require(checked >= 0, f"opd.sanity_check_every={checked} must be ≥ 0; 0 switches the check off.")
         super().__post_init__()
-        self._check_teachers()
-        self._check_both_losses()
-
-    def _check_teachers(self) -> None:
         require(bool(self.all_teachers), "opd.teacher.model is not set; give the teacher's folder or hub name.")
         for name, one in self.all_teachers.items():
             require(
@@ -198,18 +202,15 @@ class Settings(_Teachers):
                 self.mixture == MixtureSettings(),
                 "opd.teachers has one teacher, so there is nothing to mix; drop opd.mixture.kind and opd.mixture.weights.",
             )
-
-    def _check_both_losses(self) -> None:
-        both = self.rl.rewarded and self.rl.distilled
         require(
-            both or self.rl.scale == "none",
+            self.rl.scale == "none" or (self.rl.rewarded and self.rl.distilled),
             "opd.rl.scale=match brings two terms to one size, and one of them has weight 0; set opd.rl.weight and opd.rl.distill_weight, "
             "or opd.rl.scale=none.",
         )
         one = self.objective
         is_plain = one.support == "sampled" and one.delivery == "advantage" and one.baseline == "none"
         require(
-            not (both and self.rl.combine == "advantages") or (is_plain and not one.discount and not one.clip_range),
+            not self.adds_advantages or (is_plain and not one.discount and not one.clip_range),
             "opd.rl.combine=advantages adds log q − log p of the sampled token to verl's advantage, and verl's policy loss does the rest; "
             "set opd.objective.support=sampled opd.objective.estimator=k1 opd.objective.delivery=advantage, without baseline, discount and "
             "clip_range, or use opd.rl.combine=losses.",
@@ -232,7 +233,7 @@ class Settings(_Teachers):
     def describe(self) -> str:
         """The resolved objective in one line: the divergence, the weights, and every setting that is not its default."""
         weight, distill_weight = (
-            _range(start, end)
+            f"{start:g}" if end is None else f"{start:g}→{end:g}"
             for start, end in (
                 (self.rl.weight, self.rl.weight_end),
                 (self.rl.distill_weight, self.rl.distill_weight_end),
@@ -255,10 +256,6 @@ class Settings(_Teachers):
         model = "the student's base" if one.is_student else f"'{one.model}'"
         weighted = len(self.all_teachers) > 1 and self.mixture.reads_weights
         return f"{name} {model}" + (f" × {self.shares()[name]:g}" if weighted else "")
-
-
-def _range(start: float, end: float | None) -> str:
-    return f"{start:g}" if end is None else f"{start:g}→{end:g}"
 
 
 def key_of(name: str) -> str:

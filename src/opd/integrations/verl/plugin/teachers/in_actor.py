@@ -21,9 +21,10 @@ from opd.integrations.verl.plugin.alignment import ResponseTokens
 from opd.integrations.verl.plugin.base_engines import LanguageModelEngine
 from opd.integrations.verl.plugin.head import head_of, hidden_states, output_layer
 from opd.integrations.verl.plugin.model_checks import NO_ADAPTER, common_vocabulary, teacher_attention
-from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
+from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, readable, reads_rows, takes_bounds
 from opd.integrations.verl.plugin.settings import Settings, TeacherSettings
 from opd.integrations.verl.plugin.teachers import TargetSlice
+from opd.kernels.row_spec import select_target
 from opd.teachers.vocabulary import embedding_rows, joined
 from opd.types import HiddenTarget, TeacherMixture
 
@@ -64,7 +65,7 @@ class FrozenTeacher(LanguageModelEngine):
         if self.reads_rows and packed(micro_batch):
             inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
             index = tokens.row_index
-        with _autocast(self._autocast_dtype, index.device.type):
+        with autocast(self):
             return hidden_states(self.module, readable(self, inputs), index, "teacher")
 
     @contextmanager
@@ -102,7 +103,7 @@ class StudentBase:
         training = module.training
         module.eval()
         try:
-            with self.engine.disable_adapter(), _autocast(self.engine._autocast_dtype, index.device.type):
+            with self.engine.disable_adapter(), autocast(self.engine):
                 return hidden_states(module, inputs, index, "student's base")
         finally:
             module.train(training)
@@ -112,10 +113,6 @@ class StudentBase:
         """Entered at the student's output layer, which is gathered there and has no adapter."""
         head = head_of(output_layer(self.engine.module, "student"))
         yield HiddenTarget(hidden=hidden.to(head.weight.dtype), head=head)
-
-
-def _autocast(dtype: torch.dtype, device_type: str) -> torch.autocast:
-    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def precision_of(settings: TeacherSettings, actor: FSDPEngineConfig) -> Any:
@@ -189,15 +186,16 @@ class InActorTeachers:
                 stack.enter_context(member.target(own)) for member, own in zip(self.members, hidden, strict=True)
             ]
             if routes is not None:
-                yield [_rows_of(name, t, routes[name]) for name, t in zip(self.names, targets, strict=True)]
+                yield [
+                    TargetSlice(target=select_target(target, routes[name]), rows=routes[name], name=name)  # pyright: ignore[reportArgumentType]
+                    for name, target in zip(self.names, targets, strict=True)
+                ]
             elif len(targets) == 1:
                 yield [TargetSlice(target=targets[0])]
             else:
                 weights = torch.tensor(list(self.settings.shares().values()), device=hidden[0].device)
                 kind: Any = self.settings.mixture.kind
-                yield [
-                    TargetSlice(target=TeacherMixture(targets=tuple(targets), weights=weights, mixture=kind)),
-                ]
+                yield [TargetSlice(target=TeacherMixture(targets=tuple(targets), weights=weights, mixture=kind))]
 
     def _routes(self, micro_batch: Any, tokens: ResponseTokens) -> dict[str, Tensor]:
         """Indices of the response tokens of each teacher, by the field of their sample that names it."""
@@ -217,7 +215,3 @@ class InActorTeachers:
         number = torch.tensor([self.names.index(value) for value in named], device=tokens.ids.device)
         of_token = number[tokens.sequence_index]
         return {name: (of_token == i).nonzero().squeeze(-1) for i, name in enumerate(self.names)}
-
-
-def _rows_of(name: str, target: HiddenTarget, rows: Tensor) -> TargetSlice:
-    return TargetSlice(target=HiddenTarget(hidden=target.hidden[rows], head=target.head), rows=rows, name=name)

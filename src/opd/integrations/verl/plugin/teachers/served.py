@@ -54,7 +54,10 @@ class ServedLogProbs:
         (self.teacher,) = settings.all_teachers.values()
         self.objective = settings.objective
         self.vocabulary = vocabulary_of(self.teacher, engine)
-        self.rows = rows_of(self.teacher)
+        config = AutoConfig.from_pretrained(
+            copy_to_local(self.teacher.model), trust_remote_code=self.teacher.trust_remote_code
+        )
+        self.rows = config.get_text_config().vocab_size
 
     def prepare(
         self, _inputs: Mapping[str, Any], micro_batch: Any, tokens: ResponseTokens
@@ -83,12 +86,6 @@ def vocabulary_of(teacher: TeacherSettings, engine: Any) -> VocabularyMatch:
     """The token ids that verl's student and a teacher in a server have in common, from the teacher's config and tokenizer."""
     model = read_model(copy_to_local(teacher.model), teacher.trust_remote_code, "opd.teacher.model")
     return common_vocabulary(engine.model_config, replace(model, path=teacher.model))
-
-
-def rows_of(teacher: TeacherSettings) -> int:
-    """The number of ids that a teacher in a server has an embedding for, from its config."""
-    config = AutoConfig.from_pretrained(copy_to_local(teacher.model), trust_remote_code=teacher.trust_remote_code)
-    return config.get_text_config().vocab_size
 
 
 def sent(micro_batch: Any, tokens: ResponseTokens) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
@@ -193,7 +190,9 @@ class ServedHiddenStates:
                 f"teacher '{name}' sent NaN or infinite hidden states at {int(bad.sum())} of {len(bad)} response tokens; no update was "
                 "made. Look at distillation.teacher_models.teacher_model.inference.dtype."
             )
-        head = _moved(self.head, states.dtype)
+        device, bias = get_device_id(), self.head.bias
+        bias = None if bias is None else bias.to(device, torch.float32)
+        head = Head(weight=self.head.weight.to(device, states.dtype), bias=bias)
         if not self.teacher.offload:
             self.head = head
         return nullcontext([TargetSlice(target=HiddenTarget(hidden=states, head=head))])
@@ -236,13 +235,6 @@ def _read(folder: str, names: Sequence[str]) -> Tensor:
     raise ModelError(
         f"The output layer of teacher '{folder}' was not found: its safetensors hold no {' or '.join(names)}. Save it with transformers' "
         "save_pretrained, or use +opd=default, where the whole teacher is loaded."
-    )
-
-
-def _moved(head: Head, dtype: torch.dtype) -> Head:
-    device = get_device_id()
-    return Head(
-        weight=head.weight.to(device, dtype), bias=None if head.bias is None else head.bias.to(device, torch.float32)
     )
 
 
