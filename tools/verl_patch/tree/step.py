@@ -16,8 +16,8 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.plugin.alignment import response_positions
+from opd.errors import NonFiniteError
+from opd.integrations.verl.plugin.alignment import padded, response_positions, rollout_temperature
 from opd.integrations.verl.plugin.logits import WATCHED, token_losses
 from opd.integrations.verl.plugin.packed_reading import followed, refuse_mixing
 from opd.integrations.verl.plugin.settings import settings_of
@@ -107,7 +107,7 @@ class OnPolicyDistillation:
     def _total(self, model_output: dict[str, Tensor], data: Any, dp_group: Any) -> tuple[Tensor, dict[str, Any]]:
         info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
         info["loss_scale_factor"] = self.config.loss_scale_factor
-        mask = _padded(data, "response_mask").float()
+        mask = padded(data, "response_mask").float()
 
         def mean(name: str) -> Tensor:
             at_responses = no_padding_2_padding(model_output[name], data).float()
@@ -140,22 +140,6 @@ class OnPolicyDistillation:
             },
             Path(folder) / f"rank{self.rank}_{self.traced:06d}.pt",
         )
-
-
-def rollout_temperature(data: Any) -> float:
-    """What the engine divided the student's logits by."""
-    values = torch.as_tensor(data["temperature"], dtype=torch.float32).unique()
-    if len(values) != 1:
-        raise ConfigError(
-            "the samples of one micro-batch were drawn at several temperatures; on-policy distillation takes one: set one "
-            "actor_rollout_ref.rollout.temperature."
-        )
-    return float(values)
-
-
-def _padded(data: Any, name: str) -> Tensor:
-    """[sequences, longest response], as verl's losses see it."""
-    return data.select(name).to_padded_tensor()[name]
 
 
 def _spread(values: Tensor, positions: Tensor, tokens: int) -> Tensor:

@@ -17,6 +17,7 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.ulysses import gather_outputs_and_unpad
 from verl.workers.utils.padding import no_padding_2_padding
 
+from opd.errors import require
 from opd.integrations.verl.plugin.packed_reading import followed
 from opd.losses._shapes import Bool, Float, Int
 from opd.teachers.vocabulary import VocabularyMatch
@@ -59,7 +60,18 @@ def response_positions(micro_batch: Any) -> Int[Tensor, " tokens"]:
     """
     values = micro_batch["input_ids"].values()
     at = no_padding_2_padding(torch.arange(len(values), device=values.device), micro_batch)
-    return at[_padded(micro_batch, "response_mask").bool()]
+    return at[padded(micro_batch, "response_mask").bool()]
+
+
+def rollout_temperature(micro_batch: Any, who: str = "on-policy distillation", instead: str = "") -> float:
+    """The temperature that the samples were drawn at, by which verl's engine divides the student's logits. Raises ConfigError."""
+    values = torch.as_tensor(micro_batch["temperature"], dtype=torch.float32).unique()
+    require(
+        len(values) == 1,
+        f"the samples of one micro-batch were drawn at several temperatures; {who} takes one. Set one "
+        f"actor_rollout_ref.rollout.temperature{instead}.",
+    )
+    return float(values)
 
 
 def response_tokens(
@@ -68,7 +80,7 @@ def response_tokens(
     """The response tokens that count. `rows` is the number of ids that every teacher has an embedding for."""
     input_ids = micro_batch["input_ids"]
     offsets, values = input_ids.offsets(), input_ids.values()
-    mask = _padded(micro_batch, "response_mask").bool()
+    mask = padded(micro_batch, "response_mask").bool()
     index = response_positions(micro_batch)
     # The position of each token when sequences are rows, padded on the right to the longest, and the rows are flattened.
     lengths = offsets.diff()
@@ -88,11 +100,11 @@ def response_tokens(
         sequence_index=mask.nonzero()[:, 0],
         position=mask.nonzero()[:, 1],
         weights=_weights(mask, **counts, **scale)[mask],
-        sampler_logp=None if sampler is None else _padded(micro_batch, sampler)[mask].float(),
+        sampler_logp=None if sampler is None else padded(micro_batch, sampler)[mask].float(),
     )
 
 
-def _padded(micro_batch: Any, name: str) -> Tensor:
+def padded(micro_batch: Any, name: str) -> Tensor:
     """[sequences, longest response] as verl's losses see it."""
     return micro_batch.select(name).to_padded_tensor()[name]
 
@@ -107,17 +119,17 @@ def _weights(mask: Tensor, **aggregation: Any) -> Tensor:
 
 def advantages_of(micro_batch: Any, tokens: ResponseTokens) -> Float[Tensor, " tokens"]:
     """verl's advantage of each response token."""
-    return _padded(micro_batch, "advantages")[tokens.sequence_index, tokens.position]
+    return padded(micro_batch, "advantages")[tokens.sequence_index, tokens.position]
 
 
 def with_advantages(
     micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, *, rl_weight: float, distill_weight: float
 ) -> Any:
     """The micro-batch with λ_rl A + λ_distill (log q − log p) in place of verl's advantages A."""
-    theirs, padded = micro_batch["advantages"], _padded(micro_batch, "advantages")
-    added = distill_weight * advantage.to(padded.dtype)
+    theirs, rows = micro_batch["advantages"], padded(micro_batch, "advantages")
+    added = distill_weight * advantage.to(rows.dtype)
     at = (tokens.sequence_index, tokens.position)
-    combined = (rl_weight * padded).index_put(at, added, accumulate=True)
+    combined = (rl_weight * rows).index_put(at, added, accumulate=True)
     if theirs.is_nested:  # V1; the older trainer pads
         lengths = theirs.offsets().diff().tolist()
         rows = [row[:length] for row, length in zip(combined, lengths, strict=True)]

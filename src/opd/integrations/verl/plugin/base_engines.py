@@ -9,12 +9,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from verl.utils import device
 from verl.utils.device import get_device_name
+from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+from opd.integrations.verl.plugin.settings import TeacherModel
+
+Engine = TypeVar("Engine", bound=type)
 
 
 class OneMemory(FSDPEngine):
@@ -42,9 +48,6 @@ class ValueModelEngine(OneMemory, FSDPEngineWithValueHead):
     """verl's engine of a critic, on any device."""
 
 
-Engine = TypeVar("Engine", bound=type)
-
-
 def register_engine(model_type: str, backend: str) -> Callable[[Engine], Engine]:
     """Put an engine before verl's own of this model type and backend, on this machine's device.
 
@@ -60,3 +63,27 @@ def register_engine(model_type: str, backend: str) -> Callable[[Engine], Engine]
         return engine
 
     return put
+
+
+def frozen_model_config(teacher: TeacherModel, student: HFModelConfig, attention: str | None) -> HFModelConfig:
+    """verl's settings of a teacher's model, which reads what the student reads."""
+    return HFModelConfig(
+        path=teacher.model,
+        trust_remote_code=teacher.trust_remote_code,
+        override_config={} if attention is None else {"attn_implementation": attention},
+        use_remove_padding=student.use_remove_padding,
+        enable_gradient_checkpointing=False,
+    )
+
+
+def frozen_engine_config(actor: FSDPEngineConfig, precision: Any, **own: Any) -> FSDPEngineConfig:
+    """verl's settings of the engine of a frozen model, sharded as the actor is."""
+    return FSDPEngineConfig(
+        model_dtype=precision,
+        mixed_precision={**dict(actor.mixed_precision or {}), "param_dtype": precision},
+        reshard_after_forward=True,  # no backward pass of the teacher would do it later
+        fsdp_size=actor.fsdp_size,
+        wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
+        use_torch_compile=False,
+        **own,
+    )

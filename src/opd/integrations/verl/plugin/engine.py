@@ -17,12 +17,13 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
 
-from opd.errors import ConfigError, NonFiniteError
+from opd.errors import NonFiniteError
 from opd.integrations.verl.plugin.alignment import (
     ResponseTokens,
     SequenceSlice,
     advantages_of,
     response_tokens,
+    rollout_temperature,
     sequence_slice,
     whole_group,
     with_advantages,
@@ -40,6 +41,7 @@ from opd.integrations.verl.plugin.teachers.in_actor import InActorTeachers
 from opd.integrations.verl.plugin.teachers.served import ServedHiddenStates, ServedLogProbs, policy_loss
 from opd.kernels import linear_log_prob, linear_objective
 from opd.kernels.row_spec import select_target
+from opd.losses import Objective
 from opd.types import HiddenTarget
 
 BACKENDS: dict[str, Callable[[Settings, Any], TeacherBackend]] = {
@@ -48,6 +50,8 @@ BACKENDS: dict[str, Callable[[Settings, Any], TeacherBackend]] = {
     "hidden": ServedHiddenStates,
 }
 """The teacher backend of each `opd.placement`; `actor` loads weights, and `hidden` an output layer."""
+Numbers = dict[str, Tensor]
+"""Of each token, by name."""
 PREFIX = "actor/opd/"
 PER_TEACHER = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
 """Metrics that are logged for each teacher too, where each token has one of several."""
@@ -179,7 +183,7 @@ class OpdEngine(LanguageModelEngine):
         These are `log_probs` and `entropy`, and with rl.combine=advantages `advantage`, log q − log p, in place of a loss.
         """
         assert self.teachers is not None
-        diagnostics: dict[str, Tensor] = {}
+        diagnostics: Numbers = {}
         wants_rl, distils = self.weights.rl > 0, self.weights.distill > 0
         as_advantage = wants_rl and distils and settings.rl.combine == "advantages"
         taught, rows = _taught(settings, own)
@@ -189,11 +193,15 @@ class OpdEngine(LanguageModelEngine):
             hidden = hidden.index_select(0, own.model_index).to(layer.weight.dtype)
             with prepared as slices, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
                 at_taught = hidden if rows is None else hidden[rows]
-                each = [self._divergence(settings, at_taught, layer, one, taught, diagnostics) for one in slices]
+                each = [
+                    self._divergence(settings.objective, at_taught, layer, one, taught, diagnostics) for one in slices
+                ]
                 total = sum(each, start=hidden.new_zeros((), dtype=torch.float32))
             if not wants_rl:
                 return total.view(1)
-            logp, entropy = _log_probs(hidden, layer, own, micro_batch["temperature"])
+            temperature = rollout_temperature(micro_batch, "opd with opd.rl.weight > 0", ", or opd.rl.weight=0")
+            # For verl's policy loss: at the rollout temperature, over every row of the output layer.
+            logp, entropy = linear_log_prob(hidden, layer.weight, own.ids, bias=layer.bias, temperature=temperature)
             return torch.cat([total.view(1), logp, entropy])
 
         with autocast(self):
@@ -214,39 +222,32 @@ class OpdEngine(LanguageModelEngine):
             self.spread.add_terms(advantages_of(micro_batch, taught), gap if as_advantage else diagnostics["per_token"])
             return total, whole, {}
         if distils:
-            self._record(settings, micro_batch, whole, own, taught, diagnostics)
+            self._record(settings.trace, micro_batch["input_ids"], whole, own, taught, diagnostics)
         length = len(micro_batch["input_ids"].values())
         return total, whole, {name: piece.everywhere(value, own, length) for name, value in for_rl.items()}
 
     def _record(
-        self,
-        settings: Settings,
-        micro_batch: Any,
-        whole: Tensor,
-        own: ResponseTokens,
-        taught: ResponseTokens,
-        diagnostics: dict[str, Tensor],
+        self, trace: str | None, ids: Tensor, whole: Tensor, own: ResponseTokens, taught: ResponseTokens, found: Numbers
     ) -> None:
         """Add the micro-batch to the metrics, and to the trace."""
         self.sums.add_total("loss", whole)
-        self.sums.add_diagnostics({name: v for name, v in diagnostics.items() if name != "per_token"}, taught)
+        self.sums.add_diagnostics({name: v for name, v in found.items() if name != "per_token"}, taught)
         self.sums.add_count("padding_tokens", ~own.known)
         self.sums.add_count("unread_tokens", ~own.followed)
-        if settings.trace is not None:
+        if trace is not None:
             self.traced += 1
-            ids, per_token = micro_batch["input_ids"], diagnostics["per_token"]
-            write_trace(settings.trace, self.rank, self.traced, ids, taught, per_token)
+            write_trace(trace, self.rank, self.traced, ids, taught, found["per_token"])
 
     def _divergence(
         self,
-        settings: Settings,
+        objective: Objective,
         hidden: Tensor,
         layer: nn.Linear,
         part: TargetSlice,
         tokens: ResponseTokens,
-        diagnostics: dict[str, Tensor],
+        found: Numbers,
     ) -> Tensor:
-        """Σ weight · loss of the slice's tokens. The numbers of each token are put into `diagnostics`."""
+        """Σ weight · loss of the slice's tokens. The numbers of each token are put into `found`."""
         assert self.teachers is not None
         vocabulary = self.teachers.vocabulary
 
@@ -258,7 +259,7 @@ class OpdEngine(LanguageModelEngine):
             layer.weight,
             part.target,
             own(vocabulary.with_stand_ins(tokens.ids)),
-            settings.objective,
+            objective,
             token_weights=own(tokens.weights),
             bias=layer.bias,
             valid_vocab=vocabulary.size,
@@ -269,10 +270,10 @@ class OpdEngine(LanguageModelEngine):
         )
         for name, value in {**metrics, "per_token": per_token}.items():
             if part.rows is None:
-                diagnostics[name] = value
+                found[name] = value
                 continue
-            everywhere = diagnostics.setdefault(name, value.new_zeros(len(tokens.ids)))
-            diagnostics[name] = everywhere.index_copy(0, part.rows, value)
+            everywhere = found.setdefault(name, value.new_zeros(len(tokens.ids)))
+            found[name] = everywhere.index_copy(0, part.rows, value)
             if name in PER_TEACHER:
                 self.sums.add(f"{part.name}/{name}", value)
         if self.checks_teacher and "student_logp" in metrics:
@@ -304,17 +305,6 @@ def _taught(settings: Settings, own: ResponseTokens) -> tuple[ResponseTokens, Te
         return own, None
     rows = counts.nonzero().squeeze(-1)
     return own.at(rows), rows
-
-
-def _log_probs(hidden: Tensor, layer: nn.Linear, tokens: ResponseTokens, temperature: Any) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies for verl's policy loss: at the rollout temperature, over every row of the output layer."""
-    values = torch.as_tensor(temperature, dtype=torch.float32).unique()
-    if len(values) != 1:
-        raise ConfigError(
-            "the samples of one micro-batch were drawn at several temperatures; opd with opd.rl.weight > 0 takes one. Set one "
-            "actor_rollout_ref.rollout.temperature, or opd.rl.weight=0."
-        )
-    return linear_log_prob(hidden, layer.weight, tokens.ids, bias=layer.bias, temperature=float(values))
 
 
 def _not_finite(settings: Settings, per_token: Tensor) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from verl.utils import tensordict_utils as tu
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
-from verl.workers.config import FSDPEngineConfig, HFModelConfig
+from verl.workers.config import FSDPEngineConfig
 
 from opd.errors import ConfigError
 from opd.integrations.verl.plugin.alignment import ResponseTokens
-from opd.integrations.verl.plugin.base_engines import LanguageModelEngine
+from opd.integrations.verl.plugin.base_engines import LanguageModelEngine, frozen_engine_config, frozen_model_config
 from opd.integrations.verl.plugin.head import head_of, hidden_states, output_layer
 from opd.integrations.verl.plugin.model_checks import NO_ADAPTER, common_vocabulary, teacher_attention
 from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, readable, reads_rows, takes_bounds
@@ -41,8 +40,22 @@ class FrozenTeacher(LanguageModelEngine):
 
     def __init__(self, settings: TeacherSettings, student: Any) -> None:
         """`student` is the actor's engine, whose sharding the teacher shares."""
-        model = _model_config(settings, student.model_config, student.engine_config)
-        super().__init__(model, _engine_config(settings, student.engine_config), None, None)  # pyright: ignore[reportArgumentType]
+        actor, precision = student.engine_config, precision_of(settings, student.engine_config)
+        sequence_parallel = actor.ulysses_sequence_parallel_size
+        attention = teacher_attention(
+            settings,
+            student=student.model_config.override_config.get("attn_implementation"),
+            precision=precision,
+            sequence_parallel=sequence_parallel,
+        )
+        config = frozen_engine_config(
+            actor,
+            precision,
+            strategy="fsdp2",
+            offload_policy=settings.offload or actor.offload_policy,
+            ulysses_sequence_parallel_size=sequence_parallel,
+        )
+        super().__init__(frozen_model_config(settings, student.model_config, attention), config, None, None)  # pyright: ignore[reportArgumentType]
         module = self._build_module().requires_grad_(False)
         self.rows = embedding_rows(module)
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
@@ -118,37 +131,6 @@ class StudentBase:
 def precision_of(settings: TeacherSettings, actor: FSDPEngineConfig) -> Any:
     """verl's name of the dtype that the teacher computes in."""
     return PRECISIONS.get(settings.dtype, dict(actor.mixed_precision or {}).get("param_dtype", DEFAULT_PRECISION))
-
-
-def _model_config(settings: TeacherSettings, student: HFModelConfig, actor: FSDPEngineConfig) -> HFModelConfig:
-    attention = teacher_attention(
-        settings,
-        student=student.override_config.get("attn_implementation"),
-        precision=precision_of(settings, actor),
-        sequence_parallel=actor.ulysses_sequence_parallel_size,
-    )
-    return HFModelConfig(
-        path=settings.model,
-        trust_remote_code=settings.trust_remote_code,
-        override_config={} if attention is None else {"attn_implementation": attention},
-        use_remove_padding=student.use_remove_padding,
-        enable_gradient_checkpointing=False,
-    )
-
-
-def _engine_config(settings: TeacherSettings, actor: FSDPEngineConfig) -> FSDPEngineConfig:
-    precision = precision_of(settings, actor)
-    return FSDPEngineConfig(
-        strategy="fsdp2",
-        model_dtype=precision,
-        mixed_precision={**dict(actor.mixed_precision or {}), "param_dtype": precision},
-        offload_policy=settings.offload or actor.offload_policy,
-        reshard_after_forward=True,  # no backward pass of the teacher would do it later
-        fsdp_size=actor.fsdp_size,
-        ulysses_sequence_parallel_size=actor.ulysses_sequence_parallel_size,
-        wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
-        use_torch_compile=False,
-    )
 
 
 class InActorTeachers:
