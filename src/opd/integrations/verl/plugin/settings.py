@@ -303,7 +303,8 @@ def settings_of(policy_loss: Any) -> DistillationSettings:
         tree, notes = apply_concept_names({**given, **beside}, {})
         return parse_section(DistillationSettings, tree, f"{POLICY_LOSS}.opd.")
     except OpdError as error:
-        raise ConfigError(" ".join([f"{POLICY_LOSS}: {error}", *notes])) from None
+        place = "" if POLICY_LOSS in str(error) else f"{POLICY_LOSS}: "
+        raise ConfigError(" ".join([f"{place}{error}", *notes])) from None
 
 
 def _set_keys(given: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 from verl.trainer.distillation.losses import DistillationLossSettings, distillation_ppo_loss
@@ -207,19 +207,15 @@ def load_head(folder: str, *, trust_remote_code: bool = False) -> Head:
     """The output layer of a model whose other weights are not read. Raises ModelError where it cannot be found."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        layer, names = _named(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    weight = _read(folder, names["weight"])
-    return Head(weight=weight, bias=None if layer.bias is None else _read(folder, names["bias"]))
-
-
-def _named(model: nn.Module) -> tuple[nn.Linear, dict[str, list[str]]]:
-    """The output layer, and under which names of the state dict its tensors stand; tied embeddings have several."""
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     layer = output_layer(model, "teacher")
-    everything = list(model.named_parameters(remove_duplicate=False))
-    return layer, {
-        which: [name for name, parameter in everything if parameter is held]
-        for which, held in (("weight", layer.weight), ("bias", layer.bias))
-    }
+
+    def read(held: Tensor) -> Tensor:
+        # Tied embeddings stand in the state dict under several names.
+        everything = model.named_parameters(remove_duplicate=False)
+        return _read(folder, [name for name, parameter in everything if parameter is held])
+
+    return Head(weight=read(layer.weight), bias=None if layer.bias is None else read(layer.bias))
 
 
 def _read(folder: str, names: Sequence[str]) -> Tensor:
