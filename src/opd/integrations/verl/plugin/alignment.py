@@ -117,11 +117,6 @@ def _weights(mask: Tensor, **aggregation: Any) -> Tensor:
     return weights
 
 
-def advantages_of(micro_batch: Any, tokens: ResponseTokens) -> Float[Tensor, " tokens"]:
-    """verl's advantage of each response token."""
-    return padded(micro_batch, "advantages")[tokens.sequence_index, tokens.position]
-
-
 def with_advantages(
     micro_batch: Any, advantage: Tensor, tokens: ResponseTokens, *, rl_weight: float, distill_weight: float
 ) -> Any:

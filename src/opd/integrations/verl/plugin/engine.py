@@ -21,7 +21,7 @@ from opd.errors import NonFiniteError
 from opd.integrations.verl.plugin.alignment import (
     ResponseTokens,
     SequenceSlice,
-    advantages_of,
+    padded,
     response_tokens,
     rollout_temperature,
     sequence_slice,
@@ -219,7 +219,8 @@ class OpdEngine(LanguageModelEngine):
             gap = diagnostics["teacher_logp"] - diagnostics["student_logp"] if len(taught.ids) else gap
             for_rl["advantage"] = gap if rows is None else gap.new_zeros(len(own.ids)).index_copy(0, rows, gap)
         if self.spread is not None:
-            self.spread.add_terms(advantages_of(micro_batch, taught), gap if as_advantage else diagnostics["per_token"])
+            advantages = padded(micro_batch, "advantages")[taught.sequence_index, taught.position]
+            self.spread.add_terms(advantages, gap if as_advantage else diagnostics["per_token"])
             return total, whole, {}
         if distils:
             self._record(settings.trace, micro_batch["input_ids"], whole, own, taught, diagnostics)

@@ -64,7 +64,10 @@ def actor_config(**section: Any) -> OpdActorConfig | OtherEngine:
 
 @dataclass
 class OpdActorConfig(FSDPActorConfig):
-    """verl's actor settings. verl's main calls `validate` on the driver, before Ray starts."""
+    """verl's actor settings. verl's main calls `validate` on the driver, before Ray starts.
+
+    It raises an OpdError for what this run cannot live with, a verl that has moved what it relies on first of all.
+    """
 
     opd_run: dict[str, Any] = field(default_factory=dict)
     """The values of verl's other sections that the checks read."""
@@ -72,7 +75,10 @@ class OpdActorConfig(FSDPActorConfig):
     def validate(self, n_gpus: int, train_batch_size: int, model_config: Any = None) -> None:
         super().validate(n_gpus, train_batch_size, model_config)
         settings, mapped = parse(self.fsdp_config.opd or {})
-        check_verl(settings)
+        parts = [*PARTS, *(("serving", "pool") if settings.is_served else ())]
+        parts += ["cpu"] if get_device_name() == "cpu" else []
+        if contract := check_contract(installed(), parts, anyway=settings.try_verl):
+            print(f"opd: {contract}", flush=True)
         run = self._run_facts()
         check_run(settings, run)
         for line in (*mapped, *remarks(settings, run)):
@@ -108,13 +114,3 @@ class OtherEngine:
             f"model_engine={self.engine}: opd takes hidden states inside FSDP's forward pass, where the output layer is whole, and this "
             f"engine gives it none; set model_engine={FSDP} (verl's FSDP), without --config-name of another engine."
         )
-
-
-def check_verl(settings: Settings) -> None:
-    """Raise ConfigError for a verl that has moved what this run relies on; print a line for one that was never tested."""
-    parts = [*PARTS]
-    parts += ["serving", "pool"] if settings.is_served else []
-    parts += ["cpu"] if get_device_name() == "cpu" else []
-    line = check_contract(installed(), parts, anyway=settings.try_verl)
-    if line:
-        print(f"opd: {line}", flush=True)

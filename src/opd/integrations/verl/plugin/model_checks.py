@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from opd.errors import ConfigError, ModelError, OpdError
-from opd.integrations.verl.plugin.settings import Settings, TeacherSettings
+from opd.integrations.verl.plugin.settings import TeacherSettings
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
 
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
@@ -53,16 +53,6 @@ def teacher_attention(
             "see one part of each sequence; set opd.teacher.attn_implementation=flash_attention_2, or the size to 1."
         )
     return settings.attn_implementation or student
-
-
-def check_top_k(settings: Settings, match: VocabularyMatch) -> None:
-    """Raise ConfigError for a support that is larger than the vocabulary."""
-    objective = settings.objective
-    if objective.top_k is not None and objective.top_k > match.size:
-        full = "" if settings.is_served else ", or use opd.objective.support=full"
-        raise ConfigError(
-            f"opd.objective.top_k={objective.top_k} is more than the {match.size} tokens of the vocabulary; lower it{full}."
-        )
 
 
 @dataclass(kw_only=True)

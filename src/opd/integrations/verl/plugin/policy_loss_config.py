@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from verl.base_config import BaseConfig
@@ -71,11 +71,11 @@ def _ours(given: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any
 
 def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings: DistillationSettings) -> ActorConfig:
     """verl's dataclass with the numbers that policy losses read; verl's defaults for the others."""
-    values = dict(_scalars(ActorConfig, given))
+    values = _scalars(ActorConfig, given)
     values.pop("policy_loss", None)
     for bound in ("clip_ratio_low", "clip_ratio_high"):  # verl's default is 0.2, whatever clip_ratio is
         values.setdefault(bound, values.get("clip_ratio", ActorConfig.clip_ratio))
-    policy_loss = {**dict(_scalars(PolicyLossConfig, section)), "loss_mode": settings.hybrid_loss_mode}
+    policy_loss = {**_scalars(PolicyLossConfig, section), "loss_mode": settings.hybrid_loss_mode}
     made = ActorConfig(**{**values, **FILLED}, policy_loss=PolicyLossConfig(**policy_loss))
     made.global_batch_info.update(given.get("global_batch_info") or {})
     if values.get("loss_scale_factor") is not None:
@@ -83,13 +83,11 @@ def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings
     return made
 
 
-def _scalars(kind: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(kind):
-        name = field.name
-        if name not in given or name.startswith("_") or name in FILLED or name in OURS:
-            continue
-        if isinstance(given[name], SCALARS):
-            yield name, given[name]
+def _scalars(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of verl's dataclass that are given, as far as they are numbers, texts and switches of verl's own."""
+    names = {field.name for field in dataclasses.fields(kind)} - {*FILLED, *OURS}
+    taken = (name for name in names if name in given and not name.startswith("_"))
+    return {name: given[name] for name in taken if isinstance(given[name], SCALARS)}
 
 
 def check_config(actor: Any) -> None:
