@@ -21,6 +21,8 @@ FACE = f"{PLUGIN}.on_policy_distillation"
 WHOLE = (FACE, f"{TREE}.step", f"{TREE}.teacher")
 """Modules that are copied whole, with what they read."""
 STAND_INS = {
+    ("opd.config.sections", "Section"): (f"{TREE}.sections", "Section"),
+    ("opd.config.sections", "parse_section"): (f"{TREE}.sections", "parse_section"),
     ("opd.losses.objective", "Objective"): (f"{TREE}.full_vocabulary", "Objective"),
     ("opd.losses.diagnostics", "token_diagnostics"): (f"{TREE}.full_vocabulary", "token_diagnostics"),
     ("opd.kernels.spec", "Shards"): (f"{TREE}.row_level", "Shards"),
