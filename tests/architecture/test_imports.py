@@ -23,6 +23,7 @@ BELOW_TRAINER = {
     "adapter",
     "models",
     "tokenizer",
+    "remote",
     "losses",
     "kernels",
     *GROUND,
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapter": {"errors"},
     "models": {"adapter", "types", "errors"},
     "tokenizer": {"adapter", "models", "errors"},
+    "remote": {"errors"},
     "config": {"types", "errors"},
     **{room: {"types", "errors"} for room in ROOMS},
     "doctor": BELOW_TRAINER,
@@ -50,11 +52,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CROSS_EDGES = {
     ("config", "losses"): "the objective is a section of the recipe",
+    ("config", "remote"): "addresses and names of keys are checked where they are written",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",
     ("teachers", "losses"): "a teacher settles with the objective what it hands out",
     ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",
     ("teachers", "models"): "a local teacher is a Hugging Face model",
+    ("teachers", "remote"): "a teacher may be behind a server",
     ("samplers", "data"): "a sampler renders prompts",
     ("samplers", "models"): "a sampler asks a model for its context",
     ("samplers", "seeding"): "samples are a pure function of the seed",
@@ -65,7 +69,7 @@ CROSS_EDGES = {
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 
-EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "httpx", "vllm", "verl", "ray", "triton"}
+EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "vllm", "verl", "ray", "triton"}
 HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
 
 
