@@ -88,6 +88,10 @@ class RunFolderError(OpdError):
     """A run folder that is taken, unwritable, full, or does not match the recipe."""
 
 
+class ServerError(OpdError):
+    """An inference server that is not there, breaks off, or answers what cannot be used."""
+
+
 class NonFiniteError(OpdError):
     """A NaN or infinite loss or gradient; the weights are unchanged."""
 

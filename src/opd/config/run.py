@@ -57,6 +57,11 @@ class Config(Section):
             f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
             f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
         )
+        require(
+            not part or self.rollout.engine == "hf",
+            f"train.token_fraction={self.train.token_fraction} keeps the tokens of highest entropy, and rollout.engine=vllm returns log-probs "
+            "of the sampled tokens and no entropies; set train.token_fraction=1, or rollout.engine=hf.",
+        )
         if self.optimizer.name == "natural_gradient":
             self._check_natural_gradient()
         check_on_policy(self.objective, self.rollout)
