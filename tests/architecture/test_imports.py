@@ -65,7 +65,7 @@ CROSS_EDGES = {
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 
-EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "httpx", "vllm", "verl", "ray", "triton"}
+EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "vllm", "verl", "ray", "triton"}
 HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
 
 

@@ -95,6 +95,14 @@ def test_the_tokens_of_highest_entropy_need_entropies():
         recipe({"engine": "vllm"}, train={"token_fraction": 0.5})
 
 
+def test_a_temperature_that_vllm_does_not_take_is_refused():
+    with pytest.raises(ConfigError, match=r"rollout.temperature=3, and vLLM takes temperatures up to 2"):
+        recipe({"engine": "vllm", "temperature": 3.0})
+    with pytest.raises(ConfigError, match=r"eval.extra_temperatures=2.5, and vLLM"):
+        recipe({"engine": "vllm"}, eval={"extra_temperatures": [0.0, 2.5]})
+    assert recipe({"temperature": 3.0}).rollout.temperature == 3.0
+
+
 def test_plain_http_to_another_machine_is_a_warning_and_to_this_one_is_none():
     def said(url: str) -> bool:
         return any("plain text" in note for note in notices(recipe({"engine": "vllm", "vllm": {"url": url}})))

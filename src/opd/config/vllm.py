@@ -11,6 +11,7 @@ from opd.config.rules import positive
 from opd.config.sections import Section
 from opd.errors import require
 
+MAX_VLLM_TEMPERATURE = 2.0  # vLLM's own limit (400 "temperature must be in [0, 2]")
 VllmMode = Literal["managed", "server", "colocate"]
 READ_IN: dict[str, tuple[VllmMode, ...]] = {
     "url": ("server",),
