@@ -178,13 +178,16 @@ class Distiller:
             raise ConfigError(
                 f"All {steps} steps are done, where the schedules end; make a Distiller with more train.steps."
             )
-        return {"step": step, **take_step(self.components, step).metrics}
+        done = take_step(self.components, step)
+        self.components.sampler.load(self.components.student)  # the next rollouts are on-policy again
+        return {"step": step, **done.metrics}
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the student as it is now on the held-out prompts. Raises ConfigError without any."""
         parts = self.components
         if parts.evaluator is None:
             raise ConfigError("There is nothing to evaluate on; give eval_prompts=…, and eval.every above 0.")
+        parts.student_sampler.load(parts.student)
         with memory_advice("eval"):
             return parts.evaluator.run(parts.student_sampler, parts.student, extra=False).metrics
 

@@ -43,8 +43,8 @@ def take_step(
     announce: Callable[[TrainingPhase], object] = lambda _phase: None,
     before_update: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Step:
-    """Rollouts, their targets, one update. `announce` is told each phase as it begins; `before_update` is entered around everything that
-    moves no weight."""
+    """Rollouts, their targets, one update; the sampler has the weights from before still. `announce` is told each phase as it begins;
+    `before_update` is entered around everything that moves no weight."""
     config, sampler, student = components.config, components.sampler, components.student
     clock = Clock(announce)
     prompts = components.schedule.take(step, config.train.prompts_per_step)
@@ -57,7 +57,6 @@ def take_step(
             scored = components.scorer.score(rollouts, step)
     with clock.phase("update"):
         out = student.update(scored.batches, scored.objective)
-    sampler.load(student)  # the next rollouts are on-policy again
     return Step(
         rollouts=rollouts, scored=scored, out=out, metrics={**out.metrics, **scored.metrics, **clock.times(out)}
     )
@@ -82,12 +81,15 @@ class TrainingLoop:
         """From the student's version to the last step. Raises Interrupted between two steps after a signal; what was trained is in a
         checkpoint then."""
         student, config = self.components.student, self.config
-        self.components.sampler.load(student)
+        sampler = self.components.sampler
+        with self.stop.at_once() if self.components.engine else nullcontext():  # an engine may take minutes to start
+            sampler.load(student)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
             done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
             self._record(step, done)
             with self.saved_on_error():
+                sampler.load(student)  # the next rollouts are on-policy again
                 ended = self._call_back({"step": step, **done.metrics})
                 if evaluation_due(config, student.version) or ended:
                     self.evaluate(first=False, last=ended)
@@ -130,8 +132,8 @@ class TrainingLoop:
 
     @contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Saves what was trained before a signal, a failing reward, a server that is gone or exhausted memory ends the run where no weight moves, so that it
-        resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
+        """Saves what was trained before a signal, a failing reward or server, or exhausted memory ends the run where no weight moves, so
+        that it resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
         try:
             yield
         except (Interrupted, DataError, OutOfMemoryError, ServerError):
