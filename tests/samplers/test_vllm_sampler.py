@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -370,6 +371,18 @@ def test_a_sync_folder_that_is_full_says_how_much_room_is_needed(
     with pytest.raises(ServerError, match=r"MB are needed, 0 MB are free.*rollout.vllm.sync_dir"):
         sampler.load(student)
     assert len(list((tmp_path / "sync").glob("*/step-*"))) == 1, "nothing half written is left"
+
+
+def test_weights_that_a_killed_run_left_are_deleted_and_those_of_a_living_one_are_not(student: Learner, tmp_path: Path):
+    living, killed, new = (SyncFolder(str(tmp_path), {}) for _ in range(3))
+    kept, left = living.write(student.model, 0), killed.write(student.model, 0)
+    assert killed._lock is not None
+    os.close(killed._lock)  # as the system does for a process that is gone
+    made = new.write(student.model, 0)
+    assert kept.exists() and made.exists() and not left.exists()
+    living.remove()
+    new.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tied_head_on_a_cpu_is_refused_where_opd_does_not_run_the_server(

@@ -172,4 +172,4 @@ def test_from_python_steps_and_evaluations_have_the_weights_of_now(server: FakeV
 def test_a_variable_without_a_key_is_refused_before_anything_is_trained(world: Path, tmp_path: Path, server: FakeVllm):
     with pytest.raises(ConfigError, match=r"api_key_env=OPD_NO_SUCH_KEY, and that environment variable is not set"):
         train(recipe(world, tmp_path / "run", server, rollout__vllm__api_key_env="OPD_NO_SUCH_KEY"))
-    assert not (tmp_path / "run").exists() and not server.asked
+    assert not (tmp_path / "run" / "checkpoints").exists() and not server.asked
