@@ -31,6 +31,7 @@ from opd.trainer.fingerprints import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from opd.trainer.importance import EngineCorrection, correction_note, engine_correction
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.rollout_engine import make_vllm_sampler
@@ -70,6 +71,8 @@ class RunComponents:
     """Draws the student's responses in evaluations, with the engine of the rollouts."""
     engine: Engine | None = None
     """The inference engine, which has to be closed; None for sampling by transformers."""
+    correction: EngineCorrection | None
+    """What the update does about an engine's samples; None without an engine."""
     scorer: StepScorer
     teacher: Teacher | None
     """None where the student learns from a reward alone."""
@@ -117,14 +120,15 @@ class RunComponents:
         self.fingerprints = self._fingerprints(first_weights)
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
-        self.notes = tuple(served_notes(config))
-        self.notes += () if given.student else tuple(saved_notes(config.student, self.loaded.model))
+        saved = [] if given.student else saved_notes(config.student, self.loaded.model)
+        self.notes = (*served_notes(config), *saved, *correction_note(config))
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
         self.teacher = teachers.teacher
         self.student = self._student()
         self.student_sampler = self._student_sampler()
+        self.correction = engine_correction(config)
         self.scorer = StepScorer(
             objective=config.objective,
             rl=config.rl,

@@ -33,6 +33,15 @@ class Batches(Sequence[Batch]):
         """True where a target costs a forward pass of the teacher at every use."""
         return self._teacher is not None
 
+    @property
+    def unscored(self) -> Sequence[Batch]:
+        """The micro-batches; lazy ones without their targets."""
+        return self._batches
+
+    def replaced(self, batches: Sequence[Batch]) -> Batches:
+        """Other micro-batches in their place, which get targets as these do."""
+        return Batches(batches, scored_by=self._teacher)
+
     def __len__(self) -> int:
         return len(self._batches)
 
