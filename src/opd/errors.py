@@ -96,5 +96,9 @@ class OutOfMemoryError(OpdError):
     """A phase of the step did not fit in memory."""
 
 
+class ServerError(OpdError):
+    """A server that is not there, does not answer in time, or gives answers that cannot be used."""
+
+
 class MissingDependencyError(OpdError, ImportError):
     """An optional dependency that the recipe needs and that is not installed."""

@@ -43,9 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BELOW_TRAINER,
     "trainer": {"doctor", *BELOW_TRAINER},
     "demo": BELOW_TRAINER,
+    "serving": {"", "trainer", "doctor", *BELOW_TRAINER},
     "testing": {"types", "errors", "losses"},
     "integrations": {"types", "errors", "config", "losses", "kernels", "teachers", "reporting"},
-    "cli": {"", "trainer", "demo", "doctor", "integrations", *BELOW_TRAINER},
+    "cli": {"", "trainer", "demo", "serving", "doctor", "integrations", *BELOW_TRAINER},
 }
 
 CROSS_EDGES = {
@@ -65,8 +66,23 @@ CROSS_EDGES = {
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 
-EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "httpx", "vllm", "verl", "ray", "triton"}
-HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
+EXTRAS = {
+    "peft",
+    "datasets",
+    "pyarrow",
+    "tensorboard",
+    "wandb",
+    "httpx",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "vllm",
+    "verl",
+    "ray",
+    "triton",
+}
+HOME_OF_AN_EXTRA = ("serving/", "teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
 
 
 @dataclass(frozen=True)

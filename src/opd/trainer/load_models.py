@@ -78,12 +78,12 @@ def load_model(
     if role == "student" and given is None:
         files = own_files(config.model, tokenizer, revision=config.revision, code=config.trust_remote_code)
     elif role == "student":
-        files = _saved_files(tokenizer)
+        files = saved_files(tokenizer)
     eos = eos_ids(model.generation_config, tokenizer)
     return LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files)
 
 
-def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+def saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """The files that a tokenizer in memory would be saved as."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
