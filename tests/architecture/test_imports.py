@@ -58,6 +58,7 @@ CROSS_EDGES = {
     ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",
     ("teachers", "models"): "a local teacher is a Hugging Face model",
+    ("teachers", "remote"): "a teacher may be behind a server",
     ("samplers", "data"): "a sampler renders prompts",
     ("samplers", "models"): "a sampler asks a model for its context",
     ("samplers", "seeding"): "samples are a pure function of the seed",

@@ -100,7 +100,8 @@ def test_text_that_a_web_page_could_send_is_refused(model: Any):
     ("body", "reason"),
     [
         ({"vocabulary": 14}, "vocabulary"),
-        ({"vocabulary": 5, "top_k": 4, "masked_ids": [0, 1, 7]}, "top_k"),
+        ({"vocabulary": 5, "top_k": 6}, "top_k"),
+        ({"vocabulary": 2, "masked_ids": [0, 1]}, "vocabulary"),
         ({}, "malformed"),
     ],
 )

@@ -121,15 +121,17 @@ def _check_row(row: Row, model: FrozenModel, limits: ServeConfig) -> None:
 
 def check_scores(request: ScoreRequest, model: FrozenModel) -> None:
     """Raise Refusal for a vocabulary that the model does not have."""
-    left = request.vocabulary - len({i for i in request.masked_ids if i < request.vocabulary})
-    if request.vocabulary > model.head_rows:
+    size = request.vocabulary
+    if size > model.head_rows:
         raise Refusal(
             400,
             "vocabulary",
-            f"vocabulary={request.vocabulary} is more than the {model.head_rows} rows of {model.name}'s output layer.",
+            f"vocabulary={size} is more than the {model.head_rows} rows of {model.name}'s output layer.",
         )
-    if request.top_k > left:
-        raise Refusal(400, "top_k", f"top_k={request.top_k} is more than the {left} ids that may have a probability.")
+    if request.top_k > size:
+        raise Refusal(400, "top_k", f"top_k={request.top_k} is more than the vocabulary of {size}.")
+    if len({i for i in request.masked_ids if i < size}) == size:
+        raise Refusal(400, "vocabulary", "masked_ids leave no token of the vocabulary.")
 
 
 def _too_much(found: int, what: str, option: str, limit: int) -> Refusal:
