@@ -16,6 +16,7 @@ from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
 from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
 from opd.errors import ConfigError
+from opd.quantized import check_trainable
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
 from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
@@ -255,6 +256,7 @@ class RunComponents:
     def _trainable(self) -> PreTrainedModel:
         model, lora = self.loaded.model, self.config.student.lora
         if lora is None:
+            check_trainable(model, self.config.student.model)
             return model
         try:
             return add_lora(model, lora, seed=derive_seed(self.config.seed, 0, "lora"))

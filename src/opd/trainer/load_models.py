@@ -14,6 +14,7 @@ from opd.config import ModelConfig, PromptsConfig, RolloutConfig, StudentConfig,
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
 from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype
+from opd.quantized import quantization_options
 from opd.samplers.base import Sampling
 from opd.samplers.hf import HfSampler
 from opd.teachers.vocabulary import VocabularyMatch
@@ -62,12 +63,17 @@ def load_model(
     name = f"{role} '{config.model}'"
     if given is None:
         place = resolve_device(device)
+        dtype, quantised = resolve_dtype(config.dtype, place), config.load_options
+        quantization = quantization_options(
+            quantised.quantization, quantised.quantization_config, role, dtype=dtype, device=place
+        )
         tokenizer = load_tokenizer(config.model, **options)
         with memory_advice("load"):
             model = load_causal_lm(
                 config.model,
-                dtype=resolve_dtype(config.dtype, place),
+                dtype=dtype,
                 device=place,
+                quantization=quantization,
                 attn_implementation=config.attn_implementation,
                 **options,
             )
