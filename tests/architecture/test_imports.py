@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CROSS_EDGES = {
     ("config", "losses"): "the objective is a section of the recipe",
+    ("config", "remote"): "addresses and names of keys are checked where they are written",
     ("data", "losses"): "packing weighs tokens by the objective's reduction",
     ("teachers", "losses"): "a teacher settles with the objective what it hands out",
     ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",

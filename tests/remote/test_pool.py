@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scripted import Asked, Reply, ScriptedServer, free_port, serving
 
 from opd.errors import ConfigError, ServerError
 from opd.remote.address import parse_address, parse_addresses
@@ -20,6 +19,7 @@ from opd.remote.breaker import Patience
 from opd.remote.keys import read_key
 from opd.remote.pool import ServerPool
 from opd.remote.questions import Answer, BadAnswer, Question, RefusedError, Request
+from remote.scripted import Asked, Reply, ScriptedServer, free_port, serving
 
 QUICK = Patience(first_wait=0.005, longest_wait=0.02, first_rest=0.05, longest_rest=0.2)
 

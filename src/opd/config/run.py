@@ -118,6 +118,19 @@ class Config(Section):
             f"teachers.{wrong and wrong[0]!r}: a teacher's name is a plain word, without dots, slashes and spaces.",
         )
         self.mixture.check_names(list(there))
+        for name, teacher in there.items() if self.rl.distilled else ():
+            teacher.check_objective(self.objective, name if self.teacher is not None else f"teachers.{name}")
+        served = [name for name, teacher in there.items() if teacher.url]
+        require(
+            not served or self.mixture.kind == "routing",
+            f"mixture.kind={self.mixture.kind} mixes whole distributions, and a server sends some log-probs of one (teachers."
+            f"{served and served[0]}.url). Use mixture.kind=routing, or teachers in this process.",
+        )
+        require(
+            not served or self.rollout.lmbda == 1 or self.rollout.off_policy == "dataset",
+            "rollout.off_policy=teacher draws samples from the teacher, and one behind teacher.url only scores; use "
+            "rollout.off_policy=dataset, or rollout.lmbda=1.",
+        )
         self._check_self_teaching()
 
     def _check_self_teaching(self) -> None:

@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import ClassVar, Literal
 
 from opd.config.model import DType, ModelConfig
-from opd.config.rules import at_least, check_names, check_weights
+from opd.config.rules import at_least, check_names, check_weights, positive
 from opd.config.sections import Section
-from opd.errors import require
-from opd.losses import linear_schedule
+from opd.errors import ObjectiveError, require
+from opd.losses import Objective, linear_schedule
+from opd.remote.address import CHAT_CANNOT_SCORE, parse_addresses
+from opd.remote.keys import check_variable
+
+ServerApi = Literal["vllm", "sglang", "openai"]
+ASKED = ("served_model", "api_key_env", "concurrency", "timeout", "deadline", "canary_every", "api")
+"""Keys that say how a server is asked."""
+LOADED = ("device", "dtype", "attn_implementation", "offload")
+"""Keys that say how a model is loaded into this process."""
 
 
 class TeacherConfig(ModelConfig, key="teacher"):
-    """The frozen model that scores the student's samples, in this process. It has the student's vocabulary."""
+    """The frozen model that scores the student's samples, in this process or behind a server. It has the student's vocabulary."""
 
     model: str = ""
-    """Local folder or hub name of a causal language model; not read where `source` is the student itself."""
+    """Local folder or hub name of a causal language model; not read where `source` is the student itself. Beside `url` it is where the
+    teacher's tokenizer and chat template are, and empty takes the student's."""
+    url: tuple[str, ...] = ()
+    """Address of an inference server that holds the teacher, e.g. http://127.0.0.1:8000; several are a pool of one and the same model."""
+    api: ServerApi = "vllm"
+    """How the server is asked: vllm (prompt_logprobs), sglang (/generate), or openai (completions with echo and logprobs)."""
+    served_model: str | None = None
+    """The model's name at the server; None takes the one that is there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key. The key itself is written down nowhere."""
+    concurrency: int = 32
+    """Requests under way at once, all servers together."""
+    timeout: float = 120.0
+    """Seconds that one answer may take."""
+    deadline: float = 600.0
+    """Seconds after which rollouts that no server could score, tried again and again, stop the run."""
+    canary_every: int = 10
+    """Steps between checks that a server still gives a fixed text the log-probs of the start; 0 checks at the start alone."""
     source: Literal["model", "adapter_off", "ema", "student"] = "model"
     """Self-distillation: the student without its adapter, the moving average of its weights, or the student as it is at every step,
     each of them best with prompts.teacher_prompt, which shows the teacher more than the student sees."""
@@ -26,19 +51,26 @@ class TeacherConfig(ModelConfig, key="teacher"):
     dtype: DType = "auto"
     """'auto' is bfloat16 on CUDA and float32 on CPU."""
     tokens_per_batch: int = 16384
-    """Tokens the teacher reads at once (padding included)."""
+    """Tokens the teacher reads at once (padding included); of a server, in one request."""
     supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
     """Kind of target for the loss; 'auto' is the most exact kind that the objective can use."""
     offload: bool = False
     """Keep it in CPU memory while it is not asked (its output layer stays on the device): slower, and room for more teachers."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "tokens_per_batch")
+        at_least(1, self, "tokens_per_batch", "concurrency")
+        at_least(0, self, "canary_every")
+        positive(self, "timeout", "deadline")
         require(
-            bool(self.model) or self.source != "model",
-            "'teacher.model' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; teacher.source=ema, "
-            "adapter_off or student teaches the student by itself.",
+            bool(self.model or self.url) or self.source != "model",
+            "'teacher.model' is not set, and has no default. Add it to the recipe or pass --teacher.model VALUE; teacher.url is a teacher "
+            "behind a server, and teacher.source=ema, adapter_off or student teaches the student by itself.",
         )
+        require(
+            not self.model.startswith(("http://", "https://")),
+            "teacher.model is a folder or hub name, and the address of a server is teacher.url; write it there.",
+        )
+        self._check_server()
         require(
             not self.model or self.source == "model",
             f"teacher.source={self.source} takes the student's own weights, so teacher.model='{self.model}' is not read; drop one.",
@@ -47,6 +79,65 @@ class TeacherConfig(ModelConfig, key="teacher"):
         require(
             self.source == "model" or not self.offload,
             f"teacher.offload=true would take the student itself off its device with teacher.source={self.source}; drop it.",
+        )
+
+    def check_objective(self, objective: Objective, place: str) -> None:
+        """Raise ObjectiveError where the server cannot send what the objective needs."""
+        if not self.url or {"top_k", "sampled"} & set(objective.needs):
+            return
+        needed = {
+            "full": "every vocabulary entry",
+            "student_top_k": "tokens that the student chooses",
+            "union": "tokens that the student chooses",
+        }.get(objective.support, "more than the server's likeliest tokens")
+        if objective.teacher_temperature != 1:
+            needed = f"logits, to divide them by objective.teacher_temperature={objective.teacher_temperature:g}"
+        elif objective.support == "teacher_top_k":
+            needed = f"the tokens of objective.always_include={objective.always_include}"
+        raise ObjectiveError(
+            f"objective.support={objective.support} needs {needed}, and {place}.url (api={self.api}) sends the teacher's likeliest tokens "
+            "and the sampled one, at temperature 1. Use objective.support=teacher_top_k with objective.tail=sampled, which is unbiased at "
+            "every top_k and costs nothing here (arXiv 2609.34447), objective.support=sampled, or a teacher in this process "
+            f"({place}.model)."
+        )
+
+    def _check_server(self) -> None:
+        """The keys of a server, and those that a server does not read."""
+        default = {item.name: item.default for item in fields(self)}
+        changed = [name for name in (*ASKED, *LOADED) if getattr(self, name) != default[name]]
+        if not self.url:
+            idle = [name for name in changed if name in ASKED]
+            require(
+                not idle,
+                f"teacher.{idle and idle[0]} is about a server, and there is none; set teacher.url, or drop it.",
+            )
+            return
+        require(
+            self.source == "model",
+            f"teacher.source={self.source} takes the student's own weights, and teacher.url asks a server for another model's; drop one.",
+        )
+        require(
+            not any("/chat/completions" in url for url in self.url),
+            f"teacher.url: {CHAT_CANNOT_SCORE} Give the server's root address.",
+        )
+        parse_addresses(self.url, "teacher.url")
+        if self.api_key_env is not None:
+            check_variable(self.api_key_env, "teacher.api_key_env")
+        idle = [name for name in changed if name in LOADED]
+        require(
+            not idle,
+            f"teacher.{idle and idle[0]} is about a model in this process, and teacher.url's is loaded by its server; set it there, and "
+            "drop it here.",
+        )
+        require(
+            self.model != "" or (self.revision is None and not self.trust_remote_code),
+            "teacher.revision and teacher.trust_remote_code are about teacher.model, which names the tokenizer beside teacher.url and is "
+            "not set; set it, or drop them.",
+        )
+        require(
+            self.supply not in ("hidden", "dense"),
+            f"teacher.supply={self.supply} is more than a server with api={self.api} sends: it is asked for top_k or sampled. Drop it; "
+            "exact divergences need a teacher in this process.",
         )
 
 

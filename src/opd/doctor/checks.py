@@ -122,6 +122,26 @@ def _reduction_notices(config: Config) -> list[str]:
     ]
 
 
+def served_notes(config: Config) -> list[str]:
+    """Notes on what a teacher behind a server makes different."""
+    served = [name for name, section in config.all_teachers.items() if section.url]
+    if not served:
+        return []
+    found = []
+    if config.eval.every and config.prompts.eval_path is not None:
+        found.append(
+            "a teacher behind a server sends no whole distribution and draws no answers, so evaluations report the reward alone."
+        )
+    objective, rollout = config.objective, config.rollout
+    on_policy = rollout.lmbda == 1 and rollout.top_p == 1 and rollout.top_k == 0
+    if objective.tail == "bucket" and on_policy and rollout.temperature == objective.student_temperature:
+        found.append(
+            "objective.tail=bucket sees the probability outside the teacher's top-k as one token. objective.tail=sampled is unbiased at every "
+            "top_k, and costs nothing here: the server sends the sampled token's log-prob anyway (arXiv 2609.34447)."
+        )
+    return found
+
+
 def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
     """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside."""
     name, revision = student.model, student.revision

@@ -31,10 +31,8 @@ ANSWER = "The answer is 42."  # in a conversation that is only rendered
 
 
 class ReadingModel(Protocol):
-    """A model with its way of writing prompts."""
+    """A model's way of writing prompts; one in this process has the `model` too."""
 
-    @property
-    def model(self) -> PreTrainedModel: ...
     @property
     def renderer(self) -> Renderer: ...
 
@@ -311,7 +309,8 @@ def _agreement(
 ) -> list[str]:
     if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
         return []
-    if not _same_weights(first, teacher.model):
+    model = getattr(teacher, "model", None)
+    if model is None or not _same_weights(first, model):
         return []
     ends = [renderer.decode_all(renderer.prompt_ids(prompts[0]))[-EXCERPT:] for renderer in (student, teacher.renderer)]
     return [

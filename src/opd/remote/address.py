@@ -9,6 +9,10 @@ from urllib.parse import urlsplit
 from opd.errors import ConfigError
 
 SCHEMES = ("http", "https")
+CHAT_CANNOT_SCORE = (
+    "A chat API cannot score given tokens: it answers with tokens of its own. Serve the teacher with vLLM or SGLang, which say what the "
+    "model gives to every token of a prompt."
+)
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,16 @@ class Address:
 
 def parse_address(url: str, key: str) -> Address:
     """Read an address; `key` names where it stands. Raises ConfigError, which never shows what may be a secret."""
+    if any(mark in url for mark in "@?#"):
+        raise ConfigError(
+            f"{key} holds more than an address (a name, a password or a key), and a recipe is copied into every run folder. Write "
+            f"http://HOST:PORT alone, put the key into an environment variable, and name it in {key.rpartition('.')[0]}.api_key_env."
+        )
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ConfigError(f"{key} is no address that can be read; write it as http://HOST:PORT.") from None
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError(
-            f"{key} holds more than an address (a name, a password or a key), and a recipe is copied into every run folder. Write "
-            f"{parts.scheme or 'http'}://HOST:PORT alone, put the key into an environment variable, and name it in "
-            f"{key.rpartition('.')[0]}.api_key_env."
-        )
     if parts.scheme not in SCHEMES or not host:
         raise ConfigError(f"{key}='{url}' is no address of a server; write it as http://HOST:PORT.")
     path = parts.path.rstrip("/")

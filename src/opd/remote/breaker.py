@@ -36,6 +36,8 @@ class Server:
     """In a row."""
     resting_until: float = 0.0
     last_fault: str = ""
+    suspect: bool = False
+    """It failed since it last proved that it is what it was."""
     answers: int = 0
     """Questions that it answered."""
 
@@ -53,7 +55,7 @@ class Server:
 
     def failed(self, now: float, fault: str) -> None:
         self.failures += 1
-        self.last_fault = fault
+        self.last_fault, self.suspect = fault, True
         if self.out:
             exponent = min(self.failures - self.patience.failures, 16)
             self.resting_until = now + min(self.patience.longest_rest, self.patience.first_rest * 2.0**exponent)

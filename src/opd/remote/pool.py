@@ -62,6 +62,8 @@ class ServerPool:
         self.timeout = timeout
         self.deadline = deadline
         self.warnings: tuple[str, ...] = tuple(warnings_of(addresses, key, keyed=api_key is not None))
+        self.admission: Question[None] | None = None
+        """Asked of a server that comes back after a fault, before anything else is: it may have started again as another."""
         self._key = api_key
         self._max_bytes = max_answer_bytes
         self._patience = patience or Patience()
@@ -90,9 +92,12 @@ class ServerPool:
         """The answers in order, `concurrency` questions at a time. Nothing is left out: the first that fails for good stops the rest."""
         return self._background.run(self._together(((question, None) for question in questions), deadline))
 
-    def ask_each(self, question: Question[T], *, deadline: float | None = None) -> dict[Address, T]:
-        """Every server's own answer to one question; the first that has none stops the rest."""
-        servers = self._breaker.servers
+    def ask_each(
+        self, question: Question[T], *, deadline: float | None = None, resting: bool = True
+    ) -> dict[Address, T]:
+        """Every server's own answer to one question; the first that has none stops the rest. `resting=False` leaves out servers that
+        are taken out."""
+        servers = [server for server in self._breaker.servers if resting or not server.out]
         answers = self._background.run(self._together(((question, server) for server in servers), deadline))
         return {server.address: answer for server, answer in zip(servers, answers, strict=True)}
 
@@ -130,7 +135,7 @@ class ServerPool:
             try:
                 return await asyncio.wait_for(retrying(self._try, question, tries), deadline)
             except asyncio.TimeoutError:
-                self._give_up(tries, f"within {self.section}.deadline={deadline:g} s")
+                self._give_up(tries, f"within {deadline:g} s")
             except RetryError:
                 self._give_up(tries, f"in {tries.count} tries")
 
@@ -146,8 +151,10 @@ class ServerPool:
         tries.count, tries.server = tries.count + 1, server
         server.asked += 1
         try:
-            answer = await self._answer(server, question.request)
-            result = question.read(answer)
+            if server.suspect and self.admission is not None:
+                self.admission.read(await self._answer(server, self.admission.request))
+                server.suspect = False
+            result = question.read(await self._answer(server, question.request))
         except BadAnswer as error:
             raise self._failed(server, tries, _Fault(f"it gave {error}", refusal=True)) from None
         except _Fault as fault:

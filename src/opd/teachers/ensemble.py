@@ -80,7 +80,7 @@ class Ensemble:
         if not self.supplies and self.mixture != "routing":
             raise ObjectiveError(
                 f"mixture.kind={self.mixture} mixes whole distributions, and not every teacher of {self.name} supplies one; drop their "
-                "supply, or use mixture.kind=routing."
+                "supply, take teachers in this process, or use mixture.kind=routing."
             )
         kind = objective.check_supplies(self.supplies, self.name)
         for member in self.members.values():

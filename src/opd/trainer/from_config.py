@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
 from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
-from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes
+from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes, served_notes
 from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
 from opd.errors import ConfigError
 from opd.quantized import check_trainable
@@ -26,6 +26,7 @@ from opd.teachers.local import LocalTeacher
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
     HELD_OUT,
+    OF_A_TEXT,
     prompts_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -33,6 +34,7 @@ from opd.trainer.fingerprints import (
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
+from opd.trainer.served import check_context
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
 from opd.trainer.teacher_set import build_teachers
 
@@ -104,12 +106,16 @@ class RunComponents:
             check_lengths(everything, one.renderer, one.model, config.rollout.max_new_tokens)
             if config.train.layout == "packed":
                 check_packing(one.model, role, self.pad_id)
-        said += check_reading(config, everything, self.loaded, teachers.loaded, first_weights)
-        said += left_out_notices(one.renderer.chat for one in (self.loaded, *teachers.loaded.values()))
+        for one in teachers.served.values():
+            check_context(one, everything, config.rollout.max_new_tokens)
+        readers = {**teachers.loaded, **teachers.served}
+        said += check_reading(config, everything, self.loaded, readers, first_weights)
+        said += left_out_notices(one.renderer.chat for one in (self.loaded, *readers.values()))
         self.fingerprints = self._fingerprints(first_weights)
         self._connect()
-        self.warnings = tuple(dict.fromkeys([*said, *teachers.vocabulary.warnings, *notices(config)]))
-        self.notes = () if given.student else tuple(saved_notes(config.student, self.loaded.model))
+        self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
+        self.notes = tuple(served_notes(config))
+        self.notes += () if given.student else tuple(saved_notes(config.student, self.loaded.model))
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
@@ -185,6 +191,10 @@ class RunComponents:
                 whose = "teacher" if name == "teacher" else f"teacher {name}"
                 found[f"{whose}'s own weights"] = weights_fingerprint(sampled_weights(teacher.model))
                 found[f"{whose}'s tokenizer and chat template"] = tokenizer_fingerprint(teacher.tokenizer, teacher.eos)
+        for name, teacher in self._teachers.served.items():
+            assert teacher.probe is not None
+            whose = "teacher" if name == "teacher" else f"teacher {name}"
+            found[f"{whose}'s {OF_A_TEXT}"] = teacher.probe.fingerprint
         return found
 
     def _reinforcement(self) -> Reinforcement:

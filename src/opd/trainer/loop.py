@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from opd.config import Config
-from opd.errors import DataError, OpdError, OutOfMemoryError
+from opd.errors import DataError, OpdError, OutOfMemoryError, ServerError
 from opd.reporting.findings import cut_off
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
@@ -129,11 +129,11 @@ class TrainingLoop:
 
     @contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Saves what was trained before a signal, a failing reward or exhausted memory ends the run where no weight moves, so that it
+        """Saves what was trained before a signal, a failing reward, a server that is gone or exhausted memory ends the run where no weight moves, so that it
         resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
         try:
             yield
-        except (Interrupted, DataError, OutOfMemoryError):
+        except (Interrupted, DataError, OutOfMemoryError, ServerError):
             done = checkpoints(self.folder.checkpoints)
             if self.components.student.version > (version_of(done[-1]) if done else 0):
                 self.save()

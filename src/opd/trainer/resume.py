@@ -29,6 +29,12 @@ EFFECTS: dict[str, Effect] = {
             "teacher.tokens_per_batch",
             "teacher.supply",
             "teacher.offload",
+            "teacher.api",
+            "teacher.api_key_env",
+            "teacher.concurrency",
+            "teacher.timeout",
+            "teacher.deadline",
+            "teacher.canary_every",
             "rollout.batch_size",
             "optimizer.natural_gradient.keep_graphs",
             "train.tokens_per_microbatch",
@@ -56,6 +62,8 @@ EFFECTS: dict[str, Effect] = {
             "teacher.model",
             "teacher.revision",
             "teacher.trust_remote_code",
+            "teacher.url",
+            "teacher.served_model",
             "prompts.path",
             "prompts.split",
             "prompts.prompt_column",
@@ -211,7 +219,9 @@ def compare(saved: Mapping[str, Any], config: Config) -> dict[str, Change]:
 
 def check_same_run(changes: Mapping[str, Change], config: Config, run_dir: str, *, has_checkpoint: bool) -> None:
     """Raise RunFolderError where the changed recipe is that of another run."""
-    others = {key: change for key, change in changes.items() if effect_of(key, config) == "all"}
+    others = {
+        key: change for key, change in changes.items() if effect_of(key, config) == "all" or _other_place(key, change)
+    }
     if not others:
         return
     instead = (
@@ -221,6 +231,11 @@ def check_same_run(changes: Mapping[str, Change], config: Config, run_dir: str, 
         f"'{run_dir}' was started with another recipe, so --resume would not continue the same run: {described(others)}. "
         f"Use the recipe it was started with, or a new --run_dir.{instead}"
     )
+
+
+def _other_place(key: str, change: Change) -> bool:
+    """A teacher in this process became one behind a server, or the other way round: no fingerprint compares the two."""
+    return table_key(key) == "teacher.url" and not all(change)
 
 
 def described(changes: Mapping[str, Change]) -> str:

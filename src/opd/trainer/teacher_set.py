@@ -18,8 +18,10 @@ from opd.teachers.base import Teacher
 from opd.teachers.ema import Ema
 from opd.teachers.ensemble import Ensemble
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
+from opd.teachers.server import RemoteTeacher
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
+from opd.trainer.served import serve
 from opd.trainer.student import Policy
 from opd.types import Prompt, TargetKind
 
@@ -40,6 +42,10 @@ class TeacherSet:
     ema: Ema | None = None
     """EMA weights, updated after every optimizer step; None without an EMA teacher."""
     members: Mapping[str, Teacher] = field(default_factory=dict)
+    served: Mapping[str, RemoteTeacher] = field(default_factory=dict)
+    """Those behind servers."""
+    said: tuple[str, ...] = ()
+    """Warnings about the servers."""
 
     def sampler(
         self, rollout: RolloutConfig, pad_id: int, student: LoadedModel | None = None
@@ -93,6 +99,12 @@ def build_teachers(
     ema = Ema(model, averaged.pop()) if averaged else None
     own = {name: teacher for name, teacher in given.items() if not isinstance(teacher, GivenModel)}
     models = {name: one for name, one in given.items() if isinstance(one, GivenModel)}
+    served = {
+        name: serve(section, _role(name), student, config)
+        for name, section in sections.items()
+        if section.url and name not in own
+    }
+    own |= served
     loaded = {name: _load(config, name, student, model, ema, models.get(name)) for name in sections if name not in own}
     matches = {name: _vocabulary(config, name, student, one) for name, one in loaded.items()}
     vocabularies = [own[name].vocabulary if name in own else matches[name] for name in sections]
@@ -118,15 +130,23 @@ def build_teachers(
     }
     ensemble = _ensemble(config, members) if len(members) > 1 else None
     teacher = ensemble or next(iter(members.values()), None)
+    kind = None if teacher is None else _bind(config, teacher)
     return TeacherSet(
         loaded=loaded,
+        served=served,
+        said=tuple(warning for one in served.values() for warning in one.connect()),
         members=members,
         teacher=teacher,
         ensemble=ensemble,
-        kind=None if teacher is None else _bind(config, teacher),
+        kind=kind,
         vocabulary=vocabulary,
         ema=ema,
     )
+
+
+def _role(name: str) -> str:
+    """The teacher's section in a recipe."""
+    return name if name == "teacher" else f"teachers.{name}"
 
 
 def _load(
@@ -139,7 +159,7 @@ def _load(
 ) -> LoadedModel:
     """A teacher's own weights, or the student's with a rendering of their own."""
     section = config.all_teachers[name]
-    role = "teacher" if name == "teacher" else f"teachers.{name}"
+    role = _role(name)
     if section.source == "model":
         device = config.student.device if section.device == "auto" else section.device
         return load_model(section, role, config.prompts, device=device, given=given)
