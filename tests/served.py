@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -139,3 +143,23 @@ def read_rows(content: bytes, rows: Sequence[dict[str, Any]]) -> list[torch.Tens
 def ask_hidden(url: str, rows: Sequence[dict[str, Any]], dtype: str = "float32", **more: Any) -> httpx.Response:
     with httpx.Client(base_url=url, timeout=60, trust_env=False, **more) as client:
         return client.post("/v1/hidden", json={"rows": list(rows), "dtype": dtype})
+
+
+@contextmanager
+def server_process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its address, and the lines it printed until it was ready."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "opd.cli.main", "serve-teacher", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        try:
+            lines = []
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                if line.startswith("teacher: "):
+                    break
+            found = re.search(r"^ready at (\S+)$", "\n".join(lines), flags=re.M)
+            assert found is not None, lines
+            yield process, found[1], lines
+        finally:
+            process.kill()

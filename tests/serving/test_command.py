@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,6 +13,7 @@ from opd.cli.main import main
 from opd.config.serving import ServeConfig
 from opd.errors import ConfigError
 from opd.serving.run import read_token
+from served import server_process
 from worlds import make_world
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,28 +24,6 @@ TOKEN = "a-token-of-this-test"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@contextmanager
-def server_process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process, its address, and the lines it printed until it was ready."""
-    import os
-
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "opd.cli.main", "serve-teacher", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
-        try:
-            lines = []
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line.rstrip("\n"))
-                if line.startswith("teacher: "):
-                    break
-            found = re.search(r"^ready at (\S+)$", "\n".join(lines), flags=re.M)
-            assert found is not None, lines
-            yield process, found[1], lines
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

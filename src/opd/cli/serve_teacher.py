@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd.config.recipe import parse_overrides
+from opd.config.recipe import merge, parse_overrides
 from opd.config.sections import parse_section
 from opd.config.serving import ServeConfig
 from opd.errors import ConfigError, MissingDependencyError
@@ -18,7 +18,7 @@ def run(args: Sequence[str]) -> int:
         return 0
     if not args or args[0].startswith("--"):
         raise ConfigError(f"Name the model to serve: {USAGE}")
-    config = parse_section(ServeConfig, {"model": args[0], **parse_overrides(args[1:])})
+    config = parse_section(ServeConfig, merge({"model": args[0]}, parse_overrides(args[1:])))
     try:
         from opd.serving.run import serve
     except ImportError as error:

@@ -70,6 +70,7 @@ class ModelConfig(Section):
     """Arguments of the model's own chat template, e.g. enable_thinking: false; a row's column chat_template_kwargs comes before them.
     chat_template: NAME chooses among several templates."""
     load_options: LoadOptionsConfig = field(default_factory=LoadOptionsConfig)
+    """Quantise it as it is loaded."""
 
 
 class StudentConfig(ModelConfig, key="student"):

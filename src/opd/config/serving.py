@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import field
 
-from opd.config.model import DType
+from opd.config.model import DType, LoadOptionsConfig
 from opd.config.rules import at_least, positive
 from opd.config.sections import Section
 from opd.errors import require
@@ -27,6 +28,8 @@ class ServeConfig(Section):
     """'sdpa', 'eager', 'flash_attention_2'; None leaves it to transformers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    load_options: LoadOptionsConfig = field(default_factory=LoadOptionsConfig)
+    """Quantise it as it is loaded, as in a recipe."""
     host: str = "127.0.0.1"
     """Address to listen at. Any that other machines can reach needs a token."""
     port: int = 8790

@@ -134,7 +134,7 @@ class FrozenModel:
 
 def freeze(config: ServeConfig) -> FrozenModel:
     """Load the model as a recipe's teacher is loaded. Raises ModelError."""
-    options = {"dtype", "device", "revision", "attn_implementation", "trust_remote_code"}
+    options = {"dtype", "device", "revision", "attn_implementation", "trust_remote_code", "load_options"}
     section = TeacherConfig(model=config.model, **{name: getattr(config, name) for name in options})
     loaded = load_model(section, "teacher", PromptsConfig(path="-"), device=config.device)
     code = config.trust_remote_code

@@ -73,6 +73,15 @@ class ExactServerTeacher:
         self._numbers = itertools.count()
 
     @property
+    def context_length(self) -> int:
+        """Tokens of a prompt and its response that every server reads."""
+        return self.served.limits.row_tokens
+
+    def connect(self) -> list[str]:
+        """Warnings about the servers. They have been asked already: this is made of what they said."""
+        return list(self.pool.warnings)
+
+    @property
     def head(self) -> Head:
         """The server's output layer, fetched by the first that asks. Raises ServerError."""
         if self._head is None:

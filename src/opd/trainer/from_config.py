@@ -26,7 +26,6 @@ from opd.teachers.local import LocalTeacher
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
     HELD_OUT,
-    OF_A_TEXT,
     prompts_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -34,7 +33,7 @@ from opd.trainer.fingerprints import (
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.scoring import StepScorer
-from opd.trainer.served import check_context
+from opd.trainer.served import check_context, served_fingerprints
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
 from opd.trainer.teacher_set import build_teachers
 
@@ -192,9 +191,7 @@ class RunComponents:
                 found[f"{whose}'s own weights"] = weights_fingerprint(sampled_weights(teacher.model))
                 found[f"{whose}'s tokenizer and chat template"] = tokenizer_fingerprint(teacher.tokenizer, teacher.eos)
         for name, teacher in self._teachers.served.items():
-            assert teacher.probe is not None
-            whose = "teacher" if name == "teacher" else f"teacher {name}"
-            found[f"{whose}'s {OF_A_TEXT}"] = teacher.probe.fingerprint
+            found |= served_fingerprints(teacher, "teacher" if name == "teacher" else f"teacher {name}")
         return found
 
     def _reinforcement(self) -> Reinforcement:
