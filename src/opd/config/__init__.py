@@ -8,6 +8,7 @@ from opd.config.rollout import RolloutConfig
 from opd.config.run import Config
 from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from opd.config.vllm import VllmConfig
 
 __all__ = [
     "BaseMixtureConfig",
@@ -30,4 +31,5 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
+    "VllmConfig",
 ]

@@ -13,6 +13,7 @@ from opd.config.rules import check_on_policy, check_rewarded_rollouts
 from opd.config.sections import Section
 from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from opd.config.vllm import MAX_VLLM_TEMPERATURE
 from opd.errors import require
 from opd.losses import Objective
 
@@ -56,6 +57,18 @@ class Config(Section):
             not part or self.objective.discount == 0,
             f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
             f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
+        )
+        temperatures = {"rollout.temperature": self.rollout.temperature, "eval.temperature": self.eval.temperature}
+        temperatures |= {"eval.extra_temperatures": max(self.eval.extra_temperatures, default=0.0)}
+        for key, temperature in temperatures.items() if self.rollout.engine == "vllm" else ():
+            require(
+                temperature <= MAX_VLLM_TEMPERATURE,
+                f"{key}={temperature:g}, and vLLM takes temperatures up to {MAX_VLLM_TEMPERATURE:g}; lower it, or set rollout.engine=hf.",
+            )
+        require(
+            not part or self.rollout.engine == "hf",
+            f"train.token_fraction={self.train.token_fraction} keeps the tokens of highest entropy, and rollout.engine=vllm returns log-probs "
+            "of the sampled tokens and no entropies; set train.token_fraction=1, or rollout.engine=hf.",
         )
         if self.optimizer.name == "natural_gradient":
             self._check_natural_gradient()

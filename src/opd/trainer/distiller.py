@@ -13,7 +13,6 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
 from opd.quantized import merged
-from opd.reporting.progress import Progress
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
@@ -180,13 +179,16 @@ class Distiller:
             raise ConfigError(
                 f"All {steps} steps are done, where the schedules end; make a Distiller with more train.steps."
             )
-        return {"step": step, **take_step(self.components, step, Progress(steps, enabled="off")).metrics}
+        done = take_step(self.components, step)
+        self.components.sampler.load(self.components.student)  # the next rollouts are on-policy again
+        return {"step": step, **done.metrics}
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the student as it is now on the held-out prompts. Raises ConfigError without any."""
         parts = self.components
         if parts.evaluator is None:
             raise ConfigError("There is nothing to evaluate on; give eval_prompts=…, and eval.every above 0.")
+        parts.student_sampler.load(parts.student)
         with memory_advice("eval"):
             return parts.evaluator.run(parts.student_sampler, parts.student, extra=False).metrics
 

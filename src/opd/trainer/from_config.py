@@ -20,6 +20,7 @@ from opd.quantized import check_trainable
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
 from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
+from opd.samplers.vllm import Engine
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
 from opd.teachers.local import LocalTeacher
@@ -32,6 +33,7 @@ from opd.trainer.fingerprints import (
 )
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.reinforce import Reinforcement
+from opd.trainer.rollout_engine import make_vllm_sampler
 from opd.trainer.scoring import StepScorer
 from opd.trainer.served import check_context, served_fingerprints
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
@@ -65,7 +67,9 @@ class RunComponents:
     sampler: Sampler
     """Draws the rollouts of training."""
     student_sampler: AdjustableSampler
-    """The student in this process, for evaluations."""
+    """Draws the student's responses in evaluations, with the engine of the rollouts."""
+    engine: Engine | None = None
+    """The inference engine, which has to be closed; None for sampling by transformers."""
     scorer: StepScorer
     teacher: Teacher | None
     """None where the student learns from a reward alone."""
@@ -120,16 +124,7 @@ class RunComponents:
         config, teachers = self.config, self._teachers
         self.teacher = teachers.teacher
         self.student = self._student()
-        self.student_sampler = make_sampler(
-            config.rollout,
-            self.loaded,
-            teachers.vocabulary,
-            self.pad_id,
-            source="student",
-            model=self._model,
-            autocast=self.student.autocast,
-            record_entropy=config.train.token_fraction < 1,
-        )
+        self.student_sampler = self._student_sampler()
         self.scorer = StepScorer(
             objective=config.objective,
             rl=config.rl,
@@ -147,6 +142,28 @@ class RunComponents:
         order = derive_seed(config.seed, 0, "prompts")
         self.schedule = PromptSchedule(self._prompts, seed=order, shuffle=config.prompts.shuffle)
         self.evaluator = self._evaluator() if self._held_out else None
+
+    def _student_sampler(self) -> AdjustableSampler:
+        config, vocabulary = self.config, self._teachers.vocabulary
+        if config.rollout.engine == "vllm":
+            if self._given.sampler is not None:
+                raise ConfigError(
+                    "sampler=… takes the place of rollout.engine, so rollout.engine=vllm would never sample; drop one of the two."
+                )
+            prompts = [*self._prompts, *self._held_out]
+            sampler = make_vllm_sampler(config, self.loaded, self.student, vocabulary, prompts)
+            self.engine = sampler.engine
+            return sampler
+        return make_sampler(
+            config.rollout,
+            self.loaded,
+            vocabulary,
+            self.pad_id,
+            source="student",
+            model=self._model,
+            autocast=self.student.autocast,
+            record_entropy=config.train.token_fraction < 1,
+        )
 
     def _student(self) -> Student:
         config, rollout, teacher = self.config, self.config.rollout, self._teachers.teacher

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def _train(
                 components=components, folder=folder, run=run, progress=progress, stop=stop, callbacks=callbacks
             )
             try:
-                loop.run_steps()
+                with engine_of(components, progress.message):
+                    loop.run_steps()
             except Interrupted:
                 write_report(folder.path)
                 raise
@@ -110,6 +112,20 @@ def _train(
         return Run(path=folder.path, summary=summary, student=model, tokenizer=components.loaded.tokenizer)
 
 
+@contextmanager
+def engine_of(components: RunComponents, say: Callable[[str], None]) -> Iterator[None]:
+    """The run's inference engine, where it has one, says what it does, and is closed however the block ends."""
+    engine = components.engine
+    if engine is None:
+        yield
+        return
+    engine.say = say
+    try:
+        yield
+    finally:
+        engine.close()
+
+
 def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
     """Notes on the step that a run resumes from, and on its changes."""
     if start is None:
@@ -117,6 +133,11 @@ def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
     lines = [f"{folder.path}: resuming after {start} steps"]
     if changed := described(folder.changes):
         lines.append(f"changed from here on: {changed}")
+    if config.rollout.engine == "vllm":
+        lines.append(
+            "note: rollout.engine=vllm batches as requests come in, so from here on the run has the same prompts, versions and optimizer as "
+            "without the stop, and not the same bits"
+        )
     return lines + [f"warning: {note}" for note in change_notes(folder.changes, config)]
 
 

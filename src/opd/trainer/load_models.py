@@ -110,6 +110,17 @@ def make_renderer(
     return Renderer(tokenizer, **options) if template is None else PrivilegedRenderer(tokenizer, template, **options)
 
 
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    """How training draws responses."""
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
+    )
+
+
 def make_sampler(
     rollout: RolloutConfig,
     loaded: LoadedModel,
@@ -121,17 +132,10 @@ def make_sampler(
     **options: Any,
 ) -> HfSampler:
     """A sampler that draws as the recipe says; `options` are further ones of HfSampler."""
-    sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=rollout.stop,
-    )
     return HfSampler(
         model or loaded.model,
         loaded.renderer,
-        sampling,
+        sampling_of(rollout),
         eos_ids=loaded.eos,
         pad_id=pad_id,
         vocabulary=vocabulary,

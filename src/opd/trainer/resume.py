@@ -18,7 +18,7 @@ Change = tuple[object, object]
 """The value that the run had, and the one that it goes on with."""
 
 EFFECTS: dict[str, Effect] = {
-    # none: speed, memory, rounding, and what is written down. Sampling in other batches is another draw of the same distribution.
+    # none: speed, memory, rounding, and what is written down. Sampling in other batches, or by another engine, is another draw of the same distribution.
     **dict.fromkeys(
         (
             "student.device",
@@ -36,6 +36,18 @@ EFFECTS: dict[str, Effect] = {
             "teacher.deadline",
             "teacher.canary_every",
             "rollout.batch_size",
+            "rollout.engine",
+            "rollout.vllm.mode",
+            "rollout.vllm.url",
+            "rollout.vllm.api_key_env",
+            "rollout.vllm.python",
+            "rollout.vllm.args",
+            "rollout.vllm.memory_share",
+            "rollout.vllm.max_model_len",
+            "rollout.vllm.sync_dir",
+            "rollout.vllm.start_timeout",
+            "rollout.vllm.timeout",
+            "rollout.vllm.max_gap",
             "optimizer.natural_gradient.keep_graphs",
             "train.tokens_per_microbatch",
             "train.layout",
@@ -173,6 +185,7 @@ EFFECTS: dict[str, Effect] = {
             "rollout.top_p",
             "rollout.top_k",
             "rollout.stop",
+            "rollout.importance_cap",
             "rollout.lmbda",
             "rollout.off_policy",
             "optimizer.name",

@@ -75,9 +75,8 @@ class StepScorer:
     ) -> None:
         """`kind` is the one that the teacher's `bind_objective` settled; `ensemble` is the teacher itself where it is several, whose
         weights may move from step to step."""
-        self.objective = objective
-        self.rl = rl
-        self.train = train
+        self.hybrid = rl.hybrid(objective, train.steps)
+        self.token_fraction = train.token_fraction
         self.teacher = teacher
         self.kind: TargetKind | None = kind
         self.ensemble = ensemble
@@ -93,13 +92,12 @@ class StepScorer:
 
     def score(self, rollouts: Sequence[Rollout], step: int) -> Scored:
         """Raises DataError for a reward that fails, where the recipe says that this ends the run."""
-        objective = self.rl.at(step, self.train.steps, self.objective)
+        objective = self.hybrid.at(step)
         reward_signal: Advantages | None = None
         if objective.rl_weight != 0.0:
             assert self.reinforcement is not None
             reward_signal = self.reinforcement.advantages(rollouts)
-        fraction = self.train.token_fraction
-        keep = None if fraction == 1 else top_entropy_mask(rollouts, fraction)
+        keep = None if self.token_fraction == 1 else top_entropy_mask(rollouts, self.token_fraction)
         metrics: dict[str, float] = {}
         readable = None if self.teacher is None else readable_mask(rollouts, self.teacher)
         if readable is not None:

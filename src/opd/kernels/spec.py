@@ -1,19 +1,31 @@
-"""A row of logits: its columns and their split over ranks, the specification of what is computed from it, and the results."""
+"""What a fused loss is asked for: its matrices (`HeadSpec`), what is computed from a row of logits (`RowSpec`), and over which columns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from opd.errors import ObjectiveError
 from opd.losses import Objective
-from opd.losses._shapes import Float
-from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
+from opd.losses._shapes import Bool, Float
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, TeacherMixture
 
+Memory = Literal["fast", "minimal"]
+
+CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; with fewer the products lose speed
+CPU_CHUNK_ROWS = 256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more:
+CPU_CACHED_BYTES = 4 << 20
+GPU_CHUNK_BYTES = 640 << 20  # 1024 rows of 152k columns: fewer rows re-read dW too often, more cost memory
+MAX_CHUNK = 8192
+MINIMAL_CHUNK = 1024
+SAFE_SUM = (1e-10, 1e20)  # far from both ends of float32, so that products of two sums still fit
+CPU_PIECE = 1 << 16  # entries of float32: four buffers of 256 KiB stay in a core's second-level cache
+GPU_PIECE = 1 << 24  # 64 MiB; autograd keeps about thirty copies of a piece
 MASKED = -1e30  # a logit whose probability is 0, and which, unlike −inf, may be subtracted from itself
 Teachers = Sequence[tuple[Tensor | None, Tensor]]
 """(weight per token, logits [rows, columns]) of each distribution that the student is compared with; one alone has weight None."""
@@ -129,6 +141,46 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradsNeeded:
+    """The gradients that are wanted; a product that feeds none of them is not run."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """logits = (hidden @ weight.T + bias) / temperature over `columns`, and the gradient of Σ token_weights · loss."""
+
+    hidden: Float[Tensor, "tokens hidden"]
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None
+    columns: Columns
+    token_weights: Float[Tensor, " tokens"]
+    temperature: float = 1.0
+    needs: GradsNeeded = GradsNeeded()
+    chunk_tokens: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, divergences and accumulated gradients."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0]
+
+    def at(self, index: Tensor) -> HeadSpec:
+        """The specification at some of its tokens."""
+        return replace(self, hidden=self.hidden[index], token_weights=self.token_weights[index])
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyTerm:
     """Reinforcement learning on the same rows: weight · importance · clipped surrogate, arXiv 1707.06347.
 
@@ -148,12 +200,7 @@ class PolicyTerm:
 
     def at(self, index: Any) -> PolicyTerm:
         """The term at some tokens."""
-        return replace(
-            self,
-            advantages=self.advantages[index],
-            old_log_prob=at(self.old_log_prob, index),
-            importance_weights=at(self.importance_weights, index),
-        )
+        return replace(self, **tensors_at(self, index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +235,17 @@ class RowSpec:
         """True if there is a policy term or an entropy bonus."""
         return self.policy is not None or self.entropy_bonus != 0.0
 
+    def fits(self, divergences: Collection[str]) -> bool:
+        """True if row passes that are made for these divergences, and for terms of a few tokens, have the loss."""
+        objective = self.objective
+        if self.target is None:
+            return True
+        if not target_has_logits(self.target):
+            return objective.baseline == "none"
+        return (
+            objective.support == "full" and objective.teacher_logp_floor is None and objective.divergence in divergences
+        )
+
     def at(self, index: Any, *, whole_targets: bool = True) -> RowSpec:
         """The specification at some tokens. Row passes get a target's logits as an argument: without `whole_targets` it is left out."""
         seen = self.diagnostics
@@ -196,11 +254,9 @@ class RowSpec:
         return replace(
             self,
             target=_target_at(self.target, index, whole_targets),
-            response_ids=at(self.response_ids, index),
-            sampler_logp=at(self.sampler_logp, index),
-            sequence_index=at(self.sequence_index, index),
             policy=None if self.policy is None else self.policy.at(index),
             diagnostics=seen,
+            **tensors_at(self, index),
         )
 
 
@@ -240,6 +296,17 @@ class RowResults:
             value[where] = torch.nan
 
 
+class RowPass(Protocol):
+    """d(loss)/d(logits) from logits, in place, for the rows of a chunk."""
+
+    fill: float
+    """The value of masked logits: −inf where the pass minds them, MASKED where they just drop out."""
+    makes_diagnostics: bool
+    """True if the pass makes the diagnostics itself."""
+
+    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults: ...
+
+
 def at(value: Tensor | None, index: Any) -> Tensor | None:
     """value[index], where there is a value."""
     return None if value is None else value[index]
@@ -250,25 +317,21 @@ def restore_neg_inf(logp: Tensor) -> Tensor:
     return torch.where(logp < MASKED / 2, -torch.inf, logp)
 
 
+def tensors_at(value: Any, index: Any) -> dict[str, Tensor]:
+    """The tensors of a dataclass, each of which has a row per token, at some tokens."""
+    tensors = {part.name: getattr(value, part.name) for part in fields(value)}
+    return {name: tensor[index] for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
 def select_target(target: AnyTarget | None, index: Any) -> AnyTarget | None:
     """The target at some tokens; `index` is an index tensor or a slice."""
-    if isinstance(target, HiddenTarget):
-        return replace(target, hidden=target.hidden[index])
-    if isinstance(target, DenseTarget):
-        return replace(target, logits=target.logits[index])
-    if isinstance(target, TopKTarget):
-        return TopKTarget(
-            ids=target.ids[index],
-            teacher_logp=target.teacher_logp[index],
-            sampled_logp=at(target.sampled_logp, index),
-        )
-    if isinstance(target, SampledTarget):
-        return replace(target, teacher_logp=target.teacher_logp[index])
-    if isinstance(target, TeacherMixture):
-        members = tuple(select_target(member, index) for member in target.targets)
-        weights = target.weights if target.weights.dim() == 1 else target.weights[index]
-        return replace(target, targets=members, weights=weights)
-    return None
+    if target is None:
+        return None
+    if not isinstance(target, TeacherMixture):
+        return replace(target, **tensors_at(target, index))
+    members: Any = tuple(select_target(member, index) for member in target.targets)
+    weights = target.weights if target.weights.dim() == 1 else target.weights[index]
+    return replace(target, targets=members, weights=weights)
 
 
 def _target_at(target: AnyTarget | None, index: Any, whole_targets: bool) -> AnyTarget | None:
@@ -278,3 +341,134 @@ def _target_at(target: AnyTarget | None, index: Any, whole_targets: bool) -> Any
 def target_has_logits(target: AnyTarget | None) -> bool:
     """True if the teacher's side is a whole row of logits."""
     return isinstance(target, (HiddenTarget, DenseTarget, TeacherMixture))
+
+
+def head_spec(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: AnyTarget | None = None,
+    *,
+    token_weights: Tensor | None = None,
+    valid_vocab: int | None = None,
+    masked_ids: tuple[int, ...] = (),
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    memory: Memory = "fast",
+    group: Any = None,
+) -> HeadSpec:
+    """Detached, over the columns that the student and `target` share. Raises ObjectiveError where there are none."""
+    shards, on = Shards(weight.shape[0], group), torch.is_grad_enabled()
+    if token_weights is None:
+        token_weights = torch.ones(hidden.shape[:1], device=hidden.device)
+    head = HeadSpec(
+        hidden=hidden.detach(),
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        columns=Columns(vocab=common_vocabulary(shards, target, valid_vocab), masked_ids=masked_ids, shards=shards),
+        token_weights=token_weights.detach().to(torch.promote_types(hidden.dtype, torch.float32)),
+        temperature=temperature,
+        needs=GradsNeeded(
+            hidden=on and hidden.requires_grad,
+            weight=on and weight.requires_grad,
+            bias=on and bias is not None and bias.requires_grad,
+        ),
+        chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(hidden, shards.size, memory),
+    )
+    check_chunk(head.chunk_tokens)
+    return head
+
+
+def common_vocabulary(shards: Shards, target: AnyTarget | None, valid_vocab: int | None) -> int:
+    """Columns that exist on both sides, over all shards. Raises ObjectiveError when shards do not line up."""
+    rows = shards.vocab
+    if valid_vocab is not None and not 0 < valid_vocab <= rows:
+        raise ObjectiveError(
+            f"valid_vocab={valid_vocab}, but the student's weight has {rows} rows; it counts the rows that are tokens."
+        )
+    sizes = [rows if valid_vocab is None else valid_vocab]
+    members = target.targets if isinstance(target, TeacherMixture) else (target,)
+    for member in members:
+        if isinstance(member, HiddenTarget):
+            own, valid = member.head.weight.shape[0], member.head.valid_vocab
+        elif isinstance(member, DenseTarget):
+            own, valid = member.logits.shape[1], None
+        else:
+            continue
+        if not shards.alone and own != shards.size:
+            raise ObjectiveError(
+                f"this rank has {shards.size} rows of the student's vocabulary and {own} of a teacher's: split both at the same rows "
+                "(pad the smaller, and say so with valid_vocab)."
+            )
+        sizes.append(own if shards.alone else rows)
+        if valid is not None:
+            sizes.append(valid)
+    if min(sizes) < 1:
+        raise ObjectiveError(
+            f"student and teacher have {sizes} vocabulary entries: nothing is common to both; look at valid_vocab and at the heads."
+        )
+    return min(sizes)
+
+
+def default_chunk(hidden: Tensor, columns: int, memory: Memory) -> int:
+    """Tokens per chunk: as many as fit the device's budget, and on a CPU no more than pay."""
+    if memory == "minimal":
+        return MINIMAL_CHUNK
+    row = max(1, columns) * (8 if hidden.dtype == torch.float64 else 4)
+    if hidden.is_cuda:
+        return max(64, min(MAX_CHUNK, GPU_CHUNK_BYTES // row // 64 * 64))
+    useful = max(CPU_CHUNK_ROWS, CPU_CACHED_BYTES // row)
+    return max(16, min(MAX_CHUNK, useful, CPU_CHUNK_BYTES // row // 16 * 16))
+
+
+def check_chunk(chunk_tokens: int) -> None:
+    """Raise ObjectiveError for a chunk that is no number of tokens."""
+    if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ObjectiveError(
+            f"chunk_tokens={chunk_tokens} must be a whole number ≥ 1; leave it out for a good default."
+        )
+
+
+def unshard(weight: Tensor) -> Tensor:
+    """A DTensor's whole value. Ranks work on tokens of their own, so its gradient is the sum over them."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(weight, DTensor)
+    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+
+
+def kind_of(objective: Objective) -> str:
+    """The divergence whose form applies: the ends of the β dial are KLs, and a mixture of one model could underflow."""
+    name, (_, beta, _) = objective.divergence, objective.shape
+    ends = {
+        ("generalized_jsd", 0.0): "forward_kl",
+        ("generalized_jsd", 1.0): "reverse_kl",
+        ("skew_reverse_kl", 1.0): "reverse_kl",
+        ("skew_forward_kl", 0.0): "forward_kl",
+    }
+    return ends.get((name, float(beta)), name)
+
+
+def pieces(z: Tensor) -> list[slice]:
+    """The rows, some at a time."""
+    rows = max(1, (GPU_PIECE if z.is_cuda else CPU_PIECE) // max(1, z.shape[1]))
+    return [slice(first, min(first + rows, z.shape[0])) for first in range(0, z.shape[0], rows)]
+
+
+def out_of_range(sums: Float[Tensor, "rows k"]) -> Bool[Tensor, " rows"]:
+    """True where one of a row's sums has left the range; NaN counts as outside."""
+    low, high = SAFE_SUM
+    return ~((sums > low) & (sums < high)).all(-1)
+
+
+def log_probs(z: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+    """log softmax(z) by the sums of the fused row pass, so that the same logits give the same bits; by `log_softmax` where they are out
+    of range."""
+    sums = torch.cat([z.new_empty(0, 1), *(z[piece].exp().sum(-1, keepdim=True) for piece in pieces(z))])
+    logp = z - sums.log()
+    outside = out_of_range(sums)
+    if bool(outside.any()):
+        logp[outside] = torch.log_softmax(z[outside], dim=-1)
+    return logp

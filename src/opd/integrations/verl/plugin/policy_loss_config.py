@@ -1,18 +1,18 @@
-"""The `config` of a call of the policy loss: verl's own actor config, or the same keys in a dict, an OmegaConf node or a namespace."""
+"""The config of the policy loss `on_policy_distillation`: verl's own actor config, which is checked, or the same keys given in a call."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from verl.base_config import BaseConfig
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, require
 from opd.integrations.verl.plugin.concept_names import LOSS_MODE
-from opd.integrations.verl.plugin.policy_loss_settings import NAMES, DistillationSettings, settings_of
+from opd.integrations.verl.plugin.settings import NAMES, POLICY_LOSS, DistillationSettings, settings_of
 
 OURS = (*NAMES, "opd")
 PREFIXES = ("distillation_", "hybrid_", "teacher_")
@@ -20,6 +20,7 @@ PREFIXES = ("distillation_", "hybrid_", "teacher_")
 FILLED = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1, "ppo_micro_batch_size": None}
 """What verl's dataclass insists on, and no policy loss reads."""
 SCALARS = (bool, int, float, str, type(None))
+STRATEGIES = ("fsdp", "fsdp2")
 
 
 def read_config(config: Any) -> tuple[DistillationSettings, Any]:
@@ -70,11 +71,11 @@ def _ours(given: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any
 
 def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings: DistillationSettings) -> ActorConfig:
     """verl's dataclass with the numbers that policy losses read; verl's defaults for the others."""
-    values = dict(_scalars(ActorConfig, given))
+    values = _scalars(ActorConfig, given)
     values.pop("policy_loss", None)
     for bound in ("clip_ratio_low", "clip_ratio_high"):  # verl's default is 0.2, whatever clip_ratio is
         values.setdefault(bound, values.get("clip_ratio", ActorConfig.clip_ratio))
-    policy_loss = {**dict(_scalars(PolicyLossConfig, section)), "loss_mode": settings.hybrid_loss_mode}
+    policy_loss = {**_scalars(PolicyLossConfig, section), "loss_mode": settings.hybrid_loss_mode}
     made = ActorConfig(**{**values, **FILLED}, policy_loss=PolicyLossConfig(**policy_loss))
     made.global_batch_info.update(given.get("global_batch_info") or {})
     if values.get("loss_scale_factor") is not None:
@@ -82,10 +83,36 @@ def _actor_config(given: Mapping[str, Any], section: Mapping[str, Any], settings
     return made
 
 
-def _scalars(kind: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(kind):
-        name = field.name
-        if name not in given or name.startswith("_") or name in FILLED or name in OURS:
-            continue
-        if isinstance(given[name], SCALARS):
-            yield name, given[name]
+def _scalars(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of verl's dataclass that are given, as far as they are numbers, texts and switches of verl's own."""
+    names = {field.name for field in dataclasses.fields(kind)} - {*FILLED, *OURS}
+    taken = (name for name in names if name in given and not name.startswith("_"))
+    return {name: given[name] for name in taken if isinstance(given[name], SCALARS)}
+
+
+def check_config(actor: Any) -> None:
+    """Refuse, as a ConfigError, an actor config that cannot work. verl's ActorConfig calls it, on the driver and in every worker."""
+    settings, engine = settings_of(actor.policy_loss), actor.get("fsdp_config", None)
+    require(
+        actor.strategy in STRATEGIES,
+        f"loss_mode={LOSS_MODE} with actor.strategy={actor.strategy}: the hook that hands logits to the loss is in verl's FSDP engine "
+        f"only; use one of {', '.join(STRATEGIES)}.",
+    )
+    unset = f"{POLICY_LOSS}.opd.teacher.model is not set; give the teacher's folder or hub name."
+    require(bool(settings.all_teachers), unset)
+    require(
+        max(actor.get("ulysses_sequence_parallel_size", 1), getattr(engine, "ulysses_sequence_parallel_size", 1)) == 1,
+        f"loss_mode={LOSS_MODE} with sequence parallelism: teacher and student logits would be shards of a sequence; set "
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1.",
+    )
+    padded = f"loss_mode={LOSS_MODE} with fsdp_config.pad_to_length: switch pad_to_length off."
+    require(not getattr(engine, "pad_to_length", False), padded)
+    require(
+        not actor.get("use_fused_kernels", False),
+        f"loss_mode={LOSS_MODE} needs logits, and fused kernels make none; set actor_rollout_ref.model.use_fused_kernels=False.",
+    )
+    require(
+        settings.trains_rl or not (actor.entropy_coeff or actor.use_kl_loss),
+        "entropy_coeff and use_kl_loss belong to the policy loss, which opd.rl.weight=0 (hybrid_lambda_rl) leaves out; set "
+        f"{POLICY_LOSS}.opd.rl.weight above 0, or entropy_coeff=0 use_kl_loss=False.",
+    )
