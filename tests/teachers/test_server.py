@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ VOCABULARY = VocabularyMatch(size=len(TOKENIZER))
 TOP_K = 8
 OBJECTIVE = opd.Objective(support="teacher_top_k", top_k=TOP_K, tail="sampled")
 SAMPLED = opd.Objective(support="sampled", estimator="k1", delivery="advantage")
-QUICK = Patience(first_wait=0.005, longest_wait=0.02, first_rest=0.05, longest_rest=0.2)
+QUICK = Patience(first_wait=0.005, longest_wait=0.02, first_rest=0.01, longest_rest=0.03)
 APIS = ("vllm", "openai", "sglang")
 
 
@@ -148,8 +149,6 @@ def test_answers_out_of_order_are_put_in_order(remote: Callable[..., RemoteTeach
 
 
 def test_the_tokens_that_it_cannot_read_are_replaced_as_a_local_teacher_does(remote: Callable[..., RemoteTeacher]):
-    import dataclasses
-
     odd = [dataclasses.replace(r, response_ids=(*r.response_ids, len(TOKENIZER) + 5, 7)) for r in rollouts()]
     for mine, theirs, r in zip(remote().score(odd), local().score(odd), odd, strict=True):
         assert torch.allclose(mine.teacher_logp[:-1], theirs.teacher_logp[:-1], atol=1e-4)

@@ -214,7 +214,10 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: VocabularyMatch) 
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception:  # the Rust tokenizers raise nothing more specific, where a vocabulary cannot spell the text
+        return []
     return [token for token in ids if token != tokenizer.unk_token_id]
 
 

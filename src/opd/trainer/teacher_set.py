@@ -110,6 +110,8 @@ def build_teachers(
     # For models in this process what is common to all is what the student has: its tokens decide, and every teacher knows them.
     common = joined(vocabularies or [_vocabulary(config, None, student, student)])
     vocabulary = replace(common, warnings=tuple(dict.fromkeys(w for match in vocabularies for w in match.warnings)))
+    for one in served.values():
+        one.vocabulary = vocabulary
     members: dict[str, Teacher] = {
         name: own[name]
         if name in own
