@@ -184,6 +184,12 @@ def test_a_config_that_transformers_does_not_know_is_refused():
         quantization_options(None, {"quant_method": "seven-bit"}, "teacher", dtype=torch.float32, device=CPU)
 
 
+def test_a_quantised_student_cannot_be_sent_to_another_engine(world: Path, tmp_path: Path):
+    more = {"student.load_options.quantization": "torchao-int8", "student.lora.rank": 4, "rollout.engine": "vllm"}
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm takes the student's whole weights"):
+        build(merge({}, settings(world, tmp_path / "run") | more))
+
+
 def test_two_ways_to_say_it_are_one_too_many():
     with pytest.raises(ConfigError, match="both say how to quantise"):
         LoadOptionsConfig(quantization="fp8", quantization_config={"quant_method": "fp8"})

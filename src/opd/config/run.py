@@ -70,6 +70,11 @@ class Config(Section):
             f"train.token_fraction={self.train.token_fraction} keeps the tokens of highest entropy, and rollout.engine=vllm returns log-probs "
             "of the sampled tokens and no entropies; set train.token_fraction=1, or rollout.engine=hf.",
         )
+        require(
+            not self.student.load_options or self.rollout.engine == "hf",
+            "rollout.engine=vllm takes the student's whole weights after every step, and student.load_options leaves none to send; drop "
+            "one of them.",
+        )
         if self.optimizer.name == "natural_gradient":
             self._check_natural_gradient()
         check_on_policy(self.objective, self.rollout)
