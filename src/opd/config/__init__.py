@@ -1,6 +1,6 @@
 """All sections of a run's configuration: frozen dataclasses with a help text under every field. Starts no model."""
 
-from opd.config.model import DType, LoraConfig, ModelConfig, StudentConfig
+from opd.config.model import DType, LoadOptionsConfig, LoraConfig, ModelConfig, StudentConfig
 from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import HybridConfig, RewardConfig, RlConfig
@@ -17,6 +17,7 @@ __all__ = [
     "DType",
     "EvalConfig",
     "HybridConfig",
+    "LoadOptionsConfig",
     "LogConfig",
     "LoraConfig",
     "MixtureConfig",

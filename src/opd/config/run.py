@@ -70,6 +70,11 @@ class Config(Section):
             f"train.token_fraction={self.train.token_fraction} keeps the tokens of highest entropy, and rollout.engine=vllm returns log-probs "
             "of the sampled tokens and no entropies; set train.token_fraction=1, or rollout.engine=hf.",
         )
+        require(
+            not self.student.load_options or self.rollout.engine == "hf",
+            "rollout.engine=vllm takes the student's whole weights after every step, and student.load_options leaves none to send; drop "
+            "one of them.",
+        )
         if self.optimizer.name == "natural_gradient":
             self._check_natural_gradient()
         check_on_policy(self.objective, self.rollout)
@@ -134,10 +139,11 @@ class Config(Section):
         for name, teacher in there.items() if self.rl.distilled else ():
             teacher.check_objective(self.objective, name if self.teacher is not None else f"teachers.{name}")
         served = [name for name, teacher in there.items() if teacher.url]
+        partly = [name for name, teacher in there.items() if teacher.sends_log_probs]
         require(
-            not served or self.mixture.kind == "routing",
+            not partly or self.mixture.kind == "routing",
             f"mixture.kind={self.mixture.kind} mixes whole distributions, and a server sends some log-probs of one (teachers."
-            f"{served and served[0]}.url). Use mixture.kind=routing, or teachers in this process.",
+            f"{partly and partly[0]}.url). Use mixture.kind=routing, opd serve-teacher (api: opd), or teachers in this process.",
         )
         require(
             not served or self.rollout.lmbda == 1 or self.rollout.off_policy == "dataset",

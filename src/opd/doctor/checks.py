@@ -129,7 +129,7 @@ def _reduction_notices(config: Config) -> list[str]:
 
 def served_notes(config: Config) -> list[str]:
     """Notes on what a teacher behind a server makes different."""
-    served = [name for name, section in config.all_teachers.items() if section.url]
+    served = [name for name, section in config.all_teachers.items() if section.sends_log_probs]
     if not served:
         return []
     found = []

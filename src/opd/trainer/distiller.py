@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
+from opd.quantized import merged
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
@@ -199,7 +200,7 @@ class Distiller:
             raise RunFolderError(f"'{place}' is there already; give save() a folder that is new or empty.")
         model: Any = self.components.student.model if self._trained is None else self._trained
         if hasattr(model, "merge_and_unload"):
-            model = copy.deepcopy(model).merge_and_unload()  # the student itself goes on with its adapters
+            model = merged(copy.deepcopy(model))  # the student itself goes on with its adapters
         write_student(model, self.components.loaded.files, place, "save again")
         return place
 

@@ -16,6 +16,7 @@ from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes, served_notes
 from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
 from opd.errors import ConfigError
+from opd.quantized import check_trainable
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
 from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
@@ -26,7 +27,6 @@ from opd.teachers.local import LocalTeacher
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
     HELD_OUT,
-    OF_A_TEXT,
     prompts_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -36,7 +36,7 @@ from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sa
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.rollout_engine import make_vllm_sampler
 from opd.trainer.scoring import StepScorer
-from opd.trainer.served import check_context
+from opd.trainer.served import check_context, served_fingerprints
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
 from opd.trainer.teacher_set import build_teachers
 
@@ -212,9 +212,7 @@ class RunComponents:
                 found[f"{whose}'s own weights"] = weights_fingerprint(sampled_weights(teacher.model))
                 found[f"{whose}'s tokenizer and chat template"] = tokenizer_fingerprint(teacher.tokenizer, teacher.eos)
         for name, teacher in self._teachers.served.items():
-            assert teacher.probe is not None
-            whose = "teacher" if name == "teacher" else f"teacher {name}"
-            found[f"{whose}'s {OF_A_TEXT}"] = teacher.probe.fingerprint
+            found |= served_fingerprints(teacher, "teacher" if name == "teacher" else f"teacher {name}")
         return found
 
     def _reinforcement(self) -> Reinforcement:
@@ -286,6 +284,7 @@ class RunComponents:
     def _trainable(self) -> PreTrainedModel:
         model, lora = self.loaded.model, self.config.student.lora
         if lora is None:
+            check_trainable(model, self.config.student.model)
             return model
         try:
             return add_lora(model, lora, seed=derive_seed(self.config.seed, 0, "lora"))

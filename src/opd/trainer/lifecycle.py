@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config, LogConfig
 from opd.config.recipe import to_dict
 from opd.errors import MissingDependencyError, RunFolderError
+from opd.quantized import merged
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_metrics
@@ -185,7 +186,7 @@ def save_student(components: RunComponents, folder: RunFolder) -> Any:
     with explain_os_errors("save the student to", folder.student):
         if hasattr(model, "merge_and_unload"):
             _save_adapter(model, folder.path / "adapter")
-            model = model.merge_and_unload()
+            model = merged(model)
         write_student(model, components.loaded.files, folder.student, "continue with --resume")
     return model
 

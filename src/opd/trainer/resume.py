@@ -129,10 +129,14 @@ EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(
         (
             "student.chat_template_kwargs",
+            "student.load_options.quantization",
+            "student.load_options.quantization_config",
             "student.lora.rank",
             "student.lora.alpha",
             "student.lora.target_modules",
             "teacher.chat_template_kwargs",
+            "teacher.load_options.quantization",
+            "teacher.load_options.quantization_config",
             "teacher.source",
             "teacher.ema_decay",
             "mixture.kind",

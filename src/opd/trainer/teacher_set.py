@@ -18,10 +18,9 @@ from opd.teachers.base import Teacher
 from opd.teachers.ema import Ema
 from opd.teachers.ensemble import Ensemble
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
-from opd.teachers.server import RemoteTeacher
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
-from opd.trainer.served import serve
+from opd.trainer.served import ServedTeacher, serve
 from opd.trainer.student import Policy
 from opd.types import Prompt, TargetKind
 
@@ -42,7 +41,7 @@ class TeacherSet:
     ema: Ema | None = None
     """EMA weights, updated after every optimizer step; None without an EMA teacher."""
     members: Mapping[str, Teacher] = field(default_factory=dict)
-    served: Mapping[str, RemoteTeacher] = field(default_factory=dict)
+    served: Mapping[str, ServedTeacher] = field(default_factory=dict)
     """Those behind servers."""
     said: tuple[str, ...] = ()
     """Warnings about the servers."""
