@@ -21,6 +21,7 @@ from opd.samplers.base import AdjustableSampler, Sampler, Sampling
 from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
+from opd.teachers.cache import KeptScores
 from opd.teachers.local import LocalTeacher
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
@@ -80,6 +81,8 @@ class RunComponents:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     """Facts that need no action."""
+    kept: KeptScores | None
+    """What the teachers' caches did; None without one."""
 
     def __init__(self, config: Config, given: Given | None = None) -> None:
         """Raises the OpdError of whatever does not fit; nothing has been trained by then."""
@@ -112,7 +115,7 @@ class RunComponents:
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
-        self.teacher = teachers.teacher
+        self.teacher, self.kept = teachers.teacher, teachers.kept
         self.student = self._student()
         self.student_sampler = make_sampler(
             config.rollout,
@@ -131,6 +134,7 @@ class RunComponents:
             teacher=teachers.teacher,
             kind=teachers.kind,
             ensemble=teachers.ensemble,
+            kept=teachers.kept,
             reinforcement=self._reinforcement() if config.rl.rewarded else None,
             pad_id=self.pad_id,
             device=self.student.device,

@@ -29,6 +29,7 @@ EFFECTS: dict[str, Effect] = {
             "teacher.tokens_per_batch",
             "teacher.supply",
             "teacher.offload",
+            "teacher.cache",
             "rollout.batch_size",
             "optimizer.natural_gradient.keep_graphs",
             "train.tokens_per_microbatch",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -15,9 +16,11 @@ from opd.models import resolve_device, vocabulary_rows
 from opd.samplers.base import AdjustableSampler
 from opd.samplers.off_policy import RoutedSampler
 from opd.teachers.base import Teacher
+from opd.teachers.cache import CachedTeacher, KeptScores
 from opd.teachers.ema import Ema
 from opd.teachers.ensemble import Ensemble
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
+from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
 from opd.trainer.student import Policy
@@ -40,6 +43,8 @@ class TeacherSet:
     ema: Ema | None = None
     """EMA weights, updated after every optimizer step; None without an EMA teacher."""
     members: Mapping[str, Teacher] = field(default_factory=dict)
+    kept: KeptScores | None = None
+    """Counts the scores that are kept; None where no teacher keeps any."""
 
     def sampler(
         self, rollout: RolloutConfig, pad_id: int, student: LoadedModel | None = None
@@ -116,8 +121,10 @@ def build_teachers(
         )
         for name, section in sections.items()
     }
+    members = _cached(config, members)
     ensemble = _ensemble(config, members) if len(members) > 1 else None
     teacher = ensemble or next(iter(members.values()), None)
+    caches = [member for member in members.values() if isinstance(member, CachedTeacher)]
     return TeacherSet(
         loaded=loaded,
         members=members,
@@ -126,6 +133,7 @@ def build_teachers(
         kind=None if teacher is None else _bind(config, teacher),
         vocabulary=vocabulary,
         ema=ema,
+        kept=KeptScores(caches) if caches else None,
     )
 
 
@@ -164,6 +172,16 @@ def _model_context(
             f"teacher.offload=true keeps '{section.model}' in CPU memory between uses, and it runs on the CPU anyway; drop it."
         )
     return {"model_context": partial(on_device_meanwhile, loaded.model, device)}
+
+
+def _cached(config: Config, members: Mapping[str, Teacher]) -> dict[str, Teacher]:
+    """The teachers, with kept scores where the recipe names a folder for them; one folder is opened once."""
+    folders = {name: section.cache for name, section in config.all_teachers.items()}
+    stores = {place: TensorStore(place) for place in {Path(f).resolve() for f in folders.values() if f is not None}}
+    return {
+        name: member if (folder := folders[name]) is None else CachedTeacher(member, stores[Path(folder).resolve()])
+        for name, member in members.items()
+    }
 
 
 def _vocabulary(config: Config, name: str | None, student: LoadedModel, other: LoadedModel) -> VocabularyMatch:
