@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from test_store import room_for_files_of
 
 import opd
@@ -28,15 +29,14 @@ from opd.types import Prompt, Rollout
 from worlds import settings
 
 TOKENIZER = digit_tokenizer()
+SAMPLED = {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"}
+TOP_K = {"objective__support": "teacher_top_k", "objective__top_k": 4}
 OBJECTIVES: dict[str, dict[str, object]] = {
     "hidden": {},
-    "top_k": {"objective__support": "teacher_top_k", "objective__top_k": 4},
-    "top_k, sampled tail": {"objective__support": "teacher_top_k", "objective__top_k": 3, "objective__tail": "sampled"},
-    "sampled": {
-        "objective__support": "sampled",
-        "objective__estimator": "k1",
-        "objective__delivery": "advantage",
-    },
+    "top_k of hidden": {**TOP_K},
+    "top_k": {**TOP_K, "teacher__supply": "top_k"},
+    "top_k with a sampled tail": {**TOP_K, "objective__tail": "sampled", "teacher__supply": "top_k"},
+    "sampled": {**SAMPLED, "teacher__supply": "sampled"},
 }
 
 
@@ -54,6 +54,15 @@ def numbers(run_dir: Path) -> list[dict[str, float]]:
 
 def counts(run_dir: Path, name: str) -> list[float]:
     return [r.metrics[f"teacher/cache_{name}"] for r in read_metrics(run_dir) if r.kind == "step"]
+
+
+def kinds_of(cache: Path) -> set[str]:
+    """The kinds of target that the shards say they hold."""
+    found = set()
+    for path in cache.glob("*.safetensors"):
+        with safe_open(path, "pt") as shard:
+            found.add(shard.metadata()["kind"])
+    return found
 
 
 @pytest.fixture
@@ -76,6 +85,9 @@ def test_numbers_are_the_same_bit_for_bit_and_a_repeated_run_asks_no_teacher(wor
     plain = run(world, tmp_path / "plain", **more)
     first = run(world, tmp_path / "first", **more, **cache)
     assert sum(counts(tmp_path / "first", "misses")) > 80
+    assert kinds_of(tmp_path / "cache") == {"hidden", str(more.get("teacher__supply", "hidden"))}, (
+        "evaluations are exact"
+    )
     scored.clear()
     second = run(world, tmp_path / "second", **more, **cache)
     assert scored == [], "every response of training and of evaluations was kept"

@@ -14,6 +14,7 @@ from opd.config import Config, RolloutConfig, TeacherConfig
 from opd.errors import ConfigError, ObjectiveError
 from opd.models import resolve_device, vocabulary_rows
 from opd.samplers.base import AdjustableSampler
+from opd.samplers.kept import TARGETS
 from opd.samplers.off_policy import RoutedSampler
 from opd.teachers.base import Teacher
 from opd.teachers.cache import CachedTeacher, KeptScores
@@ -176,12 +177,21 @@ def _model_context(
 
 def _cached(config: Config, members: Mapping[str, Teacher]) -> dict[str, Teacher]:
     """The teachers, with kept scores where the recipe names a folder for them; one folder is opened once."""
-    folders = {name: section.cache for name, section in config.all_teachers.items()}
+    folders = {name: _cache_folder(config, name, members[name]) for name in config.all_teachers}
     stores = {place: TensorStore(place) for place in {Path(f).resolve() for f in folders.values() if f is not None}}
     return {
         name: member if (folder := folders[name]) is None else CachedTeacher(member, stores[Path(folder).resolve()])
         for name, member in members.items()
     }
+
+
+def _cache_folder(config: Config, name: str, member: Teacher) -> str | Path | None:
+    """The folder of the recipe; or where opd rollouts has put the scores of kept rollouts, if this teacher's can be kept."""
+    section, rollout = config.all_teachers[name], config.rollout
+    if section.cache is not None or rollout.source == "live" or section.source not in ("model", "adapter_off"):
+        return section.cache
+    small = "hidden" in member.supplies or (config.objective.support == "teacher_top_k" and "top_k" in member.supplies)
+    return Path(rollout.path or "") / TARGETS if small and hasattr(member, "fingerprint") else None
 
 
 def _vocabulary(config: Config, name: str | None, student: LoadedModel, other: LoadedModel) -> VocabularyMatch:
