@@ -119,21 +119,8 @@ def build_teachers(
     for one in served.values():
         one.vocabulary = vocabulary
     members: dict[str, Teacher] = {
-        name: own[name]
-        if name in own
-        else LocalTeacher(
-            loaded[name].model,
-            loaded[name].renderer,
-            vocabulary=vocabulary,
-            pad_id=student.pad_id,
-            name=section.model or f"the student ({section.source})",
-            tokens_per_batch=section.tokens_per_batch,
-            layout=config.train.layout,
-            supply=None if section.supply == "auto" else section.supply,
-            frozen=loaded[name].model is not model,
-            **_model_context(section, loaded[name]),
-        )
-        for name, section in sections.items()
+        name: own[name] if name in own else _local(config, name, loaded[name], student, model, vocabulary)
+        for name in sections
     }
     members = _cached(config, members)
     ensemble = _ensemble(config, members) if len(members) > 1 else None
@@ -151,6 +138,30 @@ def build_teachers(
         vocabulary=vocabulary,
         ema=ema,
         kept=KeptScores(caches) if caches else None,
+    )
+
+
+def _local(
+    config: Config,
+    name: str,
+    loaded: LoadedModel,
+    student: LoadedModel,
+    model: PreTrainedModel,
+    vocabulary: VocabularyMatch,
+) -> LocalTeacher:
+    """A teacher in this process; the student's own weights stay trainable."""
+    section = config.all_teachers[name]
+    return LocalTeacher(
+        loaded.model,
+        loaded.renderer,
+        vocabulary=vocabulary,
+        pad_id=student.pad_id,
+        name=section.model or f"the student ({section.source})",
+        tokens_per_batch=section.tokens_per_batch,
+        layout=config.train.layout,
+        supply=None if section.supply == "auto" else section.supply,
+        frozen=loaded.model is not model,
+        **_model_context(section, loaded),
     )
 
 
