@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.kernels.cases import MIB, Task, Variant, read_task
 from benchmarks.kernels.variants import Inputs, float64_gradients, make_inputs, make_step
-from opd.kernels.head import default_chunk
+from opd.kernels.spec import default_chunk
 
 PACKAGES = {
     "TRL GKD": ("trl", "transformers"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from opd.adapter import is_adapter, is_path, load_adapter
 from opd.errors import ModelError, OpdError
+from opd.quantized import check_head, is_quantized, prepare_quantized
 from opd.types import Head, Sequences
 
 if TYPE_CHECKING:
@@ -69,14 +70,15 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Mapping[str, Any] | None = None,
     role: str = "model",
 ) -> PreTrainedModel:
-    """A causal language model from a local folder or the hub, in evaluation mode.
+    """A causal language model from a local folder or the hub, in evaluation mode. `quantization` are arguments of from_pretrained.
 
     Raises ModelError, also for weights that are missing (they would be random) or not finite.
     """
     check_folder(role, name, ("config.json", "adapter_config.json"))
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(quantization or {})}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
@@ -99,7 +101,8 @@ def load_causal_lm(
             f"The {role} '{name}' lacks {len(missing)} of its weights ({missing[0]}, …), which would be random numbers. The "
             "download is incomplete, or config.json belongs to another model; get the whole folder again."
         )
-    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
+    if not quantization:
+        model.to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to
     return prepare_causal_lm(model, role=role, name=name)
 
 
@@ -108,7 +111,11 @@ def prepare_causal_lm(model: PreTrainedModel, *, role: str, name: str) -> PreTra
     weights that are not finite."""
     _return_logits(model)
     _make_saveable(model, role)
-    bad = next((n for n, p in model.named_parameters() if p.dtype in FLOATS and not p.isfinite().all()), None)
+    if is_quantized(model):
+        check_head(model, output_layer(model), role, name)
+        prepare_quantized(model)
+    plain = ((n, p) for n, p in model.named_parameters() if p.dtype in FLOATS and type(p) is nn.Parameter)
+    bad = next((n for n, p in plain if not p.isfinite().all()), None)
     if bad is not None:
         raise ModelError(
             f"The {role} '{name}' has NaN or infinite numbers in {bad}, so every loss would be NaN. It was saved after a run that "

@@ -22,6 +22,7 @@ BELOW_TRAINER = {
     "config",
     "adapter",
     "models",
+    "quantized",
     "tokenizer",
     "remote",
     "losses",
@@ -37,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"types", "errors"},
     "kernels": {"types", "errors", "losses"},
     "adapter": {"errors"},
-    "models": {"adapter", "types", "errors"},
+    "quantized": {"errors"},
+    "models": {"adapter", "quantized", "types", "errors"},
     "tokenizer": {"adapter", "models", "errors"},
     "remote": {"errors"},
     "config": {"types", "errors"},
@@ -45,9 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BELOW_TRAINER,
     "trainer": {"doctor", *BELOW_TRAINER},
     "demo": BELOW_TRAINER,
+    "serving": {"", "trainer", "doctor", *BELOW_TRAINER},
     "testing": {"types", "errors", "losses"},
     "integrations": {"types", "errors", "config", "losses", "kernels", "teachers", "reporting"},
-    "cli": {"", "trainer", "demo", "doctor", "integrations", *BELOW_TRAINER},
+    "cli": {"", "trainer", "demo", "serving", "doctor", "integrations", *BELOW_TRAINER},
 }
 
 CROSS_EDGES = {
@@ -69,8 +72,24 @@ CROSS_EDGES = {
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }
 
-EXTRAS = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "vllm", "verl", "ray", "triton"}
-HOME_OF_AN_EXTRA = ("teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
+EXTRAS = {
+    "peft",
+    "datasets",
+    "torchao",
+    "bitsandbytes",
+    "pyarrow",
+    "tensorboard",
+    "wandb",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "vllm",
+    "verl",
+    "ray",
+    "triton",
+}
+HOME_OF_AN_EXTRA = ("serving/", "teachers/server.py", "samplers/vllm.py", "integrations/", "kernels/rows/triton/")
 
 
 @dataclass(frozen=True)

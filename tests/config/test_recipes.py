@@ -27,12 +27,12 @@ def test_what_a_step_takes_from_the_sections_by_hand():
     rl = RlConfig(
         weight=0.0, weight_end=1.0, distill_weight=3.0, distill_weight_end=1.0, clip_range=0.2, clip_high=0.28
     )
-    seen = [rl.at(step, 5, Objective()) for step in range(6)]
+    seen = [rl.hybrid(Objective(), 5).at(step) for step in range(6)]
     assert [one.rl_weight for one in seen] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [one.distill_weight for one in seen] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
     assert seen[0].clip_range == (0.2, 0.28)
-    assert RlConfig(weight=1.0, clip_range=0.1).at(0, 5, Objective()).clip_range == 0.1
-    assert RlConfig(weight=1.0, clip_range=None).at(0, 5, Objective()).clip_range is None
+    assert RlConfig(weight=1.0, clip_range=0.1).hybrid(Objective(), 5).at(0).clip_range == 0.1
+    assert RlConfig(weight=1.0, clip_range=None).hybrid(Objective(), 5).at(0).clip_range is None
     mixture = MixtureConfig(kind="loss", weights={"a": 1.0, "b": 0.0}, weights_end={"b": 1.0, "a": 0.0})
     assert [mixture.at(step, 3, ("a", "b")) for step in range(3)] == [{"a": 1 - s / 2, "b": s / 2} for s in range(3)]
     assert MixtureConfig().at(0, 3, ("a", "b")) == {"a": 0.5, "b": 0.5}
@@ -74,7 +74,7 @@ def test_every_way_to_learn_in_the_recipes_readme_is_valid_and_differs_from_the_
     ways = (ROOT / "recipes" / "README.md").read_text()
     (section,) = re.findall(r"## A reward, several teachers, or none\n(.*?)\n## ", ways, re.S)
     rows = re.findall(r"^\| [^|]+ \| (`.*`) \|$", section, re.M)
-    assert len(rows) == 14
+    assert len(rows) == 16
     plain = build(yaml.safe_load(block))
     seen = set()
     for row in rows:

@@ -117,7 +117,7 @@ def test_update_equals_one_plain_adamw_step_on_the_whole_batch(model, scored):
     """Micro-batches, accumulation and clipping end in the same weights as a textbook step."""
     rollouts, targets = scored
     student = student_of(model)
-    student.config = dataclasses.replace(student.config, warmup_steps=0, max_grad_norm=0.5)
+    student.learning_rate_factors, student.max_grad_norm = [1.0], 0.5
     for group in student.optimizers[0].param_groups:
         group["peak_lr"] = 1e-2
     student.update(pack(rollouts, targets, layout="packed", tokens_per_microbatch=25, pad_id=0), Objective())

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import World
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd.kernels import Impl, head, linear_divergence, linear_objective
+from opd.kernels import Impl, chunk_loop, linear_divergence, linear_objective
 from opd.losses import Objective
 from opd.types import Head, HiddenTarget
 
@@ -132,7 +132,7 @@ def test_tf32_by_the_newer_setting_alone_is_put_back_too():
     before = backend.fp32_precision
     try:
         backend.fp32_precision = "tf32"
-        with head.exact_float32(torch.device("cuda")):
+        with chunk_loop.exact_float32(torch.device("cuda")):
             assert backend.fp32_precision == "ieee"
         assert backend.fp32_precision == "tf32"
     finally:

@@ -8,7 +8,7 @@ from kernel_cases import CLOSED, GRADIENTS, OUTPUTS, WHOLE, World, named, run
 
 from opd.errors import ObjectiveError
 from opd.kernels import PolicyTerm, linear_divergence
-from opd.kernels.row_spec import select_target
+from opd.kernels.spec import select_target
 from opd.types import HiddenTarget
 
 WORLD = World(23, 7, 37)

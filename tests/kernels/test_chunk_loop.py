@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import CLOSED, ENDS, GRADIENTS, OUTPUTS, WHOLE, Products, World, assert_same, run
 
-from opd.kernels import chunk_loop, head, linear_divergence
-from opd.kernels.row_spec import select_target
+from opd.kernels import chunk_loop, linear_divergence
+from opd.kernels.spec import select_target
 
 WORLD = World(23, 7, 37)
 KINDS = (*WHOLE, "top_k", "sampled", "none")
@@ -36,7 +36,7 @@ def test_results_do_not_depend_on_the_chunk(kind):
 
 def test_rows_worked_on_together_are_no_setting_either(monkeypatch):
     wanted = run(WORLD, "hidden", "chunked", **SETTINGS["hidden"])
-    monkeypatch.setattr("opd.kernels.closed_form.CPU_PIECE", 2 * WORLD.vocab)
+    monkeypatch.setattr("opd.kernels.spec.CPU_PIECE", 2 * WORLD.vocab)
     for kind in KINDS:
         for divergence in ("reverse_kl", "total_variation") if kind in WHOLE else ("reverse_kl",):
             settings = {"divergence": divergence, **SETTINGS[kind]}
@@ -57,7 +57,7 @@ def test_float32_results_do_not_depend_on_the_chunk_beyond_rounding(kind):
 )
 def test_chunks_are_as_few_as_can_be_and_no_larger_than_asked_for(monkeypatch, tokens, chunk, rows):
     """Where they can be, they are alike in size, in steps of here 16 rows."""
-    monkeypatch.setattr(head, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(chunk_loop, "ROW_MULTIPLE", 16)
     world = World(tokens, 7, 37)
     target = world.target("dense")
     with Products() as seen:

@@ -11,7 +11,7 @@ import torch
 from kernel_cases import GRADIENTS, WAYS, World, run
 
 from opd.integrations.verl.plugin.logits import token_losses
-from opd.kernels import head, linear_log_prob, linear_objective
+from opd.kernels import chunk_loop, linear_log_prob, linear_objective
 from opd.losses import Objective
 from opd.types import DenseTarget
 
@@ -108,15 +108,15 @@ def mixed(monkeypatch) -> list[torch.dtype]:
 
         return call
 
-    init = head.OutputLayer.__init__
+    init = chunk_loop.OutputLayer.__init__
 
     def as_on_cuda(self, weight, bias, **more):
         init(self, weight, bias, **more)
         self.mixed = not self.same
 
-    monkeypatch.setattr(head.OutputLayer, "__init__", as_on_cuda)
+    monkeypatch.setattr(chunk_loop.OutputLayer, "__init__", as_on_cuda)
     own = {name: getattr(torch, name) for name in dir(torch)} | {"mm": product(torch.mm), "addmm": product(torch.addmm)}
-    monkeypatch.setattr(head, "torch", SimpleNamespace(**own))
+    monkeypatch.setattr(chunk_loop, "torch", SimpleNamespace(**own))
     return seen
 
 

@@ -28,12 +28,10 @@ from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.kernels import TeacherMixture, chunk_loop, linear_divergence, linear_objective
-from opd.kernels.chunk_loop import run_chunks
-from opd.kernels.closed_form import kind_of
-from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec
-from opd.kernels.row_spec import MASKED, Columns, RowResults, RowSpec, Shards
+from opd.kernels.chunk_loop import HeadLogits, run_chunks
 from opd.kernels.rows.autograd import AutogradRows
 from opd.kernels.rows.reference import run_whole
+from opd.kernels.spec import MASKED, Columns, GradsNeeded, HeadSpec, RowResults, RowSpec, Shards, kind_of
 from opd.losses import Objective
 from opd.testing import assert_close_to_reference
 from opd.types import DenseTarget, Head, HiddenTarget

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from opd.data.pack import pack
 from opd.data.rendering import Renderer, eos_ids
 from opd.errors import ObjectiveError
-from opd.kernels import head
+from opd.kernels import spec
 from opd.losses import Objective
 from opd.samplers.base import Sampling
 from opd.samplers.hf import HfSampler
@@ -110,8 +110,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["hidden", "top_k", "sampled"])
 def test_neither_models_logits_are_ever_whole(world, kind, monkeypatch):
-    monkeypatch.setattr(head, "CPU_CHUNK_ROWS", 1)
-    monkeypatch.setattr(head, "CPU_CACHED_BYTES", 1)  # chunks of 16 tokens
+    monkeypatch.setattr(spec, "CPU_CHUNK_ROWS", 1)
+    monkeypatch.setattr(spec, "CPU_CACHED_BYTES", 1)  # chunks of 16 tokens
     objective = {
         "hidden": Objective(),
         "top_k": Objective(support="teacher_top_k", top_k=8),

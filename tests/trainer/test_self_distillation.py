@@ -122,7 +122,7 @@ def test_an_update_comes_closer_to_the_teacher_that_it_saw(world, name):
         step_once(parts, rollouts)
     for optimizer in parts.student.optimizers:
         optimizer.state.clear()
-    parts.student.config = dataclasses.replace(parts.student.config, lr=1e-5, warmup_steps=0)
+    parts.student.learning_rate_factors = [1.0] * len(parts.student.learning_rate_factors)
     for group in (g for o in parts.student.optimizers for g in o.param_groups):
         group["peak_lr"] = 1e-5
     scored = parts.scorer.score(rollouts, 2)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd.errors import ConfigError, OpdError
-from tools.verl_patch.builder import build
-from tools.verl_patch.pack import pack
+from tools.verl_patch.builder import build, pack
 from tools.verl_patch.release import SUPPORTED, read_release
 
 

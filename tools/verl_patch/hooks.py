@@ -50,7 +50,7 @@ INSERTIONS = (
         before=True,
         lines="""\
         if self.policy_loss.get("loss_mode", "vanilla") == "on_policy_distillation":
-            from verl.trainer.ppo.opd_core.policy_loss_settings import check_config
+            from verl.trainer.ppo.opd_core.policy_loss_config import check_config
 
             check_config(self)
 

@@ -21,14 +21,16 @@ FACE = f"{PLUGIN}.on_policy_distillation"
 WHOLE = (FACE, f"{TREE}.step", f"{TREE}.teacher")
 """Modules that are copied whole, with what they read."""
 STAND_INS = {
+    ("opd.config.sections", "Section"): (f"{TREE}.sections", "Section"),
+    ("opd.config.sections", "parse_section"): (f"{TREE}.sections", "parse_section"),
     ("opd.losses.objective", "Objective"): (f"{TREE}.full_vocabulary", "Objective"),
     ("opd.losses.diagnostics", "token_diagnostics"): (f"{TREE}.full_vocabulary", "token_diagnostics"),
-    ("opd.kernels.row_spec", "Shards"): (f"{TREE}.row_level", "Shards"),
-    ("opd.kernels.head", "OutputLayer"): (f"{TREE}.row_level", "OutputLayer"),
+    ("opd.kernels.spec", "Shards"): (f"{TREE}.row_level", "Shards"),
+    ("opd.kernels.chunk_loop", "OutputLayer"): (f"{TREE}.row_level", "OutputLayer"),
     ("opd.kernels.rows.closed_form", "FewTokenRows"): (f"{TREE}.row_level", "FewTokenRows"),
-    ("opd.kernels.closed_form", "add_policy_and_entropy"): (f"{TREE}.row_level", "add_policy_and_entropy"),
-    ("opd.kernels.closed_form", "policy_loss"): (f"{TREE}.row_level", "absent"),
-    ("opd.kernels.closed_form", "policy_loss_by_autograd"): (f"{TREE}.row_level", "absent"),
+    ("opd.kernels.few_tokens", "add_few_tokens"): (f"{TREE}.row_level", "absent"),
+    ("opd.kernels.few_tokens", "policy_loss"): (f"{TREE}.row_level", "absent"),
+    ("opd.kernels.few_tokens", "policy_loss_by_autograd"): (f"{TREE}.row_level", "absent"),
 }
 """(module, name) → what is copied in its place: shorter, and the same for whole logits and a divergence over the whole vocabulary."""
 CORE = "verl.trainer.ppo.opd_core"

@@ -19,9 +19,11 @@ from opd.errors import OpdError
 
 COMMANDS = {
     "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
+    "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
     "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
     "report": "write report.html of a run folder again: opd report RUN_DIR",
     "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
+    "serve-teacher": "a frozen model for students on other machines: opd serve-teacher MODEL [--host HOST --port PORT …]",
     "doctor": "check that the verl plugin is installed and loaded: opd doctor verl",
 }
 RUN_FLAGS = ("--resume", "--overwrite")
@@ -70,7 +72,7 @@ def _run(args: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its fork warning would break the progress display
     try:
         with _handling_signals():
-            return importlib.import_module(f"opd.cli.{command}").run(rest)
+            return importlib.import_module(f"opd.cli.{command.replace('-', '_')}").run(rest)
     except OpdError as error:
         if debug:
             raise

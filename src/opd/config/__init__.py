@@ -1,6 +1,6 @@
 """All sections of a run's configuration: frozen dataclasses with a help text under every field. Starts no model."""
 
-from opd.config.model import DType, LoraConfig, ModelConfig, StudentConfig
+from opd.config.model import DType, LoadOptionsConfig, LoraConfig, ModelConfig, StudentConfig
 from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import HybridConfig, RewardConfig, RlConfig
@@ -8,6 +8,7 @@ from opd.config.rollout import RolloutConfig
 from opd.config.run import Config
 from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from opd.config.vllm import VllmConfig
 
 __all__ = [
     "BaseMixtureConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "DType",
     "EvalConfig",
     "HybridConfig",
+    "LoadOptionsConfig",
     "LogConfig",
     "LoraConfig",
     "MixtureConfig",
@@ -29,4 +31,5 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
+    "VllmConfig",
 ]

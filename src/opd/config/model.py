@@ -9,6 +9,9 @@ from opd.config.rules import at_least
 from opd.config.sections import Section
 from opd.errors import require
 
+Quantization = Literal[
+    "bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8", "torchao-float8", "fp8", "compressed-tensors"
+]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 USUAL_LORA_SCALE = 2  # alpha = 2 · rank: LLaMA-Factory's default, and what Unsloth and TRL's examples use
 
@@ -30,6 +33,26 @@ class LoraConfig(Section, key="student.lora"):
             self._fill_in(alpha=USUAL_LORA_SCALE * self.rank)
 
 
+class LoadOptionsConfig(Section, key="load_options"):
+    """A quantised model, by transformers' own methods: less memory, other numbers. The output layer stays whole. A student needs
+    adapters beside it (QLoRA, arXiv 2305.14314)."""
+
+    quantization: Quantization | None = None
+    """A method by name; each needs its package. compressed-tensors is for checkpoints that were made so."""
+    quantization_config: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Any other, as transformers writes it in a quantised model's config.json, e.g. quant_method: bitsandbytes, load_in_8bit: true."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.quantization is None or not self.quantization_config,
+            f"load_options.quantization={self.quantization} and load_options.quantization_config both say how to quantise; drop one.",
+        )
+
+    def __bool__(self) -> bool:
+        """Something is asked for."""
+        return self.quantization is not None or bool(self.quantization_config)
+
+
 class ModelConfig(Section):
     """A causal language model and how to load it."""
 
@@ -46,6 +69,8 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     """Arguments of the model's own chat template, e.g. enable_thinking: false; a row's column chat_template_kwargs comes before them.
     chat_template: NAME chooses among several templates."""
+    load_options: LoadOptionsConfig = field(default_factory=LoadOptionsConfig)
+    """Quantise it as it is loaded."""
 
 
 class StudentConfig(ModelConfig, key="student"):
@@ -63,4 +88,9 @@ class StudentConfig(ModelConfig, key="student"):
             self.dtype != "float16" or self.lora is not None,
             "student.dtype=float16 cannot be trained: Adam's second moments underflow in it. Use float32 with "
             "train.autocast=bfloat16, or adapters (student.lora.rank=32).",
+        )
+        require(
+            not self.load_options or self.lora is not None,
+            "student.load_options quantises the student, and quantised weights cannot be trained. Train adapters beside them "
+            "(student.lora.rank=32), or drop it.",
         )

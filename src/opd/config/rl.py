@@ -8,7 +8,7 @@ from typing import Literal
 from opd.config.rules import at_least, not_negative, positive
 from opd.config.sections import Section
 from opd.errors import require
-from opd.losses import Combine, Hybrid, Objective, Scale, linear_schedule
+from opd.losses import Combine, Hybrid, HybridSchedule, Objective, Scale, Schedule, linear_schedule
 
 
 class RewardConfig(Section, key="reward"):
@@ -69,13 +69,18 @@ class HybridConfig(Section, key="rl"):
         """A teacher has a weight at some step."""
         return max(self.distill_weight, self.distill_weight_end or 0.0) > 0
 
-    def weights_at(self, step: int, total_steps: int) -> tuple[float, float]:
-        """λ_rl and λ_distill at a step, counted from 0."""
+    def schedules(self, total_steps: int) -> tuple[Schedule, Schedule]:
+        """λ_rl and λ_distill over the run."""
         steps = self.schedule_steps or max(1, total_steps - 1)
         return (
-            linear_schedule(self.weight, self.weight_end, steps).at(step),
-            linear_schedule(self.distill_weight, self.distill_weight_end, steps).at(step),
+            linear_schedule(self.weight, self.weight_end, steps),
+            linear_schedule(self.distill_weight, self.distill_weight_end, steps),
         )
+
+    def weights_at(self, step: int, total_steps: int) -> tuple[float, float]:
+        """λ_rl and λ_distill at a step, counted from 0."""
+        rl_weight, distill_weight = self.schedules(total_steps)
+        return rl_weight.at(step), distill_weight.at(step)
 
 
 class RlConfig(HybridConfig, key="rl"):
@@ -111,17 +116,18 @@ class RlConfig(HybridConfig, key="rl"):
             return self.clip_range
         return self.clip_range, self.clip_high
 
-    def at(self, step: int, total_steps: int, objective: Objective) -> Hybrid:
-        """The loss of this step's update."""
-        rl_weight, distill_weight = self.weights_at(step, total_steps)
-        return Hybrid(
+    def hybrid(self, objective: Objective, total_steps: int) -> HybridSchedule:
+        """The loss of every update, with `objective` as its distillation."""
+        rl_weight, distill_weight = self.schedules(total_steps)
+        first = Hybrid(
             distill=objective,
-            rl_weight=rl_weight,
-            distill_weight=distill_weight,
+            rl_weight=rl_weight.start,
+            distill_weight=distill_weight.start,
             combine=self.combine,
             scale=self.scale,
             clip_range=self.clip,
         )
+        return HybridSchedule(first=first, rl_weight=rl_weight, distill_weight=distill_weight)
 
     def check(self, objective: Objective, *, samples_per_prompt: int) -> None:
         """Raise ConfigError for settings of other sections that a reward cannot work with."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Literal
 
 from opd.config.rules import at_least
 from opd.config.sections import Section
+from opd.config.vllm import VllmConfig
 from opd.errors import require
 from opd.losses import linear_schedule
+
+DEFAULT_IMPORTANCE_CAP = 2.0
 
 
 class RolloutConfig(Section, key="rollout"):
@@ -34,9 +38,22 @@ class RolloutConfig(Section, key="rollout"):
     """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
     off_policy: Literal["dataset", "teacher"] = "dataset"
     """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
+    source: Literal["live", "cached"] = "live"
+    """live: drawn from the student as it is at every step. cached: drawn once from the student before training, by opd rollouts."""
+    path: str | None = None
+    """source=cached: the folder that opd rollouts has filled."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """What draws the student's samples: transformers in this process, or vLLM (section rollout.vllm), which is faster on long ones."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """With engine=vllm: where vLLM runs, and how weights get there."""
+    importance_cap: float = DEFAULT_IMPORTANCE_CAP
+    """With engine=vllm, for losses of the sampled token: its weight student / sampler is cut here (truncated importance sampling).
+    Losses that are exact at every position take none."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "max_new_tokens", "batch_size")
+        self._check_engine()
         start = self.horizon_start
         require(
             start is None or 1 <= start <= self.max_new_tokens,
@@ -59,7 +76,38 @@ class RolloutConfig(Section, key="rollout"):
             self.lmbda < 1 or self.off_policy == "dataset",
             "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
         )
+        require(
+            self.source == "live" or bool(self.path and self.path.strip()),
+            "rollout.source=cached trains on kept rollouts, and rollout.path does not say where they are. Draw them with opd rollouts "
+            "RECIPE.yaml --out DIR, and set rollout.path to that folder.",
+        )
+        require(
+            self.source == "cached" or self.path is None,
+            f"rollout.path='{self.path}' is read where rollout.source=cached; set it, or drop the path.",
+        )
+        require(
+            self.source == "live" or start is None,
+            f"rollout.horizon_start={start} lets responses grow, and with rollout.source=cached they are all there already; drop it.",
+        )
         require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
+
+    def _check_engine(self) -> None:
+        if self.engine == "hf":
+            require(
+                self.vllm == VllmConfig(),
+                "rollout.vllm is read with rollout.engine=vllm, and the engine is hf, which samples in this process; set "
+                "rollout.engine=vllm, or drop the section.",
+            )
+            require(
+                self.importance_cap == DEFAULT_IMPORTANCE_CAP,
+                f"rollout.importance_cap={self.importance_cap} is read with rollout.engine=vllm; the samples of engine=hf are the student's "
+                "own, so that their weight is 1. Drop it.",
+            )
+        require(
+            math.isfinite(self.importance_cap) and self.importance_cap >= 1,
+            f"rollout.importance_cap must be a number of at least 1, the weight of a token on which sampler and student agree, not "
+            f"{self.importance_cap}",
+        )
 
     def horizon(self, step: int, total_steps: int) -> int:
         """The length limit of this step's responses."""

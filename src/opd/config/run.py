@@ -9,10 +9,11 @@ from opd.config.optimizer import OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import RewardConfig, RlConfig
 from opd.config.rollout import RolloutConfig
-from opd.config.rules import check_on_policy, check_rewarded_rollouts
+from opd.config.rules import check_kept_rollouts, check_on_policy, check_rewarded_rollouts
 from opd.config.sections import Section
 from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from opd.config.vllm import MAX_VLLM_TEMPERATURE
 from opd.errors import require
 from opd.losses import Objective
 
@@ -57,8 +58,27 @@ class Config(Section):
             f"objective.discount={self.objective.discount} adds what all later tokens earn, and train.token_fraction="
             f"{self.train.token_fraction} leaves some out; set discount=0 or token_fraction=1.",
         )
+        temperatures = {"rollout.temperature": self.rollout.temperature, "eval.temperature": self.eval.temperature}
+        temperatures |= {"eval.extra_temperatures": max(self.eval.extra_temperatures, default=0.0)}
+        for key, temperature in temperatures.items() if self.rollout.engine == "vllm" else ():
+            require(
+                temperature <= MAX_VLLM_TEMPERATURE,
+                f"{key}={temperature:g}, and vLLM takes temperatures up to {MAX_VLLM_TEMPERATURE:g}; lower it, or set rollout.engine=hf.",
+            )
+        require(
+            not part or self.rollout.engine == "hf",
+            f"train.token_fraction={self.train.token_fraction} keeps the tokens of highest entropy, and rollout.engine=vllm returns log-probs "
+            "of the sampled tokens and no entropies; set train.token_fraction=1, or rollout.engine=hf.",
+        )
+        require(
+            not self.student.load_options or self.rollout.engine == "hf",
+            "rollout.engine=vllm takes the student's whole weights after every step, and student.load_options leaves none to send; drop "
+            "one of them.",
+        )
         if self.optimizer.name == "natural_gradient":
             self._check_natural_gradient()
+        if self.rollout.source == "cached":
+            check_kept_rollouts(self.objective, rewarded=self.rl.rewarded, token_fraction=self.train.token_fraction)
         check_on_policy(self.objective, self.rollout)
         if self.rl.rewarded:
             check_rewarded_rollouts(self.objective, self.rollout)
@@ -121,10 +141,11 @@ class Config(Section):
         for name, teacher in there.items() if self.rl.distilled else ():
             teacher.check_objective(self.objective, name if self.teacher is not None else f"teachers.{name}")
         served = [name for name, teacher in there.items() if teacher.url]
+        partly = [name for name, teacher in there.items() if teacher.sends_log_probs]
         require(
-            not served or self.mixture.kind == "routing",
+            not partly or self.mixture.kind == "routing",
             f"mixture.kind={self.mixture.kind} mixes whole distributions, and a server sends some log-probs of one (teachers."
-            f"{served and served[0]}.url). Use mixture.kind=routing, or teachers in this process.",
+            f"{partly and partly[0]}.url). Use mixture.kind=routing, opd serve-teacher (api: opd), or teachers in this process.",
         )
         require(
             not served or self.rollout.lmbda == 1 or self.rollout.off_policy == "dataset",

@@ -14,7 +14,7 @@ from opd.losses import Objective, linear_schedule
 from opd.remote.address import CHAT_CANNOT_SCORE, parse_addresses
 from opd.remote.keys import check_variable
 
-ServerApi = Literal["vllm", "sglang", "openai"]
+ServerApi = Literal["vllm", "sglang", "openai", "opd"]
 ASKED = ("served_model", "api_key_env", "concurrency", "timeout", "deadline", "canary_every", "api")
 """Keys that say how a server is asked."""
 LOADED = ("device", "dtype", "attn_implementation", "offload")
@@ -30,7 +30,8 @@ class TeacherConfig(ModelConfig, key="teacher"):
     url: tuple[str, ...] = ()
     """Address of an inference server that holds the teacher, e.g. http://127.0.0.1:8000; several are a pool of one and the same model."""
     api: ServerApi = "vllm"
-    """How the server is asked: vllm (prompt_logprobs), sglang (/generate), or openai (completions with echo and logprobs)."""
+    """How the server is asked: vllm (prompt_logprobs), sglang (/generate), openai (completions with echo and logprobs), or opd (opd
+    serve-teacher: hidden states, so that every divergence stays exact; it sends its tokenizer too)."""
     served_model: str | None = None
     """The model's name at the server; None takes the one that is there."""
     api_key_env: str | None = None
@@ -49,13 +50,16 @@ class TeacherConfig(ModelConfig, key="teacher"):
     ema_decay: float = 0.99
     """source=ema: average ← ema_decay · average + (1 − ema_decay) · student after every step."""
     dtype: DType = "auto"
-    """'auto' is bfloat16 on CUDA and float32 on CPU."""
+    """'auto' is bfloat16 on CUDA and float32 on CPU. With api: opd, the dtype in which hidden states travel: auto is bfloat16."""
     tokens_per_batch: int = 16384
     """Tokens the teacher reads at once (padding included); of a server, in one request."""
     supply: Literal["auto", "hidden", "dense", "top_k", "sampled"] = "auto"
     """Kind of target for the loss; 'auto' is the most exact kind that the objective can use."""
     offload: bool = False
     """Keep it in CPU memory while it is not asked (its output layer stays on the device): slower, and room for more teachers."""
+    cache: str | None = None
+    """Folder in which its scores are kept by content: a response that was scored before, in this run or another, costs no forward
+    pass. Runs and teachers may share one."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "tokens_per_batch", "concurrency")
@@ -80,10 +84,24 @@ class TeacherConfig(ModelConfig, key="teacher"):
             self.source == "model" or not self.offload,
             f"teacher.offload=true would take the student itself off its device with teacher.source={self.source}; drop it.",
         )
+        require(
+            self.cache is None or bool(self.cache.strip()),
+            "teacher.cache is empty; name a folder for the kept scores, or drop it.",
+        )
+        require(
+            self.cache is None or self.source in ("model", "adapter_off"),
+            f"teacher.cache='{self.cache}' keeps scores for later, and with teacher.source={self.source} the teacher's weights move with "
+            "every step, so that none would ever be read again; drop it.",
+        )
+
+    @property
+    def sends_log_probs(self) -> bool:
+        """It is behind a server that sends log-probs of some tokens, and no whole distribution."""
+        return bool(self.url) and self.api != "opd"
 
     def check_objective(self, objective: Objective, place: str) -> None:
         """Raise ObjectiveError where the server cannot send what the objective needs."""
-        if not self.url or {"top_k", "sampled"} & set(objective.needs):
+        if not self.sends_log_probs or {"top_k", "sampled"} & set(objective.needs):
             return
         needed = {
             "full": "every vocabulary entry",
@@ -103,6 +121,11 @@ class TeacherConfig(ModelConfig, key="teacher"):
 
     def _check_server(self) -> None:
         """The keys of a server, and those that a server does not read."""
+        require(
+            not self.url or not self.load_options,
+            "teacher.load_options is about a model in this process, and teacher.url's is loaded by its server; give it to opd serve-teacher "
+            "(--load-options.quantization), and drop it here.",
+        )
         default = {item.name: item.default for item in fields(self)}
         changed = [name for name in (*ASKED, *LOADED) if getattr(self, name) != default[name]]
         if not self.url:
@@ -123,6 +146,9 @@ class TeacherConfig(ModelConfig, key="teacher"):
         parse_addresses(self.url, "teacher.url")
         if self.api_key_env is not None:
             check_variable(self.api_key_env, "teacher.api_key_env")
+        if self.api == "opd":
+            self._check_exact_server(changed)
+            return
         idle = [name for name in changed if name in LOADED]
         require(
             not idle,
@@ -137,7 +163,20 @@ class TeacherConfig(ModelConfig, key="teacher"):
         require(
             self.supply not in ("hidden", "dense"),
             f"teacher.supply={self.supply} is more than a server with api={self.api} sends: it is asked for top_k or sampled. Drop it; "
-            "exact divergences need a teacher in this process.",
+            "exact divergences need a teacher in this process, or one behind opd serve-teacher (teacher.api=opd).",
+        )
+
+    def _check_exact_server(self, changed: Sequence[str]) -> None:
+        """The keys that `opd serve-teacher` and its client do not read."""
+        idle = [name for name in changed if name in ("served_model", "canary_every", "attn_implementation", "offload")]
+        require(
+            not idle,
+            f"teacher.{idle and idle[0]} is not read with teacher.api=opd: opd serve-teacher holds one model, loads it itself, and names it "
+            "in every answer. Drop it.",
+        )
+        require(
+            self.dtype != "float16",
+            "teacher.dtype=float16 is no dtype in which hidden states travel, because large ones overflow in it; use bfloat16 or float32.",
         )
 
 

@@ -101,6 +101,11 @@ def notices(config: Config) -> list[str]:
             "student.dtype=bfloat16 rounds away updates smaller than 1/256 of a weight; at usual learning rates most weights never "
             "move. float32 with train.autocast=bfloat16 trains as fast."
         )
+    if config.rollout.vllm.plain_text_abroad:
+        found.append(
+            f"rollout.vllm.url={config.rollout.vllm.url} is another machine, and http sends prompts, responses and the key there in plain "
+            "text. Use https, or a tunnel to 127.0.0.1."
+        )
     optimizer, steps = config.optimizer, config.train.steps
     if optimizer.warmup >= steps > 1:
         found.append(
@@ -124,7 +129,7 @@ def _reduction_notices(config: Config) -> list[str]:
 
 def served_notes(config: Config) -> list[str]:
     """Notes on what a teacher behind a server makes different."""
-    served = [name for name, section in config.all_teachers.items() if section.url]
+    served = [name for name, section in config.all_teachers.items() if section.sends_log_probs]
     if not served:
         return []
     found = []

@@ -18,6 +18,7 @@ from opd.config import Config
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
+from opd.quantized import entries
 from opd.types import Prompt
 
 SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
@@ -272,7 +273,7 @@ def sampled_weights(model: PreTrainedModel) -> SampledWeights:
     """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
     sampled = {}
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
+        flat = entries(parameter)
         step = max(1, flat.numel() // SAMPLED_ENTRIES)
         sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
     return sampled

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from opd.kernels.api import Impl, LinearLoss, linear_divergence, linear_objective
 from opd.kernels.full_logits import objective_from_logits
-from opd.kernels.head import Memory
 from opd.kernels.log_prob import linear_log_prob
-from opd.kernels.row_spec import PolicyTerm
+from opd.kernels.spec import Memory, PolicyTerm
 from opd.kernels.teacher_rows import linear_logits, linear_top_k, top_k_of
 from opd.types import TeacherMixture
 

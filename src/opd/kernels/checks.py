@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from opd.errors import NonFiniteError, ObjectiveError
-from opd.kernels.row_spec import PolicyTerm, RowSpec, Shards
+from opd.kernels.spec import PolicyTerm, RowSpec
 from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE
 from opd.types import AnyTarget, DenseTarget, HiddenTarget, SampledTarget, TeacherMixture, TopKTarget
 
@@ -162,45 +162,6 @@ def _check_mixture(mixture: TeacherMixture, tokens: int, device: torch.device) -
     _same_device("the mixture's weights", weights, device)
     if not bool((weights >= 0).all() and ((weights.sum(-1) - 1).abs() <= WEIGHT_SUM_TOLERANCE).all()):
         raise ObjectiveError("teacher weights must be ≥ 0 and sum to 1 at every token; divide them by their sum.")
-
-
-def common_vocabulary(shards: Shards, target: AnyTarget | None, valid_vocab: int | None) -> int:
-    """Columns that exist on both sides, over all shards. Raises ObjectiveError when shards do not line up."""
-    rows = shards.vocab
-    if valid_vocab is not None and not 0 < valid_vocab <= rows:
-        raise ObjectiveError(
-            f"valid_vocab={valid_vocab}, but the student's weight has {rows} rows; it counts the rows that are tokens."
-        )
-    sizes = [rows if valid_vocab is None else valid_vocab]
-    members = target.targets if isinstance(target, TeacherMixture) else (target,)
-    for member in members:
-        if isinstance(member, HiddenTarget):
-            own, valid = member.head.weight.shape[0], member.head.valid_vocab
-        elif isinstance(member, DenseTarget):
-            own, valid = member.logits.shape[1], None
-        else:
-            continue
-        if not shards.alone and own != shards.size:
-            raise ObjectiveError(
-                f"this rank has {shards.size} rows of the student's vocabulary and {own} of a teacher's: split both at the same rows "
-                "(pad the smaller, and say so with valid_vocab)."
-            )
-        sizes.append(own if shards.alone else rows)
-        if valid is not None:
-            sizes.append(valid)
-    if min(sizes) < 1:
-        raise ObjectiveError(
-            f"student and teacher have {sizes} vocabulary entries: nothing is common to both; look at valid_vocab and at the heads."
-        )
-    return min(sizes)
-
-
-def check_chunk(chunk_tokens: int) -> None:
-    """Raise ObjectiveError for a chunk that is no number of tokens."""
-    if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ObjectiveError(
-            f"chunk_tokens={chunk_tokens} must be a whole number ≥ 1; leave it out for a good default."
-        )
 
 
 def check_rows(rows: RowSpec, token_weights: Tensor) -> None:

@@ -8,8 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd.kernels.closed_form import log_probs, pieces, policy_loss, policy_loss_by_autograd
-from opd.kernels.row_spec import Columns, Diagnostics, PolicyTerm, RowResults, RowSpec, Teachers, at, restore_neg_inf
+from opd.kernels.few_tokens import policy_loss, policy_loss_by_autograd
+from opd.kernels.spec import (
+    Columns,
+    Diagnostics,
+    PolicyTerm,
+    RowResults,
+    RowSpec,
+    Teachers,
+    at,
+    log_probs,
+    pieces,
+    restore_neg_inf,
+)
 from opd.losses import Objective, entropy, mix_losses, mix_teachers, student_diagnostics, to_logp, token_diagnostics
 from opd.losses._shapes import Float, Int
 from opd.types import AnyTarget, DenseTarget, SampledTarget, Target, TeacherMixture, TopKTarget

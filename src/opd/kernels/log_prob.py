@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.autograd_function import lift
 from opd.kernels.checks import check_finite, check_ids, check_shapes
-from opd.kernels.closed_form import pieces
-from opd.kernels.head import GradsNeeded, HeadLogits, HeadSpec, exact_float32, head_spec, unshard
-from opd.kernels.row_spec import MASKED, restore_neg_inf
+from opd.kernels.chunk_loop import HeadLogits, exact_float32, lift
+from opd.kernels.spec import MASKED, GradsNeeded, HeadSpec, head_spec, pieces, restore_neg_inf, unshard
 from opd.losses import Objective
 from opd.losses._shapes import Float, Int
 

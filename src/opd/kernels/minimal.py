@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.chunk_loop import TeacherLogits, run_chunks
-from opd.kernels.closed_form import closed_form, has_closed_form, token_slopes
+from opd.kernels.chunk_loop import HeadLogits, TeacherLogits, run_chunks
+from opd.kernels.few_tokens import token_slopes
 from opd.kernels.full_logits import loss_by_autograd
-from opd.kernels.head import HeadLogits
-from opd.kernels.row_spec import MASKED, RowResults, RowSpec, target_has_logits
-from opd.kernels.rows.closed_form import closed_form_rows
+from opd.kernels.rows.closed_form import closed_form, closed_form_rows, has_closed_form
+from opd.kernels.spec import MASKED, RowResults, RowSpec, target_has_logits
 from opd.types import HiddenTarget, TeacherMixture
 
 BLOCK_BYTES = 1 << 29  # of one block of logits, times the deeper hidden size: the products pack as many rows, that deep
@@ -107,7 +106,7 @@ class _Blocks:
             rows = self.rows.at(index, whole_targets=False)
             bad = state["log_s"].isnan().nonzero().squeeze(-1)
             weights = (head.token_weights[index] / head.temperature).unsqueeze(-1)
-            adds = token_slopes(rows, values, state.get("k_slope"), state.get("y_slope"))
+            adds = token_slopes(rows, state)
             for first in range(0, self.columns, self.width):
                 gradient = self._block_gradient(rows, index, values, state, adds, first).mul_(weights)
                 gradient[bad] = 0.0

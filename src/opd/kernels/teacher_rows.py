@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from opd.kernels.checks import check_ids, check_shapes
-from opd.kernels.closed_form import log_probs
-from opd.kernels.head import HeadLogits, exact_float32, head_spec
+from opd.kernels.chunk_loop import HeadLogits, exact_float32
+from opd.kernels.spec import head_spec, log_probs
 from opd.losses import gather_logp, likeliest
 from opd.losses._shapes import Float, Int
 from opd.types import Head, TopKTarget

@@ -6,7 +6,7 @@ A term whose weight is 0 is left out, so that the result is bit for bit the othe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -167,6 +167,20 @@ class Hybrid:
     def needs_preview(self) -> bool:
         """The distillation term must be known over the whole batch before the update."""
         return self.mixed and (self.scale == "match" or self.combine == "advantages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridSchedule:
+    """The loss of every update of a run, in which the two weights may move."""
+
+    first: Hybrid
+    """The loss at step 0."""
+    rl_weight: Schedule
+    distill_weight: Schedule
+
+    def at(self, step: int) -> Hybrid:
+        """The loss of this step's update."""
+        return replace(self.first, rl_weight=self.rl_weight.at(step), distill_weight=self.distill_weight.at(step))
 
 
 def as_hybrid(objective: Objective | Hybrid) -> Hybrid:

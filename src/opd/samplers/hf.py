@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +21,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from opd.data.rendering import Renderer
 from opd.models import context_length
 from opd.samplers.base import SampledStudent, Sampling
+from opd.samplers.ends import response_end
 from opd.seeding import derive_seed, seeded
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
@@ -109,7 +109,7 @@ class HfSampler:
         logp: list[float],
         entropy: list[float],
     ) -> Rollout:
-        length, finished = self._end(response)
+        length, finished = response_end(response, eos_ids=self.eos_ids, stop=self.sampling.stop, renderer=self.renderer)
         kept = tuple(response[:length])
         greedy = self.sampling.temperature == 0
         if self.student_renderer is not None:
@@ -125,20 +125,6 @@ class HfSampler:
             source=self.source,
             text=self.renderer.decode(kept),
         )
-
-    def _end(self, response: Sequence[int]) -> tuple[int, bool]:
-        """Length of the response, its EOS included, and whether it ended by itself. What `generate` put behind the first EOS is
-        padding whatever its id, so pad == eos cannot hide an EOS."""
-        length = next((t + 1 for t, token in enumerate(response) if token in self.eos_ids), None)
-        finished = length is not None
-        length = len(response) if length is None else length
-        if self._stopped(response[:length]):
-            ends = range(1, length + 1)
-            return bisect.bisect_left(ends, True, key=lambda end: self._stopped(response[:end])) + 1, True
-        return length, finished
-
-    def _stopped(self, response: Sequence[int]) -> bool:
-        return bool(self.sampling.stop) and any(s in self.renderer.decode(response) for s in self.sampling.stop)
 
     @torch.no_grad()
     def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float], list[float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
-from opd.reporting.progress import Progress
+from opd.quantized import merged
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
+from opd.trainer.keep_rollouts import keep_rollouts
 from opd.trainer.lifecycle import Run, run_in_folder, write_student
 from opd.trainer.loop import Callback, take_step
 
@@ -169,6 +171,16 @@ class Distiller:
         self._trained = run.student
         return run
 
+    def draw_rollouts(self, *, overwrite: bool = False) -> dict[str, float]:
+        """Draw the rollouts of the student before training, score them, and write both to rollout.path, as opd rollouts does; return
+        means over them, with the initial `overlap` of student and teacher. Raises ConfigError unless rollout.source is "cached"."""
+        if self.config.rollout.source != "cached":
+            raise ConfigError('There is no folder for them; give rollout={"source": "cached", "path": DIR}.')
+        given = self._given
+        if given.student is not None and self.config.student.lora is not None:  # the adapters of the run come later
+            given = replace(given, student=copy.deepcopy(given.student))
+        return dict(keep_rollouts(self.config, given, overwrite=overwrite, say=lambda _line: None).summary)
+
     def step(self) -> dict[str, float]:
         """Take one step, and return its record: metrics, and its number as `step`. Nothing is written, and no callback is called."""
         self._refuse_after_training("take a step")
@@ -179,13 +191,16 @@ class Distiller:
             raise ConfigError(
                 f"All {steps} steps are done, where the schedules end; make a Distiller with more train.steps."
             )
-        return {"step": step, **take_step(self.components, step, Progress(steps, enabled="off")).metrics}
+        done = take_step(self.components, step)
+        self.components.sampler.load(self.components.student)  # the next rollouts are on-policy again
+        return {"step": step, **done.metrics}
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the student as it is now on the held-out prompts. Raises ConfigError without any."""
         parts = self.components
         if parts.evaluator is None:
             raise ConfigError("There is nothing to evaluate on; give eval_prompts=…, and eval.every above 0.")
+        parts.student_sampler.load(parts.student)
         with memory_advice("eval"):
             return parts.evaluator.run(parts.student_sampler, parts.student, extra=False).metrics
 
@@ -197,7 +212,7 @@ class Distiller:
             raise RunFolderError(f"'{place}' is there already; give save() a folder that is new or empty.")
         model: Any = self.components.student.model if self._trained is None else self._trained
         if hasattr(model, "merge_and_unload"):
-            model = copy.deepcopy(model).merge_and_unload()  # the student itself goes on with its adapters
+            model = merged(copy.deepcopy(model))  # the student itself goes on with its adapters
         write_student(model, self.components.loaded.files, place, "save again")
         return place
 

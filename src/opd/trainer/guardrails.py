@@ -12,6 +12,7 @@ from opd.errors import NonFiniteError, OutOfMemoryError
 from opd.losses import Objective
 from opd.types import Batch, Rollout
 
+TORCH_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 OUT_OF_MEMORY_ADVICE = {
     "rollout": "rollout.batch_size or rollout.max_new_tokens, and go on with --resume",
     "teacher": "teacher.tokens_per_batch, and go on with --resume",
@@ -75,18 +76,19 @@ def memory_advice(phase: str) -> Iterator[None]:
     """An out-of-memory error becomes one that says what to lower; sampling from NaN becomes a NonFiniteError."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if "probability tensor contains" in str(error):  # torch.multinomial
-            raise NonFiniteError(
-                f"A model's next-token probabilities are NaN or infinite during {phase}, so nothing can be sampled from it. The weights "
-                "on disk were not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
-            ) from error
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
-            raise
+    except TORCH_ERRORS as error:
+        explain(error, phase)
+        raise
+
+
+def explain(error: BaseException, phase: str) -> None:
+    """Raise what says how to go on, where `error` is one of exhausted memory, or of probabilities that are NaN."""
+    if "probability tensor contains" in str(error):  # torch.multinomial
+        raise NonFiniteError(
+            f"A model's next-token probabilities are NaN or infinite during {phase}, so nothing can be sampled from it. The weights "
+            "on disk were not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
+        ) from error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         raise OutOfMemoryError(
             f"Out of memory during {phase}. Lower {OUT_OF_MEMORY_ADVICE[phase]}. ({(str(error) or 'no details').splitlines()[0][:160]})"
         ) from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

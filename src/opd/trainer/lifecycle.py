@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config, LogConfig
 from opd.config.recipe import to_dict
 from opd.errors import MissingDependencyError, RunFolderError
+from opd.quantized import merged
 from opd.reporting.files import explain_os_errors
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_metrics
@@ -97,16 +99,34 @@ def _train(
                 components=components, folder=folder, run=run, progress=progress, stop=stop, callbacks=callbacks
             )
             try:
-                loop.run_steps()
+                with engine_of(components, progress.message):
+                    loop.run_steps()
             except Interrupted:
                 write_report(folder.path)
                 raise
+            finally:
+                for line in [] if components.kept is None else components.kept.close():
+                    progress.message(line)
         model = save_student(components, folder)
         summary = summarize(folder.path, config)
         if summary is not None:
             write_summary(folder.path / SUMMARY_FILE, summary)
         write_report(folder.path)
         return Run(path=folder.path, summary=summary, student=model, tokenizer=components.loaded.tokenizer)
+
+
+@contextmanager
+def engine_of(components: RunComponents, say: Callable[[str], None]) -> Iterator[None]:
+    """The run's inference engine, where it has one, says what it does, and is closed however the block ends."""
+    engine = components.engine
+    if engine is None:
+        yield
+        return
+    engine.say = say
+    try:
+        yield
+    finally:
+        engine.close()
 
 
 def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
@@ -116,6 +136,11 @@ def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:
     lines = [f"{folder.path}: resuming after {start} steps"]
     if changed := described(folder.changes):
         lines.append(f"changed from here on: {changed}")
+    if config.rollout.engine == "vllm":
+        lines.append(
+            "note: rollout.engine=vllm batches as requests come in, so from here on the run has the same prompts, versions and optimizer as "
+            "without the stop, and not the same bits"
+        )
     return lines + [f"warning: {note}" for note in change_notes(folder.changes, config)]
 
 
@@ -164,7 +189,7 @@ def save_student(components: RunComponents, folder: RunFolder) -> Any:
     with explain_os_errors("save the student to", folder.student):
         if hasattr(model, "merge_and_unload"):
             _save_adapter(model, folder.path / "adapter")
-            model = model.merge_and_unload()
+            model = merged(model)
         write_student(model, components.loaded.files, folder.student, "continue with --resume")
     return model
 

@@ -14,6 +14,7 @@ from opd.config import ModelConfig, PromptsConfig, RolloutConfig, StudentConfig,
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
 from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype
+from opd.quantized import quantization_options
 from opd.samplers.base import Sampling
 from opd.samplers.hf import HfSampler
 from opd.teachers.vocabulary import VocabularyMatch
@@ -62,12 +63,17 @@ def load_model(
     name = f"{role} '{config.model}'"
     if given is None:
         place = resolve_device(device)
+        dtype, quantised = resolve_dtype(config.dtype, place), config.load_options
+        quantization = quantization_options(
+            quantised.quantization, quantised.quantization_config, role, dtype=dtype, device=place
+        )
         tokenizer = load_tokenizer(config.model, **options)
         with memory_advice("load"):
             model = load_causal_lm(
                 config.model,
-                dtype=resolve_dtype(config.dtype, place),
+                dtype=dtype,
                 device=place,
+                quantization=quantization,
                 attn_implementation=config.attn_implementation,
                 **options,
             )
@@ -78,12 +84,12 @@ def load_model(
     if role == "student" and given is None:
         files = own_files(config.model, tokenizer, revision=config.revision, code=config.trust_remote_code)
     elif role == "student":
-        files = _saved_files(tokenizer)
+        files = saved_files(tokenizer)
     eos = eos_ids(model.generation_config, tokenizer)
     return LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files)
 
 
-def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+def saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """The files that a tokenizer in memory would be saved as."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -104,6 +110,17 @@ def make_renderer(
     return Renderer(tokenizer, **options) if template is None else PrivilegedRenderer(tokenizer, template, **options)
 
 
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    """How training draws responses."""
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
+    )
+
+
 def make_sampler(
     rollout: RolloutConfig,
     loaded: LoadedModel,
@@ -115,17 +132,10 @@ def make_sampler(
     **options: Any,
 ) -> HfSampler:
     """A sampler that draws as the recipe says; `options` are further ones of HfSampler."""
-    sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=rollout.stop,
-    )
     return HfSampler(
         model or loaded.model,
         loaded.renderer,
-        sampling,
+        sampling_of(rollout),
         eos_ids=loaded.eos,
         pad_id=pad_id,
         vocabulary=vocabulary,

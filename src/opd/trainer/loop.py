@@ -16,7 +16,7 @@ from opd.samplers.base import draw
 from opd.seeding import derive_seed
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.from_config import RunComponents
-from opd.trainer.guardrails import memory_advice
+from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
 from opd.trainer.run_folder import RunFolder
@@ -40,12 +40,13 @@ class Step:
 def take_step(
     components: RunComponents,
     step: int,
-    progress: Progress,
+    announce: Callable[[TrainingPhase], object] = lambda _phase: None,
     before_update: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Step:
-    """Rollouts, their targets, one update. `before_update` is entered around everything that moves no weight."""
+    """Rollouts, their targets, one update; the sampler has the weights from before still. `announce` is told each phase as it begins;
+    `before_update` is entered around everything that moves no weight."""
     config, sampler, student = components.config, components.sampler, components.student
-    clock = Clock(progress)
+    clock = Clock(announce)
     prompts = components.schedule.take(step, config.train.prompts_per_step)
     sampler.limit(config.rollout.horizon(step, config.train.steps))
     with before_update():
@@ -54,9 +55,12 @@ def take_step(
             rollouts = draw(sampler, prompts, config.train.samples_per_prompt, seed=seed)
         with clock.phase("teacher"):
             scored = components.scorer.score(rollouts, step)
+    correction = components.correction
     with clock.phase("update"):
+        scored = scored if correction is None else correction.corrected(student, scored)
         out = student.update(scored.batches, scored.objective)
-    sampler.load(student)  # the next rollouts are on-policy again
+    if correction is not None:
+        correction.check({**out.metrics, **scored.metrics})
     return Step(
         rollouts=rollouts, scored=scored, out=out, metrics={**out.metrics, **scored.metrics, **clock.times(out)}
     )
@@ -81,12 +85,15 @@ class TrainingLoop:
         """From the student's version to the last step. Raises Interrupted between two steps after a signal; what was trained is in a
         checkpoint then."""
         student, config = self.components.student, self.config
-        self.components.sampler.load(student)
+        sampler = self.components.sampler
+        with self.stop.at_once() if self.components.engine else nullcontext():  # an engine may take minutes to start
+            sampler.load(student)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
-            done = take_step(self.components, step, self.progress, self.saved_on_error)
+            done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
             self._record(step, done)
             with self.saved_on_error():
+                sampler.load(student)  # the next rollouts are on-policy again
                 ended = self._call_back({"step": step, **done.metrics})
                 if evaluation_due(config, student.version) or ended:
                     self.evaluate(first=False, last=ended)
@@ -129,8 +136,8 @@ class TrainingLoop:
 
     @contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Saves what was trained before a signal, a failing reward, a server that is gone or exhausted memory ends the run where no weight moves, so that it
-        resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
+        """Saves what was trained before a signal, a failing reward or server, or exhausted memory ends the run where no weight moves, so
+        that it resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
         try:
             yield
         except (Interrupted, DataError, OutOfMemoryError, ServerError):
@@ -201,17 +208,20 @@ def due(completed: int, every: int) -> bool:
 class Clock:
     """Wall-clock seconds of each phase of a step; names the phase in out-of-memory errors."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, announce: Callable[[TrainingPhase], object]) -> None:
         self.began = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.progress = progress
+        self.announce = announce
 
     @contextmanager
     def phase(self, name: TrainingPhase) -> Iterator[None]:
         began = time.perf_counter()
-        self.progress.phase(name)
-        with memory_advice(name):
+        self.announce(name)
+        try:
             yield
+        except TORCH_ERRORS as error:
+            explain(error, name)
+            raise
         self.seconds[f"time/{name}"] = time.perf_counter() - began
 
     def times(self, out: LossOutput) -> dict[str, float]:

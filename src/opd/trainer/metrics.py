@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -13,33 +12,18 @@ from opd.types import Batch, Rollout
 
 POLICY_MEANS = ("policy_loss", "clipped")
 """Of the policy gradient: λ_rl · its loss, and the share of tokens whose ratio is clipped."""
-MEANS = (
-    "reverse_kl",
-    "forward_kl",
-    "student_entropy",
-    "teacher_entropy",
-    "overlap",
-    "support_mass",
-    "teacher_support_mass",
-    "eos_prob",
-    "teacher_logp",
-    "student_logp",
-    "sampler_student_gap",
-    *POLICY_MEANS,
-)
+NOTHING = torch.empty(0)
 REPETITION_NGRAM = 4  # shorter ones repeat in ordinary text
 
 
 class TokenMetrics:
-    """Sums over micro-batches; nothing here is differentiated."""
+    """Means over micro-batches of every metric that the loss returns; of `clamped`, the sum. Nothing here is differentiated."""
 
     def __init__(self, *, plain_sampling: bool = False) -> None:
         """`plain_sampling`: rollouts were drawn at temperature 1 from everything, so that sampler and student should agree."""
         self._plain_sampling = plain_sampling
         self._rollouts: list[Rollout] = []
-        self._values: dict[str, list[torch.Tensor]] = defaultdict(
-            list
-        )  # name → per rollout → float64 on the CPU, per token
+        self._values: list[dict[str, torch.Tensor]] = []  # of each rollout: name → float64 on the CPU, per token
         self._clamped = 0.0
         self._partial = False  # some tokens are left out, so that a value's place is not its position in the response
 
@@ -54,21 +38,19 @@ class TokenMetrics:
         ):
             values["sampler_student_gap"] = (values["student_logp"] - batch.sampler_logp).abs()
         if "clamped" in values:
-            self._clamped += float(values["clamped"].sum())
+            self._clamped += float(values.pop("clamped").sum())
         sizes = torch.bincount(batch.sequence_index, minlength=len(batch.rollouts)).tolist()
         self._partial |= batch.kept is not None
         self._rollouts.extend(batch.rollouts)
-        for name in MEANS:
-            known = name in values
-            self._values[name].extend(
-                values[name].double().cpu().split(sizes) if known else [torch.empty(0)] * len(sizes)
-            )
+        columns = [value.double().cpu().split(sizes) for value in values.values()]
+        self._values.extend(
+            {name: column[i] for name, column in zip(values, columns, strict=True)} for i in range(len(sizes))
+        )
 
     def per_rollout(self, name: str) -> list[tuple[Rollout, torch.Tensor]]:
         """The per-token values of one metric beside their rollouts; empty where the target could not tell, or not for every token."""
-        if self._partial:
-            return [(rollout, torch.empty(0)) for rollout in self._rollouts]
-        return list(zip(self._rollouts, self._values[name], strict=True))
+        known = [{}] * len(self._rollouts) if self._partial else self._values
+        return [(rollout, values.get(name, NOTHING)) for rollout, values in zip(self._rollouts, known, strict=True)]
 
     def summary(self) -> dict[str, float]:
         """Means over response tokens. With both kinds of sample present, also `on_policy/…` and `off_policy/…`."""
@@ -90,8 +72,8 @@ class TokenMetrics:
 
     def _means(self, members: Sequence[int]) -> dict[str, float]:
         means = {}
-        for name in MEANS:
-            values = torch.cat([self._values[name][i] for i in members]) if members else torch.empty(0)
+        for name in dict.fromkeys(name for i in members for name in self._values[i]):
+            values = torch.cat([self._values[i].get(name, NOTHING) for i in members])
             if len(values):
                 means[name] = float(values.mean())
         rollouts = [self._rollouts[i] for i in members]
@@ -113,7 +95,7 @@ class TokenMetrics:
 
     def _by_position(self) -> dict[str, float]:
         """Reverse KL by position in the response, in buckets that double: 0, 1, 2–3, 4–7, …"""
-        rows = self._values["reverse_kl"]
+        rows = [values.get("reverse_kl", NOTHING) for values in self._values]
         means, start, end = {}, 0, 1
         while any(len(row) > start for row in rows):
             means[f"kl_by_position/{start}"] = float(torch.cat([row[start:end] for row in rows]).mean())

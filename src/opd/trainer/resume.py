@@ -18,7 +18,7 @@ Change = tuple[object, object]
 """The value that the run had, and the one that it goes on with."""
 
 EFFECTS: dict[str, Effect] = {
-    # none: speed, memory, rounding, and what is written down. Sampling in other batches is another draw of the same distribution.
+    # none: speed, memory, rounding, and what is written down. Sampling in other batches, or by another engine, is another draw of the same distribution.
     **dict.fromkeys(
         (
             "student.device",
@@ -35,7 +35,20 @@ EFFECTS: dict[str, Effect] = {
             "teacher.timeout",
             "teacher.deadline",
             "teacher.canary_every",
+            "teacher.cache",
             "rollout.batch_size",
+            "rollout.engine",
+            "rollout.vllm.mode",
+            "rollout.vllm.url",
+            "rollout.vllm.api_key_env",
+            "rollout.vllm.python",
+            "rollout.vllm.args",
+            "rollout.vllm.memory_share",
+            "rollout.vllm.max_model_len",
+            "rollout.vllm.sync_dir",
+            "rollout.vllm.start_timeout",
+            "rollout.vllm.timeout",
+            "rollout.vllm.max_gap",
             "optimizer.natural_gradient.keep_graphs",
             "train.tokens_per_microbatch",
             "train.layout",
@@ -71,6 +84,7 @@ EFFECTS: dict[str, Effect] = {
             "prompts.response_column",
             "prompts.teacher_column",
             "prompts.limit",
+            "rollout.path",
         ),
         "inputs",
     ),
@@ -117,10 +131,14 @@ EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(
         (
             "student.chat_template_kwargs",
+            "student.load_options.quantization",
+            "student.load_options.quantization_config",
             "student.lora.rank",
             "student.lora.alpha",
             "student.lora.target_modules",
             "teacher.chat_template_kwargs",
+            "teacher.load_options.quantization",
+            "teacher.load_options.quantization_config",
             "teacher.source",
             "teacher.ema_decay",
             "mixture.kind",
@@ -169,8 +187,10 @@ EFFECTS: dict[str, Effect] = {
             "rollout.top_p",
             "rollout.top_k",
             "rollout.stop",
+            "rollout.importance_cap",
             "rollout.lmbda",
             "rollout.off_policy",
+            "rollout.source",
             "optimizer.name",
             "optimizer.natural_gradient.parameters",
             "train.prompts_per_step",

@@ -31,6 +31,8 @@ from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, T
 if TYPE_CHECKING:
     from opd.config import LoraConfig
 
+LOG_PROB_CHUNK = 1024  # tokens whose logits are there at once
+
 
 class Policy:
     """A model whose log-probs on response tokens are compared with the teacher's."""
@@ -68,10 +70,26 @@ class Policy:
         with self.autocast():
             return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
 
+    @torch.no_grad()
+    def log_prob(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-prob of every response token, by logits that are cut to the common vocabulary, a chunk of them at a time."""
+        if not self.head_is_a_product:
+            rows = self.logits(batch) / temperature
+            return rows.float().log_softmax(-1).gather(-1, batch.response_ids[:, None])[:, 0]
+        with self.autocast():
+            hidden = response_hidden(self.model, batch.sequences)
+        head, found = output_layer(self.model), []
+        for start in range(0, len(hidden), LOG_PROB_CHUNK):
+            part = slice(start, start + LOG_PROB_CHUNK)
+            logits = mask_vocabulary(head(hidden[part].to(head.weight.dtype)), self.vocabulary).float() / temperature
+            found.append(logits.log_softmax(-1).gather(-1, batch.response_ids[part, None])[:, 0])
+        return torch.cat(found) if found else hidden.new_empty(0)
+
     def loss(self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics) -> torch.Tensor:
         """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""
         total, out = self.token_loss(batch, objective)
-        check_loss(out.loss, batch, as_hybrid(objective).distill)
+        if not out.loss.isfinite().all():
+            check_loss(out.loss, batch, as_hybrid(objective).distill)
         metrics.add(batch, out)
         return total
 
@@ -181,8 +199,10 @@ class Student(Policy):
             autocast=autocast,
             loss_memory=loss_memory,
         )
-        self.config = config
-        self.total_steps = total_steps
+        self.peak_lr = config.peak_lr
+        self.learning_rate_factors = [learning_rate_factor(step, total_steps, config) for step in range(total_steps)]
+        self.max_grad_norm = config.gradient_limit
+        """0 does not clip."""
         self.plain_sampling = plain_sampling
         self.ema = ema
         self.version = 0
@@ -190,6 +210,7 @@ class Student(Policy):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.gradient_checkpointing = gradient_checkpointing
+        self.in_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         self.optimizers = build_optimizer(model, config)
 
     def update(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> LossOutput:
@@ -217,8 +238,8 @@ class Student(Policy):
         norm = self.gradient_norm()
         if not norm.isfinite():
             self._explain_gradient(batches, objective)
-        if self.config.gradient_limit > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.config.gradient_limit, norm)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.max_grad_norm, norm)
         numbers |= self._step(seen_batches, hybrid.distill.student_temperature)
         policy = {name: value for name, value in during.summary().items() if name in POLICY_MEANS}
         return LossOutput(
@@ -228,8 +249,8 @@ class Student(Policy):
         )
 
     def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:
-        factor = learning_rate_factor(self.version, self.total_steps, self.config)
-        numbers = {"lr": self.config.peak_lr * factor}
+        factor = self.learning_rate_factors[self.version]
+        numbers = {"lr": self.peak_lr * factor}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -250,7 +271,7 @@ class Student(Policy):
     def _loss_scale(self, batch: Batch) -> float | None:
         """A power of two that the loss is multiplied by where the model is float16, in which gradients times 1/N would vanish: weights
         per token then are between 1 and 2. None while no token counts."""
-        if all(p.dtype != torch.float16 for p in self.model.parameters()):
+        if not self.in_float16:
             return 1.0
         largest = float(batch.token_weights.abs().max()) if len(batch.token_weights) else 0.0
         return 2.0 ** (1 - math.frexp(largest)[1]) if largest > 0.0 else None

@@ -33,7 +33,7 @@ from verl_world import make_models
 
 from opd.errors import ConfigError, ModelError
 from opd.integrations.verl.contract import source_check
-from opd.integrations.verl.contract.relied_on import ReliedOn
+from opd.integrations.verl.contract.source_check import ReliedOn
 from opd.integrations.verl.dry_run.compose import compose, read_words
 from opd.integrations.verl.plugin import driver
 from opd.integrations.verl.plugin import hydra_targets as targets

@@ -20,7 +20,7 @@ from opd.errors import ConfigError, ModelError, NonFiniteError
 from opd.integrations.verl.plugin.checks import RunFacts, TeacherServers, check_run
 from opd.integrations.verl.plugin.settings import parse
 from opd.integrations.verl.plugin.teachers.hidden_server import load_teacher, read_states, trusts
-from opd.integrations.verl.plugin.teachers.served_hidden_states import load_head
+from opd.integrations.verl.plugin.teachers.served import load_head
 
 HIDDEN = {"placement": "hidden"}
 

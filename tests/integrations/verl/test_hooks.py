@@ -15,11 +15,11 @@ from matrix import RELEASES, NoDownload, table, unpacked
 import opd.integrations.verl
 from opd.errors import ConfigError
 from opd.integrations.verl.contract import doctor
-from opd.integrations.verl.contract.relied_on import ReliedOn
 from opd.integrations.verl.contract.source_check import (
     BY_PART,
     HOOKS,
     PARTS,
+    ReliedOn,
     VerlSource,
     check_contract,
     expected,

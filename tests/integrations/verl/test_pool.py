@@ -22,7 +22,7 @@ from opd.errors import ConfigError, ModelError, NonFiniteError, ObjectiveError
 from opd.integrations.verl.dry_run.sampling import score
 from opd.integrations.verl.plugin.checks import RunFacts, TeacherServers, check_run
 from opd.integrations.verl.plugin.settings import TeacherSettings, parse
-from opd.integrations.verl.plugin.teachers.served_logprobs import in_vocabulary, refuse_nonsense, vocabulary_of
+from opd.integrations.verl.plugin.teachers.served import in_vocabulary, refuse_nonsense, vocabulary_of
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget, SampledTarget, Target, TopKTarget

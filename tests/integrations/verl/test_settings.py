@@ -19,6 +19,7 @@ from opd.integrations.verl.plugin.settings import (
     Settings,
     TeacherSettings,
     parse,
+    settings_of,
 )
 from opd.losses import Objective
 
@@ -178,3 +179,32 @@ def test_what_cannot_work_is_refused_by_name(section: dict, error: type[Exceptio
     with pytest.raises(error, match=r"opd\b") as caught:
         parse(section)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"objective": {"beta": 0.5}}, "beta=0.5 is not read by reverse_kl"),
+        ({"objective": {"divergence": "forward_kl", "beta": 0.3}}, "beta=0.3 is not read by forward_kl"),
+        ({"objective": {"normalize": True}}, "normalize=True is read by generalized_jsd only"),
+        ({"distillation_beta": 0.5}, "beta=0.5 is not read by reverse_kl"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_its_divergence_does_not_read_is_refused_in_both_sections(section: dict, said: str):
+    """Also at the value that it has where it is read: None alone is unset."""
+    beside = {key: value for key, value in section.items() if key in CONCEPT}
+    opd_section = {key: value for key, value in section.items() if key not in CONCEPT}
+    for read in (
+        lambda: parse({**group(), **TEACHER, **section}),
+        lambda: settings_of({"opd": {**TEACHER, **opd_section}, **beside}),
+    ):
+        with pytest.raises((ConfigError, ObjectiveError)) as caught:
+            read()
+        assert said in str(caught.value)
+
+
+def test_both_sections_have_the_same_defaults_where_a_divergence_reads_a_setting():
+    for objective in ({"divergence": "generalized_jsd"}, {"divergence": "skew_reverse_kl", "beta": 0.3}):
+        mine = settings_of({"opd": {**TEACHER, "objective": objective}}).objective.loss()
+        assert mine == parse({**TEACHER, "objective": objective})[0].objective

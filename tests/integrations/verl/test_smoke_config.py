@@ -20,14 +20,12 @@ from verl_world import REWARD, make_prompts
 
 from opd.cli.verl import _split
 from opd.errors import ConfigError, DataError, OpdError
-from opd.integrations.verl.dry_run.compose import compose, literal, read_words
-from opd.integrations.verl.dry_run.overrides import ConfigOverrides
-from opd.integrations.verl.dry_run.shrink_config import check_given, replace, requested_models
-from opd.integrations.verl.dry_run.sizes import check_sizes
+from opd.integrations.verl.dry_run.compose import ConfigOverrides, compose, literal, read_words
+from opd.integrations.verl.dry_run.shrink_config import check_given, check_sizes, replace, requested_models
 from opd.integrations.verl.dry_run.smoke import _Run
 from opd.integrations.verl.dry_run.tiny_models import RequestedModel, StandIn, make_models
+from opd.integrations.verl.plugin.model_checks import shrink
 from opd.integrations.verl.plugin.settings import parse
-from opd.integrations.verl.plugin.small_model import shrink
 from opd.testing import byte_tokenizer
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"

@@ -13,7 +13,7 @@ from verl_engines import batch, engine, join, same, step
 from opd.errors import ConfigError
 from opd.integrations.verl.plugin.model_checks import teacher_attention
 from opd.integrations.verl.plugin.settings import TeacherSettings
-from opd.integrations.verl.plugin.teachers import frozen_model
+from opd.integrations.verl.plugin.teachers import in_actor as frozen_model
 
 
 def gathered(module: torch.nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine import BaseEngine, EngineRegistry
 from verl_runs import main_ppo, make_folder, recomputed, reverse_kl
 
-from opd.integrations.verl.plugin.v080 import register_engine
+from opd.integrations.verl.plugin.base_engines import register_engine
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("OPD_VERL080", ROOT / ".venv-verl080" / "bin" / "python"))

@@ -15,7 +15,7 @@ import pytest
 from patch_trees import NEWEST, PATCHES, VERSIONS, git, make_tree, release, script, small_files, touched
 from tools.verl_patch import builder
 from tools.verl_patch.__main__ import main
-from tools.verl_patch.pack import pack
+from tools.verl_patch.builder import pack
 from tools.verl_patch.release import SUPPORTED, cache_folder, read_release
 
 from opd.errors import ConfigError

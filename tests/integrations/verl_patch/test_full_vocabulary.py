@@ -31,6 +31,9 @@ WRONG: list[dict[str, Any]] = [
     {"divergence": "generalized_jsd", "beta": 1.5},
     {"student_temperature": 0.0},
     {"teacher_temperature": float("inf")},
+    {"divergence": "reverse_kl", "beta": 0.5},
+    {"divergence": "forward_kl", "beta": 0.3},
+    {"divergence": "skew_reverse_kl", "normalize": True},
 ]
 
 

@@ -17,7 +17,8 @@ from opd.losses.divergences import Divergence, check_shape_parameters, full_dive
 from opd.types import DenseTarget
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "generalized_jsd", "skew_reverse_kl")
-READ_BETA = ("generalized_jsd", "skew_reverse_kl")
+READ_BY = {"beta": (0.5, ("generalized_jsd", "skew_reverse_kl")), "normalize": (True, ("generalized_jsd",))}
+"""Settings that some divergences read: the value that None stands for there, and these divergences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,10 @@ class Objective:
     """A divergence of the student S from the teacher T. Raises ObjectiveError for settings that cannot work."""
 
     divergence: Divergence = "reverse_kl"
-    beta: float = 0.5
-    """Weight of the teacher in the mixture of generalized_jsd and skew_reverse_kl."""
-    normalize: bool = True
-    """Divide generalized_jsd by β(1−β), which makes β a direction; False is the published form."""
+    beta: float | None = None
+    """Weight of the teacher in the mixture of generalized_jsd and skew_reverse_kl; 0.5 if not set."""
+    normalize: bool | None = None
+    """Divide generalized_jsd by β(1−β), which makes β a direction; False is the published form. True if not set."""
     student_temperature: float = 1.0
     """Student logits are divided by this before the divergence; not the sampling temperature."""
     teacher_temperature: float = 1.0
@@ -39,33 +40,43 @@ class Objective:
     top_k: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
+        for name, (default, readers) in READ_BY.items():
+            if getattr(self, name) is None and self.divergence in readers:
+                object.__setattr__(self, name, default)
         for complaint in self._complaints():
             raise ObjectiveError(complaint)
-        check_shape_parameters(self.divergence, beta=self.beta)
-        if self.divergence == "generalized_jsd" and not self.normalize:
-            warn_if_faded(self.beta)
+        _, beta, normalize = self.shape
+        check_shape_parameters(self.divergence, beta=beta)
+        if self.divergence == "generalized_jsd" and not normalize:
+            warn_if_faded(beta)
 
     def _complaints(self) -> Iterator[str]:
         if self.divergence not in DIVERGENCES:
             yield f"divergence={self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}."
-        for name in ("beta", "student_temperature", "teacher_temperature"):
+        for name, (_, readers) in READ_BY.items():
+            if getattr(self, name) is not None and self.divergence not in readers:
+                yield f"{name}={getattr(self, name)} is not read by {self.divergence}; drop it, or use {' or '.join(readers)}."
+        if not math.isfinite(self.beta or 0.0):
+            yield f"beta={self.beta} must be a finite number."
+        for name in ("student_temperature", "teacher_temperature"):
             value = getattr(self, name)
-            if not math.isfinite(value) or (name != "beta" and value <= 0):
-                yield f"{name}={value} must be a finite number{'' if name == 'beta' else ' > 0, because logits are divided by it'}."
+            if not math.isfinite(value) or value <= 0:
+                yield f"{name}={value} must be a finite number > 0, because logits are divided by it."
         if self.divergence == "skew_reverse_kl" and self.beta == 0:
             yield "skew_reverse_kl with beta=0 is KL(S‖S), identically 0; use beta=1 for reverse KL, or anything between."
 
     @property
     def shape(self) -> tuple[float, float, bool]:
-        """(α, β, normalize) of the divergence."""
-        return 0.5, self.beta, self.normalize
+        """(α, β, normalize) of the divergence; 0 and False where it reads none."""
+        return 0.0, self.beta or 0.0, bool(self.normalize)
 
     def per_token_loss(
         self, student_logits: Float[Tensor, "tokens vocab"], target: DenseTarget, _ids: Tensor, **_given: Any
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """The divergence of every token in nats, differentiable, and 0 for the teacher's log-probs that a floor would raise."""
         logp, logq = to_logp(student_logits, self.student_temperature), to_logp(target.logits, self.teacher_temperature)
-        loss = full_divergence(self.divergence, logp, logq, beta=self.beta, normalize=self.normalize)
+        _, beta, normalize = self.shape
+        loss = full_divergence(self.divergence, logp, logq, beta=beta, normalize=normalize)
         return loss, torch.zeros(len(loss), device=loss.device)
 
 

@@ -65,11 +65,6 @@ class FewTokenRows:
         absent()
 
 
-def add_policy_and_entropy(_rows: Any, values: dict[str, Tensor], distillation: Tensor) -> dict[str, Tensor]:
-    """`values` with the loss, which is the distillation term."""
-    return {**values, "loss": distillation}
-
-
 def absent(*_given: Any) -> NoReturn:
     """What no loss of the patch comes to: verl has the policy loss, and teachers come as logits."""
     raise NotImplementedError("the patch compares whole logits; the package opd has this.")

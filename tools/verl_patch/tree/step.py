@@ -16,14 +16,16 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.plugin.alignment import response_positions
+from opd.errors import NonFiniteError
+from opd.integrations.verl.plugin.alignment import padded, response_positions, rollout_temperature
 from opd.integrations.verl.plugin.logits import WATCHED, token_losses
 from opd.integrations.verl.plugin.packed_reading import followed, refuse_mixing
-from opd.integrations.verl.plugin.policy_loss_settings import PREFIX, settings_of
+from opd.integrations.verl.plugin.settings import settings_of
 from opd.teachers.vocabulary import joined
 from tools.verl_patch.tree.teacher import Teacher
 
+PREFIX = "actor/distillation/"
+"""Prefix of the metrics."""
 LOSSES = "distillation_losses"
 """In the engine's model output: the divergence at each token of the micro-batch, 0 where no response token follows."""
 
@@ -34,13 +36,13 @@ class OnPolicyDistillation:
     def __init__(self, config: Any, engine: Any) -> None:
         """`config` is verl's ActorConfig and `engine` the student's, initialized; loads the teachers."""
         self.config, self.settings = config, settings_of(config.policy_loss)
-        self.objective = self.settings.objective()
+        self.objective = self.settings.objective.loss()
         self.policy_config = copy.copy(config)
         rl = copy.copy(config.policy_loss)
         object.__setattr__(rl, "loss_mode", self.settings.hybrid_loss_mode)
         object.__setattr__(self.policy_config, "policy_loss", rl)
         refuse_mixing(engine)
-        self.teachers = [Teacher(told, engine) for told in self.settings.teachers.values()]
+        self.teachers = [Teacher(told, engine) for told in self.settings.all_teachers.values()]
         self.vocabulary = joined([teacher.vocabulary for teacher in self.teachers])
         self.rows = min(teacher.rows for teacher in self.teachers)
         self.rank, self.traced = engine.rank, 0
@@ -86,7 +88,7 @@ class OnPolicyDistillation:
             self.objective,
             positions=positions,
             teacher_weights=torch.tensor(self.settings.shares(len(teachers)), dtype=torch.float64),
-            mixture=self.settings.mixture,
+            mixture=self.settings.mixture.kind,
             student_scale=rollout_temperature(data),
             vocab=self.vocabulary.size,
             masked_ids=self.vocabulary.invalid_ids,
@@ -105,7 +107,7 @@ class OnPolicyDistillation:
     def _total(self, model_output: dict[str, Tensor], data: Any, dp_group: Any) -> tuple[Tensor, dict[str, Any]]:
         info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
         info["loss_scale_factor"] = self.config.loss_scale_factor
-        mask = _padded(data, "response_mask").float()
+        mask = padded(data, "response_mask").float()
 
         def mean(name: str) -> Tensor:
             at_responses = no_padding_2_padding(model_output[name], data).float()
@@ -118,10 +120,10 @@ class OnPolicyDistillation:
                 metrics[PREFIX + name] = Metric(AggregationType.SUM, mean(name).detach())
         for name, count in self.counts.items():
             metrics[PREFIX + name] = Metric(AggregationType.SUM, torch.tensor(float(count)))
-        loss = self.settings.distill_weight * distilled
+        loss = self.settings.rl.distill_weight * distilled
         if self.settings.trains_rl:
             theirs, more = ppo_loss(self.policy_config, model_output, data, dp_group)
-            loss = loss + self.settings.rl_weight * theirs
+            loss = loss + self.settings.rl.weight * theirs
             metrics = {**more, **metrics}
         return loss, metrics
 
@@ -138,22 +140,6 @@ class OnPolicyDistillation:
             },
             Path(folder) / f"rank{self.rank}_{self.traced:06d}.pt",
         )
-
-
-def rollout_temperature(data: Any) -> float:
-    """What the engine divided the student's logits by."""
-    values = torch.as_tensor(data["temperature"], dtype=torch.float32).unique()
-    if len(values) != 1:
-        raise ConfigError(
-            "the samples of one micro-batch were drawn at several temperatures; on-policy distillation takes one: set one "
-            "actor_rollout_ref.rollout.temperature."
-        )
-    return float(values)
-
-
-def _padded(data: Any, name: str) -> Tensor:
-    """[sequences, longest response], as verl's losses see it."""
-    return data.select(name).to_padded_tensor()[name]
 
 
 def _spread(values: Tensor, positions: Tensor, tokens: int) -> Tensor:

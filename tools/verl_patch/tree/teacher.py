@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from verl.workers.config import FSDPEngineConfig, HFModelConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from opd.integrations.verl.plugin.packed_reading import in_rows, packed, readable, reads_rows, takes_bounds
-from opd.integrations.verl.plugin.policy_loss_settings import TeacherModel
-from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, embedding_rows
+from opd.integrations.verl.plugin.base_engines import frozen_engine_config, frozen_model_config
+from opd.integrations.verl.plugin.model_checks import common_vocabulary
+from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, readable, reads_rows, takes_bounds
+from opd.integrations.verl.plugin.settings import TeacherModel
+from opd.teachers.vocabulary import embedding_rows
 
 DEFAULT_PRECISION = "bf16"  # verl's, where fsdp_config.mixed_precision does not say
 
@@ -25,9 +25,16 @@ class Teacher(FSDPEngineWithLMHead):
 
     def __init__(self, told: TeacherModel, student: Any) -> None:
         """`student` is the actor's engine, whose precision and sharding the teacher shares. Raises VocabularyError."""
-        model = _model_config(told, student.model_config)
-        self.vocabulary = _common_vocabulary(student.model_config, model)
-        super().__init__(model, _engine_config(student.engine_config, told.offload), None, None)
+        attention = student.model_config.override_config.get("attn_implementation")
+        model = frozen_model_config(told, student.model_config, attention)
+        self.vocabulary = common_vocabulary(student.model_config, model)
+        for warning in self.vocabulary.warnings:
+            print(f"on-policy distillation: warning: {warning}", flush=True)
+        actor = student.engine_config
+        precision = dict(actor.mixed_precision or {}).get("param_dtype", DEFAULT_PRECISION)
+        # verl keeps the shards of a forward-only model in CPU memory
+        config = frozen_engine_config(actor, precision, strategy=actor.strategy, forward_only=told.offload)
+        super().__init__(model, config, None, None)
         module = self._build_module().requires_grad_(False)
         self.rows = embedding_rows(module)
         self.pass_packed_cu_seqlens = takes_bounds(module, student)
@@ -40,46 +47,9 @@ class Teacher(FSDPEngineWithLMHead):
         if self.reads_rows and packed(micro_batch):
             model_inputs, _ = self.prepare_model_inputs(micro_batch=in_rows(micro_batch))
         model_inputs = readable(self, model_inputs)
-        device_type = model_inputs["input_ids"].device.type
-        with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
+        with autocast(self):
             logits = self.module(**model_inputs, use_cache=False).logits
         if isinstance(self.module, FSDPModule):
             self.module.reshard()  # FSDP2 keeps the root gathered for a backward pass, which never comes
         mask = model_inputs.get("attention_mask")
         return logits.squeeze(0) if mask is None else logits[mask.bool()]
-
-
-def _common_vocabulary(student: Any, teacher: Any) -> VocabularyMatch:
-    rows = [config.hf_config.get_text_config().vocab_size for config in (student, teacher)]
-    match = check_vocabularies(
-        student.tokenizer, teacher.tokenizer, *rows, student_name=student.path, teacher_name=teacher.path
-    )
-    for warning in match.warnings:
-        print(f"on-policy distillation: warning: {warning}", flush=True)
-    return match
-
-
-def _model_config(told: TeacherModel, student: Any) -> HFModelConfig:
-    attention = student.override_config.get("attn_implementation")
-    return HFModelConfig(
-        path=told.model,
-        trust_remote_code=told.trust_remote_code,
-        override_config={} if attention is None else {"attn_implementation": attention},
-        use_remove_padding=student.use_remove_padding,
-        enable_gradient_checkpointing=False,
-    )
-
-
-def _engine_config(actor: Any, offload: bool) -> FSDPEngineConfig:
-    mixed = dict(actor.mixed_precision or {})
-    dtype = mixed.get("param_dtype", DEFAULT_PRECISION)
-    return FSDPEngineConfig(
-        strategy=actor.strategy,
-        forward_only=offload,  # verl keeps the shards of a forward-only model in CPU memory
-        model_dtype=dtype,
-        mixed_precision={**mixed, "param_dtype": dtype},
-        reshard_after_forward=True,  # no backward pass of the teacher would do it later
-        fsdp_size=actor.fsdp_size,
-        wrap_policy={k: v for k, v in deepcopy(dict(actor.wrap_policy)).items() if k == "min_num_params"},
-        use_torch_compile=False,
-    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd.kernels.full_logits import loss_by_autograd
-from opd.kernels.row_spec import RowResults, RowSpec, Teachers
+from opd.kernels.spec import RowResults, RowSpec, Teachers
 
 
 class AutogradRows:

@@ -1,5 +1,17 @@
 """PyTorch only: row passes that write the gradient over the logits, a few rows at a time so that they stay in cache.
 
+Each divergence has its value and f = ∂D/∂p, from which dD/dz = p (f − Σ p f). They are written for unnormalised p̃ = e^z = S p and
+q̃ = e^t = Q q, so that nothing is divided by a row's sum entry by entry; with z and t already log-probs, S = Q = 1. M = βq + (1−β)p.
+
+    reverse_kl          f = log(p/q)
+    forward_kl          p f = −q
+    generalized_jsd     f = log(p/M), times 1/β normalised, times 1−β as published
+    skew_reverse_kl     f = log(p/M) + (1−β) (M−p)/M
+    skew_forward_kl     f = −(1−β) (q−M)/M
+
+log M is never formed: near β = 0 and 1 it is all but one model's log-prob, and the division by β or 1−β magnifies what it lost. With
+d = log q − log p and w the smaller of the two weights, log(M/p) or log(M/q) is log1p(w (e^±d − 1)), and the other is d away.
+
 Factors of a whole row (1/S, λ, 1/β) go to the hidden rows (`RowResults.scale`). Logits are not shifted by their maximum as long as the
 sums of a row stay in the middle of float32's range; a row where they do not is recomputed by the chunk loop, and from then on logits
 are shifted.
@@ -13,23 +25,218 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd.kernels.chunk_loop import RowPass
-from opd.kernels.closed_form import (
-    Sums,
-    add_policy_and_entropy,
-    closed_form,
-    dot,
-    few_tokens_loss,
+from opd.kernels.few_tokens import add_few_tokens, policy_loss, token_slopes
+from opd.kernels.spec import (
+    MASKED,
+    RowPass,
+    RowResults,
+    RowSpec,
+    Teachers,
+    kind_of,
     out_of_range,
     pieces,
-    policy_loss,
-    token_slopes,
+    restore_neg_inf,
 )
-from opd.kernels.row_spec import MASKED, RowResults, RowSpec, Teachers, restore_neg_inf
-from opd.losses import top_overlap
+from opd.losses import Objective, top_overlap
 from opd.types import DenseTarget, HiddenTarget, TeacherMixture, TopKTarget
 
+GRAM_ROWS, GRAM_COLUMNS = 4, 1 << 15  # (benchmarks/LOG.md)
+MAX_MIXED_RATIO = 80.0  # |d| from which one model has no part in M: e^80 ≈ 6e34 and its inverse are normal in float32
 FOLD_SHARE = 1e-3  # a row's multiple of p̃ becomes a divisor only if it is this share of the entries beside it, or more
+Sums = tuple[Tensor, ...]
+
+
+class ClosedFormDivergence:
+    """One divergence, and scratch for its passes that is made once.
+
+    z, t are logits that may be overwritten, p, q_ their exponentials, s, q the sums of those; columns are [rows, 1].
+    """
+
+    mixes = False
+    """True if f depends on the rows' sums, which must be known first."""
+    subtracts_teacher = False
+    """True if p f is −q, which is subtracted instead of multiplied by p."""
+
+    def __init__(self, objective: Objective) -> None:
+        _, self.beta, self.normalize = objective.shape
+        self.rest = 1.0 - self.beta
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, like: Tensor) -> Tensor:
+        """Scratch of this shape; its content is whatever was left there."""
+        held = self._buffers.get(name)
+        if held is None or held.shape[0] < like.shape[0] or held.shape[1] != like.shape[1]:
+            held = self._buffers[name] = torch.empty_like(like)
+        return held if held.shape[0] == like.shape[0] else held[: like.shape[0]]
+
+    def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
+        """Overwrite z with f / row_scale, and use t up. Returns S KL(S‖M) and Q KL(T‖M) where the divergence has them, and Σ p̃ f.
+
+        For the KLs, M is the other model, and `value` adds the normalisers.
+        """
+        raise NotImplementedError
+
+    def grad_wrt_probs_of_logp(self, z: Tensor, t: Tensor) -> None:
+        """Overwrite z with f / row_scale, from log-probs (S = Q = 1) whose sums are known already."""
+        raise NotImplementedError
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        """D from the sums of `grad_wrt_probs`."""
+        raise NotImplementedError
+
+    def row_scale(self, s: Tensor, q: Tensor) -> Tensor | float:
+        """The factor of f, one number per row, that is left to whoever scales rows."""
+        return 1.0
+
+
+class ReverseKl(ClosedFormDivergence):
+    """KL(S‖T)."""
+
+    def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
+        x = dot(p, z.sub_(t))
+        return x, x, x
+
+    def grad_wrt_probs_of_logp(self, z: Tensor, t: Tensor) -> None:
+        z.sub_(t)
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        return x / s - (s.log() - q.log())
+
+
+class ForwardKl(ClosedFormDivergence):
+    """KL(T‖S)."""
+
+    subtracts_teacher = True
+
+    def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
+        none = torch.zeros_like(s)
+        return none, dot(q_, t.sub_(z)), none
+
+    def grad_wrt_probs_of_logp(self, z: Tensor, t: Tensor) -> None:
+        z.zero_()
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        return y / q + (s.log() - q.log())
+
+
+def _log_ratio(z: Tensor, t: Tensor, q_over_s: Tensor | None) -> None:
+    """d = log q − log p into t."""
+    t.sub_(z)
+    if q_over_s is not None:
+        t.sub_(q_over_s.log())
+    t.clamp_(-MAX_MIXED_RATIO, MAX_MIXED_RATIO)
+
+
+class GeneralizedJsd(ClosedFormDivergence):
+    """β KL(T‖M) + (1−β) KL(S‖M), divided by β (1−β) when normalised."""
+
+    mixes = True
+
+    def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
+        x, y = self._sums(z, t, p, q_, q / s)
+        return x, y, -x
+
+    def _sums(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, q_over_s: Tensor) -> tuple[Tensor, Tensor]:
+        """log(M/p) into z, and Σ p̃ log(p/M) and Σ q̃ log(q/M). t is used up."""
+        self._smaller_ratio(z, t, q_over_s)
+        if self.beta <= 0.5:
+            x = dot(p, z)
+            return -x, -dot(q_, torch.sub(z, t, out=t))
+        y = dot(q_, z)
+        return -dot(p, z.add_(t)), -y
+
+    def grad_wrt_probs_of_logp(self, z: Tensor, t: Tensor) -> None:
+        self._smaller_ratio(z, t)
+        if self.beta > 0.5:
+            z.add_(t)
+
+    def _smaller_ratio(self, z: Tensor, t: Tensor, q_over_s: Tensor | None = None) -> None:
+        """d into t, and into z log(M/p) where β ≤ ½, else log(M/q)."""
+        _log_ratio(z, t, q_over_s)
+        if self.beta <= 0.5:
+            torch.expm1(t, out=z).mul_(self.beta).log1p_()
+        else:
+            torch.neg(t, out=z).expm1_().mul_(self.rest).log1p_()
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        if self.normalize:
+            return (y / q) / self.rest + (x / s) / self.beta
+        return self.beta * (y / q) + self.rest * (x / s)
+
+    def row_scale(self, s: Tensor, q: Tensor) -> float:
+        return -1.0 / self.beta if self.normalize else -self.rest
+
+
+class Skewed(ClosedFormDivergence):
+    """KL(S‖M) or KL(T‖M); f is made of (q − p)/M."""
+
+    mixes = True
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        self.of_student = objective.divergence == "skew_reverse_kl"
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        return x / s if self.of_student else y / q
+
+    def row_scale(self, s: Tensor, q: Tensor) -> float:
+        return self.beta * self.rest if self.of_student else -self.rest * self.rest
+
+    def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
+        over = self._gap(z, t, q / s)
+        mixture = torch.mul(q_, self.beta * s / q, out=self.buffer("share", z)).add_(p, alpha=self.rest)
+        mass = dot(z, mixture)  # of q − p: 0, but for what rounding did to d, of which it takes out the first order
+        none = torch.zeros_like(s)
+        if self.of_student:
+            x, y = self.beta * mass - dot(p, over), none
+            z.sub_(over, alpha=1.0 / (self.beta * self.rest))
+        else:
+            x, y = none, -dot(q_, over) - self.rest * (q / s) * mass
+        return x, y, dot(p, z)
+
+    def grad_wrt_probs_of_logp(self, z: Tensor, t: Tensor) -> None:
+        over = self._gap(z, t)
+        if self.of_student:
+            z.sub_(over, alpha=1.0 / (self.beta * self.rest))
+
+    def _gap(self, z: Tensor, t: Tensor, q_over_s: Tensor | None = None) -> Tensor:
+        """(q − p)/M into z; the log-ratio of M to the model that the divergence weighs with. t is used up."""
+        _log_ratio(z, t, q_over_s)
+        teachers = self.beta <= 0.5  # the teacher's weight is the smaller one
+        if teachers:
+            torch.expm1(t, out=z)
+        else:
+            torch.neg(t, out=z).expm1_()
+        share = torch.mul(z, min(self.beta, self.rest), out=self.buffer("share", z))
+        smaller = torch.log1p(share, out=self.buffer("m", z))
+        z.div_(share.add_(1.0))
+        if not teachers:
+            z.neg_()
+        if self.of_student == teachers:
+            return smaller
+        return torch.sub(smaller, t, out=t) if teachers else t.add_(smaller)
+
+
+CLOSED_FORMS: dict[str, type[ClosedFormDivergence]] = {
+    "reverse_kl": ReverseKl,
+    "forward_kl": ForwardKl,
+    "generalized_jsd": GeneralizedJsd,
+    "skew_reverse_kl": Skewed,
+    "skew_forward_kl": Skewed,
+}
+
+
+def closed_form(objective: Objective) -> ClosedFormDivergence:
+    """The closed form of an objective's divergence; of a loss that compares no distributions, buffers alone."""
+    return CLOSED_FORMS.get(kind_of(objective), ClosedFormDivergence)(objective)
+
+
+def has_closed_form(rows: RowSpec) -> bool:
+    """True if these row passes have the loss; otherwise `losses` and autograd do a few rows at a time."""
+    return rows.fits(CLOSED_FORMS)
+
+
+# ---- row passes ----------------------------------------------------------------------------------------------------
 
 
 def closed_form_rows(rows: RowSpec, logits: Tensor, *, for_blocks: bool = False) -> RowPass:
@@ -85,11 +292,8 @@ class ClosedFormRows(_ClosedForm):
         seen = self._before(rows, z, t) if self.makes_diagnostics else {}
         parts: list[Sums] = []
         for piece in pieces(z) if self.shards.alone else [slice(0, len(z))]:
-            part = None
-            if not rows.has_extras and not self.makes_diagnostics and not self.keeps_state:
-                part = form.row_pass(z[piece], t[piece], self.shards.sum, gradient)
-            parts.append(part or self._piece(rows, z[piece], t[piece], y_logit[piece], piece, gradient))
-        s, q, zp, tq, x, y, *more = (torch.cat(column).squeeze(-1) for column in zip(*parts, strict=True))
+            parts.append(self._piece(rows, z[piece], t[piece], y_logit[piece], piece, gradient))
+        s, q, zp, tq, x, y, center, *kls = (torch.cat(column).squeeze(-1) for column in zip(*parts, strict=True))
         log_s = s.log()
         values = {
             "divergence": form.value(x, y, s, q),
@@ -99,14 +303,14 @@ class ClosedFormRows(_ClosedForm):
         if ids is not None:
             values["student_logp"] = restore_neg_inf(y_logit.squeeze(-1) - log_s)
         if self.makes_diagnostics:
-            values |= _diagnostics(seen, values, log_s, q.log(), *more[1:])
-        loss = rows.distill_weight * values["divergence"]
-        values = add_policy_and_entropy(rows, values, loss)
+            values |= _diagnostics(seen, values, log_s, q.log(), *kls)
+        values["loss"] = rows.distill_weight * values["divergence"]
+        slopes = add_few_tokens(rows, values) if rows.has_extras else {}
         out = RowResults(values=values, scale=rows.distill_weight * form.row_scale(s, q) / s)
         if self.keeps_state and tops is not None:
-            center = more[0] / s if form.mixes else values["divergence"].clone()
+            center = center / s if form.mixes else values["divergence"].clone()
             tops_of = [top.squeeze(-1) for top in tops]
-            out.state = {"log_s": tops_of[0] + log_s, "log_q": tops_of[1] + q.log(), "center": center}
+            out.state = {"log_s": tops_of[0] + log_s, "log_q": tops_of[1] + q.log(), "center": center, **slopes}
         self.mark_out_of_range(out, torch.stack([s, q], dim=-1))
         return out
 
@@ -114,14 +318,20 @@ class ClosedFormRows(_ClosedForm):
         """The sums of some rows, with everything that may be asked beside the divergence; S p (f − Σ p f) / row_scale replaces z."""
         form, total = self.divergence, self.shards.sum
         p, q_ = torch.exp(z, out=form.buffer("p", z)), torch.exp(t, out=form.buffer("q", z))
-        s, q = total(p.sum(-1, keepdim=True), q_.sum(-1, keepdim=True))
+        s, q = p.sum(-1, keepdim=True), q_.sum(-1, keepdim=True)
+        if form.mixes:
+            s, q = total(s, q)
         zp, tq = dot(p, z), dot(q_, t)
         logits = form.buffer("bonus", z).copy_(z) if rows.entropy_bonus else None
         kls: Sums = ()
         if self.makes_diagnostics:
             difference = torch.sub(z, t, out=form.buffer("m", z))
             kls = (dot(p, difference) / s, dot(q_, difference) / q)
-        x, y, center, zp, tq = total(*form.grad_wrt_probs(z, t, p, q_, s, q), zp, tq)
+        found = form.grad_wrt_probs(z, t, p, q_, s, q)
+        if form.mixes:
+            x, y, center, zp, tq = total(*found, zp, tq)
+        else:
+            s, q, x, y, center, zp, tq = total(s, q, *found, zp, tq)
         sums = (s, q, zp, tq, x, y, center, *kls)
         if not gradient:
             return sums
@@ -200,20 +410,12 @@ class FewTokenRows(_ClosedForm):
         values = {"student_entropy": (log_s - zp / s).squeeze(-1)}
         if y_logit is not None:
             values["student_logp"] = restore_neg_inf(y_logit - log_s).squeeze(-1)
-        loss, slopes = torch.zeros_like(log_s.squeeze(-1)), (None, None)
-        if target is not None:
-            on_k = None if k_logits is None else restore_neg_inf(k_logits - log_s)
-            values["divergence"], *found, values["clamped"] = few_tokens_loss(rows, on_k, values.get("student_logp"))
-            loss = rows.distill_weight * values["divergence"]
-            slopes = [None if slope is None else rows.distill_weight * slope for slope in found]
-        values = add_policy_and_entropy(rows, values, loss)
-        adds = token_slopes(rows, values, slopes[0], slopes[1])
-        scale = self._gradient(rows, z, bonus, s, zp / s, adds) if gradient else 1.0 / s
+        values["loss"] = torch.zeros_like(log_s.squeeze(-1))
+        slopes = add_few_tokens(rows, values, None if k_logits is None else restore_neg_inf(k_logits - log_s))
+        scale = self._gradient(rows, z, bonus, s, zp / s, token_slopes(rows, slopes)) if gradient else 1.0 / s
         out = RowResults(values=values, scale=scale.squeeze(-1))
         if self.keeps_state and top is not None:
-            out.state = {"log_s": (top + log_s).squeeze(-1)}
-            named = zip(("k_slope", "y_slope"), slopes, strict=True)
-            out.state |= {name: slope for name, slope in named if slope is not None}
+            out.state = {"log_s": (top + log_s).squeeze(-1), **slopes}
         self.mark_out_of_range(out, s)
         return out
 
@@ -284,3 +486,21 @@ class SumOfLosses(_ClosedForm):
         self.shifted = shifts
         z.copy_(total)
         return RowResults(values=values, scale=torch.ones_like(values["loss"]))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b of each row, [rows, 1].
+
+    Of a few rows, the diagonal of a b.T is had at half the time of a product and a sum. It adds columns one by one, so that long rows
+    are added up in parts: at 152k columns entropies were off by 4e-5 nats.
+    """
+    if a.is_cuda or a.shape[0] > GRAM_ROWS:
+        return torch.linalg.vecdot(a, b).unsqueeze(-1)
+    parts = zip(a.split(GRAM_COLUMNS, dim=1), b.split(GRAM_COLUMNS, dim=1), strict=True)
+    if a.shape[0] == 1:
+        return _sum([torch.dot(x[0], y[0]) for x, y in parts]).view(1, 1)
+    return _sum([torch.mm(x, y.T).diagonal() for x, y in parts]).unsqueeze(-1)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opd.kernels.chunk_loop import HeadLogits
 from opd.kernels.full_logits import diagnostics_from_logits, loss_from_logits
-from opd.kernels.head import HeadLogits
-from opd.kernels.row_spec import Columns, RowResults, RowSpec
+from opd.kernels.spec import Columns, RowResults, RowSpec
 from opd.losses import weighted_sum
 from opd.types import DenseTarget, HiddenTarget, TeacherMixture
 

@@ -1,4 +1,7 @@
-"""The hooks of a copy of verl, read from its source: nothing of verl is imported, so any release can be checked in any environment."""
+"""The places in verl that the plugin relies on (`relied_on.yaml`), looked up in the source of a copy of verl.
+
+Nothing of verl is imported, so any release can be checked in any environment, and one that moves a place can be refused by its name.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,47 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opd.errors import ConfigError
-from opd.integrations.verl.contract.relied_on import BY_PART, HOOKS, ReliedOn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliedOn:
+    """One class, function or table of verl, or one section of its config."""
+
+    where: str
+    """`module:Dotted.name`, `module:` for the whole module, or `path/in/verl.yaml:dotted.section`."""
+    needs: str = ""
+    """Parameters of a function; methods, fields, attributes and constructor parameters of a class; keys of a section."""
+    says: str = ""
+    """Names, strings and `keyword=`s that stand in it: what it reads, sets or calls, where no signature shows that."""
+    abstract: str | None = None
+    """All methods that a subclass has to define, where ours is one: one more would make ours unusable."""
+    why: str
+    since: tuple[int, ...] = (0, 8, 0)
+    """The first release that has it. `plugin.base_engines` serves verl 0.8 without."""
+
+
+def _read() -> Mapping[str, tuple[ReliedOn, ...]]:
+    text = files("opd.integrations.verl.contract").joinpath("relied_on.yaml").read_text(encoding="utf-8")
+
+    def made(since: str = "0.8.0", **entry: str) -> ReliedOn:
+        return ReliedOn(since=tuple(map(int, since.split("."))), **entry)
+
+    return {part: tuple(made(**entry) for entry in entries) for part, entries in yaml.safe_load(text).items()}
+
+
+BY_PART = _read()
+"""The places that each part of the plugin relies on."""
+HOOKS = tuple(hook for part in BY_PART.values() for hook in part)
+
 
 PARTS = ("config", "engine", "teacher")
 """The parts that every run of the plugin needs; teachers in verl's servers need `serving` and `pool`, and a CPU `cpu`."""
@@ -120,7 +155,11 @@ class VerlSource:
             if missing := [word for word in hook.says.split() if word not in said]:
                 yield f"says nothing of {', '.join(missing)} any more"
         if hook.abstract is not None and isinstance(node, ast.ClassDef):
-            asked = {name for name, member in self.members(module, node).items() if _is_abstract(member)}
+            asked = {
+                name
+                for name, member in self.members(module, node).items()
+                if any("abstract" in ast.unparse(decorator) for decorator in getattr(member, "decorator_list", []))
+            }
             if more := sorted(asked - set(hook.abstract.split())):
                 yield f"asks its subclasses for {', '.join(more)}"
 
@@ -239,11 +278,6 @@ def _parameters(node: ast.AST) -> set[str]:
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return set()
     return {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-
-
-def _is_abstract(node: ast.AST) -> bool:
-    decorators = getattr(node, "decorator_list", [])
-    return any("abstract" in ast.unparse(decorator) for decorator in decorators)
 
 
 def _said(node: ast.AST) -> set[str]:

@@ -1,4 +1,7 @@
-"""verl's config as its main composes it from the words of a command line, without importing verl."""
+"""verl's config as its main composes it from the words of a command line, and overrides that come after the user's own; without importing verl.
+
+`python -m … WORDS` imports it, for what verl's main checks on the driver before Ray starts.
+"""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -7,7 +10,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -158,3 +161,60 @@ def _gist(error: HydraException, words: Words) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(line for line in str(error).splitlines() if line.strip()).strip().rstrip(".")
+
+
+ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{name}" for name in ("actor", "rollout", "ref", "model"))
+
+
+@dataclass
+class ConfigOverrides:
+    """Changes to a user's config."""
+
+    config: DictConfig
+    values: dict[str, Any] = field(default_factory=dict)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    """(setting, in the user's config, here)."""
+
+    def has(self, key: str) -> bool:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(self.config, parent) if parent else self.config
+        return isinstance(node, DictConfig) and name in node
+
+    def get(self, key: str) -> Any:
+        """The user's value; None for a key that is not there."""
+        return OmegaConf.select(self.config, key, throw_on_missing=False)
+
+    def set(self, key: str, value: Any) -> None:
+        self.values[key] = value
+
+    def row(self, setting: str, own: Any, here: Any) -> None:
+        self.rows.append((setting, str(own), str(here)))
+
+    def overrides(self) -> list[str]:
+        """In Hydra's form, without those that the user's config has anyway."""
+        found = []
+        for key, value in self.values.items():
+            parent, _, name = key.rpartition(".")
+            node, own = OmegaConf.select(self.config, parent), self.get(key)
+            open_ = not self.has(key) or OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
+            if open_ or own != value or type(own) is not type(value):
+                found.append(f"++{key}={literal(value)}")
+        return found
+
+
+def has_critic(config: DictConfig) -> bool:
+    enabled = config.critic.enable
+    return bool(enabled) if enabled is not None else config.algorithm.adv_estimator == "gae"
+
+
+def main(words: Sequence[str]) -> None:
+    """verl's checks of the sizes that the user wrote. Raises what verl raises, or returns."""
+    config = compose(read_words(words))
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

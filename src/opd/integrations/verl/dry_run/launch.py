@@ -20,18 +20,8 @@ import psutil
 POLL_SECONDS = 0.5
 MARK = "OPD_LAUNCH"
 """An environment variable that all processes of one launch inherit; Ray's workers overwrite theirs, its daemons do not."""
-NOT_INHERITED = (
-    "RAY_ADDRESS",
-    "RAY_NAMESPACE",
-    "RAY_JOB_ID",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "DIST_INIT_METHOD",
-)
+NOT_INHERITED = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+                 "MASTER_ADDR", "MASTER_PORT", "DIST_INIT_METHOD")  # fmt: skip
 """They would join a cluster or a process group that is already there, or find the addresses of one that is gone."""
 
 

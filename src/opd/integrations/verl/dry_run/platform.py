@@ -15,20 +15,21 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE")
 """Set by verl in a worker before it makes a process group."""
 
 
-def _nothing(_self: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Nothing: a CPU has one device, no queue behind it, no cache to free, no segments, no handles and no profiler."""
+def _always(value: Any) -> Any:
+    """A method that answers the same whatever it is asked."""
+    return lambda _self, *_args, **_kwargs: value
 
 
-def _zero(_self: Any, *_args: Any, **_kwargs: Any) -> int:
-    """0: the memory of a CPU is not counted."""
-    return 0
+_nothing = _always(None)
+"""A CPU has one device, no queue behind it, no cache to free, no segments, no handles and no profiler."""
 
 
 class CpuDevice(ModuleType):
     """`torch.cpu` with the names of `torch.cuda` that verl calls."""
 
     set_device = synchronize = empty_cache = ipc_collect = reset_peak_memory_stats = _nothing
-    memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = _zero
+    memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = _always(0)  # it is not counted
+    is_available, device_count, get_device_name = _always(True), _always(1), _always("cpu")
 
     def __init__(self) -> None:
         super().__init__("torch.cpu")
@@ -36,19 +37,10 @@ class CpuDevice(ModuleType):
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
-    def is_available(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return 1
-
     def mem_get_info(self, _device: Any = None) -> tuple[int, int]:
         """Free and total memory of the machine, bytes."""
         page = os.sysconf("SC_PAGE_SIZE")
         return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
-
-    def get_device_name(self, _device: Any = None) -> str:
-        return "cpu"
 
     def get_rng_state(self, _device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
@@ -64,28 +56,18 @@ class CpuPlatform(PlatformBase):
     device_name = vendor_name = "cpu"
     device_module = CpuDevice()
     set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
-
-    def is_available(self) -> bool:
-        return True
-
-    def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Never found by probing: VERL_PLATFORM=cpu asks for it by name."""
-        return False
+    is_available, device_count, get_device_capability = _always(True), _always(1), _always((None, None))
+    is_platform_available = is_ipc_supported = _always(False)  # never found by probing: VERL_PLATFORM=cpu asks for it
+    visible_devices_envvar, ray_resource_name = _always("CUDA_VISIBLE_DEVICES"), _always("GPU")
 
     def current_device(self) -> Any:
         """A device rather than an index, because `tensor.to(0)` would mean CUDA."""
         return torch.device("cpu")
 
-    def device_count(self) -> int:
-        return 1
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
     manual_seed_all = manual_seed
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        return None, None
 
     def communication_backend_name(self) -> str:
         """gloo. In a worker the process group is made here: verl takes a group that exists as it is, and would otherwise ask torch for
@@ -99,17 +81,8 @@ class CpuPlatform(PlatformBase):
             )
         return "gloo"
 
-    def visible_devices_envvar(self) -> str:
-        return "CUDA_VISIBLE_DEVICES"
-
     def nvtx_range(self, msg: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def ray_resource_name(self) -> str:
-        return "GPU"
-
     def ray_noset_envvars(self) -> list[str]:
         return []
-
-    def is_ipc_supported(self) -> bool:
-        return False

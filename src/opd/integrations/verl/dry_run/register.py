@@ -10,7 +10,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from opd.errors import ConfigError
 from opd.integrations.verl.dry_run import ROLLOUT_NAME, attention
-from opd.integrations.verl.plugin.one_memory import LanguageModelEngine, ValueModelEngine
+from opd.integrations.verl.plugin.base_engines import LanguageModelEngine, ValueModelEngine
 
 if get_device_name() != "cpu":
     raise ConfigError(

@@ -8,6 +8,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from opd.integrations.verl.dry_run import ROLLOUT_NAME
 from opd.integrations.verl.dry_run.attention import NAME as ULYSSES
 from opd.integrations.verl.dry_run.sampling import SamplingSettings, sample, score, seed_of
 from opd.integrations.verl.plugin.model_checks import end_ids
-from opd.integrations.verl.plugin.model_server import ModelReplica, ModelServer
+from opd.integrations.verl.plugin.teachers.hidden_server import ModelReplica, ModelServer
 
 TEACHER_ATTENTION = "sdpa"  # verl tells a teacher's server the path alone, and would have it use flash-attn
 
@@ -74,9 +75,7 @@ class SamplingServer(ModelServer):
                 self.model,
                 prompt,
                 SamplingSettings(
-                    temperature=given.get("temperature", 1.0),
-                    top_p=given.get("top_p", 1.0),
-                    top_k=given.get("top_k", -1),
+                    **{one.name: given[one.name] for one in fields(SamplingSettings) if one.name in given}
                 ),
                 max_tokens=max(1, min(limit, room)),
                 stop_ids=self.stop_ids if not self.config.ignore_eos else (),

@@ -1,9 +1,12 @@
-"""The settings of a user's verl config that give way on a laptop, as overrides that come after the user's own."""
+"""The settings of a user's verl config that give way on a laptop, as overrides that come after the user's own.
+
+Batches and lengths are cut down with their ratios kept, and refused where they do not go together.
+"""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,124 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from opd.errors import ConfigError, DataError
-from opd.integrations.verl.dry_run.compose import leaves
-from opd.integrations.verl.dry_run.overrides import ACTOR, MODEL, REF, ROLLOUT, ConfigOverrides, has_critic
-from opd.integrations.verl.dry_run.sizes import shrink_sizes
+from opd.integrations.verl.dry_run.compose import ACTOR, MODEL, REF, ROLLOUT, ConfigOverrides, has_critic, leaves
 from opd.integrations.verl.dry_run.tiny_models import DATA_SOURCE, REWARD, RequestedModel, StandIn, make_prompts
+
+PROMPTS = 4
+"""Per step."""
+SAMPLES = 2
+"""Per prompt, where the user has more than one: enough for an advantage within a group."""
+PROMPT_TOKENS, RESPONSE_TOKENS = 64, 16
+
+
+def shrink_sizes(changes: ConfigOverrides) -> None:
+    """Set as many updates per step and micro-batches per update as the user has, up to two of each."""
+    n = changes.get(f"{ROLLOUT}.n")
+    samples = min(n, SAMPLES)
+    batch, world = changes.get("data.train_batch_size"), _world(changes.config)
+    own_lengths = (changes.get("data.max_prompt_length"), changes.get("data.max_response_length"))
+    lengths = (min(own_lengths[0], PROMPT_TOKENS), min(own_lengths[1], RESPONSE_TOKENS))
+    own_tokens, tokens = sum(own_lengths), sum(lengths)
+    changes.values |= {"data.train_batch_size": PROMPTS, f"{ROLLOUT}.n": samples}
+    if changes.get("data.gen_batch_size") is not None:
+        changes.set("data.gen_batch_size", min(changes.get("data.gen_batch_size"), PROMPTS))
+    for section, prefix in (("data", "max_"), (ROLLOUT, "")):
+        changes.values |= {
+            f"{section}.{prefix}{side}_length": lengths[i] for i, side in enumerate(("prompt", "response"))
+        }
+    changes.row("batch", f"{batch} prompts × {n}", f"{PROMPTS} × {samples}")
+    for section in (ACTOR, "critic") if has_critic(changes.config) else (ACTOR,):
+        mini = changes.get(f"{section}.ppo_mini_batch_size")
+        small = PROMPTS if mini >= batch else PROMPTS // 2
+        changes.set(f"{section}.ppo_mini_batch_size", small)
+        micro = _shrink_micro_batch(
+            changes, section, "ppo_", (mini * n // world, small * samples), (own_tokens, tokens)
+        )
+        if changes.has(f"{section}.ppo_epochs"):
+            changes.set(f"{section}.ppo_epochs", min(changes.get(f"{section}.ppo_epochs"), 2))
+        if section == ACTOR:
+            changes.row("mini-batch", mini, small)
+            if micro is not None:
+                changes.row("micro-batch", *micro)
+    for section, prefix in ((ROLLOUT, "log_prob_"), (REF, "log_prob_"), ("critic", "forward_")):
+        _shrink_micro_batch(changes, section, prefix, (batch * n // world, PROMPTS * samples), (own_tokens, tokens))
+    for rewards in (
+        "reward.reward_kwargs",
+        "reward_model.reward_kwargs",
+    ):  # DAPO's penalty for long responses, in tokens
+        if changes.get(f"{rewards}.max_resp_len") is not None:
+            changes.set(f"{rewards}.max_resp_len", lengths[1])
+        if changes.get(f"{rewards}.overlong_buffer_cfg.len") is not None:
+            changes.set(f"{rewards}.overlong_buffer_cfg.len", lengths[1] // 2)
+    changes.row("lengths", " + ".join(map(str, own_lengths)), " + ".join(map(str, lengths)))
+
+
+def _shrink_micro_batch(
+    changes: ConfigOverrides, section: str, prefix: str, samples: tuple[int, int], tokens: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Set two micro-batches where the user has several, else one; returns the user's size and the new one.
+
+    `samples` of a mini-batch and `tokens` of a sample are the user's and the new number.
+    """
+    (whole, here), (own_length, length), sizes = samples, tokens, None
+    for name in ("micro_batch_size_per_gpu", "micro_batch_size"):
+        key = f"{section}.{prefix}{name}"
+        micro = changes.get(key)
+        if micro is not None:
+            changes.set(key, max(1, here // 2) if micro < whole else here)
+            sizes = (micro, changes.values[key])
+    key = f"{section}.{prefix}max_token_len_per_gpu"
+    most = changes.get(key)
+    if most is not None and changes.get(f"{ACTOR}.use_dynamic_bsz"):
+        changes.set(key, max(length, here * length // 2) if most < whole * own_length else here * length)
+    return sizes
+
+
+def _world(config: DictConfig) -> int:
+    """Data-parallel workers of the actor."""
+    actor = config.actor_rollout_ref.actor
+    sequence = max(
+        actor.fsdp_config.get("ulysses_sequence_parallel_size") or 1, actor.get("ulysses_sequence_parallel_size") or 1
+    )
+    return max(1, config.trainer.n_gpus_per_node * config.trainer.nnodes // sequence)
+
+
+COUNTS = (
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    f"{ROLLOUT}.n",
+    f"{ACTOR}.ppo_mini_batch_size",
+    "critic.ppo_mini_batch_size",
+)
+COUNTS_OR_NOTHING = (f"{ACTOR}.ppo_micro_batch_size_per_gpu", "critic.ppo_micro_batch_size_per_gpu")
+
+
+def check_sizes(config: DictConfig) -> None:
+    """Raise ConfigError for batches of the user's own that verl's workers would refuse: smaller ones cannot show it."""
+    for key in (*COUNTS, *COUNTS_OR_NOTHING):
+        value = OmegaConf.select(config, key)
+        if (type(value) is not int or value < 1) and not (value is None and key in COUNTS_OR_NOTHING):
+            raise ConfigError(f"{key}={value} must be a whole number above 0.")
+    n, world = config.actor_rollout_ref.rollout.n, _world(config)
+    sections: list[tuple[str, Mapping[str, Any]]] = [(ACTOR, config.actor_rollout_ref.actor)]
+    sections += [("critic", config.critic)] if has_critic(config) else []
+    for name, section in sections:
+        mini, micro = section["ppo_mini_batch_size"], section["ppo_micro_batch_size_per_gpu"]
+        if mini * n % world:
+            raise ConfigError(
+                f"{name}.ppo_mini_batch_size={mini} × rollout.n={n} is {mini * n} samples, which {world} data-parallel workers cannot share "
+                f"equally; make it a multiple of {world}."
+            )
+        own = mini * n // world
+        if not section["use_dynamic_bsz"] and micro is not None and own % micro:
+            raise ConfigError(
+                f"{name}.ppo_micro_batch_size_per_gpu={micro} does not divide the {own} samples of a mini-batch that each of {world} "
+                f"data-parallel workers has ({mini} prompts × {n} samples / {world}); use a divisor of {own}."
+            )
+
 
 ROWS = 64
 """Of a data file."""
@@ -87,17 +204,13 @@ def replace(config: DictConfig, models: Sequence[StandIn], *, folder: Path, step
     _reward(changes, folder)
     shrink_sizes(changes)
     _machine(changes, folder)
-    changes.values |= {key: value for key, value in _left_out() if changes.has(key)}
+    left_out = files("opd.integrations.verl.dry_run").joinpath("left_out.yaml").read_text(encoding="utf-8")
+    dotted = leaves(OmegaConf.create(left_out))  # pyright: ignore[reportArgumentType]
+    changes.values |= {key: value for key, value in dotted if changes.has(key)}
     changes.set("trainer.total_training_steps", steps)
     changes.set("trainer.total_epochs", steps)  # an epoch has a step at the least
     changes.set("trainer.default_local_dir", str(folder / "checkpoints"))
     return changes
-
-
-def _left_out() -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of left_out.yaml."""
-    text = files("opd.integrations.verl.dry_run").joinpath("left_out.yaml").read_text(encoding="utf-8")
-    yield from leaves(OmegaConf.create(text))  # pyright: ignore[reportArgumentType]
 
 
 def _machine(changes: ConfigOverrides, folder: Path) -> None:

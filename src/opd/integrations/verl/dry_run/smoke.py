@@ -21,11 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from opd.errors import OpdError
-from opd.integrations.verl.dry_run.compose import Words, compose, literal, read_words
+from opd.integrations.verl.dry_run.compose import ROLLOUT, ConfigOverrides, Words, compose, literal, read_words
 from opd.integrations.verl.dry_run.launch import Ended, cpu_environment, first_error, launch, ray_folder
-from opd.integrations.verl.dry_run.overrides import ROLLOUT, ConfigOverrides
-from opd.integrations.verl.dry_run.shrink_config import check_given, model_overrides, replace, requested_models
-from opd.integrations.verl.dry_run.sizes import check_sizes
+from opd.integrations.verl.dry_run.shrink_config import (
+    check_given,
+    check_sizes,
+    model_overrides,
+    replace,
+    requested_models,
+)
 from opd.integrations.verl.dry_run.tiny_models import StandIn, make_models
 from opd.integrations.verl.plugin.settings import parse
 
@@ -133,7 +137,7 @@ class _Run:
         words = [*given.flags(), *given.overrides, *(f"++{key}={literal(value)}" for key, value in values.items())]
         log = self.folder / "check.txt"
         with cpu_environment(self.folder / "unused.jsonl") as env:
-            ended = self._launch([sys.executable, "-m", "opd.integrations.verl.dry_run.own_config", *words], log, env)
+            ended = self._launch([sys.executable, "-m", "opd.integrations.verl.dry_run.compose", *words], log, env)
         text = self._read(log)
         for line in text.splitlines():
             if line.startswith("opd") and ended.code == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.integrations.verl.plugin.small_model import INITIALIZER_RANGE, NOT_BUILT, in_short, small_model
+from opd.integrations.verl.plugin.model_checks import INITIALIZER_RANGE, NOT_BUILT, in_short, small_model
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 
 

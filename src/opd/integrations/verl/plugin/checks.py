@@ -47,14 +47,9 @@ class RunFacts:
 
 def check_run(settings: Settings, run: RunFacts) -> None:
     """Raise ConfigError for the first thing in verl's config that this distillation cannot live with."""
-    for problem in (
-        *_selection(settings, run),
-        *_pool(settings, run),
-        *_engine(settings, run),
-        *_sampling(settings, run),
-        *_aggregation(settings, run),
-    ):
-        raise ConfigError(problem)
+    for check in (_selection, _pool, _engine, _sampled_tokens):
+        for problem in check(settings, run):
+            raise ConfigError(problem)
 
 
 def remarks(settings: Settings, run: RunFacts) -> tuple[str, ...]:
@@ -125,15 +120,14 @@ def _pool(settings: Settings, run: RunFacts) -> Iterator[str]:
             f"distillation.teacher_models.teacher_model.model_path={run.pool.model_path} is not opd.teacher.model={one.model}; "
             "set the latter alone: the former follows it."
         )
-    yield from _states(run.pool) if served_head else _scores(settings, run.pool)
-
-
-def _states(pool: TeacherServers) -> Iterator[str]:
-    if pool.engine != HIDDEN_ENGINE:
-        yield f"{SERVER}.name={pool.engine} sends no hidden states; set it to {HIDDEN_ENGINE}, or use +opd=pool."
-    if pool.tensor_parallel != 1:
+    if not served_head:
+        yield from _scores(settings, run.pool)
+        return
+    if run.pool.engine != HIDDEN_ENGINE:
+        yield f"{SERVER}.name={run.pool.engine} sends no hidden states; set it to {HIDDEN_ENGINE}, or use +opd=pool."
+    if run.pool.tensor_parallel != 1:
         yield (
-            f"{SERVER}.tensor_model_parallel_size={pool.tensor_parallel}: {HIDDEN_ENGINE} holds the teacher on one GPU; set it to 1, or use "
+            f"{SERVER}.tensor_model_parallel_size={run.pool.tensor_parallel}: {HIDDEN_ENGINE} holds the teacher on one GPU; set it to 1, or use "
             "+opd=pool or +opd=default for a teacher that needs more."
         )
 
@@ -185,11 +179,12 @@ def _engine(settings: Settings, run: RunFacts) -> Iterator[str]:
         yield "actor.calculate_sum_pi_squared=true needs the whole logits, which opd does not make; set it to false."
 
 
-def _sampling(settings: Settings, run: RunFacts) -> Iterator[str]:
-    """Losses that look at the sampled token are right only for tokens drawn from the student, or reweighted to be."""
-    objective, loss = settings.objective, _sampled_loss(settings)
+def _sampled_tokens(settings: Settings, run: RunFacts) -> Iterator[str]:
+    """Losses of the sampled token are right only for tokens drawn from the student, or reweighted to be, and only under weights in
+    `loss_agg_mode` that do not depend on them."""
     if not _weighs_samples(settings):
         return
+    objective, loss, mode = settings.objective, _sampled_loss(settings), run.loss_agg_mode
     reweighted = objective.estimator in ("k1", "exact") and objective.discount == 0
     if run.temperature != objective.student_temperature and not reweighted:
         yield (
@@ -201,25 +196,16 @@ def _sampling(settings: Settings, run: RunFacts) -> Iterator[str]:
             f"rollout.top_p={run.top_p:g} and top_k={run.top_k} never draw some tokens, and {loss} cannot make up for that; set "
             "top_p=1.0 and top_k=-1, or use opd.objective.support=full."
         )
-
-
-def _aggregation(settings: Settings, run: RunFacts) -> Iterator[str]:
-    """Losses that look at the sampled token have their expected gradient only under weights that do not depend on it."""
-    if not _weighs_samples(settings):
-        return
-    mode, instead = (
-        run.loss_agg_mode,
-        "actor.loss_agg_mode=seq-mean-token-sum-norm with actor.loss_scale_factor=<data.max_response_length>",
-    )
     if mode == "seq-mean-token-mean":
         yield (
-            f"actor.loss_agg_mode={mode} with {_sampled_loss(settings)}: a token's weight, 1 over the length of its response, depends on that token, "
-            f"so the expected gradient is not the divergence's, however large the batch; set {instead}."
+            f"actor.loss_agg_mode={mode} with {loss}: a token's weight, 1 over the length of its response, depends on that token, "
+            "so the expected gradient is not the divergence's, however large the batch; set actor.loss_agg_mode=seq-mean-token-sum-norm "
+            "with actor.loss_scale_factor=<data.max_response_length>."
         )
     if mode == "seq-mean-token-sum-norm" and run.loss_scale_factor is None:
         yield (
             f"actor.loss_agg_mode={mode} without actor.loss_scale_factor divides by the longest response of each micro-batch, and with "
-            f"{_sampled_loss(settings)} that depends on the very tokens that it weighs; set actor.loss_scale_factor=<data.max_response_length>."
+            f"{loss} that depends on the very tokens that it weighs; set actor.loss_scale_factor=<data.max_response_length>."
         )
 
 

@@ -76,21 +76,15 @@ def apply_concept_names(
                 f"{prefix}{one.name}={value!r} is not one of {', '.join(one.values)}; {prefix}{one.keys[0]} has more to choose from."
             )
         new = one.values.get(value, value) if one.values else value
-        for key in one.keys:
-            _put(result, key, new, defaults, prefix, f"{prefix}{one.name}={value}")
+        for dotted in one.keys:
+            group, _, key = dotted.partition(".")
+            keys = result.setdefault(group, {})
+            given = keys.get(key)
+            if given is not None and given not in (defaults.get(dotted), new):
+                raise ConfigError(
+                    f"{prefix}{one.name}={value} means {prefix}{dotted}={new}, but {prefix}{dotted}={given} is set too; drop one of them."
+                )
+            keys[key] = new
         explained = f": {one.notes[value]}." if value in one.notes else "."
         notes.append(f"{one.name}={value} was read as {', '.join(f'{key}={new}' for key in one.keys)}{explained}")
     return result, tuple(notes)
-
-
-def _put(
-    section: dict[str, Any], dotted: str, value: Any, defaults: Mapping[str, Any], prefix: str, source: str
-) -> None:
-    group, _, key = dotted.partition(".")
-    keys = section.setdefault(group, {})
-    given = keys.get(key)
-    if given is not None and given not in (defaults.get(dotted), value):
-        raise ConfigError(
-            f"{source} means {prefix}{dotted}={value}, but {prefix}{dotted}={given} is set too; drop one of them."
-        )
-    keys[key] = value

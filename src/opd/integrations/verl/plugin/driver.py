@@ -16,19 +16,19 @@ from verl.utils.fs import copy_to_local
 from verl.utils.import_utils import import_external_libs
 from verl.workers.config import FSDPEngineConfig, HFModelConfig
 
-from opd.errors import ConfigError, ModelError, OpdError
+from opd.errors import ConfigError, ModelError, OpdError, require
 from opd.integrations.verl.plugin.head import output_layer, run_to_head
 from opd.integrations.verl.plugin.model_checks import (
     NO_ADAPTER,
-    check_top_k,
+    NOT_BUILT,
     common_vocabulary,
     read_model,
+    shrink,
     teacher_attention,
     unreadable,
 )
 from opd.integrations.verl.plugin.settings import Settings, key_of
-from opd.integrations.verl.plugin.small_model import NOT_BUILT, shrink
-from opd.integrations.verl.plugin.teachers.frozen_model import precision_of
+from opd.integrations.verl.plugin.teachers.in_actor import precision_of
 
 STUDENT = "actor_rollout_ref.model"
 
@@ -48,7 +48,11 @@ def check_models(settings: Settings, model: DictConfig, engine: FSDPEngineConfig
         key = f"{key_of(name)}.model"
         teacher = replace(read_model(copy_to_local(one.model), one.trust_remote_code, key), path=one.model)
         match = common_vocabulary(student, teacher)
-        check_top_k(settings, match)
+        top_k, full = settings.objective.top_k, "" if settings.is_served else ", or use opd.objective.support=full"
+        require(
+            top_k is None or top_k <= match.size,
+            f"opd.objective.top_k={top_k} is more than the {match.size} tokens of the vocabulary; lower it{full}.",
+        )
         for warning in match.warnings:
             print(f"opd: warning: {warning}", flush=True)
         if settings.placement != "pool":

@@ -14,30 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
+from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
 
-from opd.errors import ConfigError, NonFiniteError
-from opd.integrations.verl.plugin.alignment import ResponseTokens, advantages_of, response_tokens, with_advantages
-from opd.integrations.verl.plugin.engine_config import OpdEngineConfig, start_line
+from opd.errors import NonFiniteError
+from opd.integrations.verl.plugin.alignment import (
+    ResponseTokens,
+    SequenceSlice,
+    padded,
+    response_tokens,
+    rollout_temperature,
+    sequence_slice,
+    whole_group,
+    with_advantages,
+)
+from opd.integrations.verl.plugin.base_engines import LanguageModelEngine, register_engine
 from opd.integrations.verl.plugin.head import head_of, output_layer, run_to_head
-from opd.integrations.verl.plugin.metrics import MetricSums
+from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig, start_line
+from opd.integrations.verl.plugin.metrics import MetricSums, Spread, Weights, matched, scheduled, write_trace
 from opd.integrations.verl.plugin.model_checks import end_ids
-from opd.integrations.verl.plugin.one_memory import LanguageModelEngine
-from opd.integrations.verl.plugin.packed_reading import in_rows, packed, reads_rows
+from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, reads_rows
 from opd.integrations.verl.plugin.sanity_check import check_teacher
-from opd.integrations.verl.plugin.sequence_parallel import SequenceSlice, sequence_slice, whole_group
 from opd.integrations.verl.plugin.settings import Settings
-from opd.integrations.verl.plugin.teachers.base import TargetSlice, TeacherBackend
-from opd.integrations.verl.plugin.teachers.choose import make_backend
-from opd.integrations.verl.plugin.teachers.served_logprobs import policy_loss
-from opd.integrations.verl.plugin.trace import write_trace
-from opd.integrations.verl.plugin.v080 import register_engine
-from opd.integrations.verl.plugin.weights import Spread, Weights, matched, scheduled
+from opd.integrations.verl.plugin.teachers import TargetSlice, TeacherBackend
+from opd.integrations.verl.plugin.teachers.in_actor import InActorTeachers
+from opd.integrations.verl.plugin.teachers.served import ServedHiddenStates, ServedLogProbs, policy_loss
 from opd.kernels import linear_log_prob, linear_objective
-from opd.kernels.row_spec import select_target
+from opd.kernels.spec import select_target
+from opd.losses import Objective
 from opd.types import HiddenTarget
 
+BACKENDS: dict[str, Callable[[Settings, Any], TeacherBackend]] = {
+    "actor": InActorTeachers,
+    "pool": ServedLogProbs,
+    "hidden": ServedHiddenStates,
+}
+"""The teacher backend of each `opd.placement`; `actor` loads weights, and `hidden` an output layer."""
+Numbers = dict[str, Tensor]
+"""Of each token, by name."""
 PREFIX = "actor/opd/"
 PER_TEACHER = ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp")
 """Metrics that are logged for each teacher too, where each token has one of several."""
@@ -75,7 +89,7 @@ class OpdEngine(LanguageModelEngine):
             return
         output_layer(self.module, "student")
         self.reads_rows = reads_rows(self, "student", self.model_config.processor)
-        self.teachers = make_backend(self.settings, self)
+        self.teachers = BACKENDS[self.settings.placement](self.settings, self)
         if self.is_param_offload_enabled:
             self.teachers.offload()
         self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
@@ -169,7 +183,7 @@ class OpdEngine(LanguageModelEngine):
         These are `log_probs` and `entropy`, and with rl.combine=advantages `advantage`, log q − log p, in place of a loss.
         """
         assert self.teachers is not None
-        diagnostics: dict[str, Tensor] = {}
+        diagnostics: Numbers = {}
         wants_rl, distils = self.weights.rl > 0, self.weights.distill > 0
         as_advantage = wants_rl and distils and settings.rl.combine == "advantages"
         taught, rows = _taught(settings, own)
@@ -179,14 +193,18 @@ class OpdEngine(LanguageModelEngine):
             hidden = hidden.index_select(0, own.model_index).to(layer.weight.dtype)
             with prepared as slices, torch.set_grad_enabled(torch.is_grad_enabled() and not as_advantage):
                 at_taught = hidden if rows is None else hidden[rows]
-                each = [self._divergence(settings, at_taught, layer, one, taught, diagnostics) for one in slices]
+                each = [
+                    self._divergence(settings.objective, at_taught, layer, one, taught, diagnostics) for one in slices
+                ]
                 total = sum(each, start=hidden.new_zeros((), dtype=torch.float32))
             if not wants_rl:
                 return total.view(1)
-            logp, entropy = _log_probs(hidden, layer, own, micro_batch["temperature"])
+            temperature = rollout_temperature(micro_batch, "opd with opd.rl.weight > 0", ", or opd.rl.weight=0")
+            # For verl's policy loss: at the rollout temperature, over every row of the output layer.
+            logp, entropy = linear_log_prob(hidden, layer.weight, own.ids, bias=layer.bias, temperature=temperature)
             return torch.cat([total.view(1), logp, entropy])
 
-        with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
+        with autocast(self):
             values = run_to_head(self.module, inputs, at_head, "student")
         total, whole = values[0], piece.total(values[0])
         if not whole.isfinite():
@@ -201,42 +219,36 @@ class OpdEngine(LanguageModelEngine):
             gap = diagnostics["teacher_logp"] - diagnostics["student_logp"] if len(taught.ids) else gap
             for_rl["advantage"] = gap if rows is None else gap.new_zeros(len(own.ids)).index_copy(0, rows, gap)
         if self.spread is not None:
-            self.spread.add(advantages_of(micro_batch, taught), gap if as_advantage else diagnostics["per_token"])
+            advantages = padded(micro_batch, "advantages")[taught.sequence_index, taught.position]
+            self.spread.add_terms(advantages, gap if as_advantage else diagnostics["per_token"])
             return total, whole, {}
         if distils:
-            self._record(settings, micro_batch, whole, own, taught, diagnostics)
+            self._record(settings.trace, micro_batch["input_ids"], whole, own, taught, diagnostics)
         length = len(micro_batch["input_ids"].values())
         return total, whole, {name: piece.everywhere(value, own, length) for name, value in for_rl.items()}
 
     def _record(
-        self,
-        settings: Settings,
-        micro_batch: Any,
-        whole: Tensor,
-        own: ResponseTokens,
-        taught: ResponseTokens,
-        diagnostics: dict[str, Tensor],
+        self, trace: str | None, ids: Tensor, whole: Tensor, own: ResponseTokens, taught: ResponseTokens, found: Numbers
     ) -> None:
         """Add the micro-batch to the metrics, and to the trace."""
         self.sums.add_total("loss", whole)
-        self.sums.add_diagnostics({name: v for name, v in diagnostics.items() if name != "per_token"}, taught)
+        self.sums.add_diagnostics({name: v for name, v in found.items() if name != "per_token"}, taught)
         self.sums.add_count("padding_tokens", ~own.known)
         self.sums.add_count("unread_tokens", ~own.followed)
-        if settings.trace is not None:
+        if trace is not None:
             self.traced += 1
-            ids, per_token = micro_batch["input_ids"], diagnostics["per_token"]
-            write_trace(settings.trace, self.rank, self.traced, ids, taught, per_token)
+            write_trace(trace, self.rank, self.traced, ids, taught, found["per_token"])
 
     def _divergence(
         self,
-        settings: Settings,
+        objective: Objective,
         hidden: Tensor,
         layer: nn.Linear,
         part: TargetSlice,
         tokens: ResponseTokens,
-        diagnostics: dict[str, Tensor],
+        found: Numbers,
     ) -> Tensor:
-        """Σ weight · loss of the slice's tokens. The numbers of each token are put into `diagnostics`."""
+        """Σ weight · loss of the slice's tokens. The numbers of each token are put into `found`."""
         assert self.teachers is not None
         vocabulary = self.teachers.vocabulary
 
@@ -248,7 +260,7 @@ class OpdEngine(LanguageModelEngine):
             layer.weight,
             part.target,
             own(vocabulary.with_stand_ins(tokens.ids)),
-            settings.objective,
+            objective,
             token_weights=own(tokens.weights),
             bias=layer.bias,
             valid_vocab=vocabulary.size,
@@ -259,10 +271,10 @@ class OpdEngine(LanguageModelEngine):
         )
         for name, value in {**metrics, "per_token": per_token}.items():
             if part.rows is None:
-                diagnostics[name] = value
+                found[name] = value
                 continue
-            everywhere = diagnostics.setdefault(name, value.new_zeros(len(tokens.ids)))
-            diagnostics[name] = everywhere.index_copy(0, part.rows, value)
+            everywhere = found.setdefault(name, value.new_zeros(len(tokens.ids)))
+            found[name] = everywhere.index_copy(0, part.rows, value)
             if name in PER_TEACHER:
                 self.sums.add(f"{part.name}/{name}", value)
         if self.checks_teacher and "student_logp" in metrics:
@@ -294,17 +306,6 @@ def _taught(settings: Settings, own: ResponseTokens) -> tuple[ResponseTokens, Te
         return own, None
     rows = counts.nonzero().squeeze(-1)
     return own.at(rows), rows
-
-
-def _log_probs(hidden: Tensor, layer: nn.Linear, tokens: ResponseTokens, temperature: Any) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies for verl's policy loss: at the rollout temperature, over every row of the output layer."""
-    values = torch.as_tensor(temperature, dtype=torch.float32).unique()
-    if len(values) != 1:
-        raise ConfigError(
-            "the samples of one micro-batch were drawn at several temperatures; opd with opd.rl.weight > 0 takes one. Set one "
-            "actor_rollout_ref.rollout.temperature, or opd.rl.weight=0."
-        )
-    return linear_log_prob(hidden, layer.weight, tokens.ids, bias=layer.bias, temperature=float(values))
 
 
 def _not_finite(settings: Settings, per_token: Tensor) -> str:

@@ -78,15 +78,12 @@ def run_to_head(
             f"The {role} never ran its output layer: something replaced its forward pass (fused kernels?), so there are no hidden states "
             "to take. Switch that off; model.use_fused_kernels must be false."
         )
-    if logits.numel() != made[0].numel() or not _same(logits.detach().flatten(), made[0].detach()):
+    found, given = logits.detach().flatten(), made[0].detach()
+    # To the bit, where NaN is NaN: a loss that is NaN is somebody else's error.
+    if found.numel() != given.numel() or not ((found == given) | (found.isnan() & given.isnan())).all():
         raise ModelError(
             f"The {role} changes its logits after the output layer (a soft-cap or a scale), so hidden states alone do not give them. "
             "Use a model without that; verl with opd's patch (opd verl patch --help) and opd's own trainer take such models from whole "
             "logits."
         )
     return logits.flatten()[:-1]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """To the bit, where NaN is NaN: a loss that is NaN is somebody else's error."""
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())

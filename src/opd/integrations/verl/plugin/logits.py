@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.chunk_loop import run_chunks
-from opd.kernels.closed_form import has_closed_form
-from opd.kernels.head import lifted, mask_columns
-from opd.kernels.row_spec import Columns, Diagnostics, RowSpec
+from opd.kernels.chunk_loop import lifted, mask_columns, run_chunks
 from opd.kernels.rows.autograd import AutogradRows
-from opd.kernels.rows.closed_form import closed_form_rows
+from opd.kernels.rows.closed_form import closed_form_rows, has_closed_form
+from opd.kernels.spec import Columns, Diagnostics, RowSpec
 from opd.losses import Objective
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import DenseTarget, TeacherMixture

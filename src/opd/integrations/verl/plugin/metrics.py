@@ -1,16 +1,20 @@
-"""The numbers under `actor/opd/`: means over the response tokens of a whole mini-batch, whatever micro-batches and ranks it was cut into."""
+"""The numbers of one update: its weights λ, means over a whole mini-batch under `actor/opd/`, and traces to compute losses again from."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
 from opd.integrations.verl.plugin.alignment import ResponseTokens
+from opd.integrations.verl.plugin.settings import Settings
+from opd.losses import NO_SPREAD
 
 OF_THE_TOKEN = ("student_logp", "teacher_logp")
 """Metrics that are about the response token itself, which has to be a token of both models."""
@@ -69,3 +73,63 @@ class MetricSums:
         if "teacher_logp" in found:
             found["teacher_perplexity"] = math.exp(min(700.0, -found["teacher_logp"]))
         return found
+
+
+class Weights(NamedTuple):
+    """The weights of one update."""
+
+    rl: float
+    distill: float
+
+    @property
+    def mixed(self) -> bool:
+        return self.rl > 0 and self.distill > 0
+
+
+def scheduled(settings: Settings, engine: Any) -> Weights:
+    """The weights of the coming update. verl's learning-rate scheduler counts the trainer's steps, and is part of its checkpoints."""
+    if settings.rl.weight_end is None and settings.rl.distill_weight_end is None:
+        return Weights(settings.rl.weight, settings.rl.distill_weight)
+    step, steps = engine.lr_scheduler.last_epoch, engine.optimizer_config.total_training_steps
+    return Weights(*settings.rl.weights_at(step, steps))
+
+
+class Spread(MetricSums):
+    """The standard deviations of both terms over the response tokens of a mini-batch, however it is cut."""
+
+    def add_terms(self, advantages: Tensor, term: Tensor) -> None:
+        """One number per token each: verl's advantage, minus which its policy loss is at ratio 1, and the distillation's loss."""
+        for name, values in (("rl", advantages.double()), ("distill", term.detach().double())):
+            self.add(name, values)
+            self.add(f"{name} squared", values.square())
+
+    def stds(self, group: Any) -> tuple[float, float]:
+        """(of the advantages, of the distillation), over all ranks of the group; every rank has to ask."""
+        found = {"rl": 0.0, "distill": 0.0, "rl squared": 0.0, "distill squared": 0.0} | self.means(group)
+        rl, distill = (math.sqrt(max(0.0, found[f"{n} squared"] - found[n] ** 2)) for n in ("rl", "distill"))
+        return rl, distill
+
+
+def matched(weights: Weights, stds: tuple[float, float]) -> Weights:
+    """Both terms divided by their standard deviation; one that has none keeps its size (opd.losses.match_scale)."""
+    rl, distill = (std if std > NO_SPREAD else 1.0 for std in stds)
+    return Weights(weights.rl / rl, weights.distill / distill)
+
+
+def write_trace(
+    folder: str, rank: int, number: int, input_ids: Tensor, tokens: ResponseTokens, per_token: Tensor
+) -> None:
+    """`rank<r>_<n>.safetensors`: sequences one after the other with their offsets; of each response token that counted, the
+    position before it, its weight and its loss."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "input_ids": input_ids.values(),
+        "offsets": input_ids.offsets(),  # pyright: ignore[reportAttributeAccessIssue]
+        "predict_index": tokens.packed_index,
+        "weights": tokens.weights,
+        "loss": per_token,
+    }
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / f"rank{rank}_{number:06d}.safetensors"
+    )

@@ -8,21 +8,23 @@ first; log-probs and divergences are in nats and in float32 (float64 when given 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
 
+from opd.config.sections import parse_section
 from opd.errors import ConfigError, NonFiniteError, ObjectiveError
-from opd.integrations.verl.plugin.call_config import read_config
 from opd.integrations.verl.plugin.concept_names import LOSS_MODE
 from opd.integrations.verl.plugin.logits import TokenLosses, token_losses
-from opd.integrations.verl.plugin.policy_loss_settings import (
+from opd.integrations.verl.plugin.policy_loss_config import check_config, read_config
+from opd.integrations.verl.plugin.settings import (
     DistillationSettings,
+    LossMixture,
+    LossWeights,
     TeacherModel,
-    check_config,
     settings_of,
 )
 from opd.losses import Objective
@@ -98,10 +100,8 @@ def compute_on_policy_distillation_loss(
     for a NaN or infinite loss.
     """
     settings, config = read_config(config)
-    return _total(
-        settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
-        teacher_logits, student_logits,
-    )  # fmt: skip
+    told = _Call(response_mask, loss_agg_mode, config, (old_log_prob, log_prob, advantages), rollout_is_weights)
+    return told.total(settings, teacher_logits, student_logits)
 
 
 def compute_hybrid_distillation_loss(
@@ -119,12 +119,10 @@ def compute_hybrid_distillation_loss(
     lambda_distill: float = 1.0,
 ) -> Losses:
     """`compute_on_policy_distillation_loss` with both weights given here. verl's policy loss reads its clip ratios in `config`."""
-    told, config = read_config(config)
-    settings = replace(told, rl_weight=lambda_rl, distill_weight=lambda_distill)
-    return _total(
-        settings, (old_log_prob, log_prob, advantages), response_mask, loss_agg_mode, config, rollout_is_weights,
-        teacher_logits, student_logits,
-    )  # fmt: skip
+    settings, config = read_config(config)
+    settings = replace(settings, rl=LossWeights(weight=lambda_rl, distill_weight=lambda_distill))
+    told = _Call(response_mask, loss_agg_mode, config, (old_log_prob, log_prob, advantages), rollout_is_weights)
+    return told.total(settings, teacher_logits, student_logits)
 
 
 def compute_multi_teacher_distillation_loss(
@@ -138,22 +136,21 @@ def compute_multi_teacher_distillation_loss(
     mixture: str = "probability",
 ) -> Losses:
     """Pure distillation from several teachers: q = Σ w q_i (probability), log q ∝ Σ w log q_i (logit), or Σ w D(student, q_i) (loss)."""
-    told, config = read_config(config)
+    settings, config = read_config(config)
     names = [f"teacher {i}" for i in range(len(teacher_logits))]
     if teacher_weights is not None and len(teacher_weights) != len(names):
         raise ConfigError(
             f"{len(teacher_weights)} teacher_weights for {len(names)} teachers; give each one, with a sum of 1."
         )
+    weights = dict(zip(names, map(float, teacher_weights or ()), strict=False))
     settings = replace(
-        told,
+        settings,
+        teacher=None,
         teachers={name: TeacherModel(model=name) for name in names},
-        mixture=mixture,
-        mixture_weights=dict(zip(names, map(float, teacher_weights or ()), strict=False)),
-        rl_weight=0.0,
+        mixture=parse_section(LossMixture, {"kind": mixture, "weights": weights}, "mixture."),
+        rl=replace(settings.rl, weight=0.0),
     )
-    return _total(
-        settings, (None, None, None), response_mask, loss_agg_mode, config, None, teacher_logits, student_logits
-    )
+    return _Call(response_mask, loss_agg_mode, config).total(settings, teacher_logits, student_logits)
 
 
 def _per_token(student: Tensor, teacher: Tensor, name: str, temperature: float, **shape: Any) -> Tensor:
@@ -163,94 +160,82 @@ def _per_token(student: Tensor, teacher: Tensor, name: str, temperature: float, 
     return token_losses(flat, others, objective, watch=False).loss.view(student.shape[:-1])
 
 
-def _total(
-    settings: DistillationSettings,
-    rl: tuple[Tensor | None, Tensor | None, Tensor | None],
-    response_mask: Tensor,
-    loss_agg_mode: str,
-    config: Any,
-    rollout_is_weights: Tensor | None,
-    teacher_logits: Tensor | Sequence[Tensor] | None,
-    student_logits: Tensor | None,
-) -> Losses:
-    if student_logits is None or teacher_logits is None:
-        raise ObjectiveError(
-            f"the policy loss {LOSS_MODE} was called without teacher_logits and student_logits. In training, verl's FSDP engine hands "
-            "them over: with the patch, is it applied whole (apply_patch.sh --check), and actor.strategy fsdp or fsdp2? With the package "
-            "opd, start with +opd=default."
+@dataclass(frozen=True)
+class _Call:
+    """What verl hands a policy loss."""
+
+    response_mask: Tensor
+    loss_agg_mode: str
+    config: Any
+    rl: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    """Old log-probs, log-probs and advantages."""
+    rollout_is_weights: Tensor | None = None
+
+    def total(
+        self,
+        settings: DistillationSettings,
+        teacher_logits: Tensor | Sequence[Tensor] | None,
+        student_logits: Tensor | None,
+    ) -> Losses:
+        if student_logits is None or teacher_logits is None:
+            raise ObjectiveError(
+                f"the policy loss {LOSS_MODE} was called without teacher_logits and student_logits. In training, verl's FSDP engine hands "
+                "them over: with the patch, is it applied whole (apply_patch.sh --check), and actor.strategy fsdp or fsdp2? With the package "
+                "opd, start with +opd=default."
+            )
+        info = {} if self.config is None else dict(self.config.global_batch_info)
+        found, mask = self._divergences(settings, teacher_logits, student_logits)
+
+        def mean(values: Tensor) -> Tensor:
+            everywhere, counts = values.new_zeros(mask.shape).masked_scatter(mask, values), mask.to(values.dtype)
+            return agg_loss(loss_mat=everywhere, loss_mask=counts, loss_agg_mode=self.loss_agg_mode, **info)
+
+        loss = settings.rl.distill_weight * mean(found.loss)
+        if not loss.isfinite():
+            raise NonFiniteError(
+                f"the distillation loss is not finite, at {int((~found.loss.isfinite()).sum())} of {len(found.loss)} response tokens: student "
+                "or teacher gives NaN, or the teacher rules out a token that the student gives some probability."
+            )
+        clipped = clipped_lower = loss.detach().new_zeros(())
+        if settings.trains_rl:
+            policy, metrics = self._policy_loss(settings.hybrid_loss_mode)
+            loss = loss + settings.rl.weight * policy
+            clipped, clipped_lower = (
+                torch.as_tensor(metrics.get(f"actor/{name}", 0.0), device=loss.device, dtype=loss.dtype).detach()
+                for name in ("pg_clipfrac", "pg_clipfrac_lower")
+            )
+        return loss, clipped, mean(found.metrics["reverse_kl"]).detach(), clipped_lower
+
+    def _divergences(
+        self, settings: DistillationSettings, teacher_logits: Tensor | Sequence[Tensor], student_logits: Tensor
+    ) -> tuple[TokenLosses, Tensor]:
+        teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
+        _check_logits(student_logits, teachers)
+        mask = self.response_mask.bool()
+        if mask.shape != student_logits.shape[:-1]:
+            raise ObjectiveError(
+                f"response_mask is {tuple(mask.shape)}, but student_logits are {tuple(student_logits.shape)}; cut the logits to the responses "
+                "first: row t predicts response token t."
+            )
+        found = token_losses(
+            student_logits.flatten(0, -2),
+            [t.flatten(0, -2) for t in teachers],
+            settings.objective.loss(),
+            positions=mask.flatten().nonzero().squeeze(-1),
+            teacher_weights=torch.tensor(settings.shares(len(teachers)), dtype=torch.float64),
+            mixture=settings.mixture.kind,
         )
-    info = {} if config is None else dict(config.global_batch_info)
-    found, mask = _divergences(settings, response_mask, teacher_logits, student_logits)
+        return found, mask
 
-    def mean(values: Tensor) -> Tensor:
-        everywhere = values.new_zeros(mask.shape).masked_scatter(mask, values)
-        return agg_loss(loss_mat=everywhere, loss_mask=mask.to(values.dtype), loss_agg_mode=loss_agg_mode, **info)
-
-    loss = settings.distill_weight * mean(found.loss)
-    if not loss.isfinite():
-        raise NonFiniteError(
-            f"the distillation loss is not finite, at {int((~found.loss.isfinite()).sum())} of {len(found.loss)} response tokens: student "
-            "or teacher gives NaN, or the teacher rules out a token that the student gives some probability."
-        )
-    clipped = clipped_lower = loss.detach().new_zeros(())
-    if settings.trains_rl:
-        policy, metrics = _policy_loss(settings, rl, response_mask, loss_agg_mode, config, rollout_is_weights)
-        loss = loss + settings.rl_weight * policy
-        clipped, clipped_lower = (
-            torch.as_tensor(metrics.get(f"actor/{name}", 0.0), device=loss.device, dtype=loss.dtype).detach()
-            for name in ("pg_clipfrac", "pg_clipfrac_lower")
-        )
-    return loss, clipped, mean(found.metrics["reverse_kl"]).detach(), clipped_lower
-
-
-def _divergences(
-    settings: DistillationSettings,
-    response_mask: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
-    student_logits: Tensor,
-) -> tuple[TokenLosses, Tensor]:
-    teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
-    _check_logits(student_logits, teachers)
-    mask = response_mask.bool()
-    if mask.shape != student_logits.shape[:-1]:
-        raise ObjectiveError(
-            f"response_mask is {tuple(mask.shape)}, but student_logits are {tuple(student_logits.shape)}; cut the logits to the responses "
-            "first: row t predicts response token t."
-        )
-    found = token_losses(
-        student_logits.flatten(0, -2),
-        [t.flatten(0, -2) for t in teachers],
-        settings.objective(),
-        positions=mask.flatten().nonzero().squeeze(-1),
-        teacher_weights=torch.tensor(settings.shares(len(teachers)), dtype=torch.float64),
-        mixture=settings.mixture,
-    )
-    return found, mask
-
-
-def _policy_loss(
-    settings: DistillationSettings,
-    rl: tuple[Tensor | None, Tensor | None, Tensor | None],
-    response_mask: Tensor,
-    loss_agg_mode: str,
-    config: Any,
-    rollout_is_weights: Tensor | None,
-) -> tuple[Tensor, dict[str, Any]]:
-    if config is None or any(value is None for value in rl):
-        raise ConfigError(
-            "a hybrid loss (hybrid_lambda_rl > 0) needs old_log_prob, log_prob, advantages and verl's actor config, where the clip ratios "
-            "are; pass them, or set hybrid_lambda_rl=0."
-        )
-    old_log_prob, log_prob, advantages = rl
-    return get_policy_loss_fn(settings.hybrid_loss_mode)(
-        old_log_prob=old_log_prob,
-        log_prob=log_prob,
-        advantages=advantages,
-        response_mask=response_mask,
-        loss_agg_mode=loss_agg_mode,
-        config=config,
-        rollout_is_weights=rollout_is_weights,
-    )
+    def _policy_loss(self, loss_mode: str) -> tuple[Tensor, dict[str, Any]]:
+        if self.config is None or any(value is None for value in self.rl):
+            raise ConfigError(
+                "a hybrid loss (hybrid_lambda_rl > 0) needs old_log_prob, log_prob, advantages and verl's actor config, where the clip ratios "
+                "are; pass them, or set hybrid_lambda_rl=0."
+            )
+        given = dict(zip(("old_log_prob", "log_prob", "advantages"), self.rl, strict=True))
+        given |= {"response_mask": self.response_mask, "loss_agg_mode": self.loss_agg_mode, "config": self.config}
+        return get_policy_loss_fn(loss_mode)(**given, rollout_is_weights=self.rollout_is_weights)
 
 
 def _check_logits(student: Tensor, teachers: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_device_name
 from verl.utils.ulysses import gather_outputs_and_unpad
 
 from opd.errors import ConfigError
@@ -27,6 +27,11 @@ MROPE_ROWS = 4  # of position ids: the text's, then time, height and width
 def packed(micro_batch: Any) -> bool:
     """Whether verl packs the sequences of a micro-batch."""
     return bool(tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True))
+
+
+def autocast(engine: Any) -> torch.autocast:
+    """The precision that verl's engine computes in."""
+    return torch.autocast(get_device_name(), engine._autocast_dtype, enabled=engine._autocast_dtype != torch.float32)
 
 
 def takes_bounds(module: Any, student: Any) -> bool:
@@ -84,8 +89,7 @@ def _logits(engine: Any, sequences: Sequence[Sequence[int]], rows: int) -> Tenso
         {"temperature": 1.0, "use_remove_padding": True, "use_fused_kernels": False, "pad_token_id": 0},
     ).to(get_device_id())
     inputs, given = engine.prepare_model_inputs(micro_batch=micro_batch)
-    dtype = engine._autocast_dtype
-    with torch.autocast(inputs["input_ids"].device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(engine):
         logits = engine.module(**inputs, use_cache=False).logits.squeeze(0)
     if engine.use_ulysses_sp:
         group = engine.ulysses_parallel_group

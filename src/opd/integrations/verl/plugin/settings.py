@@ -1,4 +1,4 @@
-"""The `opd:` section of a verl config: a recipe's keys, the plugin's own, and the rules between them. Needs no verl."""
+"""The sections that the plugin and the patch read: a recipe's keys, their own, and the rules between them. Needs no verl."""
 
 from __future__ import annotations
 
@@ -8,32 +8,141 @@ from typing import Any, Literal
 
 from opd.config import BaseMixtureConfig, DType, HybridConfig
 from opd.config.sections import Section, hint_of, parse_section, suggested_keys
-from opd.errors import ConfigError, require
-from opd.integrations.verl.plugin.concept_names import apply_concept_names
+from opd.errors import ConfigError, OpdError, require
+from opd.integrations.verl.plugin.concept_names import CONCEPT_NAMES, LOSS_MODE, apply_concept_names
 from opd.losses import Objective
 
 PREFIX = "opd."
+POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
+"""verl's section that holds the settings of the policy loss `on_policy_distillation`."""
+NAMES = tuple(one.name for one in CONCEPT_NAMES)
 SOLE = "teacher"
 """The name of the teacher of `opd.teacher`."""
 OBJECTIVE_KEYS = tuple(f.name for f in fields(Objective) if f.name not in ("reduction", "fixed_count"))
 """verl's loss_agg_mode says how tokens are averaged, for both losses alike."""
 
 
-class TeacherSettings(Section, key="teacher"):
+class TeacherModel(Section, key="teacher"):
     """A frozen model that the student is compared with. It has the student's vocabulary."""
 
     model: str = ""
-    """Local folder or hub name; not read where `source` is the student itself."""
-    source: Literal["model", "adapter_off"] = "model"
-    """adapter_off: the student's own base, which is the student with its LoRA adapter off. No other model is loaded."""
-    dtype: DType = "auto"
-    """Of its weights and its forward pass; auto is what the student computes in (fsdp_config.mixed_precision)."""
+    """Local folder or hub name."""
     offload: bool = False
     """Keep its shards in CPU memory between uses (FSDP2's offload policy)."""
-    attn_implementation: str | None = None
-    """None is the student's."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+
+class LossMixture(BaseMixtureConfig, key="mixture"):
+    """The mixture of several teachers that all read every sample."""
+
+    kind: Literal["probability", "logit", "loss"] = "probability"
+    """probability: Σ w q; logit: softmax of Σ w log q; loss: Σ w D(S, T)."""
+
+
+class WholeVocabulary(Section, key="objective"):
+    """A divergence of whole logits. What the divergence does not read stays None."""
+
+    divergence: Literal["reverse_kl", "forward_kl", "generalized_jsd", "skew_reverse_kl"] = "reverse_kl"
+    beta: float | None = None
+    """Weight of the teacher in the mixture of generalized_jsd and skew_reverse_kl; 0.5 if not set."""
+    normalize: bool | None = None
+    """Divide generalized_jsd by β(1−β); True if not set."""
+    student_temperature: float = 1.0
+    """The student's raw logits are divided by it; the rollout temperature has no part in the loss."""
+    teacher_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.loss()
+
+    def loss(self) -> Objective:
+        """For the row passes. Raises ObjectiveError."""
+        return Objective(**{one.name: getattr(self, one.name) for one in fields(self)})  # pyright: ignore[reportArgumentType]
+
+
+class LossWeights(Section, key="rl"):
+    """λ_rl of the policy loss `hybrid_loss_mode`, and λ_distill."""
+
+    weight: float = 0.0
+    distill_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("weight", self.weight), ("distill_weight", self.distill_weight)):
+            require(0 <= value < float("inf"), f"rl.{name} must be 0 or a positive number, not {value}")
+        require(
+            self.distill_weight > 0,
+            "rl.distill_weight=0 leaves nothing to distil; use loss_mode=vanilla for reinforcement learning alone.",
+        )
+
+
+class _Teachers(Section):
+    """One teacher or several, in either section."""
+
+    teacher: TeacherModel | None = None
+    teachers: dict[str, TeacherModel] = field(default_factory=dict)
+    """Several teachers by name, in place of `teacher`."""
+    trace: str | None = None
+    """Folder for the token ids and losses of every micro-batch; None writes nothing."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.teacher is None or not self.teachers,
+            "opd.teacher and opd.teachers are both set; name all teachers in opd.teachers, or drop it.",
+        )
+
+    @property
+    def all_teachers(self) -> dict[str, Any]:
+        """Every teacher by name; one alone is called 'teacher'."""
+        return {SOLE: self.teacher} if self.teacher is not None else self.teachers
+
+
+class DistillationSettings(_Teachers):
+    """The settings of the policy loss: `policy_loss.opd`, with the concept's names beside it (`settings_of`)."""
+
+    mixture: LossMixture = field(default_factory=LossMixture)
+    objective: WholeVocabulary = field(default_factory=WholeVocabulary)
+    rl: LossWeights = field(default_factory=LossWeights)
+    hybrid_loss_mode: str = "vanilla"
+    """The policy loss that rl.weight weighs, by its name in verl's registry."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, one in self.all_teachers.items():
+            require(bool(one.model.strip()), f"{key_of(name)}.model is not set; give the teacher's folder or hub name.")
+        self.mixture.check_names(list(self.all_teachers))
+        require(
+            self.hybrid_loss_mode != LOSS_MODE,
+            "opd.hybrid_loss_mode is the policy loss beside distillation; name another, for example vanilla.",
+        )
+
+    def __str__(self) -> str:
+        """The line of the log that says what is trained."""
+        mixture = {"mixture": self.mixture.kind, "mixture_weights": self.mixture.weights}
+        weights = {"rl_weight": self.rl.weight, "distill_weight": self.rl.distill_weight}
+        more = {"hybrid_loss_mode": self.hybrid_loss_mode, "trace": self.trace}
+        told = {"teachers": self.all_teachers, **mixture, **vars(self.objective), **weights, **more}
+        return f"DistillationSettings({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+    @property
+    def trains_rl(self) -> bool:
+        """A policy loss is trained beside the distillation."""
+        return self.rl.weight > 0
+
+    def shares(self, teachers: int) -> list[float]:
+        """The weight of each of so many teachers, in their order."""
+        weights = self.mixture.weights
+        return [weights[name] for name in self.all_teachers] if weights else [1.0 / max(1, teachers)] * teachers
+
+
+class TeacherSettings(TeacherModel, key="teacher"):
+    """A teacher of the plugin, which may be the student itself."""
+
+    source: Literal["model", "adapter_off"] = "model"
+    """adapter_off: the student's own base, which is the student with its LoRA adapter off; `model` is not read."""
+    dtype: DType = "auto"
+    """Of its weights and its forward pass; auto is what the student computes in (fsdp_config.mixed_precision)."""
+    attn_implementation: str | None = None
+    """None is the student's."""
 
     @property
     def is_student(self) -> bool:
@@ -56,12 +165,11 @@ class PromptsSettings(Section, key="prompts"):
     """With mixture.kind=routing: the field of a sample that names its teacher."""
 
 
-class Settings(Section):
+class Settings(_Teachers):
     """The section `opd`, as `+opd=default` and its overrides make it."""
 
     teacher: TeacherSettings | None = None
-    teachers: dict[str, TeacherSettings] = field(default_factory=dict)
-    """Several teachers by name, in place of `teacher`."""
+    teachers: dict[str, TeacherSettings] = field(default_factory=dict)  # pyright: ignore[reportIncompatibleVariableOverride]
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
     prompts: PromptsSettings = field(default_factory=PromptsSettings)
     objective: Objective = field(default_factory=Objective)
@@ -75,22 +183,11 @@ class Settings(Section):
     """Run the sanity check of the teacher's scores every n updates, the first included; 0 switches it off."""
     try_verl: bool = False
     """Start although verl has moved something that opd relies on."""
-    trace: str | None = None
-    """Folder for the token ids and losses of every micro-batch, as safetensors; None writes nothing."""
 
     def __post_init__(self) -> None:
-        require(
-            self.sanity_check_every >= 0,
-            f"opd.sanity_check_every={self.sanity_check_every} must be ≥ 0; 0 switches the check off.",
-        )
-        self._check_teachers()
-        self._check_both_losses()
-
-    def _check_teachers(self) -> None:
-        require(
-            self.teacher is None or not self.teachers,
-            "opd.teacher and opd.teachers are both set; name all teachers in opd.teachers, or drop it.",
-        )
+        checked = self.sanity_check_every
+        require(checked >= 0, f"opd.sanity_check_every={checked} must be ≥ 0; 0 switches the check off.")
+        super().__post_init__()
         require(bool(self.all_teachers), "opd.teacher.model is not set; give the teacher's folder or hub name.")
         for name, one in self.all_teachers.items():
             require(
@@ -105,27 +202,19 @@ class Settings(Section):
                 self.mixture == MixtureSettings(),
                 "opd.teachers has one teacher, so there is nothing to mix; drop opd.mixture.kind and opd.mixture.weights.",
             )
-
-    def _check_both_losses(self) -> None:
-        both = self.rl.rewarded and self.rl.distilled
         require(
-            both or self.rl.scale == "none",
+            self.rl.scale == "none" or (self.rl.rewarded and self.rl.distilled),
             "opd.rl.scale=match brings two terms to one size, and one of them has weight 0; set opd.rl.weight and opd.rl.distill_weight, "
             "or opd.rl.scale=none.",
         )
         one = self.objective
         is_plain = one.support == "sampled" and one.delivery == "advantage" and one.baseline == "none"
         require(
-            not (both and self.rl.combine == "advantages") or (is_plain and not one.discount and not one.clip_range),
+            not self.adds_advantages or (is_plain and not one.discount and not one.clip_range),
             "opd.rl.combine=advantages adds log q − log p of the sampled token to verl's advantage, and verl's policy loss does the rest; "
             "set opd.objective.support=sampled opd.objective.estimator=k1 opd.objective.delivery=advantage, without baseline, discount and "
             "clip_range, or use opd.rl.combine=losses.",
         )
-
-    @property
-    def all_teachers(self) -> dict[str, TeacherSettings]:
-        """Every teacher by name; one alone is called 'teacher'."""
-        return {SOLE: self.teacher} if self.teacher is not None else self.teachers
 
     @property
     def is_served(self) -> bool:
@@ -144,7 +233,7 @@ class Settings(Section):
     def describe(self) -> str:
         """The resolved objective in one line: the divergence, the weights, and every setting that is not its default."""
         weight, distill_weight = (
-            _range(start, end)
+            f"{start:g}" if end is None else f"{start:g}→{end:g}"
             for start, end in (
                 (self.rl.weight, self.rl.weight_end),
                 (self.rl.distill_weight, self.rl.distill_weight_end),
@@ -167,10 +256,6 @@ class Settings(Section):
         model = "the student's base" if one.is_student else f"'{one.model}'"
         weighted = len(self.all_teachers) > 1 and self.mixture.reads_weights
         return f"{name} {model}" + (f" × {self.shares()[name]:g}" if weighted else "")
-
-
-def _range(start: float, end: float | None) -> str:
-    return f"{start:g}" if end is None else f"{start:g}→{end:g}"
 
 
 def key_of(name: str) -> str:
@@ -204,6 +289,30 @@ def parse(section: Mapping[str, Any]) -> tuple[Settings, tuple[str, ...]]:
         if isinstance(objective, dict) and key in objective:
             raise ConfigError(f"opd.objective.{key} is verl's to say; set actor_rollout_ref.actor.loss_agg_mode.")
     return parse_section(Settings, tree, PREFIX), notes
+
+
+def settings_of(policy_loss: Any) -> DistillationSettings:
+    """The settings in verl's PolicyLossConfig, or in a mapping of the same keys; None gives the defaults. Raises ConfigError."""
+    if policy_loss is None:
+        return DistillationSettings()
+    given, notes = _set_keys(policy_loss.get("opd", None) or {}), ()
+    beside = {name: policy_loss.get(name, None) for name in NAMES}
+    try:
+        for name in NAMES:
+            require(name not in given, f"opd.{name}: this name stands beside opd, not in it; move it there.")
+        tree, notes = apply_concept_names({**given, **beside}, {})
+        return parse_section(DistillationSettings, tree, f"{POLICY_LOSS}.opd.")
+    except OpdError as error:
+        place = "" if POLICY_LOSS in str(error) else f"{POLICY_LOSS}: "
+        raise ConfigError(" ".join([f"{place}{error}", *notes])) from None
+
+
+def _set_keys(given: Any) -> Any:
+    """A section without keys that are null; a section `teacher` whose keys all are is none."""
+    if not isinstance(given, Mapping):
+        return given
+    tree = {str(key): _set_keys(value) for key, value in given.items() if value is not None}
+    return {key: value for key, value in tree.items() if (key, value) != (SOLE, {})}
 
 
 def _defaults() -> dict[str, Any]:

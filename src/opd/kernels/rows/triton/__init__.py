@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import get_args
 
-from opd.kernels.closed_form import has_closed_form
-from opd.kernels.row_spec import RowSpec
 from opd.kernels.rows.triton.rows import TritonRows
+from opd.kernels.spec import RowSpec
 from opd.losses import Divergence
 
 __all__ = ["TritonRows", "has_kernels"]
@@ -14,4 +13,4 @@ __all__ = ["TritonRows", "has_kernels"]
 
 def has_kernels(rows: RowSpec) -> bool:
     """True if the loss has row kernels, which know every divergence."""
-    return has_closed_form(rows, get_args(Divergence))
+    return rows.fits(get_args(Divergence))

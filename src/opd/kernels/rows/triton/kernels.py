@@ -17,15 +17,15 @@ import os
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from opd.kernels import row_spec
+from opd.kernels import spec
 from opd.losses import divergences
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WARPS = (4, 8, 16, 32)
 
 # Numbers that the kernels read.
-MASKED = tl.constexpr(row_spec.MASKED)
-DEAD = tl.constexpr(row_spec.MASKED / 2)  # below this nothing is a logit
+MASKED = tl.constexpr(spec.MASKED)
+DEAD = tl.constexpr(spec.MASKED / 2)  # below this nothing is a logit
 EXP_RANGE = tl.constexpr(divergences.EXP_RANGE)
 SERIES = tl.constexpr(0.5)  # |x| up to which eight terms of e^x − 1 err by less than one rounding of float32
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
-from opd.kernels.closed_form import add_policy_and_entropy, few_tokens_loss, kind_of, token_slopes
-from opd.kernels.row_spec import MASKED, RowResults, RowSpec, Teachers, restore_neg_inf
+from opd.kernels.few_tokens import add_few_tokens, token_slopes
 from opd.kernels.rows.triton import kernels
 from opd.kernels.rows.triton.kernels import INTERPRETED
+from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, kind_of, restore_neg_inf
 from opd.losses import Objective
 from opd.types import TopKTarget
 
@@ -109,26 +109,20 @@ class TritonRows:
         values = {"student_entropy": found.student_entropy}
         if y_logits is not None:
             values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
-        loss, center, slopes = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s), [None, None]
+        values["loss"], center = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s)
         if t is not None:
             values["teacher_entropy"] = found.teacher_entropy
             divergence, center = found.two_read(self.kind) if self.kind in TWO_READS else self._moments(z, t, found)
             values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
-            loss = rows.distill_weight * values["divergence"]
-        elif target is not None:
-            on_k = None if k_logits is None else found.student_logp(k_logits)
-            few_loss, *few, values["clamped"] = few_tokens_loss(rows, on_k, values.get("student_logp"))
-            values["divergence"] = few_loss
-            loss = rows.distill_weight * few_loss
-            slopes = [None if slope is None else rows.distill_weight * slope for slope in few]
-        values = add_policy_and_entropy(rows, values, loss)
+            values["loss"] = rows.distill_weight * values["divergence"]
+        slopes = add_few_tokens(rows, values, None if k_logits is None else found.student_logp(k_logits))
         if out is not None:
-            adds = token_slopes(rows, values, slopes[0], slopes[1])
+            adds = token_slopes(rows, slopes)
             per_row = _per_row(rows, found, center, weight, adds)
             self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
             for ids, slope in adds:
                 shards.add_at(out, ids, slope)
-        return RowResults(values=values, scale=torch.ones_like(loss))
+        return RowResults(values=values, scale=torch.ones_like(values["loss"]))
 
     # ---- launches --------------------------------------------------------------------------------------------------
 

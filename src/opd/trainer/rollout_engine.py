@@ -1,0 +1,106 @@
+"""rollout.engine=vllm → the sampler of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from opd.config import Config, VllmConfig
+from opd.errors import ConfigError
+from opd.models import context_length, vocabulary_rows
+from opd.samplers.vllm import Engine, VllmSampler
+from opd.samplers.vllm_checks import PROBES, Preflight
+from opd.samplers.vllm_colocate import ColocatedVllm
+from opd.samplers.vllm_http import VllmHttp
+from opd.samplers.vllm_process import ServerProcess
+from opd.samplers.vllm_server import VllmServer
+from opd.samplers.vllm_weights import SyncFolder
+from opd.teachers.vocabulary import VocabularyMatch
+from opd.trainer.load_models import LoadedModel, sampling_of
+from opd.trainer.student import Student
+from opd.types import Prompt
+
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Threads bound to cores would share them with the trainer's."""
+
+
+def make_vllm_sampler(
+    config: Config, loaded: LoadedModel, student: Student, vocabulary: VocabularyMatch, prompts: Sequence[Prompt]
+) -> VllmSampler:
+    """`prompts` are all that the run will sample for. Nothing is started before the first `load`."""
+    rollout = config.rollout
+    lengths = {prompt: len(ids) for prompt, ids in enumerate(map(loaded.renderer.prompt_ids, prompts))}
+    needed = max(lengths.values()) + rollout.max_new_tokens
+    dtype = torch.bfloat16 if student.autocast_dtype is not None else loaded.model.dtype
+    engine = _engine(config, loaded, dtype, needed)
+    rows = vocabulary_rows(loaded.model)
+    return VllmSampler(
+        engine,
+        loaded.renderer,
+        sampling_of(rollout),
+        eos_ids=loaded.eos,
+        vocabulary=vocabulary,
+        rows=rows,
+        check=Preflight(
+            prompts=[loaded.renderer.prompt_ids(prompt) for prompt in prompts[:PROBES]],
+            needed_len=needed,
+            pad_id=loaded.pad_id,
+            rows=rows,
+            autocast=student.autocast,
+            half=dtype != torch.float32,
+        ),
+    )
+
+
+def _engine(config: Config, loaded: LoadedModel, dtype: torch.dtype, needed: int) -> Engine:
+    rollout, section = config.rollout, config.rollout.vllm
+    on_cpu = loaded.model.device.type == "cpu"
+    sync = SyncFolder(section.sync_dir, loaded.files, untied=on_cpu and section.url is None)
+    connect = partial(VllmHttp, key=_key(section), timeout=section.timeout, connections=rollout.batch_size)
+    if section.url is not None:
+        return VllmServer(connect, sync, url=section.url, concurrency=rollout.batch_size)
+    length = section.max_model_len or needed
+    context = context_length(loaded.model)
+    if context is not None and length > context:
+        raise ConfigError(
+            f"rollout.vllm.max_model_len={length} is more than the student's context, {context} tokens; lower it, or drop it."
+        )
+    options: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": length,
+        "max_num_seqs": rollout.batch_size,
+        "gpu_memory_utilization": section.memory_share,
+        "seed": config.seed,
+        "trust_remote_code": config.student.trust_remote_code,
+        "enforce_eager": on_cpu,  # there compilation takes minutes and gains little
+    }
+    if section.mode == "colocate":
+        return ColocatedVllm(sync, {**options, "enable_sleep_mode": not on_cpu})
+    arguments = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-scale-out"]
+    for name, value in {**options, "served_model_name": "student"}.items():
+        flag = f"--{name.replace('_', '-')}"
+        arguments += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
+    process = ServerProcess(
+        python=section.python,
+        arguments=[*arguments, *section.args],
+        timeout=section.start_timeout,
+        environment=CPU_ENVIRONMENT if on_cpu else {},
+    )
+    return VllmServer(connect, sync, process=process, concurrency=rollout.batch_size)
+
+
+def _key(section: VllmConfig) -> str | None:
+    name = section.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise ConfigError(
+            f"rollout.vllm.api_key_env={name}, and that environment variable is not set or empty; export it, or drop the setting if the server "
+            "takes no key."
+        )
+    return key
