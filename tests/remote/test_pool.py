@@ -281,3 +281,13 @@ def test_a_foreign_host_without_encryption_is_a_warning(url: str, warned: bool):
     asking = ServerPool(url, section="teacher")
     assert bool(asking.warnings) is warned
     assert all("https" in said and "unencrypted" in said for said in asking.warnings)
+
+
+def test_a_deadline_holds_wherever_it_falls(pool):
+    """Between tries, in the middle of one, or as its answer arrives: a cancellation that is swallowed would ask for ever."""
+    with serving(lambda asked: Reply(status=429, headers={"retry-after": "0.001"}, delay=0.003)) as (server,):
+        for number in range(40):
+            began = time.monotonic()
+            with pytest.raises(ServerError, match=r"status 429|no answer"):
+                pool(server.url, deadline=0.02 + 0.001 * number).ask(question())
+            assert time.monotonic() - began < 2.0

@@ -81,7 +81,8 @@ class ModelServer:
         return {"choices": [{"index": i, **one(ids, k)} for i, ids in enumerate(body["prompt"])]}
 
     def _prompt_scored(self, ids: list[int], k: int) -> dict[str, Any]:
-        logp, entries = self.logp(ids), [None]
+        logp = self.logp(ids)
+        entries: list[Any] = [None]
         for place, token in enumerate(ids[1:]):
             best = logp[place].topk(k)
             rank = int((logp[place] >= logp[place, token]).sum())
@@ -98,7 +99,9 @@ class ModelServer:
         return {"text": "", "prompt_token_ids": ids, "prompt_logprobs": entries, "finish_reason": "length"}
 
     def _echoed(self, ids: list[int], k: int) -> dict[str, Any]:
-        logp, values, tables = self.logp(ids), [None], [None]
+        logp = self.logp(ids)
+        values: list[Any] = [None]
+        tables: list[Any] = [None]
         for place, token in enumerate(ids[1:]):
             best = logp[place].topk(k)
             tables.append({f"token_id:{int(i)}": float(v) for v, i in zip(best.values, best.indices, strict=True)})

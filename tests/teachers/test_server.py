@@ -306,7 +306,7 @@ def test_another_model_name_lists_what_is_served(remote: Callable[..., RemoteTea
 
 
 def test_a_server_that_is_not_there_is_an_error_soon(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.teachers.probe.START_SECONDS", 0.5)
+    monkeypatch.setattr("opd.teachers.probe.START_SECONDS", 3.0)
     pool = ServerPool(f"http://127.0.0.1:{free_port()}", section="teacher", patience=QUICK)
     teacher = RemoteTeacher(pool, Renderer(TOKENIZER, name="teacher"), api="vllm", vocabulary=VOCABULARY)
     with pytest.raises(ServerError, match=r"ConnectError.*curl http://127\.0\.0\.1"):
@@ -316,7 +316,7 @@ def test_a_server_that_is_not_there_is_an_error_soon(monkeypatch: pytest.MonkeyP
 def test_another_vocabulary_is_found_by_token_texts(remote: Callable[..., RemoteTeacher]):
     class Other:
         def decode(self, ids: list[int]) -> str:
-            return TOKENIZER.decode([(i + 1) % len(TOKENIZER) for i in ids])
+            return str(TOKENIZER.decode([(i + 1) % len(TOKENIZER) for i in ids]))
 
     with pytest.raises(VocabularyError, match=r"reads other tokens.*here and .* there"):
         remote(ModelServer(MODEL, Other())).connect()  # pyright: ignore[reportArgumentType]
@@ -384,9 +384,8 @@ def distiller(teacher: Any, run_dir: Path, **more: Any) -> opd.Distiller:
         "log": {"progress": "off"},
         "eval": {"every": 0},
     }
-    return opd.Distiller(
-        student=(student, TOKENIZER), teacher=teacher, run_dir=run_dir, **{"prompts": ROWS} | settings | more
-    )
+    arguments: dict[str, Any] = {"prompts": ROWS, **settings, **more}
+    return opd.Distiller(student=(student, TOKENIZER), teacher=teacher, run_dir=run_dir, **arguments)
 
 
 @pytest.mark.parametrize("api", APIS)

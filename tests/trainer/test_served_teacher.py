@@ -28,7 +28,7 @@ SECRET = "sk-0123456789abcdef"
 
 def served(world: Path, run_dir: Path, *urls: str, **more: object) -> dict[str, Any]:
     values = settings(world, run_dir, **{"train__steps": 4, "eval__every": 0, "checkpoint__every": 1} | more)
-    del values["teacher.model"]
+    values = {key: value for key, value in values.items() if key != "teacher.model" or "teacher__model" in more}
     return values | {"teacher.url": list(urls), "objective.support": "teacher_top_k", "objective.top_k": 4}
 
 
@@ -141,7 +141,7 @@ def test_prompts_that_the_server_cannot_read_are_named_before_the_run(world: Pat
 
 
 def test_a_server_that_is_not_there_begins_no_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.teachers.probe.START_SECONDS", 0.5)
+    monkeypatch.setattr("opd.teachers.probe.START_SECONDS", 3.0)
     with pytest.raises(ServerError, match="ConnectError"):
         run(served(world, tmp_path / "run", f"http://127.0.0.1:{free_port()}"))
     assert not (tmp_path / "run" / "config.yaml").exists()

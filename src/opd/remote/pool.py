@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, TypeVar
 
+import anyio
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_random_exponential
 
@@ -69,6 +71,7 @@ class ServerPool:
         self._patience = patience or Patience()
         self._breaker = Breaker([Server(one, self._patience) for one in addresses], last_answer=time.monotonic())
         self._background = Background(f"opd {section} servers")
+        self._reader = ThreadPoolExecutor(1, f"opd {section} answers")
         self._clients: dict[str, httpx.AsyncClient] = {}
         self._free: asyncio.Semaphore | None = None
 
@@ -128,16 +131,20 @@ class ServerPool:
         """One question until it is answered, refused, or out of time."""
         self._free = self._free or asyncio.Semaphore(self.concurrency)
         async with self._free:
-            tries = _Tries(question.request, only)
-            retrying = AsyncRetrying(
-                retry=retry_if_exception_type(_Fault), wait=self._pause, stop=tries.hopeless(self._patience.refusals)
-            )
+            tries = _Tries(question.request, only, deadline)
+
+            def pause(state: RetryCallState) -> float:
+                return min(self._pause(state), max(0.0, tries.left))
+
+            def hopeless(_: RetryCallState) -> bool:
+                return tries.refusals >= self._patience.refusals or tries.left <= 0
+
+            retrying = AsyncRetrying(retry=retry_if_exception_type(_Fault), wait=pause, stop=hopeless)
             try:
-                return await asyncio.wait_for(retrying(self._try, question, tries), deadline)
-            except asyncio.TimeoutError:
-                self._give_up(tries, f"within {deadline:g} s")
+                return await retrying(self._try, question, tries)
             except RetryError:
-                self._give_up(tries, f"in {tries.count} tries")
+                within = f"within {deadline:g} s" if tries.left <= 0 else f"in {tries.count} tries"
+                self._give_up(tries, within)
 
     def _pause(self, state: RetryCallState) -> float:
         """Seconds before the next try: drawn below a limit that doubles, and no less than the server asks for."""
@@ -152,9 +159,9 @@ class ServerPool:
         server.asked += 1
         try:
             if server.suspect and self.admission is not None:
-                self.admission.read(await self._answer(server, self.admission.request))
+                await self._read(self.admission, await self._answer(server, self.admission.request, tries.left))
                 server.suspect = False
-            result = question.read(await self._answer(server, question.request))
+            result = await self._read(question, await self._answer(server, question.request, tries.left))
         except BadAnswer as error:
             raise self._failed(server, tries, _Fault(f"it gave {error}", refusal=True)) from None
         except _Fault as fault:
@@ -165,10 +172,16 @@ class ServerPool:
         self._breaker.last_answer = time.monotonic()
         return result
 
+    async def _read(self, question: Question[T], answer: Answer) -> T:
+        """What the answer says. Long ones take seconds to read, and the connections must not stand still meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, question.read, answer)
+
     async def _turn(self, tries: _Tries) -> Server:
         """The server to ask, once one may be asked."""
         while True:
             now = time.monotonic()
+            if tries.left <= 0:
+                self._give_up(tries, f"within {tries.deadline:g} s")
             if tries.only is not None:
                 return tries.only
             if self._breaker.broken(now, self.deadline):
@@ -176,7 +189,7 @@ class ServerPool:
             server = self._breaker.choose(now, () if tries.server is None else (tries.server,))
             if server is not None:
                 return server
-            await asyncio.sleep(max(0.02, min(self._breaker.wait(now), 1.0)))
+            await asyncio.sleep(max(0.02, min(self._breaker.wait(now), 1.0, tries.left)))
 
     def _failed(self, server: Server, tries: _Tries, fault: _Fault) -> _Fault:
         tries.last = fault
@@ -185,12 +198,15 @@ class ServerPool:
             server.failed(time.monotonic(), str(fault))
         return fault
 
-    async def _answer(self, server: Server, request: Request) -> Answer:
+    async def _answer(self, server: Server, request: Request, left: float) -> Answer:
         """The body, with a status of success. Raises _Fault, or ServerError for what will not change."""
+        limit = max(0.0, min(self.timeout, left))
         try:
-            response, content = await asyncio.wait_for(self._send(server, request), self.timeout)
-        except asyncio.TimeoutError:
-            raise _Fault(f"no answer within {self.section}.timeout={self.timeout:g} s") from None
+            # Not asyncio.wait_for, which before Python 3.12 may swallow a cancellation.
+            with anyio.fail_after(limit):
+                response, content = await self._send(server, request)
+        except TimeoutError:
+            raise _Fault(f"no answer within {limit:.3g} s ({self.section}.timeout={self.timeout:g})") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise ServerError(
@@ -281,17 +297,21 @@ class _Busy(_Fault):
 class _Tries:
     """What has happened to one question."""
 
-    def __init__(self, request: Request, only: Server | None) -> None:
+    def __init__(self, request: Request, only: Server | None, deadline: float) -> None:
         self.request = request
+        self.deadline = deadline
+        self._end = time.monotonic() + deadline
         self.only = only
         self.server: Server | None = None
         self.last: _Fault | None = None
         self.count = 0
         self.refusals = 0
+        """Answers of no use."""
 
-    def hopeless(self, refusals: int) -> Callable[[RetryCallState], bool]:
-        """tenacity's condition to stop: servers do answer, and nothing of use."""
-        return lambda _: self.refusals >= refusals
+    @property
+    def left(self) -> float:
+        """Seconds until its deadline."""
+        return self._end - time.monotonic()
 
 
 def _described(error: httpx.HTTPError) -> str:

@@ -45,7 +45,7 @@ class Answer:
 @dataclass(frozen=True, kw_only=True)
 class Question(Generic[T]):
     """A request, and how its answer is read: `read` raises BadAnswer for what may be better the next time, and ServerError to stop.
-    It runs between other answers, so it must not wait for anything."""
+    One answer is read at a time, in a thread beside the connections."""
 
     request: Request
     read: Callable[[Answer], T]

@@ -21,6 +21,7 @@ from opd.types import HiddenTarget, Rollout, Target, TargetKind
 if TYPE_CHECKING:
     from torch import Tensor
 
+ANSWER_ENTRIES = 1 << 17  # log-probs in an answer: about 10 MB of vLLM's JSON
 SENDS: frozenset[TargetKind] = frozenset({"top_k", "sampled"})
 
 
@@ -112,8 +113,8 @@ class RemoteTeacher:
             for rollout in rollouts
         ]
         self._check_context(rows, rollouts)
-        groups = self._requests(rows)
-        scores = self.pool.ask_all([self._question(group, self._k(kind)) for group in groups])
+        k = self._k(kind)
+        scores = self.pool.ask_all([self._question(group, k) for group in self._requests(rows, k)])
         return [one.target(kind) for group in scores for one in group]
 
     def logits(self, target: HiddenTarget) -> Tensor:
@@ -135,13 +136,14 @@ class RemoteTeacher:
             self.probe.check()
         self._scored += 1
 
-    def _requests(self, rows: list[Row]) -> list[list[Row]]:
-        """Neighbours that share a request: as few to each as keep every connection busy, and no more than the tokens of one."""
+    def _requests(self, rows: list[Row], k: int) -> list[list[Row]]:
+        """Neighbours that share a request: as few to each as keep every connection busy, and no more than fit in one answer."""
         size = max(1, math.ceil(len(rows) / self.pool.concurrency))
+        limit = min(self.tokens_per_request, ANSWER_ENTRIES // max(1, k))
         groups: list[list[Row]] = []
         tokens = 0
         for row in rows:
-            if not groups or len(groups[-1]) == size or tokens + len(row.ids) > self.tokens_per_request:
+            if not groups or len(groups[-1]) == size or tokens + len(row.ids) > limit:
                 groups.append([])
                 tokens = 0
             groups[-1].append(row)

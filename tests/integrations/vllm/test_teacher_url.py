@@ -44,7 +44,13 @@ START_LIMIT = 400.0  # seconds, on a loaded machine
 
 
 def teacher_model(seed: int = 2) -> Any:
-    sizes = {"hidden": 128, "heads": 4, "kv_heads": 2, "layers": 2, "max_positions": 256}  # vLLM wants head_dim ≥ 32
+    sizes: Any = {
+        "hidden": 128,
+        "heads": 4,
+        "kv_heads": 2,
+        "layers": 2,
+        "max_positions": 256,
+    }  # vLLM wants head_dim ≥ 32
     return tiny_causal_lm(TOKENIZER, architecture="llama", seed=seed, initializer_range=0.15, **sizes)
 
 
