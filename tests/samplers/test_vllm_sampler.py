@@ -284,6 +284,23 @@ def test_two_runs_do_not_share_a_server(
             act()
 
 
+def test_weights_that_change_while_a_server_without_versions_samples_are_seen(
+    student: Learner, server: FakeVllm, tmp_path: Path
+):
+    server.versions = False
+    sampler = sampler_of(server, tmp_path)
+    sampler.load(student)
+
+    def change(path: str, answer: dict[str, Any]) -> Any:
+        if path == "/v1/completions":
+            server.version = "opd-other-1"
+        return answer
+
+    server.tamper = change
+    with pytest.raises(ServerError, match="answered from weights opd-other-1"):
+        sampler.sample(PROMPTS, seed=1)
+
+
 def test_the_key_comes_from_the_environment_and_is_in_no_message(student: Learner, server: FakeVllm, tmp_path: Path):
     server.key = "sk-secret"
     sampler_of(server, tmp_path, key="sk-secret").load(student)
