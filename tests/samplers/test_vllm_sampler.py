@@ -410,6 +410,12 @@ def test_a_tied_head_on_a_cpu_is_refused_where_opd_does_not_run_the_server(
         sampler.load(student)
 
 
+def test_responses_longer_than_the_first_check_s_are_no_surprise(student: Learner, server: FakeVllm, tmp_path: Path):
+    sampler = sampler_of(server, tmp_path, max_new_tokens=40)
+    sampler.load(student)
+    assert {len(r.response_ids) for r in sampler.sample(PROMPTS * 10, seed=1) if not r.finished} <= {40}
+
+
 def test_it_samples_nothing_before_it_has_weights(sampler: VllmSampler):
     with pytest.raises(ServerError, match="no weights of this run yet"):
         sampler.sample(PROMPTS, seed=1)
