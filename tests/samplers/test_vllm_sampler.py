@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -284,12 +286,29 @@ def test_two_runs_do_not_share_a_server(
             act()
 
 
+def test_weights_that_change_while_a_server_without_versions_samples_are_seen(
+    student: Learner, server: FakeVllm, tmp_path: Path
+):
+    server.versions = False
+    sampler = sampler_of(server, tmp_path)
+    sampler.load(student)
+
+    def change(path: str, answer: dict[str, Any]) -> Any:
+        if path == "/v1/completions":
+            server.version = "opd-other-1"
+        return answer
+
+    server.tamper = change
+    with pytest.raises(ServerError, match="answered from weights opd-other-1"):
+        sampler.sample(PROMPTS, seed=1)
+
+
 def test_the_key_comes_from_the_environment_and_is_in_no_message(student: Learner, server: FakeVllm, tmp_path: Path):
     server.key = "sk-secret"
     sampler_of(server, tmp_path, key="sk-secret").load(student)
     wrong = sampler_of(server, tmp_path, key="sk-wrong")
     with pytest.raises(ServerError, match="refused the key") as refused:
-        wrong.engine._http.meet()
+        wrong.engine._calls()
     assert "sk-" not in str(refused.value)
 
 
@@ -391,6 +410,36 @@ def test_a_tied_head_on_a_cpu_is_refused_where_opd_does_not_run_the_server(
     server.tamper = at("/server_info", {"vllm_config": {"device_config": {"device": "cpu"}}})
     with pytest.raises(ServerError, match=r"tied to the embedding no new weights.*mode=managed"):
         sampler.load(student)
+
+
+def test_responses_longer_than_the_first_check_s_are_no_surprise(student: Learner, server: FakeVllm, tmp_path: Path):
+    sampler = sampler_of(server, tmp_path, max_new_tokens=40)
+    sampler.load(student)
+    assert {len(r.response_ids) for r in sampler.sample(PROMPTS * 10, seed=1) if not r.finished} <= {40}
+
+
+def test_a_signal_gives_up_what_is_on_its_way_and_the_engine_can_go_on(
+    sampler: VllmSampler, student: Learner, server: FakeVllm
+):
+    sampler.load(student)
+    expected = sampler.sample(PROMPTS, seed=1)
+
+    def slow(path: str, answer: dict[str, Any]) -> Any:
+        time.sleep(30 if path == "/inference/v1/generate" else 0)
+        return answer
+
+    server.tamper = slow
+    began = time.monotonic()
+    alarm = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    alarm.start()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(PROMPTS, seed=1)
+    assert time.monotonic() - began < 5
+    server.tamper = lambda _, answer: answer
+    assert sampler.sample(PROMPTS, seed=1) == expected
+    sampler.engine.close()
+    sampler.load(student)
+    assert sampler.sample(PROMPTS, seed=1) == expected
 
 
 def test_it_samples_nothing_before_it_has_weights(sampler: VllmSampler):

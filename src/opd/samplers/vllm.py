@@ -59,6 +59,10 @@ class Answer:
     """Tags of all weights that had a part in it."""
 
 
+AnswerCheck = Callable[[Answer, Request, int], None]
+"""Raises ServerError for an answer that cannot be right; the number is the most tokens that were asked for."""
+
+
 class Engine(Protocol):
     """vLLM, wherever it runs."""
 
@@ -95,7 +99,7 @@ class VllmSampler:
         eos_ids: Sequence[int],
         vocabulary: VocabularyMatch,
         rows: int,
-        check: Callable[[Engine, SampledStudent, Draw, Callable[[Answer, Request], None]], None] | None = None,
+        check: Callable[[Engine, SampledStudent, Draw, AnswerCheck], None] | None = None,
     ) -> None:
         """`rows` are those of the student's output layer. `check` is called once, after the first load: it asks the engine for a few
         responses and compares."""
@@ -150,7 +154,7 @@ class VllmSampler:
         return Draw(sampling=self.sampling, eos_ids=self.eos_ids, excluded_ids=self.excluded_ids)
 
     def _rollout(self, prompt: Prompt, request: Request, answer: Answer) -> Rollout:
-        self._check_answer(answer, request)
+        self._check_answer(answer, request, self.sampling.max_new_tokens)
         length, ended = response_end(
             answer.response_ids, eos_ids=self.eos_ids, stop=self.sampling.stop, renderer=self.renderer
         )
@@ -165,7 +169,7 @@ class VllmSampler:
             text=self.renderer.decode(kept),
         )
 
-    def _check_answer(self, answer: Answer, request: Request) -> None:
+    def _check_answer(self, answer: Answer, request: Request, most: int) -> None:
         """Raise ServerError for an answer that cannot be a sample of the weights that were loaded last."""
         ids, name = answer.response_ids, self.engine.name
         if set(answer.versions) != {self.tag}:
@@ -183,14 +187,14 @@ class VllmSampler:
             raise ServerError(
                 f"{name} returned {len(ids)} token ids and {len(answer.logp)} log-probs for a response; both must be there, one for each token."
             )
-        if len(ids) > self.sampling.max_new_tokens or answer.reason not in ("stop", "length"):
+        if len(ids) > most or answer.reason not in ("stop", "length"):
             raise ServerError(
                 f"{name} returned a response of {len(ids)} tokens that ended by {answer.reason!r}; asked were at most "
-                f"{self.sampling.max_new_tokens}. Look at the server's log."
+                f"{most}. Look at the server's log."
             )
-        if answer.reason == "length" and len(ids) < self.sampling.max_new_tokens:
+        if answer.reason == "length" and len(ids) < most:
             raise ServerError(
-                f"{name} cut a response at {len(ids)} tokens, before rollout.max_new_tokens={self.sampling.max_new_tokens}: its context is "
+                f"{name} cut a response at {len(ids)} tokens of the {most} that were asked for: its context is "
                 "full. Start it with a larger --max-model-len (rollout.vllm.max_model_len)."
             )
         outside = next((i for i in ids if not 0 <= i < self.rows), None)

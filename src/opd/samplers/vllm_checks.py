@@ -12,7 +12,7 @@ from opd.data.pack import layout_sequences
 from opd.errors import ServerError
 from opd.models import response_logits
 from opd.samplers.base import SampledStudent, Sampling
-from opd.samplers.vllm import Answer, Draw, Engine, Request
+from opd.samplers.vllm import Answer, AnswerCheck, Draw, Engine, Request
 from opd.seeding import derive_seed
 
 PROBES, PROBE_TOKENS = 4, 16
@@ -34,9 +34,7 @@ class Preflight:
     half: bool = False
     """The engine computes in 16 bits."""
 
-    def __call__(
-        self, engine: Engine, student: SampledStudent, draw: Draw, check: Callable[[Answer, Request], None]
-    ) -> None:
+    def __call__(self, engine: Engine, student: SampledStudent, draw: Draw, check: AnswerCheck) -> None:
         """Raises ServerError that says what is different."""
         if engine.max_model_len < self.needed_len:
             raise ServerError(
@@ -51,7 +49,7 @@ class Preflight:
         ]
         answers = engine.generate(requests, probing)
         for answer, request in zip(answers, requests, strict=True):
-            check(answer, request)
+            check(answer, request, room)
         self._compare(engine.name, student, requests, answers, probing.excluded_ids)
 
     @torch.no_grad()

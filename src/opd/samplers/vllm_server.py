@@ -49,7 +49,7 @@ class VllmServer:
         self.patience = PATIENCE_S if patience is None else patience
         self._connect, self._sync, self._process = connect, sync, process
         self._concurrency = concurrency
-        self._http: VllmHttp | None = None if url is None else connect(url)
+        self._http: VllmHttp | None = None
         self._url = url
         self._lock: int | None = None
         self._tag = ""  # of the weights that are in the server, as far as this run knows
@@ -89,8 +89,7 @@ class VllmServer:
     def close(self) -> None:
         """Drop connections, end a managed server, delete the weights on disk."""
         atexit.unregister(self.close)
-        if self._http is not None:
-            self._http.close()
+        self._give_up()
         if self._process is not None:
             self._process.stop()
         self._sync.remove()
@@ -106,11 +105,8 @@ class VllmServer:
         if self._process is not None and not self._process.running:
             fresh = True
             self._start(self._process, folder)
-        assert self._http is not None
-        if not self._http.model:
-            self._http.meet()
-            self.max_model_len = self._http.max_model_len
-        found = self._http.version()
+        http = self._calls()
+        found = http.version()
         if again and found == tag:
             return  # the connection was lost, not the server
         if self._tag and not fresh and found not in (self._tag, tag, FRESH):
@@ -118,7 +114,22 @@ class VllmServer:
                 f"{self.name} has weights {found}, and this run loaded {self._tag} last: two runs share the server, and each would sample from "
                 "the other's student. Give every run a server of its own (rollout.vllm.mode=managed starts one), and go on with --resume."
             )
-        self._http.load_weights(str(folder), tag)
+        http.load_weights(str(folder), tag)
+
+    def _calls(self) -> VllmHttp:
+        """The connection, made anew after it was given up. Raises Disconnected."""
+        if self._http is None:
+            self._http = self._connect(self._url or (self._process.url if self._process is not None else ""))
+        if not self._http.model:
+            self._http.meet()
+            self.max_model_len = self._http.max_model_len
+        return self._http
+
+    def _give_up(self) -> None:
+        """Drop the connection; the server abandons what it is asked through it."""
+        if self._http is not None:
+            self._http.close()
+        self._http = None
 
     def _check_head(self, model: PreTrainedModel) -> None:
         """vLLM 0.32 packs a tied output layer when it starts on a CPU, and a reload of the embedding leaves the packed one as it was."""
@@ -133,8 +144,7 @@ class VllmServer:
     def _start(self, process: ServerProcess, folder: Path) -> None:
         def is_ready(url: str) -> bool:
             if self._http is None or self._http.url != url:
-                if self._http is not None:
-                    self._http.close()
+                self._give_up()
                 self._http = self._connect(url)
             return self._http.healthy()
 
@@ -154,11 +164,10 @@ class VllmServer:
             raise ServerError(
                 f"{self.name} died {REVIVALS + 1} times while it {doing} ({gone}). The end of its log:\n{self._process.tail()}"
             )
-        assert self._http is not None
         until = time.monotonic() + self.patience
         while attempt < REVIVALS and time.monotonic() < until:
             time.sleep(RETRY_S)
-            if self._http.healthy():
+            if self._http is not None and self._http.healthy():
                 return
         raise ServerError(
             f"{self.name} is not there, or broke off while it {doing} ({gone}). Start it again, look at its log for why it ended, and go on "
@@ -188,8 +197,7 @@ class VllmServer:
 
     def _ask(self, missing: Sequence[int], requests: Sequence[Request], draw: Draw, answers: dict[int, Answer]) -> None:
         """Put the answers of `missing` into `answers`. Raises the first failure, when all requests have ended."""
-        http = self._http
-        assert http is not None
+        http = self._calls()
         before = "" if http.tells_versions else http.version()
         found: dict[int, Answer] = {}
         pool = ThreadPoolExecutor(max_workers=max(1, min(len(missing), self._concurrency)))
@@ -201,7 +209,7 @@ class VllmServer:
                 future.cancel()
             wait(futures)
         except BaseException:  # a signal: what is on its way is given up
-            http.close()
+            self._give_up()
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -174,13 +174,7 @@ def test_a_server_of_the_user_s_without_versions_in_its_answers_does_as_well(
     url = parts.engine._process.url
     student = str(world / "untied")
     other = RunComponents(recipe(world, tmp_path / "run", student__model=student, rollout__vllm__url=url))
-    meet = other.engine._http.meet
-
-    def without_versions() -> None:
-        meet()
-        other.engine._http.tells_versions = False
-
-    other.engine._http.meet = without_versions
+    other.engine._calls().tells_versions = False
     other.sampler.load(other.student)
     assert worst(other, replace(WIDE, temperature=0.7)) < 1e-4
     third = RunComponents(recipe(world, tmp_path / "third", rollout__vllm__url=url))
