@@ -168,6 +168,9 @@ def test_a_fingerprint_tells_one_bit_of_one_weight_a_dtype_and_a_config():
     model: Any = tiny_causal_lm(TOKENIZER, layers=1, hidden=32, seed=2)
     first = model_fingerprint(model)
     assert first == model_fingerprint(copy.deepcopy(model)) == model_fingerprint(copy.deepcopy(model).train())
+    moved = copy.deepcopy(model)
+    moved.config._name_or_path = "elsewhere"
+    assert first == model_fingerprint(moved)
     found = {first, model_fingerprint(copy.deepcopy(model).bfloat16())}
     for name, _ in model.named_parameters():
         other = copy.deepcopy(model)

@@ -277,7 +277,7 @@ def test_a_writer_that_holds_the_lock_too_long_is_not_waited_for(tmp_path: Path,
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def write_forever(folder: Path, first: int, report: int) -> None:
+def write_forever(folder: Path, first: int, report: int, pause: float) -> None:
     """In a child: entries one after the other, each told to the parent once it is there."""
     store = TensorStore(folder)
     number = first
@@ -288,16 +288,17 @@ def write_forever(folder: Path, first: int, report: int) -> None:
         if number % 4 == 0:
             store.close()
         number += len(several)
+        time.sleep(pause)
 
 
-def start_writer(folder: Path, first: int) -> tuple[int, int]:
+def start_writer(folder: Path, first: int, pause: float = 0.0) -> tuple[int, int]:
     """The child's process id, and the pipe in which it tells what it has written."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read)
-            write_forever(folder, first, write)
+            write_forever(folder, first, write, pause)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         finally:
@@ -325,10 +326,10 @@ def test_no_kill_loses_an_entry_or_leaves_a_wrong_one_beside_a_second_writer(tmp
     for group in range(KILLS // per_folder):
         folder = tmp_path / str(group)
         told: list[int] = []
-        second = start_writer(folder, 10_000_000)
+        second = start_writer(folder, 10_000_000, pause=0.01)
         for number in range(per_folder):
             writer = start_writer(folder, 100_000 * number)
-            time.sleep(moments.uniform(0.0, 0.03))
+            time.sleep(moments.uniform(0.0, 0.025))
             told += kill(*writer)
             caught += any(folder.glob(".writing-*"))
         told += kill(*second)

@@ -47,6 +47,9 @@ class RolloutConfig(Section, key="rollout"):
     """What draws the student's samples: transformers in this process, or vLLM (section rollout.vllm), which is faster on long ones."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """With engine=vllm: where vLLM runs, and how weights get there."""
+    ahead: int = 0
+    """With engine=vllm: 1 draws the next step's responses while this step is scored and updates, from weights that are one update
+    older (metric staleness); 0 draws them from the newest weights. Losses of the sampled token weigh them by student / sampler."""
     importance_cap: float = DEFAULT_IMPORTANCE_CAP
     """With engine=vllm, for losses of the sampled token: its weight student / sampler is cut here (truncated importance sampling).
     Losses that are exact at every position take none."""
@@ -54,6 +57,7 @@ class RolloutConfig(Section, key="rollout"):
     def __post_init__(self) -> None:
         at_least(1, self, "max_new_tokens", "batch_size")
         self._check_engine()
+        self._check_ahead()
         start = self.horizon_start
         require(
             start is None or 1 <= start <= self.max_new_tokens,
@@ -90,6 +94,27 @@ class RolloutConfig(Section, key="rollout"):
             f"rollout.horizon_start={start} lets responses grow, and with rollout.source=cached they are all there already; drop it.",
         )
         require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
+
+    def _check_ahead(self) -> None:
+        require(
+            self.ahead in (0, 1),
+            f"rollout.ahead must be 0 or 1, not {self.ahead}: an engine draws the responses of one step at a time, so that more steps ahead "
+            "would be older and no sooner there.",
+        )
+        require(
+            self.ahead == 0 or (self.engine == "vllm" and self.vllm.mode != "colocate"),
+            "rollout.ahead=1 draws while this process trains, which takes a server: set rollout.engine=vllm with rollout.vllm.mode=managed or "
+            "server, or rollout.ahead=0.",
+        )
+        require(
+            self.ahead == 0 or self.lmbda == 1 or self.off_policy == "dataset",
+            "rollout.off_policy=teacher draws from the model that scores at the same time with rollout.ahead=1. Use off_policy=dataset, or "
+            "rollout.ahead=0.",
+        )
+        require(
+            self.ahead == 0 or self.source == "live",
+            "rollout.ahead=1 is about drawing, and with rollout.source=cached everything is drawn already; drop it.",
+        )
 
     def _check_engine(self) -> None:
         if self.engine == "hf":

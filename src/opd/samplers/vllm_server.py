@@ -52,11 +52,13 @@ class VllmServer:
         self._http: VllmHttp | None = None
         self._url = url
         self._lock: int | None = None
+        self._closed = False  # whoever still waits for an answer in another thread starts nothing again
         self._tag = ""  # of the weights that are in the server, as far as this run knows
 
     def load(self, student: SampledStudent, tag: str) -> None:
         """Writes a folder, and has the server read it. Raises ServerError."""
         atexit.register(self.close)
+        self._closed = False
         self._claim()
         folder = self._sync.write(student.model, student.version)
         for attempt in range(REVIVALS + 1):
@@ -89,6 +91,7 @@ class VllmServer:
     def close(self) -> None:
         """Drop connections, end a managed server, delete the weights on disk."""
         atexit.unregister(self.close)
+        self._closed = True
         self._give_up()
         if self._process is not None:
             self._process.stop()
@@ -154,6 +157,8 @@ class VllmServer:
 
     def _again(self, gone: Disconnected, attempt: int, doing: str) -> None:
         """Wait until another try makes sense. Raises ServerError where none does."""
+        if self._closed:
+            raise ServerError(f"{self.name} was given up while it {doing}, because the run ended.")
         if self._process is not None:
             if attempt < REVIVALS:
                 time.sleep(RETRY_S)  # a dying server takes its answers along before it is gone

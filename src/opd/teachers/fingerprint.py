@@ -23,13 +23,20 @@ def model_fingerprint(model: PreTrainedModel, *, adapter_off: bool = False) -> s
     trained = {name for name, parameter in model.named_parameters() if adapter_off and parameter.requires_grad}
     tensors: dict[str, Any] = {**dict(model.named_buffers()), **model.state_dict()}
     names = sorted(name for name, value in tensors.items() if isinstance(value, torch.Tensor) and name not in trained)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_IN_OUTPUTS}
+    config = _outputs_of(model.config.to_dict())
     digest = hashlib.sha256(type(model).__name__.encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
         for name, part in zip(names, pool.map(lambda name: _digest_of(tensors[name]), names), strict=True):
             digest.update(name.encode() + part)
     return digest.hexdigest()
+
+
+def _outputs_of(config: Any) -> Any:
+    """A config, and those in it, without the keys that change no output."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _outputs_of(value) for key, value in config.items() if key not in NOT_IN_OUTPUTS}
 
 
 def _digest_of(tensor: torch.Tensor) -> bytes:

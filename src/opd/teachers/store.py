@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 WRITING = ".writing-"
 INDEX = "index.json"
 SHARD_BYTES = 1 << 28  # of tensors: what a write holds in memory beside them
-HEADER_ENTRIES = 100_000  # kept in memory, of the headers read last
+HEADER_ENTRIES = 20_000  # kept in memory, of the headers read last
 INDEX_EVERY = 64  # new shards
 SPARE_BYTES = 1 << 30  # left free on the disk: a run's checkpoints come first
 LOCK_SECONDS = 60.0  # a shard takes seconds
@@ -97,12 +97,13 @@ class TensorStore:
         changed_at = self.folder.stat().st_mtime_ns
         if changed_at == self._listed_at:
             return
-        there = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if _is_shard(entry.name)}
-        for name in self._sizes.keys() - there.keys():
+        there = {name for name in os.listdir(self.folder) if _is_shard(name)}
+        for name in self._sizes.keys() - there:
             self._forget(name)
-        for name in there.keys() - self._sizes.keys():
+        for name in there - self._sizes.keys():
             with suppress(FileNotFoundError):  # deleted meanwhile
-                self._add(name, there[name], self._header(name).entries)
+                header = self._header(name)
+                self._add(name, (self.folder / name).stat().st_size, header.entries)
         self._listed_at = changed_at
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
@@ -233,7 +234,7 @@ class TensorStore:
             leftover.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Field:
     name: str
     dtype: str
@@ -242,7 +243,7 @@ class _Field:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Header:
     """Where the entries of a shard lie in it, and their checksums."""
 

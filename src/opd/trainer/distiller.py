@@ -186,13 +186,13 @@ class Distiller:
         self._refuse_after_training("take a step")
         step, steps = self.components.student.version, self.config.train.steps
         if step == 0:
-            self.components.sampler.load(self.components.student)
+            self.components.draws.load(self.components.student)
         if step >= steps:
             raise ConfigError(
                 f"All {steps} steps are done, where the schedules end; make a Distiller with more train.steps."
             )
         done = take_step(self.components, step)
-        self.components.sampler.load(self.components.student)  # the next rollouts are on-policy again
+        self.components.draws.load(self.components.student)  # the next rollouts are on-policy again
         return {"step": step, **done.metrics}
 
     def evaluate(self) -> dict[str, float]:

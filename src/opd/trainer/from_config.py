@@ -26,6 +26,7 @@ from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
 from opd.teachers.cache import KeptScores
 from opd.teachers.local import LocalTeacher
+from opd.trainer.draws import Draws
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
     HELD_OUT,
@@ -85,6 +86,8 @@ class RunComponents:
     teacher_policy: Policy | None
     """The teacher's weights, to be evaluated as the student is; None for several."""
     schedule: PromptSchedule
+    draws: Draws
+    """The rollouts of every step: `sampler` on the prompts of `schedule`."""
     evaluator: Evaluator | None
     loaded: LoadedModel
     """The student as it was loaded, with its tokenizer and their files."""
@@ -152,6 +155,7 @@ class RunComponents:
         self.teacher_policy = teachers.policy()
         order = derive_seed(config.seed, 0, "prompts")
         self.schedule = PromptSchedule(self._prompts, seed=order, shuffle=config.prompts.shuffle)
+        self.draws = Draws(config, self.schedule, self.sampler)
         self.evaluator = self._evaluator() if self._held_out else None
 
     def _student_sampler(self) -> AdjustableSampler:

@@ -79,8 +79,8 @@ class EngineCorrection:
             return
         raise ServerError(
             f"Sampler and trainer give the same tokens log-probs that are {gap:.3g} nats apart in the mean, more than "
-            f"rollout.vllm.max_gap={self.max_gap:g}: the engine has other weights than the student, or computes in a much lower precision. The "
-            "step was not saved. Give vLLM the student's dtype (rollout.vllm.args: [--dtype, float32]), or raise max_gap if the gap is known; "
+            f"rollout.vllm.max_gap={self.max_gap:g}: the engine has other weights than the student, or computes in a much lower precision, "
+            "or with rollout.ahead=1 an update moves the student that far. The step was not saved. Give vLLM the student's dtype (rollout.vllm.args: [--dtype, float32]), or raise max_gap if the gap is known; "
             "then go on with --resume."
         )
 

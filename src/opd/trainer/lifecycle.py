@@ -127,6 +127,7 @@ def engine_of(components: RunComponents, say: Callable[[str], None]) -> Iterator
         yield
     finally:
         engine.close()
+        components.draws.close()
 
 
 def _resumed(folder: RunFolder, start: int | None, config: Config) -> list[str]:

@@ -12,8 +12,6 @@ from opd.errors import DataError, OpdError, OutOfMemoryError, ServerError
 from opd.reporting.findings import cut_off
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
-from opd.samplers.base import draw
-from opd.seeding import derive_seed
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.from_config import RunComponents
 from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
@@ -45,14 +43,12 @@ def take_step(
 ) -> Step:
     """Rollouts, their targets, one update; the sampler has the weights from before still. `announce` is told each phase as it begins;
     `before_update` is entered around everything that moves no weight."""
-    config, sampler, student = components.config, components.sampler, components.student
+    student, draws = components.student, components.draws
     clock = Clock(announce)
-    prompts = components.schedule.take(step, config.train.prompts_per_step)
-    sampler.limit(config.rollout.horizon(step, config.train.steps))
     with before_update():
         with clock.phase("rollout"):
-            seed = derive_seed(config.seed, step, "rollout")
-            rollouts = draw(sampler, prompts, config.train.samples_per_prompt, seed=seed)
+            rollouts = draws.take(step)
+            staleness = draws.staleness(rollouts, student.version)
         with clock.phase("teacher"):
             scored = components.scorer.score(rollouts, step)
     correction = components.correction
@@ -61,9 +57,8 @@ def take_step(
         out = student.update(scored.batches, scored.objective)
     if correction is not None:
         correction.check({**out.metrics, **scored.metrics})
-    return Step(
-        rollouts=rollouts, scored=scored, out=out, metrics={**out.metrics, **scored.metrics, **clock.times(out)}
-    )
+    metrics = {**out.metrics, **scored.metrics, **staleness, **clock.times(out)}
+    return Step(rollouts=rollouts, scored=scored, out=out, metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +80,15 @@ class TrainingLoop:
         """From the student's version to the last step. Raises Interrupted between two steps after a signal; what was trained is in a
         checkpoint then."""
         student, config = self.components.student, self.config
-        sampler = self.components.sampler
+        draws = self.components.draws
         with self.stop.at_once() if self.components.engine else nullcontext():  # an engine may take minutes to start
-            sampler.load(student)
+            draws.load(student)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
             done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
             self._record(step, done)
             with self.saved_on_error():
-                sampler.load(student)  # the next rollouts are on-policy again
+                draws.load(student)  # the next rollouts are on-policy again
                 ended = self._call_back({"step": step, **done.metrics})
                 if evaluation_due(config, student.version) or ended:
                     self.evaluate(first=False, last=ended)

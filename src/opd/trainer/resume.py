@@ -187,6 +187,7 @@ EFFECTS: dict[str, Effect] = {
             "rollout.top_p",
             "rollout.top_k",
             "rollout.stop",
+            "rollout.ahead",
             "rollout.importance_cap",
             "rollout.lmbda",
             "rollout.off_policy",
