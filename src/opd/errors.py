@@ -80,6 +80,10 @@ class DataError(OpdError):
     """Prompts that are missing, empty, malformed or too long."""
 
 
+class CacheError(DataError):
+    """Kept scores or rollouts that are damaged, missing, or of something else."""
+
+
 class ModelError(OpdError):
     """A model or tokenizer that cannot be loaded or used."""
 

@@ -19,6 +19,7 @@ from opd.errors import OpdError
 
 COMMANDS = {
     "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
+    "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
     "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
     "report": "write report.html of a run folder again: opd report RUN_DIR",
     "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",

@@ -38,6 +38,10 @@ class RolloutConfig(Section, key="rollout"):
     """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
     off_policy: Literal["dataset", "teacher"] = "dataset"
     """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
+    source: Literal["live", "cached"] = "live"
+    """live: drawn from the student as it is at every step. cached: drawn once from the student before training, by opd rollouts."""
+    path: str | None = None
+    """source=cached: the folder that opd rollouts has filled."""
 
     engine: Literal["hf", "vllm"] = "hf"
     """What draws the student's samples: transformers in this process, or vLLM (section rollout.vllm), which is faster on long ones."""
@@ -71,6 +75,19 @@ class RolloutConfig(Section, key="rollout"):
         require(
             self.lmbda < 1 or self.off_policy == "dataset",
             "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
+        )
+        require(
+            self.source == "live" or bool(self.path and self.path.strip()),
+            "rollout.source=cached trains on kept rollouts, and rollout.path does not say where they are. Draw them with opd rollouts "
+            "RECIPE.yaml --out DIR, and set rollout.path to that folder.",
+        )
+        require(
+            self.source == "cached" or self.path is None,
+            f"rollout.path='{self.path}' is read where rollout.source=cached; set it, or drop the path.",
+        )
+        require(
+            self.source == "live" or start is None,
+            f"rollout.horizon_start={start} lets responses grow, and with rollout.source=cached they are all there already; drop it.",
         )
         require(all(self.stop), "rollout.stop holds an empty string, which would end every response at once")
 

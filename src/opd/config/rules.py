@@ -51,6 +51,27 @@ def check_names(key: str, weights: Mapping[str, float], names: Sequence[str]) ->
     )
 
 
+def check_kept_rollouts(objective: Objective, *, rewarded: bool, token_fraction: float) -> None:
+    """Refuse what needs rollouts of the student as it is, where they are of the student before training."""
+    if objective.looks_at_sample:
+        sampled = f"estimator={objective.estimator}" if objective.support == "sampled" else "tail=sampled"
+        raise ConfigError(
+            f"objective {sampled} has the right gradient only for tokens that the student itself sampled, and with rollout.source=cached the "
+            "student before training did. The weights that would make up for it, student over sampler, have no bound once the two are far "
+            "apart. Use an exact loss (objective.support=full, or teacher_top_k with tail=bucket), or rollout.source=live."
+        )
+    require(
+        not rewarded,
+        "rl.weight > 0 needs responses that the student itself drew, and rollout.source=cached has those of the student before training. "
+        "Use rollout.source=live.",
+    )
+    require(
+        token_fraction == 1,
+        f"train.token_fraction={token_fraction} keeps the tokens where the student is least sure, and rollout.source=cached knows the student "
+        "before training alone. Use token_fraction=1, or rollout.source=live.",
+    )
+
+
 class Sampling(Protocol):
     """Sampling of the responses: a `RolloutConfig`, or verl's settings in its terms (top_k=0 is off)."""
 

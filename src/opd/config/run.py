@@ -9,7 +9,7 @@ from opd.config.optimizer import OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import RewardConfig, RlConfig
 from opd.config.rollout import RolloutConfig
-from opd.config.rules import check_on_policy, check_rewarded_rollouts
+from opd.config.rules import check_kept_rollouts, check_on_policy, check_rewarded_rollouts
 from opd.config.sections import Section
 from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
@@ -77,6 +77,8 @@ class Config(Section):
         )
         if self.optimizer.name == "natural_gradient":
             self._check_natural_gradient()
+        if self.rollout.source == "cached":
+            check_kept_rollouts(self.objective, rewarded=self.rl.rewarded, token_fraction=self.train.token_fraction)
         check_on_policy(self.objective, self.rollout)
         if self.rl.rewarded:
             check_rewarded_rollouts(self.objective, self.rollout)

@@ -57,6 +57,9 @@ class TeacherConfig(ModelConfig, key="teacher"):
     """Kind of target for the loss; 'auto' is the most exact kind that the objective can use."""
     offload: bool = False
     """Keep it in CPU memory while it is not asked (its output layer stays on the device): slower, and room for more teachers."""
+    cache: str | None = None
+    """Folder in which its scores are kept by content: a response that was scored before, in this run or another, costs no forward
+    pass. Runs and teachers may share one."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "tokens_per_batch", "concurrency")
@@ -80,6 +83,15 @@ class TeacherConfig(ModelConfig, key="teacher"):
         require(
             self.source == "model" or not self.offload,
             f"teacher.offload=true would take the student itself off its device with teacher.source={self.source}; drop it.",
+        )
+        require(
+            self.cache is None or bool(self.cache.strip()),
+            "teacher.cache is empty; name a folder for the kept scores, or drop it.",
+        )
+        require(
+            self.cache is None or self.source in ("model", "adapter_off"),
+            f"teacher.cache='{self.cache}' keeps scores for later, and with teacher.source={self.source} the teacher's weights move with "
+            "every step, so that none would ever be read again; drop it.",
         )
 
     @property

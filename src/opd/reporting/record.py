@@ -3,7 +3,8 @@
 A line is one JSON object, written whole: a killed process loses at most the line it was writing. NaN and infinity are stored
 as null and read back as NaN.
 
-Metrics whose name starts with `time/` are wall clock. They alone may differ between two runs of the same recipe and seed.
+Metrics whose name starts with `time/` are wall clock. They, and the counts `teacher/cache_…` of scores kept by an earlier run, alone may
+differ between two runs of the same recipe and seed.
 """
 
 from __future__ import annotations

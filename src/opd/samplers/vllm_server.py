@@ -25,6 +25,7 @@ from opd.samplers.vllm_weights import SyncFolder, base_of, has_tied_head
 REVIVALS = 3  # of one call, before the run stops
 PATIENCE_S = 30.0  # that a server of the user's may take to come back
 RETRY_S = 1.0
+FRESH = "default"  # the version of a server that has only read its own model
 
 
 class VllmServer:
@@ -38,14 +39,14 @@ class VllmServer:
         url: str | None = None,
         process: ServerProcess | None = None,
         concurrency: int = 256,
-        patience: float = PATIENCE_S,
+        patience: float | None = None,
     ) -> None:
         """One of `url` and `process`. `connect` makes the calls of an address; `patience` is in seconds."""
         assert (url is None) != (process is None)
         self.name = "The managed vLLM server" if url is None else f"The vLLM server at {url}"
         self.max_model_len = 0
         self.say: Callable[[str], None] = lambda _: None
-        self.patience = patience
+        self.patience = PATIENCE_S if patience is None else patience
         self._connect, self._sync, self._process = connect, sync, process
         self._concurrency = concurrency
         self._http: VllmHttp | None = None if url is None else connect(url)
@@ -112,7 +113,7 @@ class VllmServer:
         found = self._http.version()
         if again and found == tag:
             return  # the connection was lost, not the server
-        if self._tag and not fresh and found not in (self._tag, tag, "default"):
+        if self._tag and not fresh and found not in (self._tag, tag, FRESH):
             raise ServerError(
                 f"{self.name} has weights {found}, and this run loaded {self._tag} last: two runs share the server, and each would sample from "
                 "the other's student. Give every run a server of its own (rollout.vllm.mode=managed starts one), and go on with --resume."
@@ -208,9 +209,11 @@ class VllmServer:
             if not future.cancelled() and future.exception() is None:
                 found[i] = future.result()
         if http.tells_versions:
-            answers |= found
+            answers |= {i: answer for i, answer in found.items() if answer.versions != (FRESH,)}
         elif failed is None or http.version() == before:  # a version for all of them, because they carry none
             after = http.version()
             answers |= {i: replace(answer, versions=tuple({before, after})) for i, answer in found.items()}
         if failed is not None:
             failed.result()
+        if any(answer.versions == (FRESH,) for answer in found.values()):
+            raise Disconnected("it was started again, without this run's weights")

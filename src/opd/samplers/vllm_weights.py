@@ -4,6 +4,8 @@ that a server reads them from."""
 from __future__ import annotations
 
 import copy
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+PREFIX, LOCK = "opd-vllm-", ".in-use"
 MEMORY = Path("/dev/shm")
 ROOM = 1.05  # config and tokenizer beside the weights
 
@@ -88,6 +91,7 @@ class SyncFolder:
         self.place = place
         self.files = files
         self.root: Path | None = None
+        self._lock: int | None = None
         self.current: Path | None = None
 
     def write(self, model: PreTrainedModel, version: int) -> Path:
@@ -136,14 +140,18 @@ class SyncFolder:
         """Delete everything that was written."""
         if self.root is not None:
             shutil.rmtree(self.root, ignore_errors=True)
-        self.root = self.current = None
+        if self._lock is not None:
+            os.close(self._lock)
+        self.root = self.current = self._lock = None
 
     def _root(self, size: int) -> Path:
         if self.root is None:
             base = Path(self.place) if self.place is not None else _roomiest(size)
             try:
                 base.mkdir(parents=True, exist_ok=True)
-                self.root = Path(tempfile.mkdtemp(prefix="opd-vllm-", dir=base))
+                _remove_orphans(base)
+                self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+                self._lock = _locked(self.root / LOCK, os.O_RDWR | os.O_CREAT)
                 if self.place is not None:
                     self.root.chmod(0o755)  # a server that another user started reads it too
             except OSError as error:
@@ -152,6 +160,29 @@ class SyncFolder:
                     "may write to."
                 ) from error
         return self.root
+
+
+def _remove_orphans(base: Path) -> None:
+    """Delete what runs left that were killed: weights in memory would stay there until the machine starts anew."""
+    for folder in base.glob(f"{PREFIX}*"):
+        lock = _locked(folder / LOCK, os.O_RDWR)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(path: Path, flags: int) -> int | None:
+    """A descriptor that holds the lock of this file; None where another process holds it, or there is no such file to open."""
+    try:
+        lock = os.open(path, flags, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def _roomiest(size: int) -> Path:

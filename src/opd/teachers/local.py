@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from transformers import PreTrainedModel
 
 from opd.data.pack import Layout, group_by_length, layout_sequences
 from opd.data.rendering import Renderer
-from opd.errors import DataError, ObjectiveError
+from opd.errors import ConfigError, DataError, ObjectiveError
 from opd.kernels import linear_logits, linear_top_k, top_k_of
 from opd.losses import DEFAULT_TOP_K, Objective, to_logp
 from opd.models import context_length, linear_head, response_hidden, response_logits
+from opd.teachers.fingerprint import model_fingerprint
 from opd.teachers.vocabulary import VocabularyMatch, embedding_rows
 from opd.types import (
     DenseTarget,
     Head,
     HiddenTarget,
+    Prompt,
     Rollout,
     SampledTarget,
     Sequences,
@@ -54,6 +57,7 @@ class LocalTeacher:
         """`model_context` is entered around every use of the model: it moves an offloaded one to its device, or disables an adapter.
         `frozen=False` leaves the weights trainable, for a model that is trained elsewhere."""
         self.model = model.requires_grad_(False).eval() if frozen else model
+        self.frozen = frozen
         self._model_context = model_context
         self._depth = 0
         self.renderer = renderer
@@ -84,6 +88,19 @@ class LocalTeacher:
         self.kind = objective.check_supplies(self.supplies, self.name)
         self.top_k = min(objective.top_k or DEFAULT_TOP_K, self.vocabulary.size)
         return self.kind
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of its weights, dtype and config: the same answers to the same ids. Raises ConfigError where the weights are trained."""
+        if not self.frozen and not hasattr(self.model, "disable_adapter"):
+            raise ConfigError(
+                f"The weights of {self.name} are trained, so what it says cannot be kept; drop teacher.cache."
+            )
+        return model_fingerprint(self.model, adapter_off=not self.frozen)
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt as it reads it."""
+        return self.renderer.prompt_ids(prompt)
 
     def groups(self, rollouts: Sequence[Rollout]) -> dict[str, list[int]]:
         """All rollouts may share a micro-batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from opd.quantized import merged
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
+from opd.trainer.keep_rollouts import keep_rollouts
 from opd.trainer.lifecycle import Run, run_in_folder, write_student
 from opd.trainer.loop import Callback, take_step
 
@@ -168,6 +170,16 @@ class Distiller:
         run = run_in_folder(self.config, self._build, resume=resume, overwrite=overwrite, callbacks=self.callbacks)
         self._trained = run.student
         return run
+
+    def draw_rollouts(self, *, overwrite: bool = False) -> dict[str, float]:
+        """Draw the rollouts of the student before training, score them, and write both to rollout.path, as opd rollouts does; return
+        means over them, with the initial `overlap` of student and teacher. Raises ConfigError unless rollout.source is "cached"."""
+        if self.config.rollout.source != "cached":
+            raise ConfigError('There is no folder for them; give rollout={"source": "cached", "path": DIR}.')
+        given = self._given
+        if given.student is not None and self.config.student.lora is not None:  # the adapters of the run come later
+            given = replace(given, student=copy.deepcopy(given.student))
+        return dict(keep_rollouts(self.config, given, overwrite=overwrite, say=lambda _line: None).summary)
 
     def step(self) -> dict[str, float]:
         """Take one step, and return its record: metrics, and its number as `step`. Nothing is written, and no callback is called."""

@@ -19,10 +19,12 @@ from opd.errors import ConfigError
 from opd.quantized import check_trainable
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
+from opd.samplers.kept import KeptRollouts
 from opd.samplers.off_policy import DatasetResponses, OnOffPolicySampler
 from opd.samplers.vllm import Engine
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
+from opd.teachers.cache import KeptScores
 from opd.teachers.local import LocalTeacher
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
@@ -31,6 +33,7 @@ from opd.trainer.fingerprints import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from opd.trainer.importance import EngineCorrection, correction_note, engine_correction
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.rollout_engine import make_vllm_sampler
@@ -51,6 +54,8 @@ class Given:
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     """Functions by their description."""
     sampler: Sampler | None = None
+    draws_kept: bool = False
+    """Rollouts are drawn that rollout.source=cached will take."""
 
     def reward(self, name: str, config: RewardConfig) -> Scorer:
         """The reward of this name or description, called as the recipe says. Raises ConfigError."""
@@ -70,6 +75,8 @@ class RunComponents:
     """Draws the student's responses in evaluations, with the engine of the rollouts."""
     engine: Engine | None = None
     """The inference engine, which has to be closed; None for sampling by transformers."""
+    correction: EngineCorrection | None
+    """What the update does about an engine's samples; None without an engine."""
     scorer: StepScorer
     teacher: Teacher | None
     """None where the student learns from a reward alone."""
@@ -86,6 +93,8 @@ class RunComponents:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     """Facts that need no action."""
+    kept: KeptScores | None
+    """What the teachers' caches did; None without one."""
 
     def __init__(self, config: Config, given: Given | None = None) -> None:
         """Raises the OpdError of whatever does not fit; nothing has been trained by then."""
@@ -117,14 +126,15 @@ class RunComponents:
         self.fingerprints = self._fingerprints(first_weights)
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
-        self.notes = tuple(served_notes(config))
-        self.notes += () if given.student else tuple(saved_notes(config.student, self.loaded.model))
+        saved = [] if given.student else saved_notes(config.student, self.loaded.model)
+        self.notes = (*served_notes(config), *saved, *correction_note(config))
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
-        self.teacher = teachers.teacher
+        self.teacher, self.kept = teachers.teacher, teachers.kept
         self.student = self._student()
         self.student_sampler = self._student_sampler()
+        self.correction = engine_correction(config)
         self.scorer = StepScorer(
             objective=config.objective,
             rl=config.rl,
@@ -132,11 +142,12 @@ class RunComponents:
             teacher=teachers.teacher,
             kind=teachers.kind,
             ensemble=teachers.ensemble,
+            kept=teachers.kept,
             reinforcement=self._reinforcement() if config.rl.rewarded else None,
             pad_id=self.pad_id,
             device=self.student.device,
         )
-        self.sampler = self._sampler(self._given.sampler or self.student_sampler)
+        self.sampler = self._sampler(self._kept_rollouts() or self._given.sampler or self.student_sampler)
         self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id)
         self.teacher_policy = teachers.policy()
         order = derive_seed(config.seed, 0, "prompts")
@@ -176,7 +187,10 @@ class RunComponents:
             autocast=config.train.autocast == "bfloat16",
             loss_memory=config.train.loss_memory,
             gradient_checkpointing=config.student.gradient_checkpointing,
-            plain_sampling=rollout.temperature == 1 and rollout.top_p == 1 and rollout.top_k == 0,
+            plain_sampling=rollout.temperature == 1
+            and rollout.top_p == 1
+            and rollout.top_k == 0
+            and rollout.source == "live",
             teacher_logits=no_teacher if teacher is None else teacher.logits,
             ema=self._teachers.ema,
         )
@@ -195,6 +209,32 @@ class RunComponents:
                 "them. Use rollout.off_policy=dataset, or rollout.lmbda=1."
             )
         return OnOffPolicySampler(on_policy, off_policy, rollout.lmbda)
+
+    @property
+    def drawn_from(self) -> dict[str, Any]:
+        """Everything that the student's rollouts before training depend on, by name."""
+        config, rollout = self.config, self.config.rollout
+        inputs = ("training prompts", "student's starting weights", "student's tokenizer and chat template")
+        settings = ("max_new_tokens", "temperature", "top_p", "top_k", "stop")
+        return {
+            **{name: self.fingerprints[name] for name in inputs},
+            **{f"rollout.{name}": getattr(rollout, name) for name in settings},
+            "prompts.system": config.prompts.system,
+            "student.chat_template_kwargs": dict(config.student.chat_template_kwargs),
+        }
+
+    def _kept_rollouts(self) -> Sampler | None:
+        """What opd rollouts has drawn, where the recipe takes it."""
+        rollout = self.config.rollout
+        if rollout.source == "live" or self._given.draws_kept:
+            return None
+        if self._given.sampler is not None:
+            raise ConfigError(
+                "rollout.source=cached takes rollouts from a file, and a sampler object would draw others; drop one of them."
+            )
+        kept = KeptRollouts(rollout.path or "", self._prompts, self.drawn_from, self.config.train.samples_per_prompt)
+        self.fingerprints["kept rollouts"] = kept.digest
+        return kept
 
     def _fingerprints(self, first_weights: SampledWeights) -> dict[str, str]:
         found = {"training prompts": prompts_fingerprint(self._prompts)}

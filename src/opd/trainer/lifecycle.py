@@ -104,6 +104,9 @@ def _train(
             except Interrupted:
                 write_report(folder.path)
                 raise
+            finally:
+                for line in [] if components.kept is None else components.kept.close():
+                    progress.message(line)
         model = save_student(components, folder)
         summary = summarize(folder.path, config)
         if summary is not None:

@@ -55,8 +55,12 @@ def take_step(
             rollouts = draw(sampler, prompts, config.train.samples_per_prompt, seed=seed)
         with clock.phase("teacher"):
             scored = components.scorer.score(rollouts, step)
+    correction = components.correction
     with clock.phase("update"):
+        scored = scored if correction is None else correction.corrected(student, scored)
         out = student.update(scored.batches, scored.objective)
+    if correction is not None:
+        correction.check({**out.metrics, **scored.metrics})
     return Step(
         rollouts=rollouts, scored=scored, out=out, metrics={**out.metrics, **scored.metrics, **clock.times(out)}
     )

@@ -15,6 +15,7 @@ from opd.data.pack import concatenate, count_of, pack, with_target
 from opd.errors import DataError, OpdError
 from opd.losses import Hybrid, Objective
 from opd.teachers.base import Teacher
+from opd.teachers.cache import KeptScores
 from opd.teachers.ensemble import Ensemble
 from opd.trainer.reinforce import Advantages, Reinforcement
 from opd.types import AnyTarget, Batch, Rollout, TargetKind
@@ -32,6 +33,15 @@ class Batches(Sequence[Batch]):
     def lazy(self) -> bool:
         """True where a target costs a forward pass of the teacher at every use."""
         return self._teacher is not None
+
+    @property
+    def unscored(self) -> Sequence[Batch]:
+        """The micro-batches; lazy ones without their targets."""
+        return self._batches
+
+    def replaced(self, batches: Sequence[Batch]) -> Batches:
+        """Other micro-batches in their place, which get targets as these do."""
+        return Batches(batches, scored_by=self._teacher)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -69,17 +79,19 @@ class StepScorer:
         teacher: Teacher | None,
         kind: TargetKind | None,
         ensemble: Ensemble | None = None,
+        kept: KeptScores | None = None,
         reinforcement: Reinforcement | None,
         pad_id: int,
         device: torch.device,
     ) -> None:
         """`kind` is the one that the teacher's `bind_objective` settled; `ensemble` is the teacher itself where it is several, whose
-        weights may move from step to step."""
+        weights may move from step to step; `kept` counts what of theirs is kept."""
         self.hybrid = rl.hybrid(objective, train.steps)
         self.token_fraction = train.token_fraction
         self.teacher = teacher
         self.kind: TargetKind | None = kind
         self.ensemble = ensemble
+        self.kept = kept
         self.reinforcement = reinforcement
         self.layout = {
             "layout": train.layout,
@@ -92,6 +104,14 @@ class StepScorer:
 
     def score(self, rollouts: Sequence[Rollout], step: int) -> Scored:
         """Raises DataError for a reward that fails, where the recipe says that this ends the run."""
+        if self.kept is None:
+            return self._score(rollouts, step)
+        self.kept.take()  # of an evaluation
+        scored = self._score(rollouts, step)
+        metrics = {**scored.metrics, **self.kept.take()}
+        return dataclasses.replace(scored, metrics=metrics, notes=(*scored.notes, *self.kept.failures()))
+
+    def _score(self, rollouts: Sequence[Rollout], step: int) -> Scored:
         objective = self.hybrid.at(step)
         reward_signal: Advantages | None = None
         if objective.rl_weight != 0.0:

@@ -31,6 +31,8 @@ from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, T
 if TYPE_CHECKING:
     from opd.config import LoraConfig
 
+LOG_PROB_CHUNK = 1024  # tokens whose logits are there at once
+
 
 class Policy:
     """A model whose log-probs on response tokens are compared with the teacher's."""
@@ -67,6 +69,21 @@ class Policy:
         """All logits [tokens, common vocabulary] that predict each response token."""
         with self.autocast():
             return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
+
+    @torch.no_grad()
+    def log_prob(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-prob of every response token, by logits that are cut to the common vocabulary, a chunk of them at a time."""
+        if not self.head_is_a_product:
+            rows = self.logits(batch) / temperature
+            return rows.float().log_softmax(-1).gather(-1, batch.response_ids[:, None])[:, 0]
+        with self.autocast():
+            hidden = response_hidden(self.model, batch.sequences)
+        head, found = output_layer(self.model), []
+        for start in range(0, len(hidden), LOG_PROB_CHUNK):
+            part = slice(start, start + LOG_PROB_CHUNK)
+            logits = mask_vocabulary(head(hidden[part].to(head.weight.dtype)), self.vocabulary).float() / temperature
+            found.append(logits.log_softmax(-1).gather(-1, batch.response_ids[part, None])[:, 0])
+        return torch.cat(found) if found else hidden.new_empty(0)
 
     def loss(self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics) -> torch.Tensor:
         """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -13,11 +14,14 @@ from opd.config import Config, RolloutConfig, TeacherConfig
 from opd.errors import ConfigError, ObjectiveError
 from opd.models import resolve_device, vocabulary_rows
 from opd.samplers.base import AdjustableSampler
+from opd.samplers.kept import TARGETS
 from opd.samplers.off_policy import RoutedSampler
 from opd.teachers.base import Teacher
+from opd.teachers.cache import CachedTeacher, KeptScores
 from opd.teachers.ema import Ema
 from opd.teachers.ensemble import Ensemble
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
+from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
 from opd.trainer.served import ServedTeacher, serve
@@ -45,6 +49,8 @@ class TeacherSet:
     """Those behind servers."""
     said: tuple[str, ...] = ()
     """Warnings about the servers."""
+    kept: KeptScores | None = None
+    """Counts the scores that are kept; None where no teacher keeps any."""
 
     def sampler(
         self, rollout: RolloutConfig, pad_id: int, student: LoadedModel | None = None
@@ -113,25 +119,14 @@ def build_teachers(
     for one in served.values():
         one.vocabulary = vocabulary
     members: dict[str, Teacher] = {
-        name: own[name]
-        if name in own
-        else LocalTeacher(
-            loaded[name].model,
-            loaded[name].renderer,
-            vocabulary=vocabulary,
-            pad_id=student.pad_id,
-            name=section.model or f"the student ({section.source})",
-            tokens_per_batch=section.tokens_per_batch,
-            layout=config.train.layout,
-            supply=None if section.supply == "auto" else section.supply,
-            frozen=loaded[name].model is not model,
-            **_model_context(section, loaded[name]),
-        )
-        for name, section in sections.items()
+        name: own[name] if name in own else _local(config, name, loaded[name], student, model, vocabulary)
+        for name in sections
     }
+    members = _cached(config, members)
     ensemble = _ensemble(config, members) if len(members) > 1 else None
     teacher = ensemble or next(iter(members.values()), None)
     kind = None if teacher is None else _bind(config, teacher)
+    caches = [member for member in members.values() if isinstance(member, CachedTeacher)]
     return TeacherSet(
         loaded=loaded,
         served=served,
@@ -142,6 +137,31 @@ def build_teachers(
         kind=kind,
         vocabulary=vocabulary,
         ema=ema,
+        kept=KeptScores(caches) if caches else None,
+    )
+
+
+def _local(
+    config: Config,
+    name: str,
+    loaded: LoadedModel,
+    student: LoadedModel,
+    model: PreTrainedModel,
+    vocabulary: VocabularyMatch,
+) -> LocalTeacher:
+    """A teacher in this process; the student's own weights stay trainable."""
+    section = config.all_teachers[name]
+    return LocalTeacher(
+        loaded.model,
+        loaded.renderer,
+        vocabulary=vocabulary,
+        pad_id=student.pad_id,
+        name=section.model or f"the student ({section.source})",
+        tokens_per_batch=section.tokens_per_batch,
+        layout=config.train.layout,
+        supply=None if section.supply == "auto" else section.supply,
+        frozen=loaded.model is not model,
+        **_model_context(section, loaded),
     )
 
 
@@ -185,6 +205,25 @@ def _model_context(
             f"teacher.offload=true keeps '{section.model}' in CPU memory between uses, and it runs on the CPU anyway; drop it."
         )
     return {"model_context": partial(on_device_meanwhile, loaded.model, device)}
+
+
+def _cached(config: Config, members: Mapping[str, Teacher]) -> dict[str, Teacher]:
+    """The teachers, with kept scores where the recipe names a folder for them; one folder is opened once."""
+    folders = {name: _cache_folder(config, name, members[name]) for name in config.all_teachers}
+    stores = {place: TensorStore(place) for place in {Path(f).resolve() for f in folders.values() if f is not None}}
+    return {
+        name: member if (folder := folders[name]) is None else CachedTeacher(member, stores[Path(folder).resolve()])
+        for name, member in members.items()
+    }
+
+
+def _cache_folder(config: Config, name: str, member: Teacher) -> str | Path | None:
+    """The folder of the recipe; or where opd rollouts has put the scores of kept rollouts, if this teacher's can be kept."""
+    section, rollout = config.all_teachers[name], config.rollout
+    if section.cache is not None or rollout.source == "live" or section.source not in ("model", "adapter_off"):
+        return section.cache
+    small = "hidden" in member.supplies or (config.objective.support == "teacher_top_k" and "top_k" in member.supplies)
+    return Path(rollout.path or "") / TARGETS if small and hasattr(member, "fingerprint") else None
 
 
 def _vocabulary(config: Config, name: str | None, student: LoadedModel, other: LoadedModel) -> VocabularyMatch:

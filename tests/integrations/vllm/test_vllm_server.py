@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import vllm_world as world_of
@@ -117,8 +116,11 @@ def test_after_each_of_five_updates_the_samples_are_the_new_student_s(parts: Run
                 parameter.copy_(after)
 
 
-def engine_processes() -> list[psutil.Process]:
-    return [p for p in world_of.servers() if p.status() != psutil.STATUS_ZOMBIE]
+def kill_servers() -> None:
+    """All of vLLM's processes, and not the guard above them."""
+    for process in world_of.servers():
+        if "vllm_guard" not in " ".join(process.cmdline()):
+            process.kill()
 
 
 def test_a_server_killed_while_it_samples_is_started_again_with_the_same_weights(parts: RunComponents):
@@ -131,8 +133,7 @@ def test_a_server_killed_while_it_samples_is_started_again_with_the_same_weights
     def killing(request: Request, settings: Any) -> Any:
         if not killed:
             killed.append(True)
-            for process in engine_processes():
-                process.kill()
+            kill_servers()
         return draw(request, settings)
 
     engine._http.draw = killing
@@ -148,8 +149,7 @@ def test_a_server_killed_while_it_takes_weights_is_started_again_with_the_new_on
 
     def killing(method: str, path: str, *more: Any, **options: Any) -> Any:
         if path == "/collective_rpc":
-            for process in engine_processes():
-                process.kill()
+            kill_servers()
         return call(method, path, *more, **options)
 
     engine._http._call = killing

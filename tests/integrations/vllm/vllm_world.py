@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def own_logp(model: PreTrainedModel, rollout: Rollout, sampling: Sampling) -> to
 
 
 def servers() -> list[psutil.Process]:
-    """Processes of vLLM below this one, or that lost their parent."""
+    """Processes of vLLM that this one started, or what it started, though they may have lost their parents since."""
     found = []
-    for process in psutil.process_iter(["cmdline", "name"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "vllm.entrypoints" in words or "VLLM::" in words or "VLLM::" in (process.info["name"] or ""):
+    for process in psutil.process_iter(["cmdline", "environ", "name", "status"]):
+        words = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])])
+        ours = (process.info["environ"] or {}).get("OPD_TEST_MARK") == os.environ["OPD_TEST_MARK"]
+        if ours and ("vllm" in words.lower()) and process.pid != os.getpid() and "pytest" not in words:
             found.append(process)
-    return found
+    return [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
