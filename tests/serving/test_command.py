@@ -26,6 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_and_ends_cleanly_at_a_signal(world: Path, number: signal.Signals):
     with server_process(str(world / "teacher"), "--port", "0") as (process, url, lines):
@@ -40,6 +41,7 @@ def test_it_serves_and_ends_cleanly_at_a_signal(world: Path, number: signal.Sign
         httpx.get(f"{url}/health", trust_env=False)
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for_and_never_printed(world: Path):
     words = (str(world / "teacher"), "--port", "0", "--token-env", "MY_TOKEN")
     with server_process(*words, MY_TOKEN=TOKEN) as (process, url, lines):

@@ -17,7 +17,7 @@ from opd.trainer import train
 from served import server_process
 from worlds import make_world, settings
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 TOKEN = "a-token-of-this-test"
 

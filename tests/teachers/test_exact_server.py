@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from opd.errors import DataError, ObjectiveError, ServerError
 from opd.losses import Objective
 from opd.remote.breaker import Patience
 from opd.remote.pool import ServerPool
+from opd.teachers.cache import CachedTeacher
 from opd.teachers.exact_server import ExactServerTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.served_model import ask_model
+from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.student import Policy
@@ -173,6 +176,19 @@ def test_the_head_is_fetched_once():
         assert server.metric("opd_requests_total", path="/v1/head", status="200") == 1
 
 
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_kept_targets_are_the_servers_and_cost_no_request(kind: Any, tmp_path: Path):
+    with serving(freeze_model(teacher_model())) as server, connected(server.url) as teacher:
+        cached = CachedTeacher(teacher, TensorStore(tmp_path))
+        found = [cached.score(rollouts(), kind) for _ in range(2)]
+        path = "/v1/hidden" if kind == "hidden" else "/v1/score"
+        assert server.metric("opd_requests_total", path=path, status="200") == 1
+        for first, again, plain in zip(*found, teacher.score(rollouts(), kind), strict=True):
+            for name in ("hidden",) if kind == "hidden" else ("ids", "teacher_logp", "sampled_logp"):
+                assert torch.equal(getattr(first, name), getattr(again, name))
+                assert torch.equal(getattr(first, name), getattr(plain, name))
+
+
 def test_many_rollouts_are_cut_into_requests_within_the_servers_limits():
     model = teacher_model()
     local = local_teacher(model, vocabulary=COMMON)
@@ -285,6 +301,7 @@ def test_a_head_that_is_damaged_on_the_way_is_fetched_again(monkeypatch: pytest.
     monkeypatch.setattr(serving_app, "stream", damaged)
     model = teacher_model()
     with serving(freeze_model(model)) as server, connected(server.url) as teacher:
+        assert teacher.head is not None
         assert torch.equal(teacher.head.weight, model.get_output_embeddings().weight)
     assert broken
 

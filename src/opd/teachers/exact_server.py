@@ -21,7 +21,7 @@ from opd.remote.questions import Answer, BadAnswer, Question, Request
 from opd.teachers.hidden_wire import Receipt, digest_of, read_answer, read_metadata, tensors_digest
 from opd.teachers.served_model import ServedModel
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.types import DenseTarget, Head, HiddenTarget, Rollout, SampledTarget, Target, TargetKind, TopKTarget
+from opd.types import DenseTarget, Head, HiddenTarget, Prompt, Rollout, SampledTarget, Target, TargetKind, TopKTarget
 
 WireDtype = Literal["bfloat16", "float32"]
 Row = dict[str, Any]
@@ -82,9 +82,18 @@ class ExactServerTeacher:
         return list(self.pool.warnings)
 
     @property
-    def head(self) -> Head:
-        """The server's output layer, fetched by the first that asks. Raises ServerError."""
-        if self._head is None:
+    def fingerprint(self) -> str:
+        """The served model and the dtype on the way: the same answers to the same ids."""
+        return f"{self.served.identity} {self.wire}"
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt as it reads it."""
+        return self.renderer.prompt_ids(prompt)
+
+    @property
+    def head(self) -> Head | None:
+        """The server's output layer, fetched by the first that asks; None where hidden states are not enough. Raises ServerError."""
+        if self._head is None and self.served.hidden_reason is None:
             parts = self.pool.ask(Question(request=Request(path="/v1/head", method="GET"), read=self._read_head))
             placed = {name: tensor.to(self.device) for name, tensor in parts.items()}
             self._head = Head(weight=placed["weight"], bias=placed.get("bias"))
@@ -104,7 +113,7 @@ class ExactServerTeacher:
         """One target per rollout, in order. Raises ServerError where a rollout cannot be scored or the model is another one, and
         DataError for a rollout that is longer than the server reads."""
         kind = kind or self.kind
-        prompts = [self.renderer.prompt_ids(rollout.prompt) for rollout in rollouts]
+        prompts = [self.prompt_ids(rollout.prompt) for rollout in rollouts]
         rows = [
             {
                 "id": f"{next(self._numbers)}",
@@ -183,6 +192,7 @@ class ExactServerTeacher:
     def _targets(self, rows: Sequence[dict[str, Tensor]], kind: TargetKind) -> list[Target]:
         if kind in ("hidden", "dense"):
             head = self.head
+            assert head is not None
             own = [row["hidden"].to(head.weight.device, head.weight.dtype) for row in rows]
             hidden = [HiddenTarget(hidden=states, head=head) for states in own]
             return list(hidden) if kind == "hidden" else [DenseTarget(logits=self.logits(one)) for one in hidden]
