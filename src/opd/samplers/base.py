@@ -1,8 +1,9 @@
-"""The sampler protocol, and the one place where rollouts get their ids and groups."""
+"""The sampler protocol, the one place where rollouts get their ids and groups, and the one rule of where a response ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +12,8 @@ from opd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from opd.data.rendering import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +71,21 @@ def draw(sampler: Sampler, prompts: Sequence[Prompt], samples_per_prompt: int, *
             "return one per prompt, in order, each with the prompt that it answers."
         )
     return [replace(r, id=i, group=i // samples_per_prompt) for i, r in enumerate(rollouts)]
+
+
+def response_end(
+    response: Sequence[int], *, eos_ids: Collection[int], stop: Sequence[str], renderer: Renderer
+) -> tuple[int, bool]:
+    """Length of the response, its EOS included, and whether it ended by itself. What an engine put behind the first EOS is padding
+    whatever its id, so pad == eos cannot hide an EOS."""
+
+    def stopped(end: int) -> bool:
+        text = renderer.decode(response[:end])
+        return any(s in text for s in stop)
+
+    length = next((t + 1 for t, token in enumerate(response) if token in eos_ids), None)
+    finished = length is not None
+    length = len(response) if length is None else length
+    if stop and stopped(length):
+        return bisect.bisect_left(range(1, length + 1), True, key=stopped) + 1, True
+    return length, finished

@@ -20,8 +20,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from opd.data.rendering import Renderer
 from opd.models import context_length
-from opd.samplers.base import SampledStudent, Sampling
-from opd.samplers.ends import response_end
+from opd.samplers.base import SampledStudent, Sampling, response_end
 from opd.seeding import derive_seed, seeded
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 from opd.data.rendering import Renderer
 from opd.errors import ServerError
-from opd.samplers.base import SampledStudent, Sampling
-from opd.samplers.ends import response_end
+from opd.samplers.base import SampledStudent, Sampling, response_end
 from opd.seeding import derive_seed
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout

@@ -30,6 +30,8 @@ class Draws:
         self.config = config
         self.schedule = schedule
         self.sampler = sampler
+        steps = config.train.steps
+        self._limits = [config.rollout.horizon(step, steps) for step in range(steps)]
         self._ahead: _Ahead | None = None
         self._threads = (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts") if config.rollout.ahead else None
@@ -73,8 +75,8 @@ class Draws:
             wait([self._ahead.rollouts])
 
     def _draw(self, step: int) -> list[Rollout]:
-        train, rollout = self.config.train, self.config.rollout
-        self.sampler.limit(rollout.horizon(step, train.steps))
+        train = self.config.train
+        self.sampler.limit(self._limits[step])
         prompts = self.schedule.take(step, train.prompts_per_step)
         seed = derive_seed(self.config.seed, step, "rollout")
         return draw(self.sampler, prompts, train.samples_per_prompt, seed=seed)
