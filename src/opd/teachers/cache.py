@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SCORING = 1
 """Version of how ids become targets; another one reads nothing that this one has kept."""
 LOGIT_BYTES = 4
+OF_A_KEPT_TEACHER = ("fingerprint", "top_k", "head", "prompt_ids")
 
 
 class KeptTeacher(Teacher, Protocol):
@@ -57,7 +58,7 @@ class CachedTeacher:
 
     def __init__(self, teacher: Teacher, store: TensorStore) -> None:
         """Raises ConfigError for a teacher that does not say what its targets depend on."""
-        missing = [name for name in ("fingerprint", "top_k", "head", "prompt_ids") if not hasattr(teacher, name)]
+        missing = [name for name in OF_A_KEPT_TEACHER if not (hasattr(type(teacher), name) or hasattr(teacher, name))]
         if missing:
             raise ConfigError(
                 f"teacher.cache keeps what {teacher.name} says, and a {type(teacher).__name__} does not tell when that changes: it has no "

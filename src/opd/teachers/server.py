@@ -13,10 +13,11 @@ from opd.losses import DEFAULT_TOP_K, Objective
 from opd.remote.pool import ServerPool
 from opd.remote.questions import Answer, Question
 from opd.teachers.dialects import DIALECTS
+from opd.teachers.identities import Identities
 from opd.teachers.probe import Probe
 from opd.teachers.row_scores import Row, RowScores, row_scores
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.types import HiddenTarget, Rollout, Target, TargetKind
+from opd.types import Head, HiddenTarget, Prompt, Rollout, Target, TargetKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,25 @@ class RemoteTeacher:
         self.context_length: int | None = None
         """Tokens that every server reads at once; None where none says."""
         self.probe: Probe | None = None
+        self.identities: Identities | None = None
+        """Of the folder that its scores are kept in."""
+        self._kept_as: str | None = None
         self._scored = 0
+
+    head: Head | None = None
+    """It sends no hidden states."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for what the servers say to a fixed text; known after `connect`, where its scores are kept."""
+        if self._kept_as is None:
+            assert self.probe is not None and self.identities is not None
+            self._kept_as = self.identities.name_of(f"{self.dialect.name} {self.served_model}", self.probe.fingerprint)
+        return self._kept_as
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt as it reads it."""
+        return self.renderer.prompt_ids(prompt)
 
     def bind_objective(self, objective: Objective) -> TargetKind:
         """Settle what `score` hands out for this objective. Raises ObjectiveError when log-probs of a few tokens will not do."""
@@ -91,7 +110,7 @@ class RemoteTeacher:
         lengths = [model.context for model in served.values() if model.context is not None]
         self.context_length = min(lengths, default=None)
         said = probe.start(self.served_model, self.context_length)
-        self.probe = probe
+        self.probe, self._kept_as = probe, None
         return [*self.pool.warnings, *said]
 
     def groups(self, rollouts: Sequence[Rollout]) -> Mapping[str, Sequence[int]]:

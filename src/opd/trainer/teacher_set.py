@@ -20,7 +20,9 @@ from opd.teachers.base import Teacher
 from opd.teachers.cache import CachedTeacher, KeptScores
 from opd.teachers.ema import Ema
 from opd.teachers.ensemble import Ensemble
+from opd.teachers.identities import Identities
 from opd.teachers.local import LocalTeacher, on_device_meanwhile
+from opd.teachers.server import RemoteTeacher
 from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
@@ -211,6 +213,10 @@ def _cached(config: Config, members: Mapping[str, Teacher]) -> dict[str, Teacher
     """The teachers, with kept scores where the recipe names a folder for them; one folder is opened once."""
     folders = {name: _cache_folder(config, name, members[name]) for name in config.all_teachers}
     stores = {place: TensorStore(place) for place in {Path(f).resolve() for f in folders.values() if f is not None}}
+    for name, member in members.items():
+        folder = folders[name]
+        if isinstance(member, RemoteTeacher) and folder is not None:
+            member.identities = Identities(Path(folder).resolve())
     return {
         name: member if (folder := folders[name]) is None else CachedTeacher(member, stores[Path(folder).resolve()])
         for name, member in members.items()
@@ -223,7 +229,7 @@ def _cache_folder(config: Config, name: str, member: Teacher) -> str | Path | No
     if section.cache is not None or rollout.source == "live" or section.source not in ("model", "adapter_off"):
         return section.cache
     small = "hidden" in member.supplies or (config.objective.support == "teacher_top_k" and "top_k" in member.supplies)
-    return Path(rollout.path or "") / TARGETS if small and hasattr(member, "fingerprint") else None
+    return Path(rollout.path or "") / TARGETS if small and hasattr(type(member), "fingerprint") else None
 
 
 def _vocabulary(config: Config, name: str | None, student: LoadedModel, other: LoadedModel) -> VocabularyMatch:
