@@ -14,6 +14,7 @@ FOLDERS = {
     "gradient_variance": "variance",
     "verl_native": "verl_native",
     "convergence": "convergence",
+    "ahead": "ahead",
 }
 """The benchmarks' folders by their names on the command line."""
 

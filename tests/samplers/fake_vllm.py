@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 Tamper = Callable[[str, dict[str, Any]], Any]
-"""Called with the path and the answer: returns another answer, a status, or None to break the connection off."""
+"""Called with the path and the answer: returns another answer, a status (with words), or None to break the connection off."""
 
 
 class FakeVllm(ThreadingHTTPServer):
@@ -92,7 +92,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        status, content = (found, {"error": {"message": "no"}}) if isinstance(found, int) else (200, found)
+        status, words = found if isinstance(found, tuple) else (found if isinstance(found, int) else 200, "no")
+        content = found if isinstance(found, dict) else {"error": {"message": words}}
         text = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(text)))

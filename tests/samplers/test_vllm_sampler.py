@@ -445,3 +445,17 @@ def test_a_signal_gives_up_what_is_on_its_way_and_the_engine_can_go_on(
 def test_it_samples_nothing_before_it_has_weights(sampler: VllmSampler):
     with pytest.raises(ServerError, match="no weights of this run yet"):
         sampler.sample(PROMPTS, seed=1)
+
+
+@pytest.mark.parametrize("words", ["EngineDeadError", "EngineCore encountered an issue. See stack trace (above)."])
+@pytest.mark.parametrize("path", ["/weight_info", "/inference/v1/generate"])
+def test_an_engine_that_died_behind_its_api_is_a_server_that_is_gone(
+    server: FakeVllm, student: Learner, tmp_path: Path, path: str, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_server, "PATIENCE_S", 0.1)
+    sampler = sampler_of(server, tmp_path)
+    sampler.load(student)
+    server.tamper = lambda at, answer: (500, words) if at == path else answer
+    with pytest.raises(ServerError, match=r"is not there, or broke off while it .*its engine died"):  # noqa: PT012
+        sampler.sample(PROMPTS, seed=0)
+        sampler.load(student)

@@ -16,6 +16,10 @@ COMPLETIONS = "/v1/completions"
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 
 
+OF_A_DEAD_ENGINE = ("EngineDead", "EngineCore encountered an issue")
+"""Parts of vLLM 0.32's answers from then on."""
+
+
 class Disconnected(Exception):
     """The server is not there, or went away before it answered."""
 
@@ -124,7 +128,7 @@ class VllmHttp:
             )
         if answer.status_code in (502, 503, 504):
             raise Disconnected(f"{path}: {answer.status_code}")
-        if answer.status_code == 500 and "EngineDead" in answer.text:
+        if answer.status_code == 500 and any(words in answer.text for words in OF_A_DEAD_ENGINE):
             raise Disconnected(f"{path}: its engine died")
         if answer.status_code != 200:
             raise ServerError(f"{self.url} answered {answer.status_code} to {path}: {_reason(answer)}; {advice}.")

@@ -1,0 +1,1 @@
+"""rollout.ahead: how much sooner a step is done when the next step's rollouts are drawn meanwhile."""
