@@ -59,7 +59,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(args: argparse.Namespace, ahead: int, folder: Path) -> Any:
     tokenizer = byte_tokenizer()
-    shape: dict[str, Any] = {"hidden": args.hidden, "heads": args.hidden // 64, "layers": args.layers, "max_positions": 256}
+    shape: dict[str, Any] = {
+        "hidden": args.hidden,
+        "heads": args.hidden // 64,
+        "layers": args.layers,
+        "max_positions": 256,
+    }
     for name, seed in (("student", 1), ("teacher", 2)):
         save_model(tiny_causal_lm(tokenizer, architecture="llama", seed=seed, **shape), tokenizer, folder / name)
     return opd.Distiller(

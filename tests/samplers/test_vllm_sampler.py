@@ -21,7 +21,7 @@ from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ServerError
 from opd.models import response_logits
-from opd.samplers import vllm_server, vllm_weights
+from opd.samplers import vllm_http, vllm_server, vllm_weights
 from opd.samplers.base import Sampling
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_checks import Preflight
@@ -447,15 +447,32 @@ def test_it_samples_nothing_before_it_has_weights(sampler: VllmSampler):
         sampler.sample(PROMPTS, seed=1)
 
 
-@pytest.mark.parametrize("words", ["EngineDeadError", "EngineCore encountered an issue. See stack trace (above)."])
-@pytest.mark.parametrize("path", ["/weight_info", "/inference/v1/generate"])
+@pytest.mark.parametrize("path", ["/weight_info", "/pause", "/inference/v1/generate"])
+@pytest.mark.parametrize("at_once", [True, False])
 def test_an_engine_that_died_behind_its_api_is_a_server_that_is_gone(
-    server: FakeVllm, student: Learner, tmp_path: Path, path: str, words: str, monkeypatch: pytest.MonkeyPatch
+    server: FakeVllm, student: Learner, tmp_path: Path, path: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    """The API answers 500 in many words; its health says why, at once or a moment later."""
     monkeypatch.setattr(vllm_server, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(vllm_http, "SETTLE_S", 0.01)
     sampler = sampler_of(server, tmp_path)
     sampler.load(student)
-    server.tamper = lambda at, answer: (500, words) if at == path else answer
+    looks = iter([] if at_once else [{}])
+
+    def dead(at: str, answer: dict[str, Any]) -> Any:
+        if at == "/health":
+            return next(looks, 503)
+        return (500, "Failed to pause generation: cancelled") if at == path else answer
+
+    server.tamper = dead
     with pytest.raises(ServerError, match=r"is not there, or broke off while it .*its engine died"):  # noqa: PT012
         sampler.sample(PROMPTS, seed=0)
+        sampler.load(student)
+
+
+def test_an_error_of_a_server_that_lives_is_told_in_its_words(server: FakeVllm, student: Learner, tmp_path: Path):
+    sampler = sampler_of(server, tmp_path)
+    sampler.load(student)
+    server.tamper = lambda at, answer: (500, "no room for this") if at == "/collective_rpc" else answer
+    with pytest.raises(ServerError, match=r"answered 500 to /collective_rpc: no room for this"):
         sampler.load(student)

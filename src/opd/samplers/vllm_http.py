@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,7 @@ CONNECT_S = 10.0
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
-
-
-OF_A_DEAD_ENGINE = ("EngineDead", "EngineCore encountered an issue")
-"""Parts of vLLM 0.32's answers from then on."""
+SETTLE_S = 1.0  # until an API knows that the engine behind it is dead
 
 
 class Disconnected(Exception):
@@ -128,7 +126,7 @@ class VllmHttp:
             )
         if answer.status_code in (502, 503, 504):
             raise Disconnected(f"{path}: {answer.status_code}")
-        if answer.status_code == 500 and any(words in answer.text for words in OF_A_DEAD_ENGINE):
+        if answer.status_code == 500 and self._died():
             raise Disconnected(f"{path}: its engine died")
         if answer.status_code != 200:
             raise ServerError(f"{self.url} answered {answer.status_code} to {path}: {_reason(answer)}; {advice}.")
@@ -139,6 +137,12 @@ class VllmHttp:
                 f"{self.url} answered {path} with no JSON ({answer.text[:80]!r}); is it a vLLM server?"
             ) from None
         return found if isinstance(found, dict) else {"results": found}
+
+    def _died(self) -> bool:
+        """The API still answers, and the engine behind it does not live."""
+        if self.healthy():
+            time.sleep(SETTLE_S)
+        return not self.healthy()
 
     def _post(
         self,
