@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import vllm_world as world_of
@@ -153,6 +154,20 @@ def test_a_server_killed_while_it_takes_weights_is_started_again_with_the_new_on
         return call(method, path, *more, **options)
 
     engine._http._call = killing
+    parts.sampler.load(parts.student)
+    assert engine._process.starts == starts + 1 and worst(parts, WIDE) < 1e-4
+
+
+def test_a_server_whose_worker_alone_is_killed_as_by_a_full_memory_is_started_again(parts: RunComponents):
+    """Its API lives on and answers 500."""
+    engine: Any = parts.engine
+    starts = engine._process.starts
+    below = psutil.Process(engine._process._guard.pid).children(recursive=True)
+    workers = [process for process in below if "worker" in " ".join([process.name(), *process.cmdline()]).lower()]
+    assert workers, [process.name() for process in below]
+    for process in workers:
+        process.kill()
+    nudge(parts)
     parts.sampler.load(parts.student)
     assert engine._process.starts == starts + 1 and worst(parts, WIDE) < 1e-4
 
