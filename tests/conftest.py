@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -17,6 +18,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from worlds import make_world
+
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    # As a shell leaves them to a command. `nohup`, and a script's job in the background, have some ignored, which a run respects.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 PROCESSES = 2
 """Processes for a run of folders: the cores of the smallest machine that runs everything."""

@@ -365,15 +365,15 @@ def test_a_server_that_is_gone_is_an_error_with_what_to_do(student: Learner, ser
 
 
 def test_a_server_that_does_not_answer_in_time_says_which_setting(student: Learner, server: FakeVllm, tmp_path: Path):
-    sampler = sampler_of(server, tmp_path, timeout=0.5)
+    sampler = sampler_of(server, tmp_path, timeout=3.0)
     sampler.load(student)
 
     def slow(path: str, answer: dict[str, Any]) -> Any:
-        time.sleep(1.5 if path == "/inference/v1/generate" else 0)
+        time.sleep(6.0 if path == "/inference/v1/generate" else 0)
         return answer
 
     server.tamper = slow
-    with pytest.raises(ServerError, match=r"did not answer .* within 0.5 s. Raise rollout.vllm.timeout"):
+    with pytest.raises(ServerError, match=r"did not answer .* within 3 s. Raise rollout.vllm.timeout"):
         sampler.sample(PROMPTS[:1], seed=1)
 
 

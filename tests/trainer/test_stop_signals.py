@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +20,7 @@ from test_resume import assert_same_run
 from opd.cli.main import main
 from opd.config.recipe import build, merge
 from opd.reporting.record import read_metrics
-from opd.trainer import evaluate, loop
+from opd.trainer import draws, evaluate
 from opd.trainer.interrupts import RunStopped
 from opd.trainer.run import train
 from worlds import settings
@@ -28,19 +28,11 @@ from worlds import settings
 LONG = {"train__steps": 6, "eval__every": 3, "checkpoint__every": 4}
 
 
-@pytest.fixture(autouse=True)
-def _not_under_nohup() -> Iterator[None]:
-    """SIGHUP as a shell leaves it: `nohup` has it ignored, which a run respects."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A signal that arrives at the n-th call of a function of the loop, which is real but for that."""
 
-    def at(name: str, call: int, *numbers: int, module: ModuleType = loop) -> None:
+    def at(name: str, call: int, *numbers: int, module: ModuleType = draws) -> None:
         original, seen = getattr(module, name), []
 
         def wrapped(*args: object, **options: object) -> object:
