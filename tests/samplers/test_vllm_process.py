@@ -90,12 +90,15 @@ def test_nothing_of_it_outlives_the_process_that_started_it(tmp_path: Path, numb
             f"import subprocess, time\nsubprocess.Popen({command!r}, stdin=subprocess.PIPE, start_new_session=True)\ntime.sleep(600)",
         ]
     )
-    until = time.monotonic() + 30
-    while len(_marked(mark)) < 3 and time.monotonic() < until:  # the guard, the server, its child
-        time.sleep(0.05)
-    assert len(_marked(mark)) == 3
-    parent.send_signal(number)
-    parent.wait(10)
+    try:
+        until = time.monotonic() + 30
+        while len(_marked(mark)) < 3 and time.monotonic() < until:  # the guard, the server, its child
+            time.sleep(0.05)
+        assert len(_marked(mark)) == 3
+        parent.send_signal(number)
+        parent.wait(10)
+    finally:
+        parent.kill()
     until = time.monotonic() + 30
     while _marked(mark) and time.monotonic() < until:
         time.sleep(0.1)

@@ -197,9 +197,12 @@ def test_a_signal_to_a_real_process_leaves_a_checkpoint_and_its_exit_code(world,
     recipe.write_text(yaml.safe_dump(merge({}, values)))
     command = [sys.executable, "-m", "opd.cli.main", "train", str(recipe)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(tmp_path / "run" / "metrics.jsonl", process)
-        process.send_signal(number)
-        said = process.communicate(timeout=120)[1]
+        try:
+            wait_for(tmp_path / "run" / "metrics.jsonl", process)
+            process.send_signal(number)
+            said = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()  # a run that ignored the signal would go on for hours
     assert process.returncode == 128 + number, said
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     steps = int(saved.name.removeprefix("step-"))
