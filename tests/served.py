@@ -38,6 +38,20 @@ def teacher_model(**more: Any) -> Any:
     return tiny_causal_lm(TOKENIZER, **options | more)
 
 
+def soft_capped() -> Any:
+    """A model whose logits are a function of its product with the output layer, as Gemma 2's are."""
+    model = teacher_model()
+    forward = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = 5 * torch.tanh(out.logits / 5)
+        return out
+
+    model.forward = capped
+    return model
+
+
 def freeze_model(model: Any, tokenizer: Any = TOKENIZER, name: str = "tiny") -> FrozenModel:
     renderer = Renderer(tokenizer, name=name)
     return frozen(name, LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=(tokenizer.eos_token_id,)))

@@ -16,7 +16,7 @@ import opd
 
 SOURCE = Path(opd.__file__).parent
 
-GROUND = {"errors", "types", "seeding"}
+GROUND = {"errors", "types", "seeding", "durable"}
 ROOMS = {"teachers", "samplers", "rewards", "data", "reporting", "optim"}
 BELOW_TRAINER = {
     "config",
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "seeding": set(),
+    "durable": set(),
     "losses": {"types", "errors"},
     "kernels": {"types", "errors", "losses"},
     "adapter": {"errors"},
@@ -61,9 +62,12 @@ CROSS_EDGES = {
     ("teachers", "kernels"): "a teacher's top-k comes from hidden states, chunk by chunk",
     ("teachers", "data"): "a teacher renders the prompt in its own way, and lays sequences out as the student does",
     ("teachers", "models"): "a local teacher is a Hugging Face model",
+    ("teachers", "durable"): "kept scores outlive a kill",
+    ("reporting", "durable"): "files of a run are replaced whole",
     ("teachers", "remote"): "a teacher may be behind a server",
     ("samplers", "data"): "a sampler renders prompts",
     ("samplers", "models"): "a sampler asks a model for its context",
+    ("samplers", "remote"): "a server's key is shown nowhere, and its words are read in one place",
     ("samplers", "seeding"): "samples are a pure function of the seed",
     ("samplers", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
     ("optim", "config"): "an optimizer is built from its section",

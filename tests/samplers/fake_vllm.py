@@ -44,6 +44,17 @@ class FakeVllm(ThreadingHTTPServer):
     def load(self, folder: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
+    def die_at(self, path: str, version: str) -> None:
+        """Answer nothing more, from the first call of this path on that comes when the weights' version ends so."""
+
+        def die(asked: str, answer: dict[str, Any]) -> Any:
+            dead = self.version.endswith(version) and asked == path
+            if dead:
+                self.tamper = lambda *_: None
+            return None if dead else answer
+
+        self.tamper = die
+
     @torch.no_grad()
     def sample(self, prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list[float], str]:
         generator = torch.Generator().manual_seed(settings["seed"])

@@ -21,6 +21,7 @@ from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
 from opd.errors import DataError, ServerError
 from opd.models import response_logits
+from opd.remote.keys import ApiKey
 from opd.samplers import vllm_http, vllm_server, vllm_weights
 from opd.samplers.base import Sampling
 from opd.samplers.vllm import VllmSampler
@@ -58,7 +59,7 @@ def server(student: Learner, tmp_path: Path) -> Iterator[FakeVllm]:
 def sampler_of(
     server: FakeVllm, tmp_path: Path, *, key: str | None = None, timeout: float = 20.0, **sampling: Any
 ) -> VllmSampler:
-    connect = partial(VllmHttp, key=key, timeout=timeout, connections=8)
+    connect = partial(VllmHttp, key=key and ApiKey("VLLM_KEY", key), timeout=timeout, connections=8)
     engine = VllmServer(connect, SyncFolder(str(tmp_path / "sync"), {}), url=server.url, concurrency=8, patience=3.0)
     renderer = Renderer(TOKENIZER, name="student")
     return VllmSampler(

@@ -22,6 +22,7 @@ from served import (
     read_rows,
     row,
     serving,
+    soft_capped,
     teacher_model,
     watched,
 )
@@ -124,20 +125,6 @@ def test_another_weight_or_dtype_is_another_identity():
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(0.01)
     assert freeze_model(model).identity != first
-
-
-def soft_capped() -> Any:
-    """A model whose logits are a function of its product with the output layer, as Gemma 2's are."""
-    model = teacher_model()
-    forward = model.forward
-
-    def capped(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        out.logits = 5 * torch.tanh(out.logits / 5)
-        return out
-
-    model.forward = capped
-    return model
 
 
 def test_a_soft_capped_model_refuses_hidden_states_and_serves_scores():

@@ -26,7 +26,7 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.student import Policy
 from opd.types import HiddenTarget, Prompt, Rollout, TopKTarget
-from served import TOKENIZER, freeze_model, local_teacher, serving, teacher_model, watched
+from served import TOKENIZER, freeze_model, local_teacher, serving, soft_capped, teacher_model, watched
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -323,16 +323,7 @@ def test_a_rollout_that_the_server_cannot_read_is_named():
 
 
 def test_a_supply_that_a_soft_capped_model_cannot_give_is_refused():
-    model = teacher_model()
-    forward = model.forward
-
-    def capped(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        out.logits = 5 * torch.tanh(out.logits / 5)
-        return out
-
-    model.forward = capped
-    with serving(freeze_model(model)) as server:
+    with serving(freeze_model(soft_capped())) as server:
         with connected(server.url) as teacher:
             assert teacher.supplies == {"top_k", "sampled"}
             assert teacher.exact_kind is None

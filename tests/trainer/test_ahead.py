@@ -92,14 +92,7 @@ def test_a_server_that_fails_while_it_draws_ahead_loses_no_step_that_was_made(
     world: Path, tmp_path: Path, server: FakeVllm, monkeypatch: Any
 ):
     monkeypatch.setattr("opd.samplers.vllm_server.PATIENCE_S", 0.1)
-
-    def die(path: str, answer: dict[str, Any]) -> Any:
-        dead = server.version.endswith("-2") and path == DRAW
-        if dead:
-            server.tamper = lambda *_: None
-        return None if dead else answer
-
-    server.tamper = die
+    server.die_at(DRAW, "-2")
     config = recipe(world, tmp_path / "run", server, checkpoint__every=100)
     with pytest.raises(ServerError, match="go on with --resume"):
         train(config)

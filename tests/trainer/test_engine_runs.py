@@ -93,14 +93,7 @@ def test_a_server_that_dies_leaves_a_checkpoint_of_every_step_that_was_made(
     monkeypatch.setattr("opd.samplers.vllm_server.PATIENCE_S", 0.1)
     config = recipe(world, tmp_path / "run", server, checkpoint__every=100, eval__every=0)
     path_of = {"sampling": "/inference/v1/generate", "loading": "/collective_rpc"}[when]
-
-    def die(path: str, answer: dict[str, Any]) -> Any:
-        dead = server.version.endswith("-2") and path == path_of
-        if dead:
-            server.tamper = lambda *_: None
-        return None if dead else answer
-
-    server.tamper = die
+    server.die_at(path_of, "-2")
     with pytest.raises(ServerError, match="go on with --resume"):
         train(config)
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]

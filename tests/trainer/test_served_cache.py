@@ -86,3 +86,11 @@ def test_a_damaged_list_of_names_says_what_to_delete(world: Path, tmp_path: Path
         run(world, tmp_path / "second", teacher(world), tmp_path / "kept")
     (tmp_path / "kept" / "served.json").unlink()
     assert run(world, tmp_path / "third", teacher(world), tmp_path / "kept")[0] == plain
+
+
+def test_a_folder_that_cannot_be_written_to_costs_a_name_its_memory_and_no_run(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    names = Identities(tmp_path / "file" / "kept")
+    assert (
+        names.name_of("vllm a", "-1.0000") == names.name_of("vllm a", "-1.0000") != names.name_of("vllm a", "-2.0000")
+    )

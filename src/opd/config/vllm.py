@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from typing import Literal
-from urllib.parse import urlsplit
 
 from opd.config.rules import positive
 from opd.config.sections import Section
 from opd.errors import require
+from opd.remote.address import parse_address
+from opd.remote.keys import check_variable
 
 MAX_VLLM_TEMPERATURE = 2.0  # vLLM's own limit (400 "temperature must be in [0, 2]")
 VllmMode = Literal["managed", "server", "colocate"]
@@ -91,41 +90,20 @@ class VllmConfig(Section, key="rollout.vllm"):
 
     def _check_secrets(self) -> None:
         """Refuse keys in the recipe, and addresses that are none. No message repeats what may be a key."""
-        name = self.api_key_env
-        require(
-            name is None or (re.fullmatch(r"[A-Za-z_]\w*", name) is not None and not name.startswith("sk_")),
-            "rollout.vllm.api_key_env is the name of an environment variable, and this is none; it may be the key itself, which would be "
-            "written into config.yaml. Put the key into a variable, e.g. export VLLM_API_KEY=…, and set rollout.vllm.api_key_env=VLLM_API_KEY.",
-        )
+        if self.api_key_env is not None:
+            check_variable(self.api_key_env, "rollout.vllm.api_key_env")
         require(
             not any(word.split("=")[0] == "--api-key" for word in self.args),
             "rollout.vllm.args holds --api-key, and a key in a recipe is written into config.yaml. A managed server listens on this machine "
             "alone and needs none; drop it.",
         )
-        if self.url is None:
-            return
-        parts = urlsplit(self.url)
-        require(
-            parts.username is None and parts.password is None and not parts.query,
-            "rollout.vllm.url holds a user, a password or a query, and a recipe is written into config.yaml. Put the key into an environment "
-            "variable and name it in rollout.vllm.api_key_env.",
-        )
-        require(
-            parts.scheme in ("http", "https") and bool(parts.hostname),
-            f"rollout.vllm.url={self.url!r} is no address of a server; write e.g. http://127.0.0.1:8000.",
-        )
+        if self.url is not None:
+            parse_address(self.url, "rollout.vllm.url")
 
     @property
     def plain_text_abroad(self) -> bool:
         """Prompts, responses and the key leave this machine unencrypted."""
         if self.url is None:
             return False
-        parts = urlsplit(self.url)
-        return parts.scheme == "http" and not _is_loopback(parts.hostname or "")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        address = parse_address(self.url, "rollout.vllm.url")
+        return not (address.encrypted or address.loopback)

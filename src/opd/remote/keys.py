@@ -52,7 +52,7 @@ def read_key(name: str | None, key: str) -> ApiKey | None:
     value = os.environ.get(name, "").strip()
     if not value:
         raise ConfigError(
-            f"{key}={name}, and this environment variable is not set or empty; set it (export {name}=…), or drop the key."
+            f"{key}={name}, and that environment variable is not set or empty; set it (export {name}=…), or drop the key."
         )
     if not SENDABLE.fullmatch(value):
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -63,6 +63,20 @@ class RefusedError(ServerError):
         super().__init__(message)
         self.status = status
         self.words = words
+
+
+def neighbours(rows: Sequence[T], tokens_of: Callable[[T], int], *, most_rows: int, most_tokens: int) -> list[list[T]]:
+    """The rows in order, cut into requests of at most so many rows and tokens each; a longer row has one of its own."""
+    groups: list[list[T]] = []
+    tokens = 0
+    for row in rows:
+        length = tokens_of(row)
+        if not groups or len(groups[-1]) == most_rows or tokens + length > most_tokens:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(row)
+        tokens += length
+    return groups
 
 
 def words_of(content: bytes) -> str:

@@ -7,10 +7,11 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from opd.durable import replacing
 from opd.errors import RunFolderError
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,22 +69,6 @@ def _advice(code: int | None, path: Path) -> str:
     if code in (errno.ENOENT, errno.ENOTDIR):
         return "Check the spelling of the path, and that the folder was not moved or deleted."
     return "Check that the folder still exists and that its disk is healthy."
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well; until then `path` is untouched."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from opd.durable import replacing
 from opd.errors import RunFolderError
-from opd.reporting.files import HISTORY_FILE, METRICS_FILE, SAMPLES_FILE, explain_os_errors, replacing, strict_json
+from opd.reporting.files import HISTORY_FILE, METRICS_FILE, SAMPLES_FILE, explain_os_errors, strict_json
 from opd.types import RolloutSource
 
 SCHEMA_VERSION = 1

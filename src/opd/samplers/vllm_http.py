@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 
 from opd.errors import ServerError
+from opd.remote.keys import ApiKey
+from opd.remote.questions import words_of
 from opd.samplers.vllm import Answer, Draw, Request, sampling_settings
 
 CONNECT_S = 10.0
@@ -25,7 +27,7 @@ class Disconnected(Exception):
 class VllmHttp:
     """One server's calls. Threads may share it."""
 
-    def __init__(self, url: str, *, key: str | None, timeout: float, connections: int) -> None:
+    def __init__(self, url: str, *, key: ApiKey | None, timeout: float, connections: int) -> None:
         """`timeout` is in seconds, for one answer."""
         self.url = url.rstrip("/")
         self.timeout = timeout
@@ -34,9 +36,10 @@ class VllmHttp:
         self.on_cpu = False
         self.tells_versions = False
         """Every answer carries the version of the weights that it came from."""
+        self._key = key
         self._client = httpx.Client(
             base_url=self.url,
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            headers=None if key is None else key.headers,
             timeout=httpx.Timeout(timeout, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=connections + 4, max_keepalive_connections=connections + 4),
             trust_env=False,  # a proxy would see every prompt
@@ -129,7 +132,9 @@ class VllmHttp:
         if answer.status_code == 500 and self._died():
             raise Disconnected(f"{path}: its engine died")
         if answer.status_code != 200:
-            raise ServerError(f"{self.url} answered {answer.status_code} to {path}: {_reason(answer)}; {advice}.")
+            words = words_of(answer.content)
+            words = words if self._key is None else self._key.hidden(words)
+            raise ServerError(f"{self.url} answered {answer.status_code} to {path}: {words}; {advice}.")
         try:
             found = answer.json() if answer.content else {}
         except ValueError:
@@ -221,14 +226,3 @@ def _logps(values: list[Any], name: str) -> tuple[float, ...]:
     if not all(isinstance(x, (int, float)) for x in values):
         raise ServerError(f"{name} returned a token without a log-prob; look for NaN in its log.")
     return tuple(float(x) for x in values)
-
-
-def _reason(answer: httpx.Response) -> str:
-    """The server's own words, cut short."""
-    try:
-        found = answer.json()
-        said = found.get("error", found)
-        words = said.get("message", said) if isinstance(said, dict) else said
-    except (ValueError, AttributeError):
-        words = answer.text
-    return " ".join(str(words).split())[:300]

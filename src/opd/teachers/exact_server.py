@@ -17,7 +17,7 @@ from opd.errors import DataError, ObjectiveError
 from opd.kernels import linear_logits
 from opd.losses import DEFAULT_TOP_K, Objective
 from opd.remote.pool import ServerPool
-from opd.remote.questions import Answer, BadAnswer, Question, Request
+from opd.remote.questions import Answer, BadAnswer, Question, Request, neighbours
 from opd.teachers.hidden_wire import Receipt, digest_of, read_answer, read_metadata, tensors_digest
 from opd.teachers.served_model import ServedModel
 from opd.teachers.vocabulary import VocabularyMatch
@@ -141,15 +141,7 @@ class ExactServerTeacher:
         limits, total = self.served.limits, sum(map(_length, rows))
         share = -(-total // len(self.pool.addresses))
         budget = min(limits.tokens, max(limits.batch_tokens, min(share, BATCHES_PER_REQUEST * limits.batch_tokens)))
-        groups: list[list[Row]] = []
-        tokens = 0
-        for row in rows:
-            if not groups or len(groups[-1]) == limits.rows or tokens + _length(row) > budget:
-                groups.append([])
-                tokens = 0
-            groups[-1].append(row)
-            tokens += _length(row)
-        return groups
+        return neighbours(rows, _length, most_rows=limits.rows, most_tokens=budget)
 
     def _question(self, rows: Sequence[Row], kind: TargetKind) -> Question[list[dict[str, Tensor]]]:
         """The tensors of every row."""

@@ -11,7 +11,7 @@ from opd.data.rendering import Renderer
 from opd.errors import DataError, ObjectiveError, ServerError
 from opd.losses import DEFAULT_TOP_K, Objective
 from opd.remote.pool import ServerPool
-from opd.remote.questions import Answer, Question
+from opd.remote.questions import Answer, Question, neighbours
 from opd.teachers.dialects import DIALECTS
 from opd.teachers.identities import Identities
 from opd.teachers.probe import Probe
@@ -159,15 +159,7 @@ class RemoteTeacher:
         """Neighbours that share a request: as few to each as keep every connection busy, and no more than fit in one answer."""
         size = max(1, math.ceil(len(rows) / self.pool.concurrency))
         limit = min(self.tokens_per_request, ANSWER_ENTRIES // max(1, k))
-        groups: list[list[Row]] = []
-        tokens = 0
-        for row in rows:
-            if not groups or len(groups[-1]) == size or tokens + len(row.ids) > limit:
-                groups.append([])
-                tokens = 0
-            groups[-1].append(row)
-            tokens += len(row.ids)
-        return groups
+        return neighbours(rows, lambda row: len(row.ids), most_rows=size, most_tokens=limit)
 
     def _question(self, rows: list[Row], k: int) -> Question[list[RowScores]]:
         def read(answer: Answer) -> list[RowScores]:

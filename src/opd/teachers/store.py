@@ -25,6 +25,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from opd.durable import sync_folder
 from opd.errors import CacheError
 
 FORMAT = "1"
@@ -167,7 +168,7 @@ class TensorStore:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._add(name, (self.folder / name).stat().st_size, entries)
 
     def _header(self, name: str) -> _Header:
@@ -329,14 +330,6 @@ def _parts(entries: Mapping[str, Entry]) -> Iterable[dict[str, Entry]]:
 
 def _is_shard(name: str) -> bool:
     return name.endswith(SUFFIX) and not name.startswith(".")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _damaged(path: Path, what: str) -> CacheError:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from opd.durable import sync_folder
 from opd.errors import RunFolderError
 from opd.reporting.files import dangling_link, explain_link, remove
 from opd.trainer.student import Student
@@ -68,7 +69,7 @@ def publish(temporary: Path, final: Path) -> None:
     if os.path.lexists(final):
         os.rename(final, aside)
     os.rename(temporary, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     with suppress(OSError):
         remove(aside)
 
@@ -83,15 +84,7 @@ def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from opd.config import Config, VllmConfig
+from opd.config import Config
 from opd.errors import ConfigError
 from opd.models import context_length, vocabulary_rows
+from opd.remote.keys import read_key
 from opd.samplers.vllm import Engine, VllmSampler
 from opd.samplers.vllm_checks import PROBES, Preflight
 from opd.samplers.vllm_colocate import ColocatedVllm
@@ -33,8 +33,7 @@ def make_vllm_sampler(
 ) -> VllmSampler:
     """`prompts` are all that the run will sample for. Nothing is started before the first `load`."""
     rollout = config.rollout
-    lengths = {prompt: len(ids) for prompt, ids in enumerate(map(loaded.renderer.prompt_ids, prompts))}
-    needed = max(lengths.values()) + rollout.max_new_tokens
+    needed = max(len(loaded.renderer.prompt_ids(prompt)) for prompt in prompts) + rollout.max_new_tokens
     dtype = torch.bfloat16 if student.autocast_dtype is not None else loaded.model.dtype
     engine = _engine(config, loaded, dtype, needed)
     rows = vocabulary_rows(loaded.model)
@@ -60,7 +59,12 @@ def _engine(config: Config, loaded: LoadedModel, dtype: torch.dtype, needed: int
     rollout, section = config.rollout, config.rollout.vllm
     on_cpu = loaded.model.device.type == "cpu"
     sync = SyncFolder(section.sync_dir, loaded.files, untied=on_cpu and section.url is None)
-    connect = partial(VllmHttp, key=_key(section), timeout=section.timeout, connections=rollout.batch_size)
+    connect = partial(
+        VllmHttp,
+        key=read_key(section.api_key_env, "rollout.vllm.api_key_env"),
+        timeout=section.timeout,
+        connections=rollout.batch_size,
+    )
     if section.url is not None:
         return VllmServer(connect, sync, url=section.url, concurrency=rollout.batch_size)
     length = section.max_model_len or needed
@@ -91,16 +95,3 @@ def _engine(config: Config, loaded: LoadedModel, dtype: torch.dtype, needed: int
         environment=CPU_ENVIRONMENT if on_cpu else {},
     )
     return VllmServer(connect, sync, process=process, concurrency=rollout.batch_size)
-
-
-def _key(section: VllmConfig) -> str | None:
-    name = section.api_key_env
-    if name is None:
-        return None
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise ConfigError(
-            f"rollout.vllm.api_key_env={name}, and that environment variable is not set or empty; export it, or drop the setting if the server "
-            "takes no key."
-        )
-    return key
