@@ -42,6 +42,11 @@ def recipe(world: Path, run_dir: Path, server: FakeVllm, **more: object) -> Conf
     return build(merge({}, settings(world, run_dir, **(small | engine | more))))
 
 
+def slowly(path: str, answer: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(1.0 if path == DRAW else 0.0)
+    return answer
+
+
 def steps_of(run_dir: Path) -> list[dict[str, float]]:
     return [r.metrics for r in read_metrics(run_dir) if r.kind == "step"]
 
@@ -62,6 +67,8 @@ def test_a_student_that_stands_still_learns_from_the_same_rollouts_as_without(
 
 
 def test_weights_change_only_between_the_rollouts_of_two_steps(world: Path, tmp_path: Path, server: FakeVllm):
+    """Also where drawing takes longer than all that is done meanwhile."""
+    server.tamper = slowly
     train(recipe(world, tmp_path / "run", server, optimizer__lr=1e-3, optimizer__warmup_steps=0))
     calls = [path for path, _ in server.asked if path in (DRAW, "/update_weight_version")]
     per_load, count = [], 0
@@ -113,11 +120,6 @@ def test_a_run_that_fails_gives_up_what_it_draws_and_starts_nothing_again(
         calls.append(response)
         server.tamper = slowly
         raise RuntimeError("no")
-
-    def slowly(path: str, answer: dict[str, Any]) -> dict[str, Any]:
-        if path == DRAW:
-            time.sleep(1.0)
-        return answer
 
     sections = {
         "rollout": {"engine": "vllm", "vllm": {"url": server.url}, "ahead": 1, "max_new_tokens": 4},

@@ -49,7 +49,9 @@ def parse_address(url: str, key: str) -> Address:
     except ValueError:
         raise ConfigError(f"{key} is no address that can be read; write it as http://HOST:PORT.") from None
     if parts.scheme not in SCHEMES or not host:
-        raise ConfigError(f"{key}='{url}' is no address of a server; write e.g. http://127.0.0.1:8000 (http://HOST:PORT).")
+        raise ConfigError(
+            f"{key}='{url}' is no address of a server; write e.g. http://127.0.0.1:8000 (http://HOST:PORT)."
+        )
     path = parts.path.rstrip("/")
     path = path.removesuffix("/v1").rstrip("/")
     shown = f"[{host}]" if ":" in host else host
