@@ -26,6 +26,8 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
 
 PROCESSES = 2
 """Processes for a run of folders: the cores of the smallest machine that runs everything."""
+ON_REQUEST = ("product", "endurance")
+"""Marks of tests that run only where `-m` names them."""
 LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 transformers_logging.disable_progress_bar()
@@ -45,8 +47,16 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.dist, options.loadscopereorder = "loadfile", False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process waits long for the other at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What has a mark of ON_REQUEST is left out unless `-m` asks for it. Files with slow tests come first, so that no process waits long
+    for the other at the end."""
+    asked = config.getoption("-m", default="")
+    unasked = [mark for mark in ON_REQUEST if mark not in asked]
+    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unasked)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        out = set(left_out)
+        items[:] = [item for item in items if item not in out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

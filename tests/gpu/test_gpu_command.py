@@ -45,7 +45,7 @@ def rows_in(out: Path) -> list[dict]:
     return json.loads(path.read_text())["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(LIMIT + 60)
 def test_every_part_runs_at_tiny_sizes_and_every_check_holds(tmp_path: Path):
     process = start(tmp_path)

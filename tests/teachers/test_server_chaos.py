@@ -21,7 +21,6 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import digit_tokenizer, tiny_causal_lm
 from remote.scripted import Asked, Reply, serving
 
-SEEDS = 200
 APIS = ("vllm", "openai", "sglang")
 TOKENIZER = digit_tokenizer()
 VOCABULARY = VocabularyMatch(size=len(TOKENIZER))
@@ -115,8 +114,9 @@ def rollouts(seed: int) -> list[opd.Rollout]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seeds", [100, pytest.param(200, marks=pytest.mark.endurance)])
 @pytest.mark.parametrize("api", APIS)
-def test_what_is_scored_through_chaos_is_what_a_well_server_says(api: str):
+def test_what_is_scored_through_chaos_is_what_a_well_server_says(api: str, seeds: int):
     renderer = Renderer(TOKENIZER, name="teacher")
     oracle = LocalTeacher(MODEL, renderer, vocabulary=VOCABULARY, pad_id=0, supply="top_k")
     oracle.bind_objective(OBJECTIVE)
@@ -133,7 +133,7 @@ def test_what_is_scored_through_chaos_is_what_a_well_server_says(api: str):
         teacher = RemoteTeacher(pool, renderer, api=api, vocabulary=VOCABULARY, canary_every=10)
         teacher.bind_objective(OBJECTIVE)
         teacher.connect()
-        for seed in range(APIS.index(api), SEEDS, len(APIS)):
+        for seed in range(APIS.index(api), seeds, len(APIS)):
             for number, one in enumerate(chaos):
                 one.random, one.rate = random.Random(2 * seed + number), 0.4
             for mine, theirs in zip(teacher.score(rollouts(seed)), oracle.score(rollouts(seed)), strict=True):
@@ -144,4 +144,4 @@ def test_what_is_scored_through_chaos_is_what_a_well_server_says(api: str):
                 assert torch.allclose(mine.sampled_logp, theirs.sampled_logp, atol=1e-5), seed
         pool.close()
     for fault in FAULTS:
-        assert sum(one.done.get(fault, 0) for one in chaos) > 5, f"{fault} was hardly tried"
+        assert sum(one.done.get(fault, 0) for one in chaos) > seeds // 40, f"{fault} was hardly tried"

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from patch_trees import NEWEST, make_tree, script, small_files, state, touched
 
-EDITS = 200
 NEAR = 6
 """Lines around a hook in which half of the edits are, because far from it every edit is harmless."""
 
@@ -47,7 +46,8 @@ def with_hooks(before: list[str], after: list[str], at: int, kind: str) -> list[
     return [edited(after, place, kind) for place in ({low, high} if kind == "insert" else {high})]
 
 
-def test_200_single_line_edits_are_merged_or_refused(tmp_path: Path):
+@pytest.mark.parametrize("edits", [40, pytest.param(200, marks=pytest.mark.endurance)])
+def test_single_line_edits_are_merged_or_refused(tmp_path: Path, edits: int):
     pristine = small_files(NEWEST)
     whole = make_tree(tmp_path / "whole", pristine)
     assert script(whole).returncode == 0
@@ -56,7 +56,7 @@ def test_200_single_line_edits_are_merged_or_refused(tmp_path: Path):
     others = sorted(pristine.keys() - set(changed) - {"verl/version/version"})
     draw = random.Random(0)
     outcomes = {"applied": 0, "refused": 0}
-    for number in range(EDITS):
+    for number in range(edits):
         path = draw.choice(changed if number % 10 else others)
         before, after = lines_of(pristine[path]), lines_of(patched[path])
         at = draw.randrange(len(before))
@@ -81,4 +81,4 @@ def test_200_single_line_edits_are_merged_or_refused(tmp_path: Path):
             assert path in done.stderr, told
         assert state(tree) == start, told
         shutil.rmtree(tree)
-    assert min(outcomes.values()) >= EDITS // 20, outcomes
+    assert min(outcomes.values()) >= edits // 20, outcomes
