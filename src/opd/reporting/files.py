@@ -17,6 +17,8 @@ from opd.errors import RunFolderError
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 HISTORY_FILE = "history.jsonl"
+ABOUT_FILE = "about.json"
+STATE_FILE = "state.json"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"

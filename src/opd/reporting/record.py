@@ -26,6 +26,11 @@ from opd.types import RolloutSource
 SCHEMA_VERSION = 1
 WALL_CLOCK_PREFIX = "time/"
 
+LATER = ("prompt_index", "teacher", "details", "joined", "special")
+"""Fields of a sample that files of older versions lack."""
+PER_TOKEN = ("student_logp", "teacher_logp", "sampler_logp", "student_entropy", "teacher_entropy")
+TOPS = ("student_top", "teacher_top")
+
 Who = Literal["student", "teacher"]
 Phase = Literal["train", "eval"]
 Record = TypeVar("Record")
@@ -45,6 +50,29 @@ class MetricsRecord:
     """Confidence intervals of evaluation metrics."""
     measure: str | None = None
     """Equal in evaluations that may be compared; None may be compared with all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopTokens:
+    """The likeliest tokens of one model at each response position, most likely first."""
+
+    tokens: Sequence[Sequence[str]]
+    probabilities: Sequence[Sequence[float]]
+    """Of the whole vocabulary; along `tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDetails:
+    """What both models said at each response token. Log-probs and entropies are in nats; None where nobody could tell."""
+
+    student_logp: Sequence[float] | None = None
+    """Of the token that was sampled, as are the next two."""
+    teacher_logp: Sequence[float] | None = None
+    sampler_logp: Sequence[float] | None = None
+    student_entropy: Sequence[float] | None = None
+    teacher_entropy: Sequence[float] | None = None
+    student_top: TopTokens | None = None
+    teacher_top: TopTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +96,13 @@ class SampleRecord:
     reward: float | None = None
     prompt_index: int | None = None
     """Row of the prompt in its data set, from 0; None in files of older versions."""
+    teacher: str | None = None
+    """Name of the teacher that the prompt is routed to; None where there is one."""
+    details: TokenDetails | None = None
+    joined: Sequence[tuple[int, int, str]] = ()
+    """Runs of tokens that are parts of characters: index of the first, of the one after the last, and the text that they make."""
+    special: Sequence[tuple[int, int]] = ()
+    """Where special tokens are in `prompt`: index of the first character, and of the one after the last."""
 
 
 class MetricSink(Protocol):
@@ -131,9 +166,11 @@ class RunRecorder:
         kl = None if record.reverse_kl is None else [float(value) for value in record.reverse_kl]
         reward = None if record.reward is None else float(record.reward)
         line = {**asdict(record), "reverse_kl": kl, "reward": reward}
-        if record.prompt_index is None:
-            del line["prompt_index"]
-        self._samples.append(line)
+        line["details"] = None if record.details is None else _packed(record.details, len(record.tokens))
+        # What is not there takes no room, as in files of older versions.
+        self._samples.append(
+            {name: value for name, value in line.items() if name not in LATER or value not in (None, ())}
+        )
 
     def close(self) -> None:
         self._metrics.close()
@@ -300,14 +337,59 @@ def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
 
 
 def _sample_record(line: Mapping[str, Any]) -> SampleRecord:
-    fields = {name: line[name] for name in SampleRecord.__dataclass_fields__ if name != "prompt_index"}
-    kl = fields["reverse_kl"]
+    fields = {name: line[name] for name in SampleRecord.__dataclass_fields__ if name not in LATER}
+    fields |= {name: line[name] for name in ("prompt_index", "teacher") if name in line}
+    fields |= {name: tuple(map(tuple, line[name])) for name in ("joined", "special") if name in line}
+    details = line.get("details")
     fields |= {
         "tokens": tuple(fields["tokens"]),
-        "reverse_kl": None if kl is None else tuple(_number(value) for value in kl),
-        "prompt_index": line.get("prompt_index"),
+        "reverse_kl": _numbers(fields["reverse_kl"]),
+        "details": None if details is None else _unpacked(details),
     }
     return SampleRecord(**fields)
+
+
+def _packed(details: TokenDetails, tokens: int) -> dict[str, Any]:
+    """The details as JSON holds them: four digits; a text once, in `vocabulary`; likeliest tokens as [index, probability, index, …]."""
+    found: dict[str, Any] = {}
+    for name in PER_TOKEN:
+        values = getattr(details, name)
+        assert values is None or len(values) == tokens, f"one {name} per response token"
+        found |= {} if values is None else {name: [_short(value) for value in values]}
+    vocabulary: dict[str, int] = {}
+    for name in TOPS:
+        top: TopTokens | None = getattr(details, name)
+        if top is None:
+            continue
+        assert len(top.tokens) == len(top.probabilities) == tokens, f"one list of {name} per response token"
+        found[name] = [
+            [
+                part
+                for text, p in zip(texts, ps, strict=True)
+                for part in (vocabulary.setdefault(text, len(vocabulary)), _short(p))
+            ]
+            for texts, ps in zip(top.tokens, top.probabilities, strict=True)
+        ]
+    return {**found, "vocabulary": list(vocabulary)} if vocabulary else found
+
+
+def _unpacked(line: Mapping[str, Any]) -> TokenDetails:
+    vocabulary = line.get("vocabulary", ())
+    fields: dict[str, Any] = {name: _numbers(line.get(name)) for name in PER_TOKEN}
+    for name in TOPS:
+        rows = line.get(name)
+        if rows is not None:
+            tokens = tuple(tuple(vocabulary[index] for index in row[::2]) for row in rows)
+            fields[name] = TopTokens(tokens=tokens, probabilities=tuple(tuple(map(_number, row[1::2])) for row in rows))
+    return TokenDetails(**fields)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _numbers(values: Sequence[float | None] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(_number, values))
 
 
 def _number(value: float | None) -> float:
