@@ -117,6 +117,8 @@ def render_report(
         light_scale=Markup(scale_css(LIGHT_SCALE)),
         dark_scale=Markup(scale_css(DARK_SCALE)),
         script=Markup(_asset("report.js")),
+        viewer_script=Markup(_asset("viewer.js")),
+        viewer_css=Markup(_asset("viewer.css")),
         plotly=Markup(get_plotlyjs()) if groups or rows else None,
     )
 
