@@ -87,7 +87,7 @@ def test_the_report_is_one_file_that_asks_the_network_for_nothing(tmp_path):
     assert [(tag, attrs) for tag, attrs in page.tags if fetching & attrs.keys()] == []
     assert {"link", "img", "iframe", "object", "base"}.isdisjoint(tag for tag, _ in page.tags)
     assert re.search(r"url\(|@import|https?:", page.styles) is None
-    theme, plotly, own = page.scripts
+    theme, plotly, own, _viewer = page.scripts
     assert "plotly.js" in plotly[:100]
     assert re.search(r"https?:|//[a-z]+\.|fetch\(|XMLHttpRequest|import\(", theme + own) is None
     (policy,) = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
@@ -220,7 +220,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from(tmp_path):
     write_summary(tmp_path / "summary.json", {**SUMMARY, "teacher": {HOSTILE: 1.0, "accuracy": 0.5}})
     (tmp_path / "config.yaml").write_text(f"name: {HOSTILE}\n", "utf-8")
     page = page_of(tmp_path, title=HOSTILE)
-    assert len([tag for tag, attrs in page.tags if tag == "script" and not attrs]) == 3
+    assert len([tag for tag, attrs in page.tags if tag == "script" and not attrs]) == 4
     assert not any("alert" in script for script in (page.scripts[0], page.scripts[2]))
     assert {"img", "b"}.isdisjoint(tag for tag, _ in page.tags)
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
