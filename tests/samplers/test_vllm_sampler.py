@@ -287,6 +287,22 @@ def test_two_runs_do_not_share_a_server(
             act()
 
 
+def test_the_claim_on_a_server_is_given_back_and_leaves_no_file(
+    sampler: VllmSampler, student: Learner, server: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    claims = tmp_path / "claims"
+    claims.mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(claims))
+    for turn in range(2):
+        own = sampler_of(server, tmp_path / str(turn))
+        own.load(student)
+        assert len(list(claims.iterdir())) == 1
+        with pytest.raises(ServerError, match="in use by another run"):
+            sampler.load(student)
+        own.engine.close()
+        assert not list(claims.iterdir())
+
+
 def test_weights_that_change_while_a_server_without_versions_samples_are_seen(
     student: Learner, server: FakeVllm, tmp_path: Path
 ):

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class VllmServer:
         self._concurrency = concurrency
         self._http: VllmHttp | None = None
         self._url = url
-        self._lock: int | None = None
+        self._lock: _Claim | None = None
         self._closed = False  # whoever still waits for an answer in another thread starts nothing again
         self._tag = ""  # of the weights that are in the server, as far as this run knows
 
@@ -97,7 +98,7 @@ class VllmServer:
             self._process.stop()
         self._sync.remove()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     # --- weights ------------------------------------------------------------------------------------------------------
@@ -184,19 +185,17 @@ class VllmServer:
         if self._lock is not None or self._url is None:
             return
         name = hashlib.blake2b(self._url.encode(), digest_size=8).hexdigest()
+        claim = _Claim(Path(tempfile.gettempdir(), f"opd-vllm-{name}.lock"))
         try:
-            lock = os.open(Path(tempfile.gettempdir(), f"opd-vllm-{name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            taken = claim.take()
         except OSError:
             return  # another user's; the versions tell such runs apart
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+        if not taken:
             raise ServerError(
                 f"{self.name} is in use by another run of opd on this machine, and a server has the weights of one student at a time. Wait for "
                 "that run, or give this one another server (rollout.vllm.mode=managed starts one)."
-            ) from None
-        self._lock = lock
+            )
+        self._lock = claim
 
     # --- responses ----------------------------------------------------------------------------------------------------
 
@@ -230,3 +229,30 @@ class VllmServer:
             failed.result()
         if any(answer.versions == (FRESH,) for answer in found.values()):
             raise Disconnected("it was started again, without this run's weights")
+
+
+class _Claim:
+    """A lock file that goes when its holder lets go; what a killed holder leaves is taken over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+
+    def take(self) -> bool:
+        """False where another process holds it. Raises OSError where the file cannot be opened."""
+        while True:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self._file)
+                return False
+            # A holder that let go between these two calls has deleted the file that is locked here.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file), self.path.stat()):
+                    return True
+            os.close(self._file)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)
