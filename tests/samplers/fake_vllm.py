@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 Tamper = Callable[[str, dict[str, Any]], Any]
@@ -32,6 +33,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.context, self.versions, self.key = context, versions, key
         self.version, self.paused = "default", False
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.adapters: dict[str, Any] = {}
         self.raw = False
         self.ignores_weights = False
         self.tamper: Tamper = lambda _, answer: answer
@@ -41,7 +43,15 @@ class FakeVllm(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def load_adapter(self, name: str, folder: str) -> Any:
+        if name in self.adapters:
+            return 400, f"The lora adapter '{name}' has already been loaded"
+        base = AutoModelForCausalLM.from_pretrained(self.folder)
+        self.adapters[name] = PeftModel.from_pretrained(base, folder).eval()
+        return {}
+
     def load(self, folder: str) -> None:
+        self.folder = folder
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
     def die_at(self, path: str, version: str) -> None:
@@ -56,12 +66,12 @@ class FakeVllm(ThreadingHTTPServer):
         self.tamper = die
 
     @torch.no_grad()
-    def sample(self, prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list[float], str]:
+    def sample(self, model: str, prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list[float], str]:
         generator = torch.Generator().manual_seed(settings["seed"])
         ids: list[int] = []
         logps: list[float] = []
         while len(ids) < min(settings["max_tokens"], self.context - len(prompt)):
-            logits = self.model(torch.tensor([[*prompt, *ids]])).logits[0, -1].double()
+            logits = self.adapters.get(model, self.model)(torch.tensor([[*prompt, *ids]])).logits[0, -1].double()
             for i, bias in (settings.get("logit_bias") or {}).items():
                 logits[int(i)] += bias
             temperature = settings["temperature"]
@@ -105,7 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         status, words = found if isinstance(found, tuple) else (found if isinstance(found, int) else 200, "no")
         content = found if isinstance(found, dict) else {"error": {"message": words}}
-        text = json.dumps(content).encode()
+        in_words = status == 200 and path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+        text = b"Success: it is done." if in_words else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(text)))
         self.end_headers()
@@ -114,7 +125,12 @@ class Handler(BaseHTTPRequestHandler):
     def _call(self, path: str, body: dict[str, Any]) -> Any:
         server = self.server
         if path == "/v1/models":
-            return {"data": [{"id": "it", "parent": None, "max_model_len": server.context}]}
+            served: list[dict[str, Any]] = [{"id": "it", "parent": None, "max_model_len": server.context}]
+            return {"data": [*served, *({"id": name, "parent": "it"} for name in server.adapters)]}
+        if path == "/v1/load_lora_adapter":
+            return server.load_adapter(body["lora_name"], body["lora_path"])
+        if path == "/v1/unload_lora_adapter":
+            return {} if server.adapters.pop(body["lora_name"], None) is not None else 404
         if path == "/weight_info":
             return {"weight_version": server.version}
         if path == "/update_weight_version":
@@ -134,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     def _generated(self, body: dict[str, Any]) -> dict[str, Any]:
         if len(body["sampling_params"]) == 1:  # the question whether this call is there
             return {}
-        ids, logps, reason = self.server.sample(body["token_ids"], body["sampling_params"])
+        ids, logps, reason = self.server.sample(body["model"], body["token_ids"], body["sampling_params"])
         content = [{"token_id": i, "logprob": x} for i, x in zip(ids, logps, strict=True)]
         versions = [{"version": self.server.version, "start": 0, "end": len(ids)}]
         choice = {
@@ -146,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"prompt_token_ids": body["token_ids"], "choices": [choice]}
 
     def _completed(self, body: dict[str, Any]) -> dict[str, Any]:
-        ids, logps, reason = self.server.sample(body["prompt"], body)
+        ids, logps, reason = self.server.sample(body["model"], body["prompt"], body)
         choice = {"token_ids": ids, "finish_reason": reason, "logprobs": {"token_logprobs": logps}}
         return {"choices": [{**choice, "prompt_token_ids": body["prompt"], "text": "…"}]}
 

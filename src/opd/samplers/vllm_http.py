@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -16,6 +16,10 @@ from opd.samplers.vllm import Answer, Draw, Request, sampling_settings
 CONNECT_S = 10.0
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
+LOAD_ADAPTER, UNLOAD_ADAPTER = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+ADAPTERS = (
+    "start it with --enable-lora, a --max-lora-rank that holds the student's, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+)
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 SETTLE_S = 1.0  # until an API knows that the engine behind it is dead
 
@@ -36,6 +40,8 @@ class VllmHttp:
         self.on_cpu = False
         self.tells_versions = False
         """Every answer carries the version of the weights that it came from."""
+        self.adapter = ""
+        """Name of the adapters that responses are drawn from; empty for the served model itself."""
         self._key = key
         self._client = httpx.Client(
             base_url=self.url,
@@ -79,13 +85,36 @@ class VllmHttp:
 
     def load_weights(self, folder: str, tag: str) -> None:
         """The weights in this folder, under this tag, for every answer from now on. Raises ServerError where they did not arrive."""
-        self._call("POST", "/pause", parameters={"mode": "wait"}, advice=DEV_MODE)
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         not_seen = (
             f"it has to see the folder {folder} (rollout.vllm.sync_dir names one on a disk that both share) and to serve the student's own "
             "architecture"
         )
-        self._call("POST", "/collective_rpc", body, advice=not_seen)
+        self._change(tag, lambda: self._call("POST", "/collective_rpc", body, advice=not_seen))
+
+    def load_adapter(self, folder: str, tag: str) -> None:
+        """The adapters in this folder beside the served model, under this tag, for every answer from now on. Raises ServerError where
+        they did not arrive."""
+
+        def change() -> None:
+            served = self._call("GET", "/v1/models").get("data", ())
+            there = [str(one["id"]) for one in served if one.get("parent") is not None]
+            # A name of its own for every version: one that is loaded in place is read from its folder again at every token.
+            if tag not in there:
+                self._call(
+                    "POST", LOAD_ADAPTER, {"lora_name": tag, "lora_path": folder}, advice=ADAPTERS, in_words=True
+                )
+            for name in there:
+                if name != tag:
+                    self._call("POST", UNLOAD_ADAPTER, {"lora_name": name}, in_words=True)
+
+        self._change(tag, change)
+        self.adapter = tag
+
+    def _change(self, tag: str, change: Callable[[], object]) -> None:
+        """Other weights between two answers, and nothing of the old ones left."""
+        self._call("POST", "/pause", parameters={"mode": "wait"}, advice=DEV_MODE)
+        change()
         if self._call("POST", "/reset_prefix_cache").get("success") is False:
             raise ServerError(
                 f"{self.url} did not empty its prefix cache after new weights, so it would answer with keys and values of the old ones. Somebody "
@@ -106,10 +135,11 @@ class VllmHttp:
         """One response. Its versions are empty where the server's answers carry none."""
         sampling = {**sampling_settings(draw), "seed": request.seed}
         ids = list(request.prompt_ids)
+        model = self.adapter or self.model
         if self.tells_versions:
-            body = {"model": self.model, "token_ids": ids, "sampling_params": sampling, "return_token_ids": True}
+            body = {"model": model, "token_ids": ids, "sampling_params": sampling, "return_token_ids": True}
             return read_generated(self._call("POST", GENERATE, body), self.url)
-        body = {"model": self.model, "prompt": ids, **sampling, "return_token_ids": True}
+        body = {"model": model, "prompt": ids, **sampling, "return_token_ids": True}
         return read_completion(self._call("POST", COMPLETIONS, body), self.url)
 
     def _call(
@@ -120,7 +150,9 @@ class VllmHttp:
         *,
         parameters: Mapping[str, str] | None = None,
         advice: str = "look at its log",
+        in_words: bool = False,
     ) -> dict[str, Any]:
+        """The answer; `in_words` is one that says "Success" and holds no JSON."""
         answer = self._post(path, body, method=method, parameters=parameters)
         if answer.status_code in (401, 403):
             raise ServerError(
@@ -136,7 +168,7 @@ class VllmHttp:
             words = words if self._key is None else self._key.hidden(words)
             raise ServerError(f"{self.url} answered {answer.status_code} to {path}: {words}; {advice}.")
         try:
-            found = answer.json() if answer.content else {}
+            found = answer.json() if answer.content and not in_words else {}
         except ValueError:
             raise ServerError(
                 f"{self.url} answered {path} with no JSON ({answer.text[:80]!r}); is it a vLLM server?"

@@ -41,8 +41,10 @@ class VllmServer:
         process: ServerProcess | None = None,
         concurrency: int = 256,
         patience: float | None = None,
+        adapters: bool = False,
     ) -> None:
-        """One of `url` and `process`. `connect` makes the calls of an address; `patience` is in seconds."""
+        """One of `url` and `process`. `connect` makes the calls of an address; `patience` is in seconds. `adapters`: the server has the
+        student's base once, and every update gives it the adapters alone."""
         assert (url is None) != (process is None)
         self.name = "The managed vLLM server" if url is None else f"The vLLM server at {url}"
         self.max_model_len = 0
@@ -50,6 +52,7 @@ class VllmServer:
         self.patience = PATIENCE_S if patience is None else patience
         self._connect, self._sync, self._process = connect, sync, process
         self._concurrency = concurrency
+        self._adapters = adapters
         self._http: VllmHttp | None = None
         self._url = url
         self._lock: _Claim | None = None
@@ -61,7 +64,11 @@ class VllmServer:
         atexit.register(self.close)
         self._closed = False
         self._claim()
-        folder = self._sync.write(student.model, student.version)
+        if self._adapters:
+            self._sync.write_base(student.model)
+            folder = self._sync.write_adapter(student.model, student.version)
+        else:
+            folder = self._sync.write(student.model, student.version)
         for attempt in range(REVIVALS + 1):
             try:
                 self._hand_over(folder, tag)
@@ -108,7 +115,7 @@ class VllmServer:
         fresh = False
         if self._process is not None and not self._process.running:
             fresh = True
-            self._start(self._process, folder)
+            self._start(self._process, self._sync.base or folder)
         http = self._calls()
         found = http.version()
         if again and found == tag:
@@ -118,12 +125,17 @@ class VllmServer:
                 f"{self.name} has weights {found}, and this run loaded {self._tag} last: two runs share the server, and each would sample from "
                 "the other's student. Give every run a server of its own (rollout.vllm.mode=managed starts one), and go on with --resume."
             )
-        http.load_weights(str(folder), tag)
+        if self._adapters:
+            http.load_adapter(str(folder), tag)
+        else:
+            http.load_weights(str(folder), tag)
 
     def _calls(self) -> VllmHttp:
         """The connection, made anew after it was given up. Raises Disconnected."""
         if self._http is None:
             self._http = self._connect(self._url or (self._process.url if self._process is not None else ""))
+        if self._adapters:
+            self._http.adapter = self._tag
         if not self._http.model:
             self._http.meet()
             self.max_model_len = self._http.max_model_len

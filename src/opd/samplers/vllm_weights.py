@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from opd.errors import ServerError
+from opd.quantized import is_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 PREFIX, LOCK = "opd-vllm-", ".in-use"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What --max-lora-rank takes."""
+PER_MODULE = ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "layer_replication")
+"""Settings of an adapter that vLLM may read otherwise, or not at all."""
 MEMORY = Path("/dev/shm")
 ROOM = 1.05  # config and tokenizer beside the weights
 
@@ -37,14 +42,39 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if is_adapted(model) else model  # pyright: ignore[reportCallIssue]
 
 
+def adapter_rank(model: PreTrainedModel) -> int | None:
+    """The rank that vLLM has to make room for, where it can apply the model's adapters itself; None where they have to be merged.
+
+    It applies plain LoRA beside linear layers that are not the output layer, of a base that is not quantised.
+    """
+    if not is_adapted(model):
+        return None
+    base = base_of(model)
+    adapters: Any = model.peft_config
+    config = adapters.get("default")
+    plain = (
+        len(adapters) == 1
+        and getattr(config, "peft_type", None) == "LORA"
+        and config.bias == "none"
+        and not any(getattr(config, name, None) for name in ("use_dora", "modules_to_save", *PER_MODULE))
+    )
+    if not plain or is_quantized(base):
+        return None
+    adapted = [module for module in base.modules() if hasattr(module, "base_layer")]
+    head = base.get_output_embeddings()
+    if any(module is head or not isinstance(module.base_layer, torch.nn.Linear) for module in adapted):
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= config.r), None)
+
+
 @torch.no_grad()
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All weights by name, with adapters added to what they adapt; the model itself stays as it is, bit for bit."""
+def merged_state(model: PreTrainedModel, *, adapted: bool = True) -> dict[str, Tensor]:
+    """All weights by name, with adapters added to what they adapt, or without (`adapted`); the model itself stays as it is, bit for bit."""
     base = base_of(model)
     if not is_adapted(model):
         return dict(base.state_dict())
     merged = {}
-    for name, module in base.named_modules():
+    for name, module in base.named_modules() if adapted else ():
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
             layer: Any = module
             weight = layer.base_layer.weight
@@ -66,14 +96,16 @@ def has_tied_head(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is base.get_input_embeddings().weight
 
 
-def named_weights(model: PreTrainedModel, *, untied: bool = False) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    model: PreTrainedModel, *, untied: bool = False, adapted: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight once, under the names of a checkpoint on disk (experts that are one tensor in memory are several there). `untied`
-    gives a tied output layer a name of its own."""
+    gives a tied output layer a name of its own; without `adapted` the weights are those beside the adapters."""
     from transformers.core_model_loading import revert_weight_conversion
 
     base = base_of(model)
     tied: Any = getattr(base, "all_tied_weights_keys", None) or {}
-    state = merged_state(model)
+    state = merged_state(model, adapted=adapted)
     named = dict(revert_weight_conversion(base, {name: value for name, value in state.items() if name not in tied}))
     if untied and has_tied_head(model):
         head = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
@@ -93,18 +125,35 @@ class SyncFolder:
         self.root: Path | None = None
         self._lock: int | None = None
         self.current: Path | None = None
+        """What the server has read last."""
+        self.base: Path | None = None
 
     def write(self, model: PreTrainedModel, version: int) -> Path:
-        """A folder of these weights. Raises ServerError where there is no room for it."""
+        """A folder of these weights, adapters merged. Raises ServerError where there is no room for it."""
         size = sum(p.numel() * p.element_size() for p in base_of(model).parameters())
+        return self._written(f"step-{version}-", size, lambda folder: self._save(model, folder))
+
+    def write_base(self, model: PreTrainedModel) -> Path:
+        """The folder of the weights beside the adapters, which stays until `remove`. Raises ServerError as `write` does."""
+        if self.base is None:
+            size = sum(p.numel() * p.element_size() for p in base_of(model).parameters())
+            self.base = self._written("base-", size, lambda folder: self._save(model, folder, adapted=False))
+        return self.base
+
+    def write_adapter(self, model: PreTrainedModel, version: int) -> Path:
+        """A folder of the adapters alone, as peft writes them. Raises ServerError as `write` does."""
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return self._written(f"adapter-{version}-", size, model.save_pretrained)
+
+    def _written(self, prefix: str, size: int, save: Callable[[Path], object]) -> Path:
         root = self._root(size)
-        folder = Path(tempfile.mkdtemp(prefix=f"step-{version}-", dir=root))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         free = shutil.disk_usage(root).free
         try:
             if free < ROOM * size:
                 raise OSError(f"{size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
             folder.chmod(0o755)
-            self._save(model, folder)
+            save(folder)
         except (OSError, SafetensorError) as error:  # the second is how safetensors reports a full disk
             shutil.rmtree(folder, ignore_errors=True)
             raise ServerError(
@@ -113,14 +162,16 @@ class SyncFolder:
             ) from error
         return folder
 
-    def _save(self, model: PreTrainedModel, folder: Path) -> None:
+    def _save(self, model: PreTrainedModel, folder: Path, *, adapted: bool = True) -> None:
         base = base_of(model)
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
         if self.untied:
             config.tie_word_embeddings = False
         config.save_pretrained(folder)
-        weights = {name: value.detach().cpu() for name, value in named_weights(model, untied=self.untied)}
+        weights = {
+            name: value.detach().cpu() for name, value in named_weights(model, untied=self.untied, adapted=adapted)
+        }
         # Each with memory of its own: safetensors refuses parts of a common one.
         save_file(
             {name: value.clone() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
@@ -142,7 +193,7 @@ class SyncFolder:
             shutil.rmtree(self.root, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
-        self.root = self.current = self._lock = None
+        self.root = self.current = self.base = self._lock = None
 
     def _root(self, size: int) -> Path:
         if self.root is None:

@@ -18,7 +18,7 @@ from opd.samplers.vllm_colocate import ColocatedVllm
 from opd.samplers.vllm_http import VllmHttp
 from opd.samplers.vllm_process import ServerProcess
 from opd.samplers.vllm_server import VllmServer
-from opd.samplers.vllm_weights import SyncFolder
+from opd.samplers.vllm_weights import SyncFolder, adapter_rank
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.load_models import LoadedModel, sampling_of
 from opd.trainer.student import Student
@@ -26,6 +26,7 @@ from opd.types import Prompt
 
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Threads bound to cores would share them with the trainer's."""
+ADAPTER_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def make_vllm_sampler(
@@ -35,7 +36,7 @@ def make_vllm_sampler(
     rollout = config.rollout
     needed = max(len(loaded.renderer.prompt_ids(prompt)) for prompt in prompts) + rollout.max_new_tokens
     dtype = torch.bfloat16 if student.autocast_dtype is not None else loaded.model.dtype
-    engine = _engine(config, loaded, dtype, needed)
+    engine = _engine(config, loaded, dtype, needed, adapter_rank(student.model))
     rows = vocabulary_rows(loaded.model)
     return VllmSampler(
         engine,
@@ -55,7 +56,8 @@ def make_vllm_sampler(
     )
 
 
-def _engine(config: Config, loaded: LoadedModel, dtype: torch.dtype, needed: int) -> Engine:
+def _engine(config: Config, loaded: LoadedModel, dtype: torch.dtype, needed: int, rank: int | None) -> Engine:
+    """`rank` is that of adapters which a managed server applies itself."""
     rollout, section = config.rollout, config.rollout.vllm
     on_cpu = loaded.model.device.type == "cpu"
     sync = SyncFolder(section.sync_dir, loaded.files, untied=on_cpu and section.url is None)
@@ -85,13 +87,14 @@ def _engine(config: Config, loaded: LoadedModel, dtype: torch.dtype, needed: int
     if section.mode == "colocate":
         return ColocatedVllm(sync, {**options, "enable_sleep_mode": not on_cpu})
     arguments = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-scale-out"]
-    for name, value in {**options, "served_model_name": "student"}.items():
+    lora = {} if rank is None else {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
+    for name, value in {**options, **lora, "served_model_name": "student"}.items():
         flag = f"--{name.replace('_', '-')}"
         arguments += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
     process = ServerProcess(
         python=section.python,
         arguments=[*arguments, *section.args],
         timeout=section.start_timeout,
-        environment=CPU_ENVIRONMENT if on_cpu else {},
+        environment={**(CPU_ENVIRONMENT if on_cpu else {}), **({} if rank is None else ADAPTER_ENVIRONMENT)},
     )
-    return VllmServer(connect, sync, process=process, concurrency=rollout.batch_size)
+    return VllmServer(connect, sync, process=process, concurrency=rollout.batch_size, adapters=rank is not None)
