@@ -33,6 +33,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.context, self.versions, self.key = context, versions, key
         self.version, self.paused = "default", False
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.computing = 0
+        self.counting = threading.Lock()
         self.adapters: dict[str, Any] = {}
         self.raw = False
         self.ignores_weights = False
@@ -42,6 +44,15 @@ class FakeVllm(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that went away
+
+    def settle(self) -> None:
+        """Wait until no thread computes: one that does while Python ends takes the process down."""
+        until = time.monotonic() + 20
+        while self.computing and time.monotonic() < until:
+            time.sleep(0.01)
 
     def load_adapter(self, name: str, folder: str) -> Any:
         if name in self.adapters:
@@ -106,7 +117,13 @@ class Handler(BaseHTTPRequestHandler):
         if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
             found: Any = 401
         else:
-            found = self._call(path, body)
+            with server.counting:
+                server.computing += 1
+            try:
+                found = self._call(path, body)
+            finally:
+                with server.counting:
+                    server.computing -= 1
             if isinstance(found, dict):
                 found = server.tamper(path, found)
         if found is None:
@@ -178,6 +195,7 @@ def serving(model: str, port: int = 0, **options: Any) -> Iterator[FakeVllm]:
     finally:
         server.shutdown()
         server.server_close()
+        server.settle()
 
 
 if __name__ == "__main__":
