@@ -116,7 +116,12 @@ def panel_chart(panel: Panel, curves: Curves, teacher: SummaryRow | None = None)
     known = [value for value in values if math.isfinite(value)]
     log = panel.log and spans_decades(known)
     lost = len(values) - len(known)
-    notes = [panel.note, *(curve.note for curve, _ in drawn), "Logarithmic axis." if log else "", _lost(lost) if lost else ""]
+    notes = [
+        panel.note,
+        *(curve.note for curve, _ in drawn),
+        "Logarithmic axis." if log else "",
+        _lost(lost) if lost else "",
+    ]
     chart = Chart(
         title=panel.title,
         note=" ".join(filter(None, notes)),

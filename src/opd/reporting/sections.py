@@ -86,7 +86,7 @@ def axes(curves: Curves) -> list[Axis]:
         unit, size = next(
             ((unit, size) for unit, size in (("hours", HOUR), ("minutes", MINUTE)) if whole >= 2 * size), ("seconds", 1)
         )
-        found.append(_summed(seconds, "time", f"{unit} of training, without evaluations", unit, size))
+        found.append(_summed(seconds, "training time", f"{unit} of training, without evaluations", unit, size))
     return found
 
 
