@@ -28,17 +28,8 @@ from opd.reporting.progress import duration
 from opd.reporting.record import MetricsRecord, SampleRecord, comparable, read_history, read_metrics, read_samples
 from opd.reporting.series import Curves
 from opd.reporting.summary import SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
-from opd.reporting.tokens import (
-    DARK_SCALE,
-    LIGHT_SCALE,
-    MAX_TOKENS_SHOWN,
-    SamplePair,
-    coloured_tokens,
-    level_labels,
-    mean_kl,
-    pair_samples,
-    scale_css,
-)
+from opd.reporting.tokens import DARK_SCALE, LIGHT_SCALE, scale_css
+from opd.reporting.viewer import viewer_css, viewer_data, viewer_script
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -91,7 +82,6 @@ def render_report(
     curves = Curves(metrics)
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
-    pairs = pair_samples(samples)
     steps = sum(record.kind == "step" for record in metrics)
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -110,15 +100,14 @@ def render_report(
         summary_figure=summary_figure(rows),
         groups=groups,
         notices=[*_notices(metrics, samples, rows), *summary_notes(summary or {}), *_changes(history)],
-        pairs=[_pair_view(pair) for pair in pairs],
-        legend=level_labels(),
+        viewer=viewer_data(samples),
         config=config,
         css=Markup(_asset("report.css")),
         light_scale=Markup(scale_css(LIGHT_SCALE)),
         dark_scale=Markup(scale_css(DARK_SCALE)),
         script=Markup(_asset("report.js")),
-        viewer_script=Markup(_asset("viewer.js")),
-        viewer_css=Markup(_asset("viewer.css")),
+        viewer_script=Markup(viewer_script()),
+        viewer_css=Markup(viewer_css()),
         plotly=Markup(get_plotlyjs()) if groups or rows else None,
     )
 
@@ -215,33 +204,6 @@ def _changes(history: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
         values = [f"{key} {change[0]} → {change[1]}" for key, change in changed.items() if key != "run_dir"]
         notes += [f"From step {step} on: {'; '.join(values)}."] if values else []
     return notes
-
-
-def _pair_view(pair: SamplePair) -> Mapping[str, Any]:
-    prompt = pair.late.prompt
-    return {
-        "prompt": prompt,
-        "answer": pair.late.answer,
-        "answers": [_sample_view(sample, prompt) for sample in (pair.early, pair.late) if sample is not None],
-        "teacher": None if pair.teacher is None else _sample_view(pair.teacher, prompt),
-    }
-
-
-def _sample_view(sample: SampleRecord, shown_prompt: str) -> Mapping[str, Any]:
-    kl = mean_kl(sample)
-    facts = [_count(len(sample.tokens), "token")]
-    facts += [f"mean KL {kl:.3g} nats"] if kl is not None else []
-    facts += [f"reward {sample.reward:g}"] if sample.reward is not None else []
-    facts += [] if sample.finished else ["cut at the length limit"]
-    author = {"student": "student", "teacher": "teacher", "dataset": "data set"}[sample.source]
-    return {
-        "title": f"{author}, step {sample.step}",
-        "prompt": None if sample.prompt == shown_prompt else sample.prompt,
-        "facts": facts,
-        "tokens": coloured_tokens(sample),
-        "more": max(len(sample.tokens) - MAX_TOKENS_SHOWN, 0),
-        "response": sample.response,
-    }
 
 
 def _inline_json(value: Any) -> Markup:
