@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting.report_inputs import a_sample
-
 from opd.reporting import RunRecorder, SampleRecord
 from opd.reporting.record import TokenDetails, TopTokens
+from reporting.report_inputs import a_sample
 
 OTHERS = (" 42", " 43", " the", "\n", " so", " 7", " and", " is")
 

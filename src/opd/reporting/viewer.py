@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ SCALES = (
         "name": "Rank of its KL in this response",
         "about": "The share of the tokens of this response with a lower reverse KL",
         "edges": SHARE_EDGES,
-        "labels": ["lower half", "50–70%", "70–80%", "80–90%", "90–95%", "95–99%", "top 1%"],
+        "labels": ["< 50%", "50 – 70", "70 – 80", "80 – 90", "90 – 95", "95 – 99", "≥ 99%"],
     },
 )
 
@@ -87,7 +86,7 @@ def viewer_data(samples: Sequence[SampleRecord], max_bytes: int = MAX_BYTES) -> 
     room = max_bytes
     for number in _by_importance(samples):
         sample = samples[number]
-        if room < 7 * len(sample.tokens):  # a token takes at least that; do not pack what cannot fit
+        if kept and room < 7 * len(sample.tokens):  # a token takes at least that; do not pack what cannot fit
             continue
         before = book.size
         packed = _packed_sample(sample, number, book)
@@ -193,7 +192,7 @@ def _packed_sample(sample: SampleRecord, number: int, book: _Book) -> dict[str, 
         "answer": None if sample.answer is None else readable(sample.answer),
         "reward": sample.reward,
         "finished": sample.finished,
-        "teacher": sample.teacher,
+        "teacher": None if sample.teacher is None else readable(sample.teacher),
         "tokens": [book.text(token) for token in sample.tokens],
     }
     if not sample.tokens:
@@ -291,10 +290,18 @@ def _shared_ends(texts: Sequence[str]) -> tuple[int, int]:
     """Length of the whole words that all texts begin with, and that all end with."""
     if len(set(texts)) < 2:
         return 0, 0
-    head = os.path.commonprefix(list(texts))
+    head = _common_start(texts)
     head = head[: 1 + max(head.rfind(" "), head.rfind("\n"))]
-    tail = os.path.commonprefix([text[len(head) :][::-1] for text in texts])
+    tail = _common_start([text[len(head) :][::-1] for text in texts])
     return len(head), 1 + max(tail.rfind(" "), tail.rfind("\n"))
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    low, high = min(texts), max(texts)
+    same = next(
+        (i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), min(len(low), len(high))
+    )
+    return low[:same]
 
 
 def _plain(samples: Sequence[SampleRecord]) -> list[Mapping[str, Any]]:
@@ -305,11 +312,13 @@ def _plain(samples: Sequence[SampleRecord]) -> list[Mapping[str, Any]]:
             break
         reward = "" if sample.reward is None else f", reward {sample.reward:g}"
         words = {"student": "Student", "teacher": "Teacher", "dataset": "Data set"}[author(sample)]
-        found.append({
-            "title": f"{words}, step {sample.step}{reward}",
-            "prompt": readable(sample.prompt),
-            "response": readable(sample.response),
-        })
+        found.append(
+            {
+                "title": f"{words}, step {sample.step}{reward}",
+                "prompt": readable(sample.prompt),
+                "response": readable(sample.response),
+            }
+        )
     return found
 
 

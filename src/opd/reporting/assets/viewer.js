@@ -54,7 +54,7 @@ const startViewer = (data) => {
   const drawSteps = (sample) => {
     const steps = stepsOf(all, sample);
     const here = steps.indexOf(sample);
-    at("steps").hidden = steps.length < 2;
+    at("steps").style.visibility = steps.length < 2 ? "hidden" : "";
     at("step").max = steps.length - 1;
     at("step").value = here;
     at("step").setAttribute("aria-valuetext", `step ${sample.step}`);
@@ -72,7 +72,7 @@ const startViewer = (data) => {
     const isKnown = !state.sample.length || state.sample.tokens.some((_, i) => MEASURES[state.scale.key](state.sample, i) !== null);
     const chips = state.scale.labels.map((label, i) => make("span", { className: `viewer-chip ${state.scale.css}-${i}` }, label));
     at("legend").title = state.scale.about;
-    const missing = make("strong", {}, "This sample was recorded without these values, so its tokens have no colour.");
+    const missing = make("strong", {}, "Not recorded in this sample: no colours.");
     at("legend").replaceChildren(...(isKnown ? chips : [missing]));
   };
 
@@ -93,14 +93,16 @@ const startViewer = (data) => {
   const pick = (i) => {
     chooseToken(i);
     text.element(i).focus({ preventScroll: true });
-    clearOfSheet(i);
+    bringIn(i);
     remember();
   };
-  // On a narrow page the panel lies over the text: the token moves out from under it.
-  const clearOfSheet = (i) => {
-    if (!isNarrow.matches) return;
-    const [token, sheet] = [text.element(i).getBoundingClientRect(), panel.getBoundingClientRect()];
-    if (token.bottom > sheet.top - 12 || token.top < 12) scrollBy(0, token.bottom - sheet.top / 2);
+  // Scrolls the page where the token is out of sight; on a narrow page the panel lies over the text.
+  const bringIn = (i) => {
+    const token = text.element(i).getBoundingClientRect();
+    const end = isNarrow.matches ? panel.getBoundingClientRect().top : innerHeight;
+    if (token.top > 12 && token.bottom < end - 12) return;
+    if (isNarrow.matches) scrollBy(0, token.bottom - end / 2);
+    else at("bench").scrollIntoView({ block: "start" });
   };
   const close = () => {
     const before = state.token;
@@ -164,7 +166,7 @@ const startViewer = (data) => {
       remember();
       at("bench").scrollIntoView({ block: isNarrow.matches ? "start" : "nearest" });
       text.element(i).focus({ preventScroll: true });
-      clearOfSheet(i);
+      bringIn(i);
     };
     at("by-token").replaceChildren(...tableRows(tokens.slice(0, state.tokenRows), scales[0], openWorst, true));
     at("by-position").replaceChildren(...tableRows(costByPosition(state.listed), scales[0], openWorst, false));
@@ -297,6 +299,7 @@ const startViewer = (data) => {
   at("scale").append(...scales.map(({ key, name }) => make("option", { value: key }, name)));
   at("sort").addEventListener("change", () => refilter());
   const filters = makeFilters(at("filters"), all, () => refilter());
+  at("steps").hidden = new Set(all.map((s) => `${s.by} ${s.row}`)).size === all.length;
   setHeights();
   refilter();
   // A page that refreshes itself stays where it was scrolled to.

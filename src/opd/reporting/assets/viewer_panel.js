@@ -59,7 +59,7 @@ const showPanel = (panel, sample, i, scale, actions) => {
   const cost = sample.kl(i) === null ? "no reverse KL recorded" : `reverse KL ${number(sample.kl(i))} nats`;
   const place = `${cost} · token ${(i + 1).toLocaleString("en")} of ${sample.length.toLocaleString("en")}`;
   const worst = rank === null ? "" : ` · ${rank === 0 ? "the costliest" : `number ${rank + 1} by cost`}`;
-  const token = make("span", { className: `viewer-token ${colourOf(scale, sample, i)}` }, make("bdi", {}, sample.parts.has(i) ? sample.named(i) : oneLine(sample.drawn(i))));
+  const token = make("span", { className: `viewer-token ${colourOf(scale, sample, i)}` }, make("bdi", {}, sample.named(i)));
   const link = make("a", { href: `#sample-${sample.n}-token-${i + 1}`, className: "viewer-link", title: "A link to this token" }, "link");
   const button = (text, label, act, isOff = false) => make("button", { type: "button", "aria-label": label, title: label, onclick: act, disabled: isOff }, text);
   const tools = make("span", { className: "viewer-tools" }, link,

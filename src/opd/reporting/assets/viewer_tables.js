@@ -71,7 +71,7 @@ const tableRows = (entries, scale, open, isByToken) => {
     const { sample, i } = entry.worst;
     const label = `${isByToken ? "" : "Tokens "}${entry.name}: open the costliest, in sample ${sample.n}`;
     const button = make("button", { type: "button", className: "viewer-token", "aria-label": label, title: label }, make("bdi", {}, entry.name));
-    if (isByToken) button.classList.add(`kl-${level(scale.edges, mean)}`);
+    button.classList.add(isByToken ? `kl-${level(scale.edges, mean)}` : "place");
     const cells = [make("th", { scope: "row" }, button), make("td", {}, entry.count.toLocaleString("en"))];
     if (isByToken) cells.push(amountCell(entry.total, most, 1), make("td", {}, fixed(mean, 3)), wantedCell(entry));
     else cells.push(make("td", {}, fixed(entry.total, 1)), amountCell(mean, most, 3));
