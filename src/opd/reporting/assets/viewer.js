@@ -89,7 +89,14 @@ const startViewer = (data) => {
     at("tip").hidden = true;
   };
   // What a person did, as opposed to what the page did on its own: the address follows it.
-  const remember = () => history.replaceState(null, "", `#sample-${state.sample.n}${state.token === null ? "" : `-token-${state.token + 1}`}`);
+  const remember = () => {
+    const token = state.token === null ? "" : `-token-${state.token + 1}`;
+    try {
+      history.replaceState(null, "", `#sample-${state.sample.n}${token}`);
+    } catch {
+      // A frame without an origin of its own has no address to keep.
+    }
+  };
   const pick = (i) => {
     chooseToken(i);
     text.element(i).focus({ preventScroll: true });
@@ -172,7 +179,7 @@ const startViewer = (data) => {
     at("by-position").replaceChildren(...tableRows(costByPosition(state.listed), scales[0], openWorst, false));
     const rest = tokens.length - state.tokenRows;
     at("more-tokens").hidden = rest <= 0;
-    at("more-tokens").textContent = `Show ${Math.min(rest, 20)} more of ${rest.toLocaleString("en")}`;
+    at("more-tokens").textContent = rest > 20 ? `Show 20 more of ${rest.toLocaleString("en")}` : `Show the other ${rest}`;
   };
   const refilter = () => {
     state.listed = all.filter(filters.passes).sort(SORTS.find(([key]) => key === at("sort").value)[2]);
