@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
-from report_inputs import a_sample
 
 from opd.reporting.tokens import (
+    DARK_DIFFERENCE,
+    DARK_ENTROPY,
     DARK_SCALE,
+    DIFFERENCE_EDGES,
+    ENTROPY_EDGES,
     KL_EDGES,
+    LIGHT_DIFFERENCE,
+    LIGHT_ENTROPY,
     LIGHT_SCALE,
-    coloured_tokens,
-    kl_level,
+    SHARE_EDGES,
     level_labels,
-    pair_samples,
+    readable,
     visible,
 )
+
+SCALES = [LIGHT_SCALE, DARK_SCALE, LIGHT_ENTROPY, DARK_ENTROPY, LIGHT_DIFFERENCE, DARK_DIFFERENCE]
 
 
 def luminance(colour: str) -> float:
@@ -30,38 +35,37 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_level_never_falls_as_kl_rises():
-    kls = [-1.0, 0.0, *(10 ** (i / 20) for i in range(-80, 60)), math.inf]
-    levels = [kl_level(kl) for kl in kls]
-    known = [level for level in levels if level is not None]
-    assert levels == sorted(known)
-    assert set(levels) == set(range(len(LIGHT_SCALE)))
-
-
-def test_an_edge_belongs_to_the_level_above_it():
-    assert [kl_level(edge) for edge in KL_EDGES] == [1, 2, 3, 4, 5, 6]
-    assert [kl_level(math.nextafter(edge, 0)) for edge in KL_EDGES] == [0, 1, 2, 3, 4, 5]
-
-
 def test_every_level_has_a_colour_and_a_label():
-    assert len(LIGHT_SCALE) == len(DARK_SCALE) == len(level_labels()) == len(KL_EDGES) + 1
-    assert level_labels()[0] == "< 0.01"
-    assert level_labels()[-1] == "≥ 3"
+    for edges in (KL_EDGES, ENTROPY_EDGES, DIFFERENCE_EDGES, SHARE_EDGES):
+        assert list(edges) == sorted(edges)
+        assert {len(scale) for scale in SCALES} == {len(level_labels(edges))} == {len(edges) + 1}
+    assert level_labels(KL_EDGES)[0] == "< 0.01"
+    assert level_labels(KL_EDGES)[-1] == "≥ 3"
+    assert level_labels(DIFFERENCE_EDGES)[1] == "−3 – −1"
 
 
-def test_the_light_scale_darkens_and_the_dark_scale_brightens_with_kl():
-    light = [luminance(back) for back, _ in LIGHT_SCALE]
-    dark = [luminance(back) for back, _ in DARK_SCALE]
+@pytest.mark.parametrize(("light", "dark"), [(LIGHT_SCALE, DARK_SCALE), (LIGHT_ENTROPY, DARK_ENTROPY)])
+def test_a_light_scale_darkens_and_a_dark_scale_brightens_with_the_amount(light, dark):
+    light, dark = ([luminance(back) for back, _ in scale] for scale in (light, dark))
     assert all(low > high for low, high in itertools.pairwise(light))
     assert all(low < high for low, high in itertools.pairwise(dark))
 
 
-@pytest.mark.parametrize("scale", [LIGHT_SCALE, DARK_SCALE])
+@pytest.mark.parametrize(("scale", "sign"), [(LIGHT_DIFFERENCE, -1), (DARK_DIFFERENCE, 1)])
+def test_the_scale_with_two_ends_grows_from_its_middle_and_is_orange_and_blue(scale, sign):
+    tones = [sign * luminance(back) for back, _ in scale]
+    assert tones[0] > tones[1] > tones[2] > tones[3] < tones[4] < tones[5] < tones[6]
+    red, blue = ([int(back[i : i + 2], 16) for back, _ in scale] for i in (1, 5))
+    assert all(r > b for r, b in zip(red[:3], blue[:3], strict=True))
+    assert all(r < b for r, b in zip(red[4:], blue[4:], strict=True))
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_text_is_legible_on_every_colour(scale):
     assert min(contrast(back, ink) for back, ink in scale) >= 4.5
 
 
-@pytest.mark.parametrize("scale", [LIGHT_SCALE, DARK_SCALE])
+@pytest.mark.parametrize("scale", SCALES)
 def test_neighbouring_colours_can_be_told_apart_by_lightness_alone(scale):
     assert min(contrast(a[0], b[0]) for a, b in itertools.pairwise(scale)) >= 1.08
 
@@ -82,73 +86,22 @@ def test_neighbouring_colours_can_be_told_apart_by_lightness_alone(scale):
         ("\u200b", "⟨U+200B⟩"),
         ("\r\n", "⟨U+000D⟩↵\n"),
         ("é语🙂", "é语🙂"),
+        ("👩\u200d👩\u200d👧", "👩\u200d👩\u200d👧"),
+        (" 🏳️\u200d🌈!", " 🏳️\u200d🌈!"),
+        ("❤️\u200d🔥", "❤️\u200d🔥"),
+        ("\U0001f3f4\U000e0067\U000e0062\U000e007f", "\U0001f3f4\U000e0067\U000e0062\U000e007f"),
+        ("a\u200db", "a⟨U+200D⟩b"),
+        ("👩\u200d", "👩⟨U+200D⟩"),
+        ("\u200d👧", "⟨U+200D⟩👧"),
+        ("x\U000e0067", "x⟨U+E0067⟩"),
+        ("\u0301a", "◌\u0301a"),
+        ("e\u0301", "e\u0301"),
+        (" \u0301", " ◌\u0301"),
     ],
 )
 def test_nothing_in_a_token_stays_invisible(token, shown):
     assert visible(token) == shown
 
 
-def test_hover_shows_the_token_and_its_kl():
-    token = coloured_tokens(a_sample(tokens=("\n",), reverse_kl=(0.123456,)))[0]
-    assert token.hover == "“↵”  0.123 nats"
-    assert token.level == 3
-
-
-def test_tokens_without_kl_have_no_colour():
-    unscored = coloured_tokens(a_sample(reverse_kl=None))
-    unknown = coloured_tokens(a_sample(tokens=("a",), reverse_kl=(math.nan,)))
-    assert [token.level for token in (*unscored, *unknown)] == [None, None, None]
-    assert "no KL recorded" in unknown[0].hover
-
-
-def test_a_pair_is_the_first_and_the_last_answer_to_one_prompt():
-    samples = [a_sample(step, prompt) for step in (0, 2, 4) for prompt in ("a", "b")]
-    pairs = pair_samples(samples)
-    assert [(p.late.prompt, p.early.step if p.early else None, p.late.step) for p in pairs] == [
-        ("a", 0, 4),
-        ("b", 0, 4),
-    ]
-
-
-def test_evaluation_prompts_come_before_training_prompts():
-    samples = [a_sample(0, "t", phase="train"), a_sample(3, "t", phase="train"), a_sample(0, "e"), a_sample(3, "e")]
-    assert [pair.late.prompt for pair in pair_samples(samples)] == ["e", "t"]
-
-
-def test_without_a_repeated_prompt_the_first_step_stands_beside_the_last():
-    samples = [a_sample(step, f"prompt {step}", phase="train") for step in range(5)]
-    (pair,) = pair_samples(samples)
-    assert pair.early is not None
-    assert (pair.early.step, pair.late.step) == (0, 4)
-
-
-def test_the_teacher_is_shown_beside_the_student_and_never_as_the_student():
-    samples = [
-        a_sample(0),
-        a_sample(0, who="teacher", source="teacher", response="by the teacher"),
-        a_sample(9, phase="eval"),
-        a_sample(10, source="dataset"),
-    ]
-    (pair,) = pair_samples(samples)
-    assert pair.teacher is not None
-    assert pair.teacher.response == "by the teacher"
-    assert (pair.early.step if pair.early else None, pair.late.step) == (0, 9)
-
-
-def test_one_step_of_samples_is_shown_alone():
-    (pair,) = pair_samples([a_sample(3)])
-    assert pair.early is None
-    assert pair.late.step == 3
-
-
-def test_answers_to_one_row_are_a_pair_whatever_each_model_reads():
-    samples = [
-        a_sample(0, "<s>q", prompt_index=4),
-        a_sample(0, "<|user|>q", prompt_index=4, who="teacher", source="teacher", response="by the teacher"),
-        a_sample(0, "<s>q", prompt_index=5),
-        a_sample(9, "<s>q", prompt_index=4),
-    ]
-    first, second = pair_samples(samples)
-    assert first.teacher is not None and first.teacher.response == "by the teacher"
-    assert (first.early.step if first.early else None, first.late.step) == (0, 9)
-    assert (second.early, second.teacher, second.late.prompt_index) == (None, None, 5)
+def test_a_whole_text_keeps_its_spaces_and_shows_what_would_disorder_it():
+    assert readable("a  b\n\tc\u202e\u00a0👩\u200d👧") == "a  b\n\tc⟨U+202E⟩\u00a0👩\u200d👧"

@@ -28,8 +28,8 @@ ELSEWHERE = "base-uri 'none'; form-action 'none'"
 def render_page(template: str, context: Mapping[str, Any], *, connect: str = "'none'") -> str:
     """A page from a template of assets/.
 
-    In it `style(NAME, …)` and `script(NAME, …)` stand for an element with the content of these files; a file that is not there is left
-    out. `| json` is for script elements of data, `| slug` for ids. `connect` is what the page may fetch from: `'none'`, or `'self'`.
+    In it `style(NAME, …)` and `script(NAME, …)` stand for an element with the content of these files, and of `text`; a file that is not
+    there is left out. `| json` is for script elements of data, `| slug` for ids. `connect` is what the page may fetch from: `'none'`, or `'self'`.
     """
     inline = _Inline()
     environment = Environment(
@@ -51,12 +51,12 @@ class _Inline:
     def __init__(self) -> None:
         self._hashes: dict[str, list[str]] = {"style": [], "script": []}
 
-    def style(self, *names: str) -> Markup:
+    def style(self, *names: str, text: str = "") -> Markup:
         scales = f":root{{{scale_css(LIGHT_SCALE)}}}@media screen{{[data-theme=dark]{{{scale_css(DARK_SCALE)}}}}}"
-        return self._element("style", [scales, *map(_asset, names)])
+        return self._element("style", [scales, *map(_asset, names), text])
 
-    def script(self, *names: str) -> Markup:
-        return self._element("script", [_asset(name) for name in names])
+    def script(self, *names: str, text: str = "") -> Markup:
+        return self._element("script", [*map(_asset, names), text])
 
     def policy(self, connect: str) -> str:
         allowed = [f"{kind}-src {' '.join(hashes) or repr('none')}" for kind, hashes in self._hashes.items()]

@@ -28,7 +28,7 @@ from opd.reporting.record import MetricsRecord, SampleRecord, comparable, read_h
 from opd.reporting.sections import axes, chart_groups
 from opd.reporting.series import Curves
 from opd.reporting.summary import SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
-from opd.reporting.tokens import MAX_TOKENS_SHOWN, SamplePair, coloured_tokens, level_labels, mean_kl, pair_samples
+from opd.reporting.viewer import viewer_css, viewer_data, viewer_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,11 @@ def render_report(
         "axes": [asdict(axis) for axis in axes(curves)],
         "notices": [*_notices(metrics, samples, rows, state), *summary_notes(summary or {}), *_changes(history)],
         "config": configuration(config) if config else None,
-        **_viewer(samples),
+        "viewer": viewer_data(samples),
+        "viewer_css": viewer_css(),
+        "viewer_script": viewer_script(),
     }
     return render_page("report.html.jinja", {**context, "contents": _contents(context)})
-
-
-def _viewer(samples: Sequence[SampleRecord]) -> dict[str, Any]:
-    """What viewer.html.jinja reads."""
-    return {"pairs": [_pair_view(pair) for pair in pair_samples(samples)], "legend": level_labels()}
 
 
 def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -115,7 +112,7 @@ def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         *([("result", "Result")] if context["rows"] else []),
         *opened,
-        *([("token-by-token", "Token by token")] if context["pairs"] else []),
+        *([("token-by-token", "Token by token")] if context["viewer"] else []),
         *collapsed,
         *([("configuration", "Configuration")] if context["config"] else []),
     ]
@@ -215,33 +212,6 @@ def _changes(history: Sequence[tuple[int, Mapping[str, Any]]]) -> list[str]:
         values = [f"{key} {change[0]} → {change[1]}" for key, change in changed.items() if key != "run_dir"]
         notes += [f"From step {step} on: {'; '.join(values)}."] if values else []
     return notes
-
-
-def _pair_view(pair: SamplePair) -> Mapping[str, Any]:
-    prompt = pair.late.prompt
-    return {
-        "prompt": prompt,
-        "answer": pair.late.answer,
-        "answers": [_sample_view(sample, prompt) for sample in (pair.early, pair.late) if sample is not None],
-        "teacher": None if pair.teacher is None else _sample_view(pair.teacher, prompt),
-    }
-
-
-def _sample_view(sample: SampleRecord, shown_prompt: str) -> Mapping[str, Any]:
-    kl = mean_kl(sample)
-    facts = [_count(len(sample.tokens), "token")]
-    facts += [f"mean KL {kl:.3g} nats"] if kl is not None else []
-    facts += [f"reward {sample.reward:g}"] if sample.reward is not None else []
-    facts += [] if sample.finished else ["cut at the length limit"]
-    author = {"student": "student", "teacher": "teacher", "dataset": "data set"}[sample.source]
-    return {
-        "title": f"{author}, step {sample.step}",
-        "prompt": None if sample.prompt == shown_prompt else sample.prompt,
-        "facts": facts,
-        "tokens": coloured_tokens(sample),
-        "more": max(len(sample.tokens) - MAX_TOKENS_SHOWN, 0),
-        "response": sample.response,
-    }
 
 
 def _count(number: int, noun: str) -> str:
