@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from opd.errors import ServerError
-from opd.quantized import is_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +44,8 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 def adapter_rank(model: PreTrainedModel) -> int | None:
     """The rank that vLLM has to make room for, where it can apply the model's adapters itself; None where they have to be merged.
 
-    It applies plain LoRA beside linear layers that are not the output layer, of a base that is not quantised.
+    It applies plain LoRA beside linear layers that are not the output layer. Of a quantised base it would load other numbers than the
+    trainer has; the caller merges there.
     """
     if not is_adapted(model):
         return None
@@ -58,7 +58,7 @@ def adapter_rank(model: PreTrainedModel) -> int | None:
         and config.bias == "none"
         and not any(getattr(config, name, None) for name in ("use_dora", "modules_to_save", *PER_MODULE))
     )
-    if not plain or is_quantized(base):
+    if not plain:
         return None
     adapted = [module for module in base.modules() if hasattr(module, "base_layer")]
     head = base.get_output_embeddings()

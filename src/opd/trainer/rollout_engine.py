@@ -11,6 +11,7 @@ import torch
 from opd.config import Config
 from opd.errors import ConfigError
 from opd.models import context_length, vocabulary_rows
+from opd.quantized import is_quantized
 from opd.remote.keys import read_key
 from opd.samplers.vllm import Engine, VllmSampler
 from opd.samplers.vllm_checks import PROBES, Preflight
@@ -36,7 +37,8 @@ def make_vllm_sampler(
     rollout = config.rollout
     needed = max(len(loaded.renderer.prompt_ids(prompt)) for prompt in prompts) + rollout.max_new_tokens
     dtype = torch.bfloat16 if student.autocast_dtype is not None else loaded.model.dtype
-    engine = _engine(config, loaded, dtype, needed, adapter_rank(student.model))
+    rank = None if is_quantized(student.model) else adapter_rank(student.model)
+    engine = _engine(config, loaded, dtype, needed, rank)
     rows = vocabulary_rows(loaded.model)
     return VllmSampler(
         engine,
