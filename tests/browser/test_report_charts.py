@@ -161,11 +161,11 @@ def test_a_chart_opens_large_zooms_and_closes_by_escape(tmp_path: Path, open_pag
     page.wait_for_selector("dialog .cursor", state="attached")
     large.locator(".plot").focus()
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_function("document.querySelector('dialog') === null")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Open “Loss” large"
     figure(page, "Loss").locator(".plot").focus()
     page.keyboard.press("Enter")
-    assert page.locator("dialog.large[open]").count() == 1
+    page.wait_for_selector("dialog.large[open]")
 
 
 def test_the_data_of_a_chart_is_downloaded_as_csv(tmp_path: Path, open_page: Open):
