@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,10 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.config.recipe import build, merge
-from opd.losses import mix_teachers
+from opd.data.pack import pack
+from opd.data.rendering import Renderer
+from opd.losses import Objective, mix_teachers
 from opd.reporting.record import SampleRecord, TopTokens, read_samples
-from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
+from opd.teachers.local import LocalTeacher
+from opd.teachers.vocabulary import VocabularyMatch
+from opd.testing import byte_tokenizer, digit_tokenizer, random_rollout, save_model, tiny_causal_lm
+from opd.trainer.details import ViewCollector, token_details
+from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
+from opd.trainer.student import Policy
+from opd.types import ModelView, TokenViews
 from worlds import make_world, settings
 
 TOKENIZER = digit_tokenizer()
@@ -257,3 +267,54 @@ def test_only_steps_that_keep_samples_have_details(world, tmp_path):
     samples = samples_of(world, tmp_path / "run", train__steps=4, log__samples_every=3, log__samples=2)
     assert [sample.step for sample in samples] == [0, 0, 3, 3]
     assert all(sample.details is not None for sample in samples)
+
+
+@pytest.mark.parametrize("layout", ["packed", "right_padded", "left_padded"])
+@pytest.mark.parametrize("product", [True, False], ids=["from hidden states", "from whole logits"])
+def test_views_are_of_the_common_vocabulary(layout, product):
+    """Rows of padding and ids that are no token of both have no probability, and each rollout has its own rows."""
+    tokenizer, vocabulary = byte_tokenizer(), VocabularyMatch(size=258, invalid_ids=(7, 250))
+    models = [tiny_causal_lm(tokenizer, vocab_size=300, seed=seed, initializer_range=0.3) for seed in (1, 2)]
+    renderer = Renderer(tokenizer, name="tiny")
+    teacher = LocalTeacher(models[1], renderer, vocabulary=vocabulary, pad_id=256)
+    policy = Policy(models[0], vocabulary=vocabulary, eos_ids=(257,), teacher_logits=teacher.logits)
+    policy.head_is_a_product = product
+    rollouts = [random_rollout(3 + i, 9 - 2 * i, 250, seed=i, index=i) for i in range(4)]
+    rollouts = [
+        dataclasses.replace(rollout, id=10 + i, prompt_ids=renderer.prompt_ids(rollout.prompt))
+        for i, rollout in enumerate(rollouts)
+    ]
+    assert all(vocabulary.owns(torch.tensor(rollout.response_ids)).all() for rollout in rollouts)
+    teacher.bind_objective(Objective())
+    watch = ViewCollector(rollouts[1:])
+    batches = pack(rollouts, teacher.score(rollouts, "hidden"), layout=layout, tokens_per_microbatch=24, pad_id=256)
+    for batch in batches:
+        policy.loss(batch, Objective(), TokenMetrics(), watch)
+    assert len(batches) > 1 and watch.found.keys() == {rollout.id for rollout in rollouts[1:]}
+    for rollout in rollouts[1:]:
+        found, ids = watch.found[rollout.id], torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])
+        assert found.positions.tolist() == list(range(len(rollout.response_ids)))
+        for model, view in zip(models, (found.student, found.teacher), strict=True):
+            logits = copy.deepcopy(model).double()(ids).logits[0, len(rollout.prompt_ids) - 1 : -1, :258].detach()
+            logits[:, [7, 250]] = -torch.inf
+            logp = logits.log_softmax(-1)
+            assert view.top_ids is not None and torch.equal(view.top_ids, logp.topk(5).indices)
+            assert view.logp is not None and view.top_probabilities is not None
+            torch.testing.assert_close(view.top_probabilities.double(), logp.topk(5).values.exp(), rtol=1e-4, atol=1e-6)
+            own = logp.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+            torch.testing.assert_close(view.logp.double(), own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_of_probability_0_is_none_of_the_likeliest():
+    renderer, rollout = Renderer(TOKENIZER, name="tiny"), random_rollout(2, 1, 10)
+    ids, probabilities = torch.tensor([[4, 2, 9, 9]]), torch.tensor([[0.75, 0.25, 0.0, 0.0]])
+    view = ModelView(top_ids=ids, top_probabilities=probabilities)
+    found = token_details(rollout, TokenViews(positions=torch.tensor([0]), student=view, teacher=ModelView()), renderer)
+    assert found is not None and found.student_top == TopTokens(tokens=[("4", "2")], probabilities=[(0.75, 0.25)])
+
+
+def test_what_nobody_scored_has_the_samplers_log_probs_or_nothing():
+    renderer, rollout = Renderer(TOKENIZER, name="tiny"), random_rollout(2, 3, 10)
+    found = token_details(rollout, None, renderer)
+    assert found is not None and found.sampler_logp == rollout.sampler_logp and found.student_logp is None
+    assert token_details(dataclasses.replace(rollout, sampler_logp=None), None, renderer) is None
