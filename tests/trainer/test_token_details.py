@@ -17,11 +17,12 @@ from opd.config.recipe import build, merge
 from opd.data.pack import pack
 from opd.data.rendering import Renderer
 from opd.losses import Objective, mix_teachers
-from opd.reporting.record import SampleRecord, TopTokens, read_samples
+from opd.reporting.details import token_details
+from opd.reporting.record import SampleRecord, TokenDetails, TopTokens, read_samples
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, digit_tokenizer, random_rollout, save_model, tiny_causal_lm
-from opd.trainer.details import ViewCollector, token_details
+from opd.trainer.details import ViewCollector
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
 from opd.trainer.student import Policy
@@ -306,15 +307,15 @@ def test_views_are_of_the_common_vocabulary(layout, product):
 
 
 def test_a_token_of_probability_0_is_none_of_the_likeliest():
-    renderer, rollout = Renderer(TOKENIZER, name="tiny"), random_rollout(2, 1, 10)
+    strings = Renderer(TOKENIZER, name="tiny").token_strings
     ids, probabilities = torch.tensor([[4, 2, 9, 9]]), torch.tensor([[0.75, 0.25, 0.0, 0.0]])
     view = ModelView(top_ids=ids, top_probabilities=probabilities)
-    found = token_details(rollout, TokenViews(positions=torch.tensor([0]), student=view, teacher=ModelView()), renderer)
+    views = TokenViews(positions=torch.tensor([0]), student=view, teacher=ModelView())
+    found = token_details(views, 1, None, strings)
     assert found is not None and found.student_top == TopTokens(tokens=[("4", "2")], probabilities=[(0.75, 0.25)])
 
 
 def test_what_nobody_scored_has_the_samplers_log_probs_or_nothing():
-    renderer, rollout = Renderer(TOKENIZER, name="tiny"), random_rollout(2, 3, 10)
-    found = token_details(rollout, None, renderer)
-    assert found is not None and found.sampler_logp == rollout.sampler_logp and found.student_logp is None
-    assert token_details(dataclasses.replace(rollout, sampler_logp=None), None, renderer) is None
+    strings = Renderer(TOKENIZER, name="tiny").token_strings
+    assert token_details(None, 2, (-1.0, -2.0), strings) == TokenDetails(sampler_logp=(-1.0, -2.0))
+    assert token_details(None, 2, None, strings) is None

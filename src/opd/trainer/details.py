@@ -1,16 +1,13 @@
-"""What both models said at each token of the rollouts that are recorded: taken from the loss's own pass, told as text."""
+"""Both models' views of the rollouts that are recorded, taken from the loss's own pass."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 
 import torch
 
-from opd.data.rendering import Renderer
-from opd.reporting.record import TokenDetails, TopTokens
 from opd.teachers.base import Teacher
 from opd.types import Batch, ModelView, Rollout, TokenViews
 
@@ -54,21 +51,6 @@ def positions(batch: Batch) -> torch.Tensor:
     return every if batch.kept is None else every[batch.kept]
 
 
-def token_details(rollout: Rollout, views: TokenViews | None, renderer: Renderer) -> TokenDetails | None:
-    """The views as a record holds them: one entry per response token, NaN and no likeliest tokens where a token was left out."""
-    if views is None:
-        return None if rollout.sampler_logp is None else TokenDetails(sampler_logp=rollout.sampler_logp)
-    length, places = len(rollout.response_ids), views.positions.tolist()
-    found: dict[str, Sequence[float]] = {}
-    tops: dict[str, TopTokens] = {}
-    for who, view in (("student", views.student), ("teacher", views.teacher)):
-        columns = {"logp": view.logp, "entropy": view.entropy}
-        found |= {f"{who}_{name}": _placed(c, places, length) for name, c in columns.items() if c is not None}
-        if view.top_ids is not None and view.top_probabilities is not None:
-            tops[f"{who}_top"] = _top_tokens(view.top_ids, view.top_probabilities, places, length, renderer)
-    return TokenDetails(sampler_logp=rollout.sampler_logp, **found, **tops)  # pyright: ignore[reportArgumentType]
-
-
 def teacher_names(teacher: Teacher | None, rollouts: Sequence[Rollout]) -> Mapping[int, str]:
     """The teacher that each rollout is routed to, by `Rollout.id`; empty where there is one teacher, or none."""
     groups = {} if teacher is None else teacher.groups(rollouts)
@@ -82,23 +64,3 @@ def _each(view: ModelView, change: Callable[[torch.Tensor], torch.Tensor]) -> Mo
 
 def _rows(own: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     return column[own]
-
-
-def _placed(values: torch.Tensor, places: Sequence[int], length: int) -> tuple[float, ...]:
-    placed = [math.nan] * length
-    for place, value in zip(places, values.tolist(), strict=True):
-        placed[place] = value
-    return tuple(placed)
-
-
-def _top_tokens(
-    ids: torch.Tensor, probabilities: torch.Tensor, places: Sequence[int], length: int, renderer: Renderer
-) -> TopTokens:
-    """A token of probability 0 is none of the likeliest, as in a vocabulary of four."""
-    tokens: list[Sequence[str]] = [()] * length
-    likely: list[Sequence[float]] = [()] * length
-    for place, row, values in zip(places, ids.tolist(), probabilities.tolist(), strict=True):
-        count = sum(value > 0 for value in values)
-        tokens[place] = tuple(renderer.token_strings(row[:count]))
-        likely[place] = tuple(values[:count])
-    return TopTokens(tokens=tokens, probabilities=likely)

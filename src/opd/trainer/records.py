@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from opd.config import Config, LogConfig
 from opd.data.rendering import Renderer
+from opd.reporting.details import token_details
 from opd.reporting.findings import SHOWN_MORE, cut_off, teacher_no_better
 from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, comparable, read_metrics
 from opd.teachers.base import Teacher
-from opd.trainer.details import teacher_names, token_details
+from opd.trainer.details import teacher_names
 from opd.trainer.evaluate import Evaluation
-from opd.types import LossOutput, ModelView, Rollout
+from opd.types import LossOutput, ModelView, Rollout, TokenViews
 
 
 def record_samples(
@@ -33,9 +34,8 @@ def record_samples(
     by_id, names = {rollout.id: kl for rollout, kl in out.per_token}, teacher_names(teacher, kept)
     for index, rollout in enumerate(kept):
         kl, reward = by_id[rollout.id].tolist(), None if rewards is None else rewards[index]
-        details = token_details(rollout, out.views.get(rollout.id), renderer)
-        sample = _sample(step, "train", "student", rollout, kl, reward, renderer)
-        run.sample(replace(sample, details=details, teacher=names.get(rollout.id)))
+        views, name = out.views.get(rollout.id), names.get(rollout.id)
+        run.sample(_sample(step, "train", "student", rollout, kl, reward, renderer, views, name))
 
 
 def recorded(rollouts: Sequence[Rollout], step: int, config: LogConfig) -> Sequence[Rollout]:
@@ -61,9 +61,7 @@ def record_evaluation(
         views = evaluation.views.get(rollout.id)
         if views is not None and who == "teacher":
             views = replace(views, student=ModelView())
-        details = token_details(rollout, views, renderer)
-        sample = _sample(step, "eval", who, rollout, kl, reward, renderer)
-        run.sample(replace(sample, details=details, teacher=names.get(rollout.id)))
+        run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer, views, names.get(rollout.id)))
 
 
 def _sample(
@@ -74,6 +72,8 @@ def _sample(
     kl: Sequence[float],
     reward: float | None,
     renderer: Renderer,
+    views: TokenViews | None,
+    teacher: str | None,
 ) -> SampleRecord:
     prompt, special = renderer.with_special(rollout.prompt_ids)
     return SampleRecord(
@@ -91,6 +91,8 @@ def _sample(
         reward=reward,
         finished=rollout.finished,
         source=rollout.source,
+        teacher=teacher,
+        details=token_details(views, len(rollout.response_ids), rollout.sampler_logp, renderer.token_strings),
     )
 
 
