@@ -77,7 +77,7 @@ class LossWeights(Section, key="rl"):
 
 
 class LogSettings(Section, key="log"):
-    """Records in `run_dir`, the same that a recipe's run writes."""
+    """Samples in `run_dir`, the same that a recipe's run writes."""
 
     samples_every: int = 10
     """Keep some responses with what both models said at each token every n steps of verl's trainer."""
@@ -194,7 +194,7 @@ class Settings(_Teachers):
     """The place of the teacher: in the actor's workers, or in servers of verl's, which send log-probs of a few tokens (+opd=pool) or
     hidden states (+opd=hidden)."""
     run_dir: str | None = None
-    """Folder for samples of the run, which opd report reads; None writes nothing. An absolute path that rank 0 can write to."""
+    """Folder for metrics and samples of the run, which opd report reads; None writes nothing. An absolute path that rank 0 can write to."""
     log: LogSettings = field(default_factory=LogSettings)
     sanity_check_every: int = 100
     """Run the sanity check of the teacher's scores every n updates, the first included; 0 switches it off."""

@@ -1,9 +1,9 @@
-"""Some responses of a step in `samples.jsonl`, with what both models said at each token, from this rank's micro-batches."""
+"""The run folder of `opd.run_dir`: metrics of every step, and some responses with what both models said at each token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import ModelView, TokenViews
 
 
-class SampleWriter:
-    """Writes the first responses that this rank reads in the first update of a step; one rank has one."""
+class RunWriter:
+    """Writes the metrics of each step's first update, and the first responses that this rank reads in it; one rank has one.
+
+    The first update is the one whose responses were drawn from the weights that it moves.
+    """
 
     def __init__(self, settings: Settings, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         assert settings.run_dir is not None
@@ -31,7 +34,8 @@ class SampleWriter:
         self.every, self.count = settings.log.samples_every, settings.log.samples
         self.teacher_temperature = settings.objective.teacher_temperature
         self.renderer, self.eos_ids = Renderer(tokenizer, name="student"), frozenset(eos_ids)
-        self.step = self.last = -1
+        self.step, self.first = -1, False
+        """verl's step, from 0, and whether the update at hand is its first."""
         self.left = 0
         """Responses that are still wanted in this step."""
         self.chosen: list[int] = []
@@ -41,10 +45,14 @@ class SampleWriter:
         self._recorder: RunRecorder | None = None
 
     def begin(self, step: int) -> None:
-        """Called before each update of verl's step `step`, from 0; the first alone is recorded."""
-        due = step % self.every == 0 and step != self.last
-        self.left = self.count if due else 0
-        self.step, self.last = step, step if due else self.last
+        """Called before each update of verl's step `step`, from 0."""
+        self.step, self.first = step, step != self.step
+        self.left = self.count if self.first and step % self.every == 0 else 0
+
+    def end(self, metrics: Mapping[str, float]) -> None:
+        """Called after each update, with its means over all ranks. Raises RunFolderError."""
+        if self.first:
+            self._open().step(self.step, metrics)
 
     def choose(self, micro_batch: Any, tokens: ResponseTokens) -> None:
         """Take the first sequences of a micro-batch whose response tokens are all this rank's; others are in the slice of another."""

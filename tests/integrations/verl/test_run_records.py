@@ -1,4 +1,4 @@
-"""Samples that the engine records are what plain transformers say about the tokens, in float64."""
+"""The run folder of the plugin: samples are what plain transformers say about the tokens in float64, metrics are verl's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from verl_engines import RESPONSE_LENGTHS, batch, engine, step
 
 from opd.data.rendering import Renderer
-from opd.errors import RunFolderError
-from opd.reporting.record import SampleRecord, TopTokens, read_samples
+from opd.errors import ConfigError, RunFolderError
+from opd.integrations.verl.plugin.settings import parse
+from opd.reporting.record import SampleRecord, TopTokens, read_metrics, read_samples
+from opd.reporting.report import write_report
 from opd.testing import byte_tokenizer
 
 TOKENS = 258  # of the byte tokenizer
@@ -35,7 +37,9 @@ def by_hand(folder: Path, prompt: torch.Tensor, response: torch.Tensor) -> torch
 def check_top(top: TopTokens | None, logp: torch.Tensor) -> None:
     assert top is not None
     best = logp.exp().topk(5)
-    for tokens, probabilities, values, ids in zip(top.tokens, top.probabilities, best.values, best.indices, strict=True):
+    for tokens, probabilities, values, ids in zip(
+        top.tokens, top.probabilities, best.values, best.indices, strict=True
+    ):
         assert list(tokens) == RENDERER.token_strings(ids.tolist())
         assert list(probabilities) == pytest.approx(values.tolist(), rel=6e-4)
 
@@ -96,6 +100,7 @@ def test_the_first_update_of_a_step_is_recorded_and_no_other(models: Path, tmp_p
         built.lr_scheduler.last_epoch = number
         step(built, batch())
     assert [sample.step for sample in read_samples(tmp_path / "run")] == [0, 2]
+    assert [record.step for record in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_a_resumed_run_writes_its_steps_again(models: Path, tmp_path: Path):
@@ -105,6 +110,7 @@ def test_a_resumed_run_writes_its_steps_again(models: Path, tmp_path: Path):
             built.lr_scheduler.last_epoch = number
             step(built, batch())
     assert [sample.step for sample in read_samples(tmp_path / "run")] == [0, 2, 4, 6, 8]
+    assert [record.step for record in read_metrics(tmp_path / "run")] == [0, 2, 4, 6, 8]
     with pytest.raises(RunFolderError, match="already holds the records of a run"):
         recorded(models, tmp_path / "run")
 
@@ -125,3 +131,27 @@ def test_a_pass_that_measures_is_not_recorded(models: Path, tmp_path: Path):
     samples, _ = recorded(models, tmp_path / "run", rl_weight=0.5, rl_scale="match", log={"samples": 2})
     assert len(samples) == 2
     check(samples[1], batch(), 1, models / "student", models / "teacher")
+
+
+def test_metrics_are_those_that_verl_logs(models: Path, tmp_path: Path):
+    built = engine(models, run_dir=str(tmp_path / "run"))
+    _, _, logged = step(built, batch())
+    (record,) = read_metrics(tmp_path / "run")
+    assert {f"actor/opd/{name}": value for name, value in record.metrics.items()} == {
+        name: value for name, value in logged.items() if name.startswith("actor/opd/")
+    }
+    assert {"loss", "reverse_kl", "student_entropy", "teacher_entropy", "overlap"} <= record.metrics.keys()
+
+
+def test_the_folder_makes_a_report(models: Path, tmp_path: Path):
+    built = engine(models, run_dir=str(tmp_path / "run"))
+    for number in range(3):
+        built.lr_scheduler.last_epoch = number
+        step(built, batch())
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "reverse kl" in page.lower() and read_samples(tmp_path / "run")[1].prompt in page
+
+
+def test_a_folder_by_a_relative_path_is_refused():
+    with pytest.raises(ConfigError, match=r"opd\.run_dir='runs/a' is no absolute path"):
+        parse({"teacher": {"model": "teacher"}, "run_dir": "runs/a"})
