@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from verl_engines import RESPONSE_LENGTHS, batch, engine, step
 
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, RunFolderError
+from opd.integrations.verl.plugin.alignment import ResponseTokens
+from opd.integrations.verl.plugin.run_records import RunWriter
 from opd.integrations.verl.plugin.settings import parse
 from opd.reporting.record import SampleRecord, TopTokens, read_metrics, read_samples
 from opd.reporting.report import write_report
@@ -155,3 +158,15 @@ def test_the_folder_makes_a_report(models: Path, tmp_path: Path):
 def test_a_folder_by_a_relative_path_is_refused():
     with pytest.raises(ConfigError, match=r"opd\.run_dir='runs/a' is no absolute path"):
         parse({"teacher": {"model": "teacher"}, "run_dir": "runs/a"})
+
+
+def test_a_response_that_ranks_share_is_not_chosen(tmp_path: Path):
+    """Three tokens of the first response are in another rank's slice."""
+    settings, _ = parse({"teacher": {"model": "teacher"}, "run_dir": str(tmp_path), "log": {"samples": 2}})
+    writer = RunWriter(settings, byte_tokenizer(), (257,))
+    sequence = torch.repeat_interleave(torch.arange(4), torch.tensor(RESPONSE_LENGTHS))[3:]
+    blank = torch.zeros_like(sequence)
+    columns = dict.fromkeys((field.name for field in fields(ResponseTokens)), blank) | {"sequence_index": sequence}
+    writer.begin(0)
+    writer.choose(batch(), ResponseTokens(**columns))
+    assert writer.chosen == [1, 2]

@@ -119,9 +119,8 @@ class RunWriter:
         views, teacher = self.seen[sequence]
         own = tokens.at((tokens.sequence_index == sequence).nonzero().squeeze(-1))
         begin, end = input_ids.offsets()[sequence : sequence + 2].tolist()
-        first = (
-            int(own.packed_index[0] - own.position[0]) + 1
-        )  # a token is at the position after the one that predicts it
+        # A token is at the position after the one that predicts it.
+        first = int(own.packed_index[0] - own.position[0]) + 1
         values = input_ids.values()
         prompt, response = values[begin:first].tolist(), values[first:end].tolist()
         kl = None if reverse_kl is None else reverse_kl[taught.sequence_index == sequence].tolist()
