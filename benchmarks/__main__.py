@@ -15,6 +15,7 @@ FOLDERS = {
     "verl_native": "verl_native",
     "convergence": "convergence",
     "ahead": "ahead",
+    "recording": "recording",
 }
 """The benchmarks' folders by their names on the command line."""
 

@@ -171,6 +171,29 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelView:
+    """One model's say at response tokens, at temperature 1 over the common vocabulary; None where the target cannot tell."""
+
+    logp: Float[Tensor, " tokens"] | None = None
+    """Log-probability (nats) of the response token."""
+    entropy: Float[Tensor, " tokens"] | None = None
+    """In nats."""
+    top_ids: Int[Tensor, "tokens k"] | None = None
+    """The likeliest tokens, most likely first."""
+    top_probabilities: Float[Tensor, "tokens k"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenViews:
+    """Both models' say at some response tokens of one rollout."""
+
+    positions: Int[Tensor, " tokens"]
+    """Places of these tokens in the response, from 0: a run may leave tokens out."""
+    student: ModelView
+    teacher: ModelView
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOutput:
     """Result of one optimizer step: the scalar loss (nats per token under token_mean) and its metrics."""
 
@@ -178,6 +201,8 @@ class LossOutput:
     metrics: Mapping[str, float]
     per_token: Sequence[tuple[Rollout, Float[Tensor, " response"]]] = ()
     """Each rollout with the reverse KL (nats) at its response tokens, for the report; empty where the target could not tell."""
+    views: Mapping[int, TokenViews] = field(default_factory=dict[int, "TokenViews"])
+    """By `Rollout.id`, what both models said before the update, for the rollouts that were asked for."""
 
 
 Reward = Callable[..., float]

@@ -73,6 +73,7 @@ CROSS_EDGES = {
     ("samplers", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
     ("optim", "config"): "an optimizer is built from its section",
     ("demo", "testing"): "the demo's models are the tiny ones",
+    ("integrations", "data"): "samples of a run are recorded as text",
     ("integrations", "testing"): "the stand-ins of a dry run are tiny models",
     ("testing", "data"): "the byte tokenizer shares data.rendering's alphabet",
 }

@@ -236,3 +236,103 @@ def test_text_that_special_tokens_change_is_refused():
 
     with pytest.raises(ModelError, match="changes the text of prompt 7"):
         renderer(Odd()).prompt_ids(text("a"))
+
+
+# Characters of several tokens, and special tokens of a prompt
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with ▁, and tokens of single bytes for the rest, as SentencePiece models have."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
+    vocab |= {piece: len(vocab) + place for place, piece in enumerate(["▁", "▁hi", "ho", "é"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that has a token of half a character with a letter before it."""
+    alphabet = byte_alphabet()
+    vocab = {character: byte for byte, character in enumerate(alphabet)}
+    pairs = [(alphabet[0xF0], alphabet[0x9F]), (alphabet[0x98], alphabet[0x80]), ("h", alphabet[0xE2])]
+    vocab |= {"".join(pair): 256 + place for place, pair in enumerate(pairs)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_tokens_that_are_parts_of_a_character_are_joined():
+    render = renderer(byte_tokenizer())
+    ids = [*"aé".encode(), 257, *"🙂b".encode()]
+    assert render.joined_tokens(ids) == ((1, 3, "é"), (4, 8, "🙂"))
+    assert render.joined_tokens(list(b"plain")) == ()
+    assert render.joined_tokens([]) == ()
+
+
+def test_a_run_goes_on_while_its_tokens_end_inside_a_character():
+    """One token ends the smile, the next holds a letter and the beginning of an apostrophe, two more its end."""
+    render = renderer(merging_tokenizer())
+    ids = [256, 257, 258, 0x80, 0x99, ord("x")]
+    assert render.tokenizer.decode(ids) == "😀h’x"
+    assert render.joined_tokens(ids) == ((0, 2, "😀"), (2, 5, "h’"))
+    halves = [0xF0, 0x9F, 0x98]
+    assert render.joined_tokens([*halves, 0x80, *halves]) == ((0, 4, "😀"),), "the last is cut off"
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [0xE2, ord("a")],  # broken off by a letter
+        [0x80, 0x99],  # without a beginning
+        [0xE2, 0x80],  # cut off by the end
+        [0xE2, 257, 0x80, 0x99],  # a special token between
+        [0xC0, 0xAF],  # longer than need be
+        [0xED, 0xA0, 0x80],  # half of a surrogate pair
+    ],
+)
+def test_bytes_that_are_no_character_are_not_joined(ids):
+    assert renderer(byte_tokenizer()).joined_tokens(ids) == ()
+
+
+def test_what_follows_broken_bytes_is_joined():
+    assert renderer(byte_tokenizer()).joined_tokens([0xE2, 0x80, *"é".encode()]) == ((2, 4, "é"),)
+
+
+def test_byte_tokens_of_sentencepiece_are_joined():
+    tokenizer = sentencepiece_tokenizer()
+    render = renderer(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["▁hi", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "ho", "<0x0A>", "é"])
+    assert render.joined_tokens(ids) == ((1, 5, "😀"),)
+    assert render.token_strings(ids)[:2] == [" hi", "\\xf0"]
+
+
+def spans_of(render: Renderer, ids) -> list[str]:
+    text, spans = render.with_special(ids)
+    assert text == render.decode_all(ids)
+    return [text[first:end] for first, end in spans]
+
+
+def test_special_tokens_of_a_prompt_are_found():
+    render = renderer(byte_tokenizer(bos=True, extra_tokens=["<|im_start|>", "<|im_end|>"]))
+    start, end = 259, 260
+    ids = (258, start, *b"user\nhi", end, end, *"é".encode(), start)
+    assert spans_of(render, ids) == ["<bos>", "<|im_start|>", "<|im_end|>", "<|im_end|>", "<|im_start|>"]
+
+
+def test_text_that_spells_a_special_token_is_none():
+    render = renderer(byte_tokenizer(extra_tokens=["<|im_end|>"]))
+    ids = (*b"say <|im_end|>", 258, *b"<eos>!")
+    text, spans = render.with_special(ids)
+    assert text == "say <|im_end|><|im_end|><eos>!" and spans == ((14, 24),)
+
+
+def test_special_tokens_between_words_of_sentencepiece_are_found():
+    tokenizer = sentencepiece_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["<s>", "▁hi", "ho", "</s>", "<s>", "▁hi", "</s>"])
+    assert spans_of(renderer(tokenizer), ids) == ["<s>", "</s>", "<s>", "</s>"]
+
+
+def test_a_prompt_without_special_tokens_has_none():
+    assert renderer(byte_tokenizer()).with_special(tuple(b"plain")) == ("plain", ())

@@ -89,7 +89,7 @@ class LogConfig(Section, key="log"):
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (extra 'wandb')."""
     samples_every: int = 10
-    """Keep some rollouts with their per-token reverse KL every n steps."""
+    """Keep some rollouts with what both models said at each token every n steps."""
     samples: int = 4
     """Rollouts kept each time."""
 

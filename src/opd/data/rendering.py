@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from array import array
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 SENTENCEPIECE_SPACE = "▁"
+MAX_RUN = 64  # tokens; a run goes on while each of its tokens ends inside a character
 SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -102,6 +104,36 @@ class Renderer:
         tokenizer: Any = self.tokenizer
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, **options))
 
+    def with_special(self, ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """`decode_all`, and where its special tokens are: index of the first character, and of the one after the last."""
+        text, end = self.decode_all(ids), 0
+        spans: list[tuple[int, int]] = []
+        between: list[int] = []
+        for token_id in ids:
+            token = self._special_tokens.get(token_id)
+            if token is None:
+                between.append(token_id)
+                continue
+            # What stands between may spell a special token itself.
+            start = text.find(token, end + (len(self.decode_all(between)) if between else 0))
+            if start < 0:  # a decoder that hides its tokens
+                break
+            end = start + len(token)
+            spans.append((start, end))
+            between = []
+        return text, tuple(spans)
+
+    def joined_tokens(self, ids: Sequence[int]) -> tuple[tuple[int, int, str], ...]:
+        """Runs of tokens that make whole characters together and not alone: index of the first, of the one after the last, their text."""
+        pieces, start = [self._token_bytes(token_id) for token_id in ids], 0
+        runs: list[tuple[int, int, str]] = []
+        while start < len(pieces):
+            end, text = _whole_characters(pieces, start)
+            if end > start + 1:
+                runs.append((start, end, text))
+            start = end
+        return tuple(runs)
+
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token by itself, readable: spaces as spaces, special tokens by name, part of a character as \\x bytes."""
         return [self._token_string(token_id) for token_id in ids]
@@ -133,6 +165,11 @@ class Renderer:
             raise DataError(f"{what} cannot be tokenised by the tokenizer of {self.name}: {error}.") from error
 
     def _token_string(self, token_id: int) -> str:
+        piece = self._token_bytes(token_id)
+        return piece if isinstance(piece, str) else piece.decode("utf-8", errors="backslashreplace")
+
+    def _token_bytes(self, token_id: int) -> bytes | str:
+        """The bytes that a token stands for, or the text of one that stands for whole characters."""
         added = self._added_tokens.get(token_id)
         if added is not None:
             return added
@@ -140,15 +177,19 @@ class Renderer:
         if not isinstance(piece, str):
             return f"[{token_id}]"  # a padding row of the embedding
         if self._is_byte_level:
-            return bytes(_byte_of()[character] for character in piece).decode("utf-8", errors="backslashreplace")
+            return bytes(_byte_of()[character] for character in piece)
         byte = SENTENCEPIECE_BYTE.fullmatch(piece)
-        if byte:
-            return bytes([int(byte[1], 16)]).decode("utf-8", errors="backslashreplace")
-        return piece.replace(SENTENCEPIECE_SPACE, " ")
+        return bytes([int(byte[1], 16)]) if byte else piece.replace(SENTENCEPIECE_SPACE, " ")
 
     @cached_property
     def _added_tokens(self) -> dict[int, str]:
         return {token_id: token.content for token_id, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _special_tokens(self) -> dict[int, str]:
+        """Added tokens that are marks of a template or of an end, not words."""
+        marks = {token_id: token for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return {token_id: token.content for token_id, token in marks.items()}
 
     @cached_property
     def _is_byte_level(self) -> bool:
@@ -171,6 +212,22 @@ def eos_ids(model_generation_config: GenerationConfig | None, tokenizer: PreTrai
             "set eos_token_id in generation_config.json."
         )
     return found
+
+
+def _whole_characters(pieces: Sequence[bytes | str], start: int) -> tuple[int, str]:
+    """The end of the shortest run of pieces from `start` that is whole characters, and its text; one piece where no run is."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text = ""
+    for end, piece in enumerate(pieces[start : start + MAX_RUN], start + 1):
+        if isinstance(piece, str):
+            break
+        try:
+            text += decoder.decode(piece)
+        except UnicodeDecodeError:
+            break
+        if not decoder.getstate()[0]:
+            return end, text
+    return start + 1, ""
 
 
 def byte_alphabet() -> list[str]:

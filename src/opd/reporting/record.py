@@ -63,7 +63,7 @@ class TopTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDetails:
-    """What both models said at each response token. Log-probs and entropies are in nats; None where nobody could tell."""
+    """What both models said at each response token, before the update and at temperature 1; in nats. None where nobody could tell."""
 
     student_logp: Sequence[float] | None = None
     """Of the token that was sampled, as are the next two."""

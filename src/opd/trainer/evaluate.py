@@ -16,10 +16,11 @@ from opd.rewards import Scorer
 from opd.samplers.base import AdjustableSampler, Sampling, draw
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
+from opd.trainer.details import ViewCollector
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
 from opd.trainer.student import Policy
-from opd.types import Prompt, Rollout
+from opd.types import Prompt, Rollout, TokenViews
 
 Interval = tuple[float, float]
 
@@ -32,6 +33,8 @@ class Evaluation:
     intervals: dict[str, Interval]
     rollouts: list[tuple[Rollout, list[float], float]]
     """Each with its per-token reverse KL and its reward."""
+    views: Mapping[int, TokenViews] = field(default_factory=dict[int, TokenViews])
+    """By `Rollout.id`, what both models said, for the first rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ class Evaluator:
     tokens_per_microbatch: int
     pad_id: int
     seed: int
+    watched: int = 0
+    """Number of rollouts, the first ones, whose views are kept."""
     measure: str
     """The same in evaluations that may be compared: a hash of the prompts, the reward, and how answers are drawn."""
 
@@ -61,11 +66,12 @@ class Evaluator:
         began = time.perf_counter()
         rollouts, rewards = self._sample(sampler, self.sampling)
         kl: list[list[float]] = [[] for _ in rollouts]
+        watch = ViewCollector(rollouts[: self.watched])
         metrics: dict[str, float] = {}
         intervals: dict[str, Interval] = {}
         self._add("accuracy", rewards, rollouts, metrics, intervals)
         if self.teacher is not None and self.teacher.exact_kind is not None and model is not None:
-            kl = self._reverse_kl(rollouts, model, self.teacher)
+            kl = self._reverse_kl(rollouts, model, self.teacher, watch)
             self._add("reverse_kl", [sum(row) / len(row) for row in kl], rollouts, metrics, intervals)
             for name, member in self.mixed.items():
                 apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
@@ -78,7 +84,8 @@ class Evaluator:
             _, rewards_there = self._sample(sampler, replace(self.sampling, temperature=temperature))
             metrics[name], intervals[name] = _reward_interval(rewards_there, self.samples_per_prompt)
         metrics["time/eval"] = time.perf_counter() - began
-        return Evaluation(metrics=metrics, intervals=intervals, rollouts=list(zip(rollouts, kl, rewards, strict=True)))
+        drawn = list(zip(rollouts, kl, rewards, strict=True))
+        return Evaluation(metrics=metrics, intervals=intervals, rollouts=drawn, views=watch.found)
 
     def _add(
         self,
@@ -104,7 +111,9 @@ class Evaluator:
         return rollouts, list(scores.values)
 
     @torch.no_grad()
-    def _reverse_kl(self, rollouts: list[Rollout], model: Policy, teacher: Teacher) -> list[list[float]]:
+    def _reverse_kl(
+        self, rollouts: list[Rollout], model: Policy, teacher: Teacher, watch: ViewCollector | None = None
+    ) -> list[list[float]]:
         """Per rollout, per response token."""
         assert teacher.exact_kind is not None
         batches = scored_batches(
@@ -118,7 +127,7 @@ class Evaluator:
         )
         metrics, objective = TokenMetrics(), Objective(teacher_logp_floor=self.teacher_logp_floor)
         for batch in batches:
-            model.loss(batch, objective, metrics)
+            model.loss(batch, objective, metrics, watch)
         by_id = {rollout.id: values.tolist() for rollout, values in metrics.per_rollout("reverse_kl")}
         return [by_id[rollout.id] for rollout in rollouts]
 

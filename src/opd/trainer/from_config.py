@@ -313,6 +313,7 @@ class RunComponents:
             teacher=teachers.teacher,
             mixed={} if teachers.ensemble is None else teachers.ensemble.mixed,
             teacher_logp_floor=config.objective.teacher_logp_floor,
+            watched=config.log.samples,
             sampling=sampling,
             extra_temperatures=section.extra_temperatures,
             layout=config.train.layout,

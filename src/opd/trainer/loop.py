@@ -16,7 +16,7 @@ from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.from_config import RunComponents
 from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
-from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples
+from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples, recorded
 from opd.trainer.run_folder import RunFolder
 from opd.trainer.scoring import Scored
 from opd.types import LossOutput, Rollout
@@ -54,7 +54,8 @@ def take_step(
     correction = components.correction
     with clock.phase("update"):
         scored = scored if correction is None else correction.corrected(student, scored)
-        out = student.update(scored.batches, scored.objective)
+        watched = recorded(rollouts, step, components.config.log)
+        out = student.update(scored.batches, scored.objective, watched)
     if correction is not None:
         correction.check({**out.metrics, **scored.metrics})
     metrics = {**out.metrics, **scored.metrics, **staleness, **clock.times(out)}
@@ -101,7 +102,10 @@ class TrainingLoop:
     def _record(self, step: int, done: Step) -> None:
         rollout, out, scored = self.config.rollout, done.out, done.scored
         self.run.step(step, done.metrics)
-        record_samples(self.run, step, done.rollouts, out, scored.rewards, self.components.renderer, self.config.log)
+        parts = self.components
+        record_samples(
+            self.run, step, done.rollouts, out, scored.rewards, parts.renderer, self.config.log, parts.teacher
+        )
         for note in scored.notes:
             self.progress.message(f"warning: step {step}: {note}")
         if rollout.horizon(step, self.config.train.steps) == rollout.max_new_tokens:
@@ -172,7 +176,7 @@ class TrainingLoop:
             with self.stop.at_once():
                 extra = first or last or version == config.train.steps
                 student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
-            measured = (parts.renderer, config.log, parts.evaluator.measure)
+            measured = (parts.renderer, config.log, parts.evaluator.measure, parts.teacher)
             record_evaluation(self.run, version, "student", student, *measured)
             teacher = None
             if first and parts.teacher is not None and parts.teacher_sampler is not None:

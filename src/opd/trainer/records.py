@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from opd.config import Config, LogConfig
 from opd.data.rendering import Renderer
+from opd.reporting.details import token_details
 from opd.reporting.findings import SHOWN_MORE, cut_off, teacher_no_better
 from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, comparable, read_metrics
+from opd.teachers.base import Teacher
+from opd.trainer.details import teacher_names
 from opd.trainer.evaluate import Evaluation
-from opd.types import LossOutput, Rollout
+from opd.types import LossOutput, ModelView, Rollout, TokenViews
 
 
 def record_samples(
@@ -22,16 +26,21 @@ def record_samples(
     rewards: Sequence[float] | None,
     renderer: Renderer,
     config: LogConfig,
+    teacher: Teacher | None = None,
 ) -> None:
-    """The first training rollouts (micro-batches have them by length) with their per-token reverse KL and their reward, on the steps
-    that the recipe keeps."""
-    if step % config.samples_every:
-        return
-    by_id = {rollout.id: kl for rollout, kl in out.per_token}
-    for index, rollout in enumerate(rollouts[: config.samples]):
-        kl = by_id[rollout.id]
-        reward = None if rewards is None else rewards[index]
-        run.sample(_sample(step, "train", "student", rollout, kl.tolist(), reward, renderer))
+    """The first training rollouts (micro-batches have them by length) with what both models said at each token and their reward, on the
+    steps that the recipe keeps."""
+    kept = recorded(rollouts, step, config)
+    by_id, names = {rollout.id: kl for rollout, kl in out.per_token}, teacher_names(teacher, kept)
+    for index, rollout in enumerate(kept):
+        kl, reward = by_id[rollout.id].tolist(), None if rewards is None else rewards[index]
+        views, name = out.views.get(rollout.id), names.get(rollout.id)
+        run.sample(_sample(step, "train", "student", rollout, kl, reward, renderer, views, name))
+
+
+def recorded(rollouts: Sequence[Rollout], step: int, config: LogConfig) -> Sequence[Rollout]:
+    """The rollouts that a training step puts into the records."""
+    return () if step % config.samples_every else rollouts[: config.samples]
 
 
 def record_evaluation(
@@ -42,11 +51,17 @@ def record_evaluation(
     renderer: Renderer,
     config: LogConfig,
     measure: str | None = None,
+    teacher: Teacher | None = None,
 ) -> None:
-    """Metrics, intervals, and the first samples of an evaluation."""
+    """Metrics, intervals, and the first samples of an evaluation. Nobody asks the student about the teacher's answers."""
     run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure)
-    for rollout, kl, reward in evaluation.rollouts[: config.samples]:
-        run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer))
+    kept = evaluation.rollouts[: config.samples]
+    names = teacher_names(teacher, [rollout for rollout, _, _ in kept])
+    for rollout, kl, reward in kept:
+        views = evaluation.views.get(rollout.id)
+        if views is not None and who == "teacher":
+            views = replace(views, student=ModelView())
+        run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer, views, names.get(rollout.id)))
 
 
 def _sample(
@@ -57,20 +72,27 @@ def _sample(
     kl: Sequence[float],
     reward: float | None,
     renderer: Renderer,
+    views: TokenViews | None,
+    teacher: str | None,
 ) -> SampleRecord:
+    prompt, special = renderer.with_special(rollout.prompt_ids)
     return SampleRecord(
         step=step,
         phase=phase,
         who=who,
-        prompt=renderer.decode_all(rollout.prompt_ids),
+        prompt=prompt,
+        special=special,
         prompt_index=rollout.prompt.index,
         answer=rollout.prompt.answer,
         response=rollout.text,
         tokens=renderer.token_strings(rollout.response_ids),
+        joined=renderer.joined_tokens(rollout.response_ids),
         reverse_kl=kl or None,
         reward=reward,
         finished=rollout.finished,
         source=rollout.source,
+        teacher=teacher,
+        details=token_details(views, len(rollout.response_ids), rollout.sampler_logp, renderer.token_strings),
     )
 
 

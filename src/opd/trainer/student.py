@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
 from opd.errors import ConfigError, MissingDependencyError
-from opd.kernels import Memory, PolicyTerm, linear_objective, objective_from_logits
+from opd.kernels import (
+    Memory,
+    PolicyTerm,
+    linear_objective,
+    linear_views,
+    objective_from_logits,
+    views_from_logits,
+)
+from opd.kernels.spec import select_target
 from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
 from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
@@ -23,10 +32,11 @@ from opd.seeding import seeded
 from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
+from opd.trainer.details import ViewCollector
 from opd.trainer.guardrails import check_gradient, check_loss
 from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
-from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, TeacherMixture
+from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, Rollout, TeacherMixture
 
 if TYPE_CHECKING:
     from opd.config import LoraConfig
@@ -85,28 +95,34 @@ class Policy:
             found.append(logits.log_softmax(-1).gather(-1, batch.response_ids[part, None])[:, 0])
         return torch.cat(found) if found else hidden.new_empty(0)
 
-    def loss(self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics) -> torch.Tensor:
-        """Σ token_weights · per-token loss of one micro-batch. Raises NonFiniteError naming the first bad sample."""
-        total, out = self.token_loss(batch, objective)
+    def loss(
+        self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics, watch: ViewCollector | None = None
+    ) -> torch.Tensor:
+        """Σ token_weights · per-token loss of one micro-batch; `watch` gets both models' views of its rollouts. Raises NonFiniteError naming
+        the first bad sample."""
+        total, out = self.token_loss(batch, objective, watch)
         if not out.loss.isfinite().all():
             check_loss(out.loss, batch, as_hybrid(objective).distill)
         metrics.add(batch, out)
         return total
 
     @property
-    def token_loss(self) -> Callable[[Batch, Objective | Hybrid], tuple[torch.Tensor, TokenLoss]]:
-        """The function that gives the weighted sum, which can be differentiated, and what it is made of."""
+    def token_loss(self) -> Callable[..., tuple[torch.Tensor, TokenLoss]]:
+        """The function of micro-batch, objective and `watch` that gives the weighted sum, which can be differentiated, and what it is made of."""
         return self._fused if self.head_is_a_product else self._materialized
 
-    def _fused(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
+    def _fused(
+        self, batch: Batch, objective: Objective | Hybrid, watch: ViewCollector | None = None
+    ) -> tuple[torch.Tensor, TokenLoss]:
         """From hidden states: neither model's logits exist for more than a chunk of tokens."""
         hybrid = as_hybrid(objective)
         target = self._target(batch, hybrid, dense=False)
         with self.autocast():
             hidden = response_hidden(self.model, batch.sequences)
         head = output_layer(self.model)
+        hidden = hidden.to(head.weight.dtype)
         total, per_token, metrics = linear_objective(
-            hidden.to(head.weight.dtype),
+            hidden,
             head.weight,
             target,
             batch.response_ids,
@@ -122,14 +138,29 @@ class Policy:
             eos_ids=self.eos_ids,
             memory=self.loss_memory,
         )
+        if watch is not None and (rows := watch.rows(batch)) is not None:
+            views = linear_views(
+                hidden[rows],
+                head.weight,
+                select_target(target, rows),
+                batch.response_ids[rows],
+                bias=head.bias,
+                valid_vocab=self.vocabulary.size,
+                masked_ids=self.vocabulary.invalid_ids,
+                teacher_temperature=hybrid.distill.teacher_temperature,
+            )
+            watch.add(batch, rows, views)
         return total, TokenLoss(loss=per_token, metrics=metrics)
 
-    def _materialized(self, batch: Batch, objective: Objective | Hybrid) -> tuple[torch.Tensor, TokenLoss]:
+    def _materialized(
+        self, batch: Batch, objective: Objective | Hybrid, watch: ViewCollector | None = None
+    ) -> tuple[torch.Tensor, TokenLoss]:
         """From whole logits, for a model that does more than a product after its last hidden state (a soft-cap, a scale)."""
         hybrid = as_hybrid(objective)
         target = self._target(batch, hybrid, dense=True)
+        logits = self.logits(batch)
         loss, metrics = objective_from_logits(
-            self.logits(batch),
+            logits,
             target,
             batch.response_ids,
             hybrid.distill,
@@ -139,6 +170,10 @@ class Policy:
             sequence_index=batch.sequence_index,
             eos_ids=self.eos_ids,
         )
+        if watch is not None and (rows := watch.rows(batch)) is not None:
+            own, temperature = select_target(target, rows), hybrid.distill.teacher_temperature
+            views = views_from_logits(logits[rows], own, batch.response_ids[rows], teacher_temperature=temperature)
+            watch.add(batch, rows, views)
         return weighted_sum(loss, batch.token_weights), TokenLoss(loss=loss, metrics=metrics)
 
     def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> AnyTarget | None:
@@ -213,13 +248,17 @@ class Student(Policy):
         self.in_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         self.optimizers = build_optimizer(model, config)
 
-    def update(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> LossOutput:
-        """One optimizer step. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before."""
+    def update(
+        self, batches: Sequence[Batch], objective: Objective | Hybrid, watched: Sequence[Rollout] = ()
+    ) -> LossOutput:
+        """One optimizer step. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before. The views of
+        `watched` rollouts are of the weights before the step."""
+        watch = ViewCollector(watched)
         metrics = TokenMetrics(plain_sampling=self.plain_sampling)
         numbers: dict[str, float] = {}
         hybrid, during = as_hybrid(objective), metrics
         if hybrid.needs_preview:
-            seen = preview(self.token_loss, batches, hybrid)
+            seen = preview(partial(self.token_loss, watch=watch), batches, hybrid)
             batches, objective, numbers = seen.batches, seen.objective, seen.metrics
             if hybrid.combine == "advantages":  # the update itself sees no teacher
                 for batch, out in seen.losses:
@@ -229,7 +268,7 @@ class Student(Policy):
         total, seen_batches, up = 0.0, [], None
         with self._training():
             for batch in batches:
-                loss = self.loss(batch, objective, during)
+                loss = self.loss(batch, objective, during, watch)
                 up = up or self._loss_scale(batch)
                 (loss * (up or 1.0)).backward()
                 total += loss.item()
@@ -246,6 +285,7 @@ class Student(Policy):
             loss=total,
             metrics={"loss": total, **metrics.summary(), **policy, **numbers, "grad_norm": norm.item()},
             per_token=metrics.per_rollout("reverse_kl"),
+            views=watch.found,
         )
 
     def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:

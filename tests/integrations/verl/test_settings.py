@@ -14,6 +14,7 @@ from opd.errors import ConfigError, ObjectiveError
 from opd.integrations.verl.plugin.concept_names import CONCEPT_NAMES
 from opd.integrations.verl.plugin.settings import (
     OBJECTIVE_KEYS,
+    LogSettings,
     MixtureSettings,
     PromptsSettings,
     Settings,
@@ -53,6 +54,7 @@ def test_the_config_group_holds_every_key_and_its_default():
     assert section.pop("mixture") == defaults(MixtureSettings) | {"weights": {}}
     assert section.pop("prompts") == defaults(PromptsSettings)
     assert section.pop("rl") == defaults(HybridConfig)
+    assert section.pop("log") == defaults(LogSettings)
     assert section == {k: v for k, v in defaults(Settings).items() if k != "teacher"}
 
 

@@ -34,6 +34,7 @@ from opd.integrations.verl.plugin.hydra_targets import OpdEngineConfig, start_li
 from opd.integrations.verl.plugin.metrics import MetricSums, Spread, Weights, matched, scheduled, write_trace
 from opd.integrations.verl.plugin.model_checks import end_ids
 from opd.integrations.verl.plugin.packed_reading import autocast, in_rows, packed, reads_rows
+from opd.integrations.verl.plugin.run_records import RunWriter
 from opd.integrations.verl.plugin.sanity_check import check_teacher
 from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.teachers import TargetSlice, TeacherBackend
@@ -72,6 +73,8 @@ class OpdEngine(LanguageModelEngine):
     """Of the update at hand."""
     reads_rows = False
     """True where each packed sequence is read in a row of its own, because the student would let them see each other."""
+    records: RunWriter | None = None
+    """On rank 0, where opd.run_dir is set."""
     spread: Spread | None = None
     """During the pass that measures the standard deviations of both terms before an update."""
 
@@ -92,7 +95,10 @@ class OpdEngine(LanguageModelEngine):
         self.teachers = BACKENDS[self.settings.placement](self.settings, self)
         if self.is_param_offload_enabled:
             self.teachers.offload()
-        self.eos_ids = end_ids(self.model_config.tokenizer, self.model_config.generation_config)
+        tokenizer = self.model_config.tokenizer
+        self.eos_ids = end_ids(tokenizer, self.model_config.generation_config)
+        if self.rank == 0 and self.settings.run_dir is not None:
+            self.records = RunWriter(self.settings, tokenizer, self.eos_ids)
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
         """Move the student as verl does. Where its weights leave the accelerator, so do the teachers'."""
@@ -114,9 +120,13 @@ class OpdEngine(LanguageModelEngine):
             metrics["advantage_std"], metrics["distill_std"] = stds = self._measure_stds(data, loss_function)
             self.weights = matched(self.weights, stds)
         self.sums = MetricSums()
+        if self.records is not None:
+            self.records.begin(self.lr_scheduler.last_epoch)  # verl's count of the trainer's steps
         output = super().forward_backward_batch(data, loss_function, forward_only)
         self.updates += 1
         metrics = self.sums.means(whole_group(self)) | metrics
+        if self.records is not None:
+            self.records.end(metrics)
         output["metrics"] |= {PREFIX + name: Metric(AggregationType.MEAN, value) for name, value in metrics.items()}
         return output
 
@@ -187,6 +197,9 @@ class OpdEngine(LanguageModelEngine):
         wants_rl, distils = self.weights.rl > 0, self.weights.distill > 0
         as_advantage = wants_rl and distils and settings.rl.combine == "advantages"
         taught, rows = _taught(settings, own)
+        records = None if self.spread is not None else self.records
+        if records is not None:
+            records.choose(micro_batch, own)
         prepared = self.teachers.prepare(inputs, micro_batch, taught) if distils else nullcontext(())
 
         def at_head(hidden: Tensor, layer: nn.Linear) -> Tensor:
@@ -224,6 +237,8 @@ class OpdEngine(LanguageModelEngine):
             return total, whole, {}
         if distils:
             self._record(settings.trace, micro_batch["input_ids"], whole, own, taught, diagnostics)
+            if records is not None:
+                records.write(micro_batch["input_ids"], own, taught, diagnostics.get("reverse_kl"))
         length = len(micro_batch["input_ids"].values())
         return total, whole, {name: piece.everywhere(value, own, length) for name, value in for_rl.items()}
 
@@ -269,6 +284,9 @@ class OpdEngine(LanguageModelEngine):
             sequence_index=own(tokens.sequence_index),
             eos_ids=self.eos_ids,
         )
+        if self.records is not None and self.spread is None:
+            slice_tokens = tokens if part.rows is None else tokens.at(part.rows)
+            self.records.look(own(hidden), layer, part, slice_tokens, vocabulary)
         for name, value in {**metrics, "per_token": per_token}.items():
             if part.rows is None:
                 found[name] = value

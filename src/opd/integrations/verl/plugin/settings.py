@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field, fields
+from pathlib import PurePath
 from typing import Any, Literal
 
 from opd.config import BaseMixtureConfig, DType, HybridConfig
@@ -73,6 +74,19 @@ class LossWeights(Section, key="rl"):
             self.distill_weight > 0,
             "rl.distill_weight=0 leaves nothing to distil; use loss_mode=vanilla for reinforcement learning alone.",
         )
+
+
+class LogSettings(Section, key="log"):
+    """Samples in `run_dir`, the same that a recipe's run writes."""
+
+    samples_every: int = 10
+    """Keep some responses with what both models said at each token every n steps of verl's trainer."""
+    samples: int = 4
+    """Responses kept each time, of those that rank 0 reads."""
+
+    def __post_init__(self) -> None:
+        require(self.samples_every >= 1, f"log.samples_every must be at least 1, not {self.samples_every}")
+        require(self.samples >= 0, f"log.samples must not be negative, not {self.samples}")
 
 
 class _Teachers(Section):
@@ -179,6 +193,9 @@ class Settings(_Teachers):
     placement: Literal["actor", "pool", "hidden"] = "actor"
     """The place of the teacher: in the actor's workers, or in servers of verl's, which send log-probs of a few tokens (+opd=pool) or
     hidden states (+opd=hidden)."""
+    run_dir: str | None = None
+    """Folder for metrics and samples of the run, which opd report reads; None writes nothing. An absolute path that rank 0 can write to."""
+    log: LogSettings = field(default_factory=LogSettings)
     sanity_check_every: int = 100
     """Run the sanity check of the teacher's scores every n updates, the first included; 0 switches it off."""
     try_verl: bool = False
@@ -188,6 +205,10 @@ class Settings(_Teachers):
         checked = self.sanity_check_every
         require(checked >= 0, f"opd.sanity_check_every={checked} must be ≥ 0; 0 switches the check off.")
         super().__post_init__()
+        require(
+            self.run_dir is None or PurePath(self.run_dir).is_absolute(),
+            f"opd.run_dir='{self.run_dir}' is no absolute path, and a worker of Ray runs in a folder of its own; write it from the root.",
+        )
         require(bool(self.all_teachers), "opd.teacher.model is not set; give the teacher's folder or hub name.")
         for name, one in self.all_teachers.items():
             require(

@@ -1,0 +1,1 @@
+"""The records of samples: what they cost a step."""
