@@ -44,7 +44,7 @@ def record_evaluation(
     measure: str | None = None,
 ) -> None:
     """Metrics, intervals, and the first samples of an evaluation."""
-    run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure)
+    run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure, evaluation.per_prompt)
     for rollout, kl, reward in evaluation.rollouts[: config.samples]:
         run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer))
 
