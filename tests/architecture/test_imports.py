@@ -64,6 +64,7 @@ CROSS_EDGES = {
     ("teachers", "models"): "a local teacher is a Hugging Face model",
     ("teachers", "durable"): "kept scores outlive a kill",
     ("reporting", "durable"): "files of a run are replaced whole",
+    ("reporting", "config"): "a report marks the keys that differ from the defaults",
     ("teachers", "remote"): "a teacher may be behind a server",
     ("samplers", "data"): "a sampler renders prompts",
     ("samplers", "models"): "a sampler asks a model for its context",
@@ -241,7 +242,7 @@ import opd
 from opd.cli.main import main
 for words in (["--help"], ["--version"], [], ["trian"]):
     main(words)
-heavy = {"torch", "transformers", "pydantic", "yaml", "rich", "plotly", "tyro", "numpy"} & set(sys.modules)
+heavy = {"torch", "transformers", "pydantic", "yaml", "rich", "tyro", "numpy"} & set(sys.modules)
 print("heavy:", sorted(heavy))
 """
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.results import Report, Row, markdown_table
 from benchmarks.gpu.sheet import CheckFailed, Sheet
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = ("tyro", "pydantic", "plotly")
+HIDDEN = ("tyro", "pydantic")
 LIMIT = 600
 
 
@@ -69,7 +69,7 @@ def test_parts_that_need_a_missing_package_are_named_and_the_rest_runs(tmp_path:
     skipped = {row["part"]: row for row in rows if row["case"] == row["part"]}
     assert {part: row["verdict"] for part, row in skipped.items()} == {"step": "skipped", "run": "skipped"}
     assert "needs pydantic, which" in skipped["step"]["note"]
-    assert "needs tyro, pydantic, plotly, which" in skipped["run"]["note"]
+    assert "needs tyro, pydantic, which" in skipped["run"]["note"]
     assert all("`make gpu-wheels` fetches" in row["note"] for row in skipped.values())
     assert {row["part"] for row in rows if row["verdict"] == "ok"} == {"verl"}
 

@@ -24,7 +24,6 @@ def test_importing_and_using_the_losses_needs_torch_alone():
         "pydantic",
         "tyro",
         "rich",
-        "plotly",
         "yaml",
         "safetensors",
     )

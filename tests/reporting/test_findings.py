@@ -9,9 +9,9 @@ import pytest
 from report_inputs import SUMMARY, write_run
 
 from opd.reporting.findings import cut_off, teacher_no_better
-from opd.reporting.plots import chart_groups
 from opd.reporting.record import MetricsRecord, comparable
 from opd.reporting.report import render_report, write_report
+from opd.reporting.sections import chart_groups
 from opd.reporting.series import Curves
 from opd.reporting.summary import summary_cells, summary_notes, summary_rows
 
@@ -44,11 +44,9 @@ def test_a_teacher_that_was_shown_more_says_so_in_table_chart_and_page():
         "student after",
         "teacher, shown prompts.teacher_prompt",
     ]
-    records = [MetricsRecord(kind="eval", step=s, metrics={"accuracy": 0.5}, who="student") for s in (0, 4)]
+    records = [MetricsRecord(kind="eval", step=s, metrics={"accuracy": 0.5 + s / 10}, who="student") for s in (0, 4)]
     accuracy = chart_groups(Curves(records), rows)[0].charts[0]
-    assert "teacher, shown prompts.teacher_prompt" in [
-        trace["name"] for trace in accuracy.figure["data"] if "name" in trace
-    ]
+    assert [line.label for line in accuracy.lines] == ["teacher, shown prompts.teacher_prompt", "student"]
     page = render_report(title="t", metrics=records, summary=summary)
     assert "teacher, shown prompts.teacher_prompt" in page and "64% cut &lt;b&gt;" in page
     assert summary_notes(summary) == ["64% cut <b>"] and summary_notes({}) == []
@@ -61,17 +59,17 @@ def test_what_is_measured_at_the_ends_alone_is_drawn_as_points_with_bars(name):
             kind="eval",
             step=step,
             who="student",
-            metrics={"accuracy": 0.5, **({name: value} if value is not None else {})},
+            metrics={"accuracy": 0.5 + step / 100, **({name: value} if value is not None else {})},
             intervals={name: (value - 0.1, value + 0.2)} if value is not None else {},
         )
         for step, value in ((0, 0.25), (5, None), (10, 0.75))
     ]
     charts = [chart for group in chart_groups(Curves(records)) for chart in group.charts]
-    (trace,) = [t for chart in charts for t in chart.figure["data"] if t.get("y") == [0.25, 0.75]]
-    assert trace["mode"] == "markers" and trace["x"] == [0, 10]
-    assert trace["error_y"]["array"] == [0.2, 0.2] and trace["error_y"]["arrayminus"] == [0.1, 0.1]
-    (line,) = [t for chart in charts for t in chart.figure["data"] if t.get("y") == [0.5, 0.5, 0.5]]
-    assert line["mode"] == "lines+markers"
+    (drawn,) = [line for chart in charts for line in chart.lines if line.y == [0.25, 0.75]]
+    assert (drawn.kind, drawn.x) == ("points", [0, 10])
+    assert (drawn.low, drawn.high) == ([0.15, 0.65], [0.45, 0.95])
+    (other,) = [line for chart in charts for line in chart.lines if line.x == [0, 5, 10]]
+    assert other.kind == "line" and other.marks
 
 
 def test_evaluations_of_another_measure_are_left_out_and_training_is_not():

@@ -286,7 +286,7 @@ for module in pkgutil.iter_modules(opd.reporting.__path__):
     importlib.import_module(f"opd.reporting.{module.name}")
 for name in opd.reporting.__all__:
     getattr(opd.reporting, name)
-heavy = {"torch", "transformers", "plotly", "tensorboard", "wandb"} & set(sys.modules)
+heavy = {"torch", "transformers", "tensorboard", "wandb"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Records, progress display, summary and report of a run. plotly and the metric sinks are imported when they are used."""
+"""Records, progress display, summary and report of a run. The metric sinks are imported when they are used."""
 
 from __future__ import annotations
 

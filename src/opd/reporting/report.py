@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from opd.errors import RunFolderError
+from opd.reporting.about import About, State, read_about, read_state
+from opd.reporting.configuration import configuration, parsed
 from opd.reporting.files import (
     CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
+    STATE_FILE,
     SUMMARY_FILE,
     explain_os_errors,
-    strict_json,
     write_atomically,
 )
-from opd.reporting.plots import chart_groups, summary_figure
-from opd.reporting.progress import duration
+from opd.reporting.header import header, spelled
+from opd.reporting.page import render_page, slug
+from opd.reporting.plots import ChartGroup
 from opd.reporting.record import MetricsRecord, SampleRecord, comparable, read_history, read_metrics, read_samples
+from opd.reporting.sections import axes, chart_groups
 from opd.reporting.series import Curves
 from opd.reporting.summary import SummaryRow, read_summary, summary_cells, summary_notes, summary_rows
-from opd.reporting.tokens import (
-    DARK_SCALE,
-    LIGHT_SCALE,
-    MAX_TOKENS_SHOWN,
-    SamplePair,
-    coloured_tokens,
-    level_labels,
-    mean_kl,
-    pair_samples,
-    scale_css,
-)
-
-ASSETS = Path(__file__).parent / "assets"
+from opd.reporting.tokens import MAX_TOKENS_SHOWN, SamplePair, coloured_tokens, level_labels, mean_kl, pair_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +55,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
         summary=read_summary(folder),
         config=_read_config(folder),
         history=read_history(folder),
+        about=read_about(folder),
+        state=read_state(folder),
     )
     with explain_os_errors("create", destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -82,51 +72,59 @@ def render_report(
     summary: Mapping[str, Any] | None = None,
     config: str | None = None,
     history: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    about: About | None = None,
+    state: State | None = None,
 ) -> str:
     """The page as HTML text."""
-    from plotly.offline import get_plotlyjs  # takes a second to import; only a report needs it
 
     rows = summary_rows(summary or {})
     metrics = comparable(metrics)
     curves = Curves(metrics)
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
-    pairs = pair_samples(samples)
     steps = sum(record.kind == "step" for record in metrics)
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    context = {
+        "title": title,
+        "header": header(about, state, parsed(config or "")),
+        "state": None if state is None else {**asdict(state), "alive": state.alive},
+        "subtitle": _subtitle(curves, metrics, None if state else steps),
+        "tiles": _tiles(curves, rows, summary or {}, steps),
+        "column_titles": column_titles,
+        "rows": cells,
+        "dotted": [row for row in rows if row.accuracy is not None],
+        "groups": groups,
+        "axes": [asdict(axis) for axis in axes(curves)],
+        "notices": [*_notices(metrics, samples, rows, state), *summary_notes(summary or {}), *_changes(history)],
+        "config": configuration(config) if config else None,
+        **_viewer(samples),
+    }
+    return render_page("report.html.jinja", {**context, "contents": _contents(context)})
+
+
+def _viewer(samples: Sequence[SampleRecord]) -> dict[str, Any]:
+    """What viewer.html.jinja reads."""
+    return {"pairs": [_pair_view(pair) for pair in pair_samples(samples)], "legend": level_labels()}
+
+
+def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(id, title) of every section, in the order of the page."""
+    groups: Sequence[ChartGroup] = context["groups"]
+    opened, collapsed = (
+        [(slug(group.title), group.title) for group in groups if group.collapsed is closed] for closed in (False, True)
     )
-    environment.filters["json"] = _inline_json
-    return environment.get_template("report.html.jinja").render(
-        title=title,
-        subtitle=_subtitle(curves, metrics, steps),
-        tiles=_tiles(curves, rows, summary or {}, steps),
-        column_titles=column_titles,
-        rows=cells,
-        summary_figure=summary_figure(rows),
-        groups=groups,
-        notices=[*_notices(metrics, samples, rows), *summary_notes(summary or {}), *_changes(history)],
-        pairs=[_pair_view(pair) for pair in pairs],
-        legend=level_labels(),
-        config=config,
-        css=Markup(_asset("report.css")),
-        light_scale=Markup(scale_css(LIGHT_SCALE)),
-        dark_scale=Markup(scale_css(DARK_SCALE)),
-        script=Markup(_asset("report.js")),
-        viewer_script=Markup(_asset("viewer.js")),
-        viewer_css=Markup(_asset("viewer.css")),
-        plotly=Markup(get_plotlyjs()) if groups or rows else None,
-    )
+    return [
+        *([("result", "Result")] if context["rows"] else []),
+        *opened,
+        *([("token-by-token", "Token by token")] if context["pairs"] else []),
+        *collapsed,
+        *([("configuration", "Configuration")] if context["config"] else []),
+    ]
 
 
 def _refuse_other_folders(folder: Path) -> None:
     if not folder.is_dir():
         raise RunFolderError(f"There is no folder {folder}. Give the folder that training wrote its run to.")
-    if not any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE)):
+    if not any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, STATE_FILE)):
         raise RunFolderError(
             f"{folder} is not a run folder: it has none of {METRICS_FILE}, {SAMPLES_FILE} and {SUMMARY_FILE}. "
             "Give the folder that training wrote its run to."
@@ -139,12 +137,14 @@ def _read_config(folder: Path) -> str | None:
         return path.read_text("utf-8", errors="replace") if path.exists() else None
 
 
-def _subtitle(curves: Curves, metrics: Sequence[MetricsRecord], steps: int) -> str:
+def _subtitle(curves: Curves, metrics: Sequence[MetricsRecord], steps: int | None) -> str:
+    """`steps` is None where the state of the run says them."""
     if not metrics:
         return ""
     first, last = curves.first, curves.last
     evaluations = len({record.step for record in metrics if record.kind == "eval"})
-    words = [_count(steps, "training step"), f"steps {first} to {last}" if last > first else f"step {first}"]
+    words = [f"steps {first} to {last}" if last > first else f"step {first}"]
+    words = [] if steps is None else [_count(steps, "training step"), *words]
     return " · ".join([*words, _count(evaluations, "evaluation")])
 
 
@@ -158,7 +158,7 @@ def _tiles(curves: Curves, rows: Sequence[SummaryRow], summary: Mapping[str, Any
         tiles.append(None if loss is None else Tile(label="Loss", value=f"{loss:.4g}", detail="at the last step"))
     seconds = summary.get("seconds")
     if isinstance(seconds, (int, float)) and math.isfinite(seconds):
-        tiles.append(Tile(label="Wall clock", value=duration(seconds), detail=_count(steps, "training step")))
+        tiles.append(Tile(label="Wall clock", value=spelled(seconds), detail=_count(steps, "training step")))
     elif steps:
         tiles.append(Tile(label="Training steps", value=f"{steps:,}"))
     return [tile for tile in tiles if tile is not None]
@@ -192,7 +192,7 @@ def _kl_tile(curves: Curves, before: SummaryRow | None, after: SummaryRow | None
 
 
 def _notices(
-    metrics: Sequence[MetricsRecord], samples: Sequence[SampleRecord], rows: Sequence[SummaryRow]
+    metrics: Sequence[MetricsRecord], samples: Sequence[SampleRecord], rows: Sequence[SummaryRow], state: State | None
 ) -> list[str]:
     if not metrics and not samples and not rows:
         return ["This run has recorded nothing yet. Write the report again after its first step."]
@@ -201,8 +201,8 @@ def _notices(
         notices.append("No training step is recorded yet.")
     if not any(record.kind == "eval" for record in metrics):
         notices.append("This run has no evaluations, so there is no held-out curve.")
-    if not rows:
-        notices.append(f"This run has no {SUMMARY_FILE} yet; it is written when training ends.")
+    if not rows and state is None:
+        notices.append("This run has not ended, or it ended without a result.")
     if not samples:
         notices.append("No responses were recorded.")
     return notices
@@ -242,15 +242,6 @@ def _sample_view(sample: SampleRecord, shown_prompt: str) -> Mapping[str, Any]:
         "more": max(len(sample.tokens) - MAX_TOKENS_SHOWN, 0),
         "response": sample.response,
     }
-
-
-def _inline_json(value: Any) -> Markup:
-    """JSON for a script element: "<" is escaped, so that no content can close the element."""
-    return Markup(json.dumps(strict_json(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
-
-
-def _asset(name: str) -> str:
-    return (ASSETS / name).read_text("utf-8")
 
 
 def _count(number: int, noun: str) -> str:

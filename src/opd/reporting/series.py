@@ -1,4 +1,4 @@
-"""Time series of metrics, collected from the records, thinned, smoothed and rounded."""
+"""Time series of metrics, collected from the records, thinned and rounded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from opd.reporting.record import MetricsRecord, Who
 from opd.reporting.summary import Interval
 
-MAX_POINTS = 800  # per curve; more are averaged, so that a long run's page stays small
-SMOOTH_SHARE = 25  # the moving average spans 1/25 of the run
+MAX_POINTS = 500  # per curve; more are put into bins, so that a long run's page stays small
 SIGNIFICANT_DIGITS = 6
+EXTREME_DIGITS = 4
 LOG_FROM_RATIO = 30  # largest over smallest value
 
 
@@ -22,6 +22,8 @@ class Series:
     steps: Sequence[float]
     values: Sequence[float]
     intervals: Sequence[Interval | None]
+    extremes: Sequence[Interval] | None = None
+    """(smallest, largest) value of each bin, where `values` are means of bins."""
 
 
 class Curves:
@@ -56,26 +58,28 @@ def _series(by_step: Mapping[int, tuple[float, Interval | None]]) -> Series:
 
 
 def thinned(series: Series) -> Series:
-    """At most `MAX_POINTS` points, each the mean of its neighbours."""
+    """At most `MAX_POINTS` points. Above, each is the mean of a bin of neighbours, at the first step of the bin; the smallest and the
+    largest value of each bin are kept, so that a spike of one step stays visible at its height."""
     size = math.ceil(len(series.steps) / MAX_POINTS)
     if size <= 1:
         return series
-    starts = range(0, len(series.steps), size)
+    bins = [slice(start, start + size) for start in range(0, len(series.steps), size)]
     return Series(
-        steps=[series.steps[start] for start in starts],
-        values=[mean(series.values[start : start + size]) for start in starts],
-        intervals=[series.intervals[start] for start in starts],
+        steps=[series.steps[part.start] for part in bins],
+        values=[mean(series.values[part]) for part in bins],
+        intervals=[_widest(series.intervals[part]) for part in bins],
+        extremes=[_extremes(series.values[part]) for part in bins],
     )
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred moving average, narrower at the ends."""
-    half = max(1, len(values) // SMOOTH_SHARE // 2)
-    result = []
-    for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        result.append(mean(values[index - reach : index + reach + 1]))
-    return result
+def _extremes(values: Sequence[float]) -> Interval:
+    finite = _finite(values)
+    return (min(finite), max(finite)) if finite else (math.nan, math.nan)
+
+
+def _widest(intervals: Sequence[Interval | None]) -> Interval | None:
+    known = [interval for interval in intervals if interval is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
 def mean(values: Sequence[float]) -> float:
@@ -84,20 +88,15 @@ def mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def rounded(values: Iterable[float]) -> list[float | None]:
-    return [float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None for value in values]
+def rounded(values: Iterable[float], digits: int = SIGNIFICANT_DIGITS) -> list[float | None]:
+    """Values as JSON takes them: None for what is not finite."""
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
 
 
 def spans_decades(values: Sequence[float]) -> bool:
     """True for values that are positive and spread widely enough for a logarithmic axis."""
     finite = _finite(values)
     return bool(finite) and min(finite) > 0 and max(finite) / min(finite) >= LOG_FROM_RATIO
-
-
-def decades(values: Sequence[float]) -> float:
-    """log10 of the largest over the smallest finite value."""
-    finite = _finite(values)
-    return math.log10(max(finite) / min(finite))
 
 
 def _finite(values: Sequence[float]) -> list[float]:
