@@ -233,11 +233,14 @@ def test_two_runs_of_one_seed_and_runs_without_a_recipe_stay_apart(tmp_path: Pat
 
 
 def test_a_group_has_the_mean_over_its_seeds_and_their_t_interval(tmp_path: Path):
-    runs = [write_compared(tmp_path / f"a{s}", seed=s, right=r) for s, r in ((1, (1, 0, 0, 0)), (2, (1, 1, 0, 0)))]
+    sides = ((1, (1, 0, 0, 0), (0.1, 0.2, 0.3, 0.4)), (2, (1, 1, 0, 0), (0.2, 0.3, 0.4, 0.5)))
+    runs = [write_compared(tmp_path / f"a{seed}", seed=seed, right=right, kl=kl) for seed, right, kl in sides]
     other = write_compared(tmp_path / "b", right=(1, 1, 1, 0), optimizer__lr=2e-3)
     row = compare(groups_of(*runs, other)).results[0]
     assert row.metric["accuracy"] == pytest.approx(0.375)
-    assert row.interval["accuracy"] == pytest.approx((0.375 - T_1 * 0.125, 0.375 + T_1 * 0.125), rel=1e-6)
+    assert row.interval["accuracy"] == (0, 1)  # 0.375 ± t₁ · 0.125, within what a share can be
+    assert row.metric["reverse_kl"] == pytest.approx(0.3)  # of 0.25 and 0.35
+    assert row.interval["reverse_kl"] == pytest.approx((0.3 - T_1 * 0.05, 0.3 + T_1 * 0.05), rel=1e-6)
     assert (row.tokens, row.seconds) == (400.0, 10.0)
 
 
@@ -276,7 +279,9 @@ def test_the_text_says_results_differences_and_what_they_stand_on(tmp_path: Path
     text = plain_text(comparison)
     assert "[red]two" in text and "B − A" in text
     assert "+50.0 [−16.6, +83.2] points" in text and "paired, 4 prompts" in text
-    assert explained(comparison) == ["B − A: It holds for these two runs; other seeds may differ by more."]
+    assert explained(comparison) == [
+        "B − A: The interval is over the prompts; what another seed would change is not in it."
+    ]
 
 
 @pytest.mark.parametrize("given", ["none", "file", "other", "twice"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import opd
@@ -22,9 +22,12 @@ def recipe_defaults() -> dict[str, object]:
     """Dotted key → default, of the keys whose default is written as a plain value. Those of `teachers.NAME` are those of `teacher`."""
     found: dict[str, object] = {}
     for path in (path for pattern in FILES for path in sorted(Path(opd.__file__).parent.glob(pattern))):
-        for node in ast.parse(path.read_text("utf-8")).body:
+        body = ast.parse(path.read_text("utf-8")).body
+        constants = dict(_values(body, {}))
+        for node in body:
             if isinstance(node, ast.ClassDef):
-                found |= {place + name: value for place in _places(node) for name, value in _values(node)}
+                values = dict(_values(node.body, constants))
+                found |= {place + name: value for place in _places(node) for name, value in values.items()}
     return found
 
 
@@ -33,11 +36,24 @@ def _places(node: ast.ClassDef) -> tuple[str, ...]:
     return PLACES.get(node.name) or tuple(f"{key}." for key in keys)
 
 
-def _values(node: ast.ClassDef) -> Iterator[tuple[str, object]]:
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
-            try:
-                value = ast.literal_eval(line.value)
-            except ValueError:  # a factory, or a name
-                continue
-            yield line.target.id, list(value) if isinstance(value, tuple) else value
+def _values(body: Iterable[ast.stmt], constants: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Names that are given a plain value, or one of the constants."""
+    for line in body:
+        target = (
+            line.target
+            if isinstance(line, ast.AnnAssign)
+            else line.targets[0]
+            if isinstance(line, ast.Assign)
+            else None
+        )
+        value = line.value if isinstance(line, (ast.AnnAssign, ast.Assign)) else None
+        if not isinstance(target, ast.Name) or value is None:
+            continue
+        if isinstance(value, ast.Name) and value.id in constants:
+            yield target.id, constants[value.id]
+            continue
+        try:
+            plain = ast.literal_eval(value)
+        except ValueError:  # a factory, or an expression
+            continue
+        yield target.id, list(plain) if isinstance(plain, tuple) else plain

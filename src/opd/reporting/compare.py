@@ -120,7 +120,10 @@ def _mean_of(records: Sequence[MetricsRecord], name: str) -> tuple[float, Interv
     values = [record.metrics[name] for record in records]
     if len(values) == 1:
         return values[0], records[0].intervals.get(name)
-    return fmean(values), spread_interval(values)
+    bounds = spread_interval(values)
+    if bounds is not None and name.startswith("accuracy") and all(0 <= value <= 1 for value in values):
+        bounds = max(bounds[0], 0.0), min(bounds[1], 1.0)
+    return fmean(values), bounds
 
 
 def _steps(run: Run) -> str:

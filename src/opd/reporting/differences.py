@@ -28,7 +28,7 @@ MEASURED_BY = (
 """Keys of a recipe that decide what an evaluation measures."""
 TEACHER_IS = ("model", "revision", "url", "served_model", "source", "ema_decay", "chat_template_kwargs", "load_options")
 """Keys of a teacher that decide which distribution it gives."""
-ONE_SEED = "It holds for these two runs; other seeds may differ by more."
+OVER_PROMPTS = "The interval is over the prompts; what another seed would change is not in it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ def difference(base: Group, other: Group, metric: str) -> Difference | None:
         return _over_seeds(empty, shared, values[0], values[1])
     value = fmean(values[1].values()) - fmean(values[0].values())
     if base.is_many and other.is_many:
-        sides = [list(side.values()) for side in values]
-        interval = welch_interval(*sides) if any(len(set(side)) > 1 for side in sides) else None
+        one, two = (list(side.values()) for side in values)
+        interval = welch_interval(one, two) if len(set(one)) > 1 or len(set(two)) > 1 else None
         note = "Unpaired, over the seeds of each: the two groups do not share two seeds."
         return _with(empty, value=value, interval=interval, note=note)
     return _over_prompts(empty, value, steps)
@@ -82,7 +82,7 @@ def compared_steps(runs: Sequence[Run], metric: str) -> dict[str, int]:
     if all(run.has_ended for run in runs):
         return {name: steps[-1] for name, steps in measured.items() if steps}
     common = set.intersection(*(set(steps) for steps in measured.values())) if measured else set()
-    return dict.fromkeys(measured, max(common)) if common else {}
+    return {name: max(common) for name in measured} if common else {}
 
 
 def spread_interval(values: Sequence[float]) -> Interval | None:
@@ -194,11 +194,10 @@ def _over_prompts(empty: Difference, value: float, steps: Mapping[str, int]) -> 
     """Between two runs, or a run and the mean over the seeds of a group."""
     groups = (empty.base, empty.other)
     rows = [_rows_of_group(group, empty.metric, steps) for group in groups]
-    what = ONE_SEED if not any(group.is_many for group in groups) else "The mean over the seeds counts as one run."
     if all(rows) and rows[0].keys() == rows[1].keys():
         before, after = ([row[key] for key in rows[0]] for row in rows)
         interval = _paired_interval(before, after)
-        return _with(empty, value=value, interval=interval, pairs=f"{len(before)} prompts", note=what)
+        return _with(empty, value=value, interval=interval, pairs=f"{len(before)} prompts", note=OVER_PROMPTS)
     records = [group.runs[0].evaluations[steps[group.runs[0].name]] for group in groups if not group.is_many]
     bounds = [record.intervals.get(empty.metric) for record in records]
     some = len(rows[0].keys() & rows[1].keys())
@@ -209,7 +208,7 @@ def _over_prompts(empty: Difference, value: float, steps: Mapping[str, int]) -> 
     )
     if len(bounds) == 2 and all(bound and all(map(math.isfinite, bound)) for bound in bounds):
         one, two = ((record.metrics[empty.metric], record.intervals[empty.metric]) for record in records)
-        return _with(empty, value=value, interval=unpaired_interval(one, two), note=f"{why} {ONE_SEED}")
+        return _with(empty, value=value, interval=unpaired_interval(one, two), note=f"{why} {OVER_PROMPTS}")
     return _with(
         empty, value=value, note="No interval: there is one seed each, and no value was recorded prompt by prompt."
     )

@@ -1,0 +1,128 @@
+"""Curves of compared runs on top of each other: one chart for each metric that at least two runs recorded, one line for each group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from opd.reporting.differences import why_not_comparable
+from opd.reporting.panels import AT_THE_ENDS, ENDS_NOTE, GROUPS, Curve, Dash, Panel
+from opd.reporting.plots import Chart, ChartGroup, Line, bounds, chart_of
+from opd.reporting.record import WALL_CLOCK_PREFIX
+from opd.reporting.runs import Group
+from opd.reporting.series import Series, rounded, spans_decades, thinned
+
+POINTS = 300  # per line: eight runs on a chart of 400 pixels
+SMOOTH_FROM = 60
+DASHES: tuple[Dash, ...] = ("solid", "dash", "dot")
+COLORS = 8  # of assets/compare.css; the ninth group begins again, dashed
+TEACHER = "ink"  # the colours of the runs are taken
+OTHERS, TIMES = "Other metrics", "Time"
+
+
+def chart_groups(groups: Sequence[Group]) -> list[ChartGroup]:
+    """Sections as in a run's report; what has no panel there comes last."""
+    found: list[ChartGroup] = []
+    drawn: set[tuple[str | None, str]] = set()
+    for section in GROUPS:
+        charts = []
+        for panel in section.panels:
+            for curve in panel.curves:
+                drawn.add((curve.who, curve.metric))
+                if chart := _chart(groups, panel, curve):
+                    charts.append(chart)
+        found.append(ChartGroup(title=section.title, charts=tuple(charts)))
+    rest: dict[str, list[Chart]] = {TIMES: [], OTHERS: []}
+    names = dict.fromkeys(
+        (who, n) for g in groups for r in g.runs for who in (None, "student") for n in r.curves.names(who)
+    )
+    for who, name in names:
+        panel, curve = _panel_of(who, name)
+        if (who, name) not in drawn and (chart := _chart(groups, panel, curve)):
+            rest[TIMES if name.startswith(WALL_CLOCK_PREFIX) else OTHERS].append(chart)
+    found += [ChartGroup(title=title, charts=tuple(charts), collapsed=True) for title, charts in rest.items()]
+    return [section for section in found if section.charts]
+
+
+def group_series(group: Group, curve: Curve) -> Series | None:
+    """Of one run its own values and intervals. Of several seeds the mean, with the lowest and the highest of them, at the steps that
+    all of them have."""
+    known = [series for run in group.runs if (series := run.curves.get(curve.who, curve.metric)) is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    tables = [dict(zip(series.steps, series.values, strict=True)) for series in known]
+    steps = [step for step in known[0].steps if all(step in table for table in tables)]
+    rows = [[table[step] for table in tables if math.isfinite(table[step])] for step in steps]
+    return Series(
+        steps=steps,
+        values=[fmean(row) if row else math.nan for row in rows],
+        intervals=[(min(row), max(row)) if row else None for row in rows],
+    )
+
+
+def _panel_of(who: str | None, name: str) -> tuple[Panel, Curve]:
+    """Of a metric that no panel has."""
+    ends = name.startswith(AT_THE_ENDS)
+    curve = Curve(metric=name, label="", who="student" if who else None, ends=ends)
+    title = name.removeprefix(WALL_CLOCK_PREFIX) if who is None else f"{name}, held out"
+    unit = "s" if name.startswith(WALL_CLOCK_PREFIX) else ""
+    return Panel(title=title, note=ENDS_NOTE if ends else "", curves=(curve,), percent=ends, unit=unit), curve
+
+
+def _chart(groups: Sequence[Group], panel: Panel, curve: Curve) -> Chart | None:
+    recorded = sum(r.curves.get(curve.who, curve.metric) is not None for g in groups for r in g.runs)
+    if recorded < 2:
+        return None
+    series = {i: s for i, g in enumerate(groups) if (s := group_series(g, curve)) is not None and s.steps}
+    values = [v for s in series.values() for v in s.values if math.isfinite(v)]
+    if not values:
+        return None
+    log = panel.log and spans_decades(values)
+    lines = [_line(groups[index], index, curve, found) for index, found in series.items()]
+    level = _teacher(groups, panel, curve)
+    held_out = f"{panel.title}: {curve.label}" if len(panel.curves) > 1 else panel.title
+    return chart_of(
+        Chart(
+            title=held_out,
+            note="Logarithmic axis." if log else "",
+            unit=panel.unit,
+            percent=panel.percent,
+            log=log,
+            zero=panel.from_zero and min(values) >= 0,
+            lines=[*([level] if level else []), *lines],
+        )
+    )
+
+
+def _line(group: Group, index: int, curve: Curve, series: Series) -> Line:
+    points = thinned(series, POINTS)
+    found = bounds(points)
+    if group.is_many:  # its band holds the extremes already, and says nothing where all seeds agree
+        agree = all(series.intervals[i] == (v, v) for i, v in enumerate(series.values))
+        found = {} if agree else {name: values for name, values in found.items() if name in ("low", "high")}
+    return Line(
+        label=f"{group.mark} {group.name}",
+        color=index % COLORS,
+        dash=DASHES[index // COLORS % len(DASHES)],
+        kind="points" if curve.ends else "line",
+        x=points.steps,
+        y=rounded(points.values),
+        smooth=curve.who is None and len(points.steps) >= SMOOTH_FROM,
+        marks=curve.who is not None,
+        **found,
+    )
+
+
+def _teacher(groups: Sequence[Group], panel: Panel, curve: Curve) -> Line | None:
+    """The teacher's value, where all runs have one teacher and measured it alike."""
+    runs = [run for group in groups for run in group.runs]
+    if panel.teacher_level is None or curve.metric != panel.teacher_level or curve.who != "student":
+        return None
+    known = [r.teacher_evaluation.metrics.get(curve.metric) for r in runs if r.teacher_evaluation is not None]
+    values = [value for value in known if value is not None]
+    if not values or any(why_not_comparable(runs[0], run, "reverse_kl") for run in runs[1:]):
+        return None
+    last = max(run.curves.last for run in runs)
+    height = rounded([fmean(values)] * 2)
+    return Line(label="teacher", color=TEACHER, kind="level", x=[0, max(last, 1)], y=height)
