@@ -12,6 +12,7 @@ import pytest
 from opd.cli.defaults import recipe_defaults
 from opd.cli.main import main
 from opd.config.recipe import build, to_dict
+from opd.reporting import RunRecorder
 from opd.reporting.runs import flat
 from reporting.compare_inputs import write_compared
 
@@ -37,10 +38,30 @@ def test_a_file_that_opd_did_not_write_is_kept(runs: list[str], capsys: pytest.C
     Path("mine.html").write_text("<p>mine")
     assert main(["compare", *runs, "--out", "mine.html"]) == 1
     assert capsys.readouterr().err == (
-        "error: mine.html is there already, and opd did not write it. Give another place with --out FILE.\n"
+        "error: mine.html is there already, and opd compare did not write it. Give another place with --out FILE.\n"
     )
     assert Path("mine.html").read_text() == "<p>mine"
     assert main(["compare", *runs, "--out=new/page.html"]) == 0 and Path("new/page.html").exists()
+
+
+def test_a_report_of_a_run_is_not_overwritten_either(runs: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["report", "one"]) == 0
+    assert main(["compare", *runs, "--out", "one/report.html"]) == 1
+    assert "opd compare did not write it" in capsys.readouterr().err
+
+
+def test_escape_codes_in_recipes_names_and_metrics_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bad = "\x1b]0;title\x07\x1b[2J\u202e[bold]"
+    one = write_compared(tmp_path / "one", eval__reward=bad, optimizer__name=bad)
+    two = write_compared(tmp_path / f"two{bad}", measure="m2")
+    with RunRecorder(two, resume_step=4) as recorder:
+        recorder.evaluation(4, "student", {"accuracy": 1.0, f"accuracy_{bad}": 1.0}, measure="m2")
+    assert main(["compare", str(one), str(two), "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\u202e"} & set(said)
+    assert said.count("[bold]") > 3
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,23 @@ def test_a_teacher_in_the_run_folder_is_the_same_only_if_it_answers_alike(tmp_pa
 def test_an_unfinished_run_is_compared_at_the_last_evaluation_that_both_have(tmp_path: Path):
     one = write_compared(tmp_path / "one", right=(1, 1, 1, 1))
     two = write_compared(tmp_path / "two", right=(1, 1, 1, 1), steps=3, finished=False, optimizer__lr=1e-4)
-    assert between(one, two, "accuracy").value == 0  # at step 0: nothing is right
+    found = between(one, two, "accuracy")
+    assert found.value == 0 and found.note.startswith("Before the first step")
     assert "Not finished: two" in " ".join(compare(groups_of(one, two)).notes)
+
+
+def test_a_measurement_that_only_finished_runs_have_is_not_compared_with_an_older_one(tmp_path: Path):
+    """Accuracy at other temperatures is measured at the ends alone: A's last is no match for B's first."""
+    from opd.reporting import RunRecorder
+
+    one, two = write_compared(tmp_path / "one"), write_compared(tmp_path / "two", finished=False, optimizer__lr=1e-4)
+    with RunRecorder(one, resume_step=4) as recorder:
+        recorder.evaluation(4, "student", {"accuracy": 0.5, "accuracy_greedy": 1.0}, measure="m1")
+    with RunRecorder(two, resume_step=0) as recorder:
+        recorder.evaluation(0, "student", {"accuracy": 0.0, "accuracy_greedy": 0.5}, measure="m1")
+        recorder.evaluation(4, "student", {"accuracy": 0.5}, measure="m1")
+    assert difference(*groups_of(one, two), "accuracy_greedy") is None
+    assert between(one, two, "accuracy").note.startswith("At step 4")
 
 
 # Groups

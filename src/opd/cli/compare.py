@@ -17,7 +17,7 @@ Reads run folders, finished or not, and prints results, paired differences and t
 Writes the page {DEFAULT_OUT} with the curves on top of each other and the answers to the same prompts side by side.
 Runs of one recipe that differ in their seed are one group: its curves are the mean, with a band from the lowest to the highest seed.
 
---out FILE   another place for the page; a file that opd did not write is not overwritten
+--out FILE   another place for the page; a file that is not an earlier comparison is never overwritten
 --open       show the page in the browser
 """
 

@@ -191,7 +191,7 @@ def _notes(groups: Sequence[Group], differences: Sequence[Difference]) -> list[s
     going = [run for run in runs if not run.has_ended]
     if going:
         names = ", ".join(run.name for run in going)
-        notes.append(f"Not finished: {names}. The differences are at the last evaluation that both sides have.")
+        notes.append(f"Not finished: {names}. Such a run is compared at the last evaluation that both sides have.")
     lengths = {run.steps for run in runs if run.has_ended}
     if len(lengths) > 1:
         notes.append("The runs have different numbers of steps; each is compared at its own last evaluation.")
@@ -215,4 +215,4 @@ def _notes(groups: Sequence[Group], differences: Sequence[Difference]) -> list[s
         for same in by_seed.values()
         if len(same) > 1
     ]
-    return list(dict.fromkeys(notes))
+    return [printable(note) for note in dict.fromkeys(notes)]

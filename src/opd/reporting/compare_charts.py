@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from opd.errors import printable
 from opd.reporting.differences import why_not_comparable
 from opd.reporting.panels import AT_THE_ENDS, ENDS_NOTE, GROUPS, Curve, Dash, Panel
 from opd.reporting.plots import Chart, ChartGroup, Line, bounds, chart_of
@@ -65,7 +66,8 @@ def _panel_of(who: str | None, name: str) -> tuple[Panel, Curve]:
     """Of a metric that no panel has."""
     ends = name.startswith(AT_THE_ENDS)
     curve = Curve(metric=name, label="", who="student" if who else None, ends=ends)
-    title = name.removeprefix(WALL_CLOCK_PREFIX) if who is None else f"{name}, held out"
+    shown = printable(name)
+    title = shown.removeprefix(WALL_CLOCK_PREFIX) if who is None else f"{shown}, held out"
     unit = "s" if name.startswith(WALL_CLOCK_PREFIX) else ""
     return Panel(title=title, note=ENDS_NOTE if ends else "", curves=(curve,), percent=ends, unit=unit), curve
 

@@ -29,8 +29,8 @@ from opd.reporting.plots import ChartGroup
 from opd.reporting.runs import Group, Run
 from opd.reporting.tokens import level_labels
 
-OURS = b'<meta name="generator" content="opd">'
-HEAD = 4096  # bytes; the mark of our pages is in the first lines
+OURS = b'<meta name="generator" content="opd compare">'
+HEAD = 4096  # bytes; the mark of these pages is in the first lines
 BANDS = "Band of a group of seeds: from its lowest to its highest seed, around the mean. Band of a single run: 95% confidence."
 
 
@@ -77,7 +77,7 @@ class Axis:
 
 
 def check_place(out: str | Path) -> None:
-    """Raise RunFolderError for a place that is a folder, or a file that opd did not write."""
+    """Raise RunFolderError for a place that is a folder, or a file that is no earlier comparison."""
     path = Path(out)
     if path.is_dir():
         raise RunFolderError(
@@ -89,7 +89,9 @@ def check_place(out: str | Path) -> None:
         with path.open("rb") as file:
             head = file.read(HEAD)
     if head and OURS not in head:
-        raise RunFolderError(f"{path} is there already, and opd did not write it. Give another place with --out FILE.")
+        raise RunFolderError(
+            f"{path} is there already, and opd compare did not write it. Give another place with --out FILE."
+        )
 
 
 def write_page(comparison: Comparison, out: str | Path) -> Path:

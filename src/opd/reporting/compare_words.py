@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from opd.errors import printable
 from opd.reporting.compare import Comparison
 from opd.reporting.differences import Difference
 from opd.reporting.summary import NO_VALUE, PLAIN_WIDTH, Interval, column_title
@@ -107,21 +108,21 @@ def terminal(comparison: Comparison) -> Group:
     titles, cells = result_cells(comparison)
     result = _table("Result", ["", "run", *titles], right_from=2)
     for group, row in zip(comparison.groups, cells, strict=True):
-        result.add_row(*map(Text, [group.mark, group.title, *row]))
+        result.add_row(*map(_text, [group.mark, group.title, *row]))
     parts: list[object] = [result, Text(intervals_are_over(comparison), style="dim")]
     if comparison.differences:
         table = _table("Differences", ["", "metric", "difference", "interval"], right_from=2)
         for found in comparison.differences:
             amount = signed(found) if found.value is None else f"{signed(found)} {unit(found.metric)}"
-            table.add_row(*map(Text, [versus(found), metric_title(found.metric), amount, paired_over(found)]))
+            table.add_row(*map(_text, [versus(found), metric_title(found.metric), amount, paired_over(found)]))
         parts += ["", table]
     if comparison.recipe:
         table = _table("Recipes: keys that differ", ["", *(group.mark for group in comparison.groups)], right_from=99)
         for row in comparison.recipe:
             cells = [f"{v} (default)" if is_it else v for v, is_it in zip(row.values, row.are_default, strict=True)]
-            table.add_row(*map(Text, [row.key, *cells]))
+            table.add_row(*map(_text, [row.key, *cells]))
         parts += ["", table]
-    parts += [Text(f"note: {note}") for note in [*comparison.notes, *explained(comparison)]]
+    parts += [_text(f"note: {note}") for note in [*comparison.notes, *explained(comparison)]]
     return Group(*parts)  # pyright: ignore[reportArgumentType]
 
 
@@ -142,10 +143,15 @@ def plain_text(comparison: Comparison) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def _text(words: str) -> Text:
+    """Never markup, and nothing in it moves the cursor."""
+    return Text(printable(words))
+
+
 def _table(title: str, columns: Sequence[str], right_from: int) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index >= right_from else "left", no_wrap=index == 0)
+        table.add_column(_text(name), justify="right" if index >= right_from else "left", no_wrap=index == 0)
     return table
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
+from opd.errors import printable
 from opd.reporting.intervals import mean_interval, paired_share_interval, unpaired_interval, welch_interval
 from opd.reporting.record import MetricsRecord, SampleRecord
 from opd.reporting.runs import OWN_FOLDER, Group, Run
@@ -50,7 +51,21 @@ class Difference:
 
 def difference(base: Group, other: Group, metric: str) -> Difference | None:
     """None where one side never measured `metric`."""
-    steps = compared_steps([*base.runs, *other.runs], metric)
+    runs = [*base.runs, *other.runs]
+    steps = compared_steps(runs, metric)
+    found = _difference(base, other, metric, steps)
+    if found is None or found.value is None or all(run.has_ended for run in runs):
+        return found
+    step = max(steps.values())
+    when = (
+        f"At step {step}, the last evaluation that both have."
+        if step
+        else "Before the first step, the only evaluation that both have."
+    )
+    return replace(found, note=f"{when} {found.note}".strip())
+
+
+def _difference(base: Group, other: Group, metric: str, steps: Mapping[str, int]) -> Difference | None:
     values = [_values(group, metric, steps) for group in (base, other)]
     if not all(values):
         return None
@@ -61,7 +76,7 @@ def difference(base: Group, other: Group, metric: str) -> Difference | None:
     else:
         pairs = [(one, two) for one in base.runs for two in other.runs]
     if refusal := next((why for one, two in pairs if (why := why_not_comparable(one, two, metric))), None):
-        return _with(empty, note=refusal)
+        return replace(empty, note=refusal)
     if len(shared) >= 2:
         return _over_seeds(empty, shared, values[0], values[1])
     value = fmean(values[1].values()) - fmean(values[0].values())
@@ -69,20 +84,22 @@ def difference(base: Group, other: Group, metric: str) -> Difference | None:
         one, two = (list(side.values()) for side in values)
         interval = welch_interval(one, two) if len(set(one)) > 1 or len(set(two)) > 1 else None
         note = "Unpaired, over the seeds of each: the two groups do not share two seeds."
-        return _with(empty, value=value, interval=interval, note=note)
+        return replace(empty, value=value, interval=interval, note=note)
     return _over_prompts(empty, value, steps)
 
 
 def compared_steps(runs: Sequence[Run], metric: str) -> dict[str, int]:
     """The step at which each run, by its name, is compared: its last evaluation, or the last that all of them have while one has not
-    ended. Runs without one are left out."""
-    measured = {
-        run.name: [step for step, r in run.evaluations.items() if _finite(r.metrics.get(metric))] for run in runs
-    }
+    ended. Runs that did not measure `metric` there are left out."""
     if all(run.has_ended for run in runs):
-        return {name: steps[-1] for name, steps in measured.items() if steps}
-    common = set.intersection(*(set(steps) for steps in measured.values())) if measured else set()
-    return {name: max(common) for name in measured} if common else {}
+        steps = {run.name: max(run.evaluations, default=-1) for run in runs}
+    else:
+        shared = set.intersection(*(set(run.evaluations) for run in runs))
+        steps = {run.name: max(shared, default=-1) for run in runs}
+    found = {run.name: run.evaluations.get(steps[run.name]) for run in runs}
+    return {
+        name: r.step for name, r in found.items() if r is not None and math.isfinite(r.metrics.get(metric, math.nan))
+    }
 
 
 def spread_interval(values: Sequence[float]) -> Interval | None:
@@ -98,7 +115,7 @@ def why_not_comparable(one: Run, two: Run, metric: str) -> str | None:
 def differing(one: Run, two: Run, keys: Sequence[str]) -> list[str]:
     """Those of the keys whose values differ, each with both."""
     return [
-        f"{key} is {one.key(key)} in {one.name} and {two.key(key)} in {two.name}"
+        printable(f"{key} is {one.key(key)} in {one.name} and {two.key(key)} in {two.name}")
         for key in keys
         if one.key(key) != two.key(key)
     ]
@@ -181,13 +198,13 @@ def _over_seeds(
     runs = [(empty.base.seeds[seed].name, empty.other.seeds[seed].name) for seed in seeds]
     apart = [other[two] - base[one] for one, two in runs if one in base and two in other]
     if not apart:
-        return _with(empty, note="No seed has this measurement on both sides.")
+        return replace(empty, note="No seed has this measurement on both sides.")
     left_out = sorted((empty.base.seeds.keys() | empty.other.seeds.keys()) - set(seeds))
     note = f"Seeds that one side alone has are left out: {', '.join(map(str, left_out))}." if left_out else ""
     interval = spread_interval(apart)
     if interval is None:
         note = f"No interval: the pairs of seeds do not differ from each other. {note}".strip()
-    return _with(empty, value=fmean(apart), interval=interval, pairs=f"{len(apart)} seeds", note=note)
+    return replace(empty, value=fmean(apart), interval=interval, pairs=f"{len(apart)} seeds", note=note)
 
 
 def _over_prompts(empty: Difference, value: float, steps: Mapping[str, int]) -> Difference:
@@ -197,7 +214,7 @@ def _over_prompts(empty: Difference, value: float, steps: Mapping[str, int]) -> 
     if all(rows) and rows[0].keys() == rows[1].keys():
         before, after = ([row[key] for key in rows[0]] for row in rows)
         interval = _paired_interval(before, after)
-        return _with(empty, value=value, interval=interval, pairs=f"{len(before)} prompts", note=OVER_PROMPTS)
+        return replace(empty, value=value, interval=interval, pairs=f"{len(before)} prompts", note=OVER_PROMPTS)
     records = [group.runs[0].evaluations[steps[group.runs[0].name]] for group in groups if not group.is_many]
     bounds = [record.intervals.get(empty.metric) for record in records]
     some = len(rows[0].keys() & rows[1].keys())
@@ -208,8 +225,8 @@ def _over_prompts(empty: Difference, value: float, steps: Mapping[str, int]) -> 
     )
     if len(bounds) == 2 and all(bound and all(map(math.isfinite, bound)) for bound in bounds):
         one, two = ((record.metrics[empty.metric], record.intervals[empty.metric]) for record in records)
-        return _with(empty, value=value, interval=unpaired_interval(one, two), note=f"{why} {OVER_PROMPTS}")
-    return _with(
+        return replace(empty, value=value, interval=unpaired_interval(one, two), note=f"{why} {OVER_PROMPTS}")
+    return replace(
         empty, value=value, note="No interval: there is one seed each, and no value was recorded prompt by prompt."
     )
 
@@ -260,11 +277,3 @@ def _all_recorded(run: Run, samples: int) -> bool:
     if not samples or not isinstance(kept, int) or not isinstance(prompts, int) or not isinstance(each, int):
         return False
     return samples < kept or samples == prompts * each
-
-
-def _with(empty: Difference, **found: object) -> Difference:
-    return Difference(metric=empty.metric, base=empty.base, other=empty.other, **found)  # pyright: ignore[reportArgumentType]
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
