@@ -86,6 +86,7 @@ def test_seeds_are_paired_with_the_same_seed(tmp_path: Path):
     runs += [write_compared(tmp_path / f"b-s{s}", right=r, seed=s, optimizer__lr=1e-4) for s, r in better.items()]
     base, other = groups_of(*runs)
     assert (base.title, other.title) == ("a (3 seeds)", "b (3 seeds)")
+    assert list(other.seeds) == [1, 2, 3]
     found = difference(base, other, "accuracy")
     assert found is not None and found.pairs == "3 seeds"
     half = T_2 * math.sqrt(1 / 48) / math.sqrt(3)
@@ -197,7 +198,7 @@ def test_a_teacher_in_the_run_folder_is_the_same_only_if_it_answers_alike(tmp_pa
             recorder.evaluation(4, "teacher", {"accuracy": accuracy}, measure="m1")
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert between(one, two, "reverse_kl").value == 0
-    assert "do not answer alike" in between(one, three, "reverse_kl").note
+    assert "no evaluation shows that the two answer alike" in between(one, three, "reverse_kl").note
 
 
 def test_an_unfinished_run_is_compared_at_the_last_evaluation_that_both_have(tmp_path: Path):
@@ -235,6 +236,16 @@ def test_runs_that_differ_in_seed_folder_and_logging_are_one_group(tmp_path: Pat
 def test_a_path_in_the_run_folder_does_not_make_another_recipe(tmp_path: Path):
     runs = [write_compared(tmp_path / f"s{s}", seed=s, student__model=str(tmp_path / f"s{s}" / "base")) for s in (1, 2)]
     assert len(groups_of(*runs)) == 1
+
+
+def test_a_run_that_names_files_of_another_runs_folder_has_the_same_recipe(tmp_path: Path):
+    """As after `opd demo`, whose models lie in its folder: --seed 1 in another folder, with the models of the first."""
+    base = str(tmp_path / "demo" / "base")
+    runs = [write_compared(tmp_path / name, seed=s, student__model=base) for s, name in enumerate(("demo", "again"))]
+    other = write_compared(tmp_path / "other", student__model=base, optimizer__lr=1e-4)
+    groups = groups_of(*runs, other)
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert [row.key for row in compare(groups).recipe] == ["optimizer.lr", "seed"]
 
 
 def test_two_runs_of_one_seed_and_runs_without_a_recipe_stay_apart(tmp_path: Path):

@@ -8,7 +8,13 @@ from itertools import combinations
 from statistics import fmean
 
 from opd.errors import RunFolderError, printable
-from opd.reporting.differences import Difference, compared_steps, difference, spread_interval, why_not_comparable
+from opd.reporting.differences import (
+    Difference,
+    compared_steps,
+    difference,
+    spread_interval,
+    why_not_comparable,
+)
 from opd.reporting.record import MetricsRecord
 from opd.reporting.runs import NOT_THE_MATHEMATICS, Group, Run, mathematics
 from opd.reporting.summary import NO_VALUE, Interval
@@ -138,13 +144,19 @@ def _joined(words: Iterable[str]) -> str:
 def _recipe_rows(groups: Sequence[Group], defaults: Mapping[str, object]) -> list[RecipeRow]:
     known = [[run for run in group.runs if run.recipe is not None] for group in groups]
     keys = dict.fromkeys(key for runs in known for run in runs for key in run.recipe or {})
+    # Files of the same name in folders of their own make no difference, nor does one file by two names.
+    plain, moved = ([[of(run) for run in runs] for runs in known] for of in (_recipe, lambda run: run.portable))
     rows = []
     for key in keys:
         if key == "run_dir" or any(other.startswith(f"{key}.") for other in keys):  # a section that some runs lack
             continue
-        held = [list(dict.fromkeys(_held(run, key, defaults) for run in runs)) for runs in known]
-        if len({value for values in held for value in values}) < 2:
+        own, portable = (
+            [list(dict.fromkeys(_held(recipe, key, defaults) for recipe in recipes)) for recipes in side]
+            for side in (plain, moved)
+        )
+        if min(len({value for values in side for value in values}) for side in (own, portable)) < 2:
             continue
+        held = [there if len(there) < len(here) else here for here, there in zip(own, portable, strict=True)]
         default = _default(key, defaults)
         rows.append(
             RecipeRow(
@@ -157,9 +169,12 @@ def _recipe_rows(groups: Sequence[Group], defaults: Mapping[str, object]) -> lis
     return sorted(rows, key=lambda row: (row.key == "seed", not row.matters))
 
 
-def _held(run: Run, key: str, defaults: Mapping[str, object]) -> str:
-    """The value in the run's recipe, as text; of a key that is younger than the run, its default."""
-    recipe = run.recipe or {}
+def _recipe(run: Run) -> Mapping[str, object]:
+    return run.recipe or {}
+
+
+def _held(recipe: Mapping[str, object], key: str, defaults: Mapping[str, object]) -> str:
+    """The value in a run's recipe, as text; of a key that is younger than the run, its default."""
     if key in recipe:
         return _said(recipe[key])
     parts = key.split(".")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 
 from opd.errors import printable
-from opd.reporting.differences import why_not_comparable
+from opd.reporting.differences import differing
 from opd.reporting.panels import AT_THE_ENDS, ENDS_NOTE, GROUPS, Curve, Dash, Panel
 from opd.reporting.plots import Chart, ChartGroup, Line, bounds, chart_of
 from opd.reporting.record import WALL_CLOCK_PREFIX
-from opd.reporting.runs import Group
+from opd.reporting.runs import Group, Run
 from opd.reporting.series import Series, rounded, spans_decades, thinned
 
 POINTS = 300  # per line: eight runs on a chart of 400 pixels
@@ -22,8 +22,8 @@ TEACHER = "ink"  # the colours of the runs are taken
 OTHERS, TIMES = "Other metrics", "Time"
 
 
-def chart_groups(groups: Sequence[Group]) -> list[ChartGroup]:
-    """Sections as in a run's report; what has no panel there comes last."""
+def chart_groups(groups: Sequence[Group], refused: Collection[str] = ()) -> list[ChartGroup]:
+    """Sections as in a run's report; what has no panel there comes last. `refused` are metrics of evaluations that must not be compared."""
     found: list[ChartGroup] = []
     drawn: set[tuple[str | None, str]] = set()
     for section in GROUPS:
@@ -31,7 +31,7 @@ def chart_groups(groups: Sequence[Group]) -> list[ChartGroup]:
         for panel in section.panels:
             for curve in panel.curves:
                 drawn.add((curve.who, curve.metric))
-                if chart := _chart(groups, panel, curve):
+                if chart := _chart(groups, panel, curve, refused):
                     charts.append(chart)
         found.append(ChartGroup(title=section.title, charts=tuple(charts)))
     rest: dict[str, list[Chart]] = {TIMES: [], OTHERS: []}
@@ -40,7 +40,7 @@ def chart_groups(groups: Sequence[Group]) -> list[ChartGroup]:
     )
     for who, name in names:
         panel, curve = _panel_of(who, name)
-        if (who, name) not in drawn and (chart := _chart(groups, panel, curve)):
+        if (who, name) not in drawn and (chart := _chart(groups, panel, curve, refused)):
             rest[TIMES if name.startswith(WALL_CLOCK_PREFIX) else OTHERS].append(chart)
     found += [ChartGroup(title=title, charts=tuple(charts), collapsed=True) for title, charts in rest.items()]
     return [section for section in found if section.charts]
@@ -72,7 +72,7 @@ def _panel_of(who: str | None, name: str) -> tuple[Panel, Curve]:
     return Panel(title=title, note=ENDS_NOTE if ends else "", curves=(curve,), percent=ends, unit=unit), curve
 
 
-def _chart(groups: Sequence[Group], panel: Panel, curve: Curve) -> Chart | None:
+def _chart(groups: Sequence[Group], panel: Panel, curve: Curve, refused: Collection[str]) -> Chart | None:
     recorded = sum(r.curves.get(curve.who, curve.metric) is not None for g in groups for r in g.runs)
     if recorded < 2:
         return None
@@ -82,12 +82,11 @@ def _chart(groups: Sequence[Group], panel: Panel, curve: Curve) -> Chart | None:
         return None
     log = panel.log and spans_decades(values)
     lines = [_line(groups[index], index, curve, found) for index, found in series.items()]
-    level = _teacher(groups, panel, curve)
-    held_out = f"{panel.title}: {curve.label}" if len(panel.curves) > 1 else panel.title
+    level = None if "reverse_kl" in refused else _teacher(groups, panel, curve)
     return chart_of(
         Chart(
-            title=held_out,
-            note="Logarithmic axis." if log else "",
+            title=_title(panel, curve),
+            note=" ".join(filter(None, [_caution(groups, curve, refused), "Logarithmic axis." if log else ""])),
             unit=panel.unit,
             percent=panel.percent,
             log=log,
@@ -95,6 +94,34 @@ def _chart(groups: Sequence[Group], panel: Panel, curve: Curve) -> Chart | None:
             lines=[*([level] if level else []), *lines],
         )
     )
+
+
+def _title(panel: Panel, curve: Curve) -> str:
+    """Of a panel of several curves: Held-out accuracy, greedy; Reverse KL, held out; Entropy, teacher."""
+    if len(panel.curves) == 1:
+        return panel.title
+    words = curve.label.split(", ")
+    if "KL" in words[0]:
+        return curve.label[0].upper() + curve.label[1:]
+    if panel.title.startswith("Held-out") or words == ["training"]:
+        words = words[1:]
+    return ", ".join([panel.title, *words])
+
+
+def _caution(groups: Sequence[Group], curve: Curve, refused: Collection[str]) -> str:
+    """A sentence where the lines are of different quantities."""
+    first, *others = [run for group in groups for run in group.runs]
+    if curve.metric == "loss" and any(differing(first, run, _minimised(first, run)) for run in others):
+        return "The runs minimise different things: do not compare the heights."
+    if curve.who is not None and ("accuracy" in refused or curve.metric in refused):
+        return "The runs did not measure the same: see the notes at the top."
+    if curve.metric.endswith("_kl") and "reverse_kl" in refused and "accuracy" not in refused:
+        return "The runs have different teachers: do not compare the heights."
+    return ""
+
+
+def _minimised(one: Run, two: Run) -> list[str]:
+    return sorted(key for key in {*(one.recipe or {}), *(two.recipe or {})} if key.startswith(("objective.", "rl.")))
 
 
 def _line(group: Group, index: int, curve: Curve, series: Series) -> Line:
@@ -117,13 +144,13 @@ def _line(group: Group, index: int, curve: Curve, series: Series) -> Line:
 
 
 def _teacher(groups: Sequence[Group], panel: Panel, curve: Curve) -> Line | None:
-    """The teacher's value, where all runs have one teacher and measured it alike."""
+    """The mean of what the runs measured of their teacher."""
     runs = [run for group in groups for run in group.runs]
     if panel.teacher_level is None or curve.metric != panel.teacher_level or curve.who != "student":
         return None
     known = [r.teacher_evaluation.metrics.get(curve.metric) for r in runs if r.teacher_evaluation is not None]
     values = [value for value in known if value is not None]
-    if not values or any(why_not_comparable(runs[0], run, "reverse_kl") for run in runs[1:]):
+    if not values:
         return None
     last = max(run.curves.last for run in runs)
     height = rounded([fmean(values)] * 2)

@@ -15,14 +15,13 @@ from opd.reporting.compare_words import (
     MINUS,
     explained,
     intervals_are_over,
-    metric_title,
     paired_over,
     result_cells,
     signed,
     unit,
     versus,
 )
-from opd.reporting.differences import Difference
+from opd.reporting.differences import Difference, metric_title
 from opd.reporting.files import explain_os_errors, write_atomically
 from opd.reporting.page import render_page, slug
 from opd.reporting.plots import ChartGroup
@@ -110,7 +109,7 @@ def render(comparison: Comparison) -> str:
     groups = comparison.groups
     titles, cells = result_cells(comparison)
     prompts = same_prompts(groups)
-    charts = chart_groups(groups)
+    charts = chart_groups(groups, {found.metric for found in comparison.differences if found.value is None})
     answers = {
         "prompts": prompts,
         "groups": [{"mark": g.mark, "name": g.title, "color": i % COLORS} for i, g in enumerate(groups)],

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from opd.errors import printable
 from opd.reporting.compare import Comparison
-from opd.reporting.differences import Difference
-from opd.reporting.summary import NO_VALUE, PLAIN_WIDTH, Interval, column_title
+from opd.reporting.differences import Difference, metric_title
+from opd.reporting.summary import NO_VALUE, PLAIN_WIDTH, Interval
 
 MINUS = "−"
 OVER_SEEDS = "Brackets: 95% intervals; where a group has several seeds, t intervals of the mean over its seeds."
@@ -37,11 +37,6 @@ def signed(difference: Difference) -> str:
     if difference.metric.startswith("accuracy"):
         return _words(difference.value, difference.interval, lambda v: f"{100 * v:+.1f}")
     return _words(difference.value, difference.interval, lambda v: f"{v:+.3g}")
-
-
-def metric_title(metric: str) -> str:
-    """accuracy, T = 0.5; reverse KL"""
-    return "reverse KL" if metric == "reverse_kl" else column_title(metric)
 
 
 def unit(metric: str) -> str:
@@ -76,7 +71,7 @@ def result_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     columns += [("accuracy before", [share(row.before, row.before_interval) for row in rows])]
     for name in names:
         show = share if name.startswith("accuracy") else number
-        title = {"accuracy": "accuracy after", "reverse_kl": "reverse KL (nats)"}.get(name, column_title(name))
+        title = {"accuracy": "accuracy after", "reverse_kl": "reverse KL (nats)"}.get(name, metric_title(name))
         columns.append((title, [show(row.metric.get(name), row.interval.get(name)) for row in rows]))
     columns += [("tokens", [count(row.tokens) for row in rows]), ("time", [clock(row.seconds) for row in rows])]
     filled = [(title, cells) for title, cells in columns if any(cell != NO_VALUE for cell in cells)]

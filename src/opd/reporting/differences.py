@@ -14,8 +14,8 @@ from statistics import fmean
 from opd.errors import printable
 from opd.reporting.intervals import mean_interval, paired_share_interval, unpaired_interval, welch_interval
 from opd.reporting.record import MetricsRecord, SampleRecord
-from opd.reporting.runs import OWN_FOLDER, Group, Run
-from opd.reporting.summary import Interval
+from opd.reporting.runs import Group, Run
+from opd.reporting.summary import Interval, column_title
 
 MEASURED_BY = (
     "prompts.eval_path",
@@ -112,6 +112,11 @@ def why_not_comparable(one: Run, two: Run, metric: str) -> str | None:
     return _other_measure(one, two) or (_other_teacher(one, two) if "reverse_kl" in metric else None)
 
 
+def metric_title(metric: str) -> str:
+    """accuracy, T = 0.5; reverse KL"""
+    return "reverse KL" if metric == "reverse_kl" else printable(column_title(metric))
+
+
 def differing(one: Run, two: Run, keys: Sequence[str]) -> list[str]:
     """Those of the keys whose values differ, each with both."""
     return [
@@ -150,17 +155,16 @@ def _other_teacher(one: Run, two: Run) -> str | None:
     if one.recipe is None or two.recipe is None:
         return "A run without config.yaml does not say which teacher its reverse KL is to."
     identities = [_teacher_identity(run.recipe or {}) for run in (one, two)]
-    if identities[0] != identities[1]:
-        if _answer_alike(one, two):
-            return None
-        keys = sorted({*identities[0], *identities[1]})
-        return f"The reverse KL is to different teachers: {'; '.join(differing(one, two, keys))}."
-    if any(key.endswith("source") and value in ("ema", "student") for key, value in identities[0].items()):
-        return "Each student is its own teacher, so that the two values of reverse KL are to different models."
-    own = any(str(value).startswith(OWN_FOLDER) for value in identities[0].values())
-    if own and not _answer_alike(one, two):
-        return "Each run has a teacher in its own folder, and the two teachers do not answer alike."
-    return None
+    if identities[0] == identities[1]:
+        if any(key.endswith("source") and value in ("ema", "student") for key, value in identities[0].items()):
+            return "Each student is its own teacher, so that the two values of reverse KL are to different models."
+        return None
+    if _answer_alike(one, two):
+        return None
+    if _teacher_identity(one.portable) == _teacher_identity(two.portable):
+        return "Each run has a teacher in its own folder, and no evaluation shows that the two answer alike."
+    keys = sorted({*identities[0], *identities[1]})
+    return f"The reverse KL is to different teachers: {'; '.join(differing(one, two, keys))}."
 
 
 def _teacher_identity(recipe: Mapping[str, object]) -> dict[str, object]:

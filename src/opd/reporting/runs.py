@@ -26,12 +26,12 @@ MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder. `recipe` has dotted keys; a path in the run's own folder starts with `OWN_FOLDER` there."""
+    """One run folder."""
 
     name: str
     folder: Path
     recipe: Mapping[str, object] | None
-    """None for a folder without a readable config.yaml."""
+    """By dotted keys; None for a folder without a readable config.yaml."""
     metrics: Sequence[MetricsRecord]
     """Those that may be compared with the last evaluation."""
     samples: Sequence[SampleRecord]
@@ -88,6 +88,13 @@ class Run:
         tokens = [r.metrics["tokens"] for r in self.metrics if r.kind == "step" and "tokens" in r.metrics]
         seconds = [r.metrics[n] for r in self.metrics for n in ("time/step", "time/eval") if n in r.metrics]
         return (sum(tokens) if tokens else None), (sum(seconds) if seconds else None)
+
+    @cached_property
+    def portable(self) -> Mapping[str, object]:
+        """The recipe, with paths in the run's own folder as `OWN_FOLDER/…`."""
+        own = str(self.key("run_dir") or "").rstrip("/")
+        recipe = {key: value for key, value in (self.recipe or {}).items() if key != "run_dir"}
+        return {key: _without_own_folder(value, own) for key, value in recipe.items()}
 
     def key(self, name: str) -> object:
         return None if self.recipe is None else self.recipe.get(name)
@@ -160,14 +167,21 @@ def names_of(places: Sequence[Path]) -> list[str]:
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Runs whose recipes differ in the seed alone make one group; two runs of one seed stay apart, as does a run without a recipe."""
-    by_recipe: dict[object, list[Run]] = {}
-    for index, run in enumerate(runs):
-        by_recipe.setdefault(index if run.recipe is None else mathematics(run.recipe), []).append(run)
+    buckets: list[tuple[set[object], list[Run]]] = []
+    for run in runs:
+        # Two runs of one recipe name the same files, or files of the same name in their own folders.
+        marks = set() if run.recipe is None else {mathematics(run.recipe), mathematics(run.portable)}
+        known, members = next((bucket for bucket in buckets if bucket[0] & marks), (set[object](), list[Run]()))
+        if not members:
+            buckets.append((known, members))
+        known |= marks
+        members.append(run)
     found: list[tuple[Run, ...]] = []
-    for members in by_recipe.values():
+    for _, members in buckets:
         own_seeds = len({run.seed for run in members}) == len(members)
-        found += [tuple(members)] if own_seeds else [(run,) for run in members]
-    found.sort(key=lambda members: runs.index(members[0]))
+        in_order = tuple(sorted(members, key=lambda run: run.seed or 0))
+        found += [in_order] if own_seeds else [(run,) for run in members]
+    found.sort(key=lambda members: min(map(runs.index, members)))
     names = [_group_name(members) for members in found]
     names = [name if names.count(name) == 1 else members[0].name for name, members in zip(names, found, strict=True)]
     return [
@@ -227,11 +241,9 @@ def _read_recipe(folder: Path) -> dict[str, object] | None:
         return None
     if not isinstance(data, dict):
         return None
-    recipe = flat(data)
-    own = str(recipe.get("run_dir", ""))
-    return {key: _without_own_folder(value, own) if key != "run_dir" else value for key, value in recipe.items()}
+    return flat(data)
 
 
 def _without_own_folder(value: object, own: str) -> object:
-    inside = isinstance(value, str) and own and value.startswith(own.rstrip("/") + "/")
-    return OWN_FOLDER + str(value)[len(own.rstrip("/")) :] if inside else value
+    inside = isinstance(value, str) and own and value.startswith(f"{own}/")
+    return OWN_FOLDER + str(value)[len(own) :] if inside else value
