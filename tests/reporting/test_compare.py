@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from opd.errors import ConfigError, RunFolderError
 from opd.reporting.compare import compare
-from opd.reporting.compare_words import explained, plain_text
+from opd.reporting.compare_words import explained, plain_text, terminal
 from opd.reporting.differences import Difference, difference
 from opd.reporting.runs import Group, grouped, read_runs
 from reporting.compare_inputs import write_compared
@@ -308,6 +309,19 @@ def test_the_text_says_results_differences_and_what_they_stand_on(tmp_path: Path
     assert explained(comparison) == [
         "B − A: The interval is over the prompts; what another seed would change is not in it."
     ]
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_no_number_of_the_result_is_cut_in_a_narrow_terminal(tmp_path: Path, width: int):
+    one = write_compared(tmp_path / "a-rather-long-name-of-a-run", right=(0, 0, 0, 1))
+    two = write_compared(tmp_path / "another-name-of-a-run", right=(0, 1, 1, 1), optimizer__lr=1e-4)
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(terminal(compare(groups_of(one, two)), width))
+    text = capture.get()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    if width >= 80:
+        assert "25.0% [4.6, 69.9]" in text and "75.0% [30.1, 95.4]" in text
 
 
 @pytest.mark.parametrize("given", ["none", "file", "other", "twice"])

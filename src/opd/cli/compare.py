@@ -49,7 +49,7 @@ def run(args: Sequence[str]) -> int:
     place = write_page(comparison, words.out)
     console = Console()
     if console.is_terminal:
-        console.print(terminal(comparison))
+        console.print(terminal(comparison, console.width))
     else:
         print(plain_text(comparison))
     print(f"page: {place}")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +37,7 @@ def signed(difference: Difference) -> str:
         return NO_VALUE
     if difference.metric.startswith("accuracy"):
         return _words(difference.value, difference.interval, lambda v: f"{100 * v:+.1f}")
-    return _words(difference.value, difference.interval, lambda v: f"{v:+.3g}")
+    return _words(difference.value, difference.interval, lambda v: f"{v:+#.3g}")
 
 
 def unit(metric: str) -> str:
@@ -98,13 +99,9 @@ def paired_over(difference: Difference) -> str:
     return f"paired, {difference.pairs}" if difference.pairs else "unpaired"
 
 
-def terminal(comparison: Comparison) -> Group:
-    """The tables and notes for rich. Names are text, never markup."""
-    titles, cells = result_cells(comparison)
-    result = _table("Result", ["", "run", *titles], right_from=2)
-    for group, row in zip(comparison.groups, cells, strict=True):
-        result.add_row(*map(_text, [group.mark, group.title, *row]))
-    parts: list[object] = [result, Text(intervals_are_over(comparison), style="dim")]
+def terminal(comparison: Comparison, width: int) -> Group:
+    """The tables and notes for rich, in `width` columns. Names are text, never markup."""
+    parts: list[RenderableType] = [_result(comparison, width), Text(intervals_are_over(comparison), style="dim")]
     if comparison.differences:
         table = _table("Differences", ["", "metric", "difference", "interval"], right_from=2)
         for found in comparison.differences:
@@ -118,7 +115,22 @@ def terminal(comparison: Comparison) -> Group:
             table.add_row(*map(_text, [row.key, *cells]))
         parts += ["", table]
     parts += [_text(f"note: {note}") for note in [*comparison.notes, *explained(comparison)]]
-    return Group(*parts)  # pyright: ignore[reportArgumentType]
+    return Group(*parts)
+
+
+def _result(comparison: Comparison, width: int) -> Table:
+    """A row for each group, or, where that is too wide, a column."""
+    titles, cells = result_cells(comparison)
+    table = _table("Result", ["", "run", *titles], right_from=2)
+    for group, row in zip(comparison.groups, cells, strict=True):
+        table.add_row(*map(_text, [group.mark, group.title, *row]))
+    wide = Console(width=10**4)
+    if Measurement.get(wide, wide.options, table).maximum <= width:
+        return table
+    table = _table("Result", ["", *(f"{group.mark} {group.title}" for group in comparison.groups)], right_from=1)
+    for title, row in zip(titles, zip(*cells, strict=True), strict=True):
+        table.add_row(*map(_text, [title, *row]))
+    return table
 
 
 def explained(comparison: Comparison) -> list[str]:
@@ -134,7 +146,7 @@ def plain_text(comparison: Comparison) -> str:
     """The same for logs and pipes, wide enough that no column wraps."""
     console = Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
-        console.print(terminal(comparison))
+        console.print(terminal(comparison, PLAIN_WIDTH))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -144,9 +156,11 @@ def _text(words: str) -> Text:
 
 
 def _table(title: str, columns: Sequence[str], right_from: int) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        table.add_column(_text(name), justify="right" if index >= right_from else "left", no_wrap=index == 0)
+        # Folded, never cut: a number without its end is another number.
+        side = "right" if index >= right_from else "left"
+        table.add_column(_text(name), justify=side, no_wrap=index == 0, overflow="fold")
     return table
 
 
