@@ -93,12 +93,14 @@ def _is_section(key: str) -> bool:
 
 
 def _default(key: str) -> Any:
-    """The default of a key in its dataclass; MISSING where there is none."""
+    """The default of a key in its dataclass; MISSING where there is none, as in a section that is not there by default."""
     from opd.config import Config
     from opd.config.sections import hint_of, section_of
 
     at, _, name = key.rpartition(".")
     section = section_of(hint_of(Config, at)) if at else Config
+    if at and _default(at) is None:
+        return MISSING
     found = next((item for item in fields(section) if item.name == name), None) if section is not None else None
     if found is None:
         return MISSING

@@ -38,6 +38,8 @@ class Curve:
     dash: Dash = "solid"
     who: Who | None = None
     """None draws the training metric; otherwise the evaluation of that model, with its intervals."""
+    note: str = ""
+    """What the panel's note adds where this curve is drawn."""
     ends: bool = False
     """Measured at the ends of the run alone: drawn as points, which no line joins."""
 
@@ -85,10 +87,16 @@ LEARNING = PanelGroup(
     panels=(
         Panel(
             title="Held-out accuracy",
-            note="Band and bars: 95% confidence. The diamonds are greedy answers, at the first and the last evaluation.",
+            note="Band and bars: 95% confidence.",
             curves=(
                 Curve(metric="accuracy", label="student", who="student"),
-                Curve(metric="accuracy_greedy", label="student, greedy", who="student", ends=True),
+                Curve(
+                    metric="accuracy_greedy",
+                    label="student, greedy",
+                    who="student",
+                    ends=True,
+                    note="The diamonds are greedy answers, at the first and the last evaluation.",
+                ),
             ),
             percent=True,
             teacher_level="accuracy",

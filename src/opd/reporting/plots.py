@@ -99,7 +99,7 @@ class ChartGroup:
 
 def chart_of(chart: Chart) -> Chart:
     """The chart, or its values where every line stays at one height: no axis is drawn around nothing."""
-    if any(len({y for y in line.y if y is not None}) > 1 for line in chart.lines):
+    if any(_changes(line) for line in chart.lines):
         return chart
     values = [_value(line, chart) for line in chart.lines]
     return Chart(title=chart.title, note=chart.note, unit=chart.unit, percent=chart.percent, values=tuple(values))
@@ -116,7 +116,12 @@ def panel_chart(panel: Panel, curves: Curves, teacher: SummaryRow | None = None)
     known = [value for value in values if math.isfinite(value)]
     log = panel.log and spans_decades(known)
     lost = len(values) - len(known)
-    notes = [panel.note, "Logarithmic axis." if log else "", _lost(lost) if lost else ""]
+    notes = [
+        panel.note,
+        *(curve.note for curve, _ in drawn),
+        "Logarithmic axis." if log else "",
+        _lost(lost) if lost else "",
+    ]
     chart = Chart(
         title=panel.title,
         note=" ".join(filter(None, notes)),
@@ -170,6 +175,12 @@ def spoken(value: float, *, percent: bool = False, unit: str = "") -> str:
     return f"{text} {unit}" if unit else text
 
 
+def _changes(line: Line) -> bool:
+    # The means of bins can be equal where the values in them are not.
+    heights = {height for heights in (line.y, line.min or (), line.max or ()) for height in heights}
+    return len(heights - {None}) > 1
+
+
 def bounds(series: Series) -> dict[str, Any]:
     """`low` and `high`, `min` and `max` of a line, where the series has them."""
     found: dict[str, Any] = {}
@@ -193,7 +204,8 @@ def _value(line: Line, chart: Chart) -> Value:
         text += f" [{', '.join(ends)}]"
     if line.kind == "level":
         return Value(label=line.label, text=text, said="")
-    where = f"at {chart.x_label} {first:,.0f}" if times == 1 else f"at each of {times:,} {chart.x_label}s"
+    every = f"at every {chart.x_label}" if line.min else f"at each of {times:,} {chart.x_label}s"
+    where = f"at {chart.x_label} {first:,.0f}" if times == 1 else every
     return Value(label=line.label, text=text, said=where)
 
 

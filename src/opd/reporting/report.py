@@ -143,7 +143,7 @@ def _subtitle(curves: Curves, metrics: Sequence[MetricsRecord], steps: int | Non
         return ""
     first, last = curves.first, curves.last
     evaluations = len({record.step for record in metrics if record.kind == "eval"})
-    words = [f"steps {first} to {last}" if last > first else f"step {first}"]
+    words = [f"steps {first:,} to {last:,}" if last > first else f"step {first}"]
     words = [] if steps is None else [_count(steps, "training step"), *words]
     return " · ".join([*words, _count(evaluations, "evaluation")])
 

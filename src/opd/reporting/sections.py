@@ -29,7 +29,7 @@ from opd.reporting.panels import (
 )
 from opd.reporting.plots import BARS_UP_TO, Chart, ChartGroup, Line, chart_of, curve_line, panel_chart
 from opd.reporting.record import WALL_CLOCK_PREFIX
-from opd.reporting.series import Curves, Series, mean, rounded, thinned
+from opd.reporting.series import MAX_POINTS, Curves, Series, mean, rounded, thinned
 from opd.reporting.summary import SummaryRow
 
 POSITION_WINDOW = 10  # the first and the last tenth of the run are compared by response position
@@ -76,10 +76,9 @@ def axes(curves: Curves) -> list[Axis]:
     found: list[Axis] = []
     start = curves.get(None, START_KL) or curves.get("student", START_KL)
     if start is not None:
-        points = thinned(start)
-        root = [math.sqrt(value) if value >= 0 else math.nan for value in points.values]
+        root = [math.sqrt(value) if value >= 0 else math.nan for value in start.values]
         label = "√KL to the student's start (√nats)"
-        found.append(Axis(name="√KL to the start", label=label, unit="√nats", steps=points.steps, values=rounded(root)))
+        found.append(_axis("√KL to the start", label, "√nats", start.steps, root))
     if (tokens := curves.get(None, TOKENS)) is not None:
         found.append(_summed(tokens, "tokens seen", "rollout tokens seen", "tokens"))
     if (seconds := curves.get(None, STEP_TIME)) is not None:
@@ -87,7 +86,7 @@ def axes(curves: Curves) -> list[Axis]:
         unit, size = next(
             ((unit, size) for unit, size in (("hours", HOUR), ("minutes", MINUTE)) if whole >= 2 * size), ("seconds", 1)
         )
-        found.append(_summed(seconds, "time", f"{unit} of training, without evaluations", unit, size))
+        found.append(_summed(seconds, "training time", f"{unit} of training, without evaluations", unit, size))
     return found
 
 
@@ -97,11 +96,15 @@ def _summed(series: Series, name: str, label: str, unit: str, size: float = 1.0)
     for value in series.values:
         total += value / size if math.isfinite(value) else 0.0
         sums.append(total)
-    steps = [*series.steps, series.steps[-1] + 1]
-    points = thinned(Series(steps=steps, values=sums, intervals=[None] * len(sums)))
-    # A bin's mean is not the sum at its first step, which is its smallest.
-    firsts = points.values if points.extremes is None else [low for low, _ in points.extremes]
-    return Axis(name=name, label=label, unit=unit, steps=[*points.steps, steps[-1]], values=rounded([*firsts, total]))
+    return _axis(name, label, unit, [*series.steps, series.steps[-1] + 1], sums)
+
+
+def _axis(name: str, label: str, unit: str, steps: Sequence[float], values: Sequence[float]) -> Axis:
+    """Few enough of the values, the first and the last among them; the page interpolates."""
+    apart = math.ceil(len(steps) / MAX_POINTS)
+    kept = sorted({*range(0, len(steps), apart), len(steps) - 1})
+    few = rounded(values[index] for index in kept)
+    return Axis(name=name, label=label, unit=unit, steps=[steps[index] for index in kept], values=few)
 
 
 def _without_second_loss(panels: Sequence[Panel], curves: Curves) -> list[Panel]:

@@ -15,10 +15,9 @@ const opdCharts = (() => {
 
   // ---- the cursor
 
-  const binEnd = (line, index) => (line.min && index >= 0 ? (line.x[index + 1] ?? Infinity) - 1 : line.x[index]);
   const placeText = (chart, x) => {
-    const binned = chart.lines.find((line) => line.min);
-    const end = binned ? Math.min(binEnd(binned, nearest(binned, x)), chart.stops.at(-1)) : x;
+    const binned = chart.lines.find((line) => line.min && line.x.length > 1);
+    const end = binned ? x + binned.x[1] - binned.x[0] - 1 : x;
     const where = end > x ? `${chart.spec.x_label}s ${number(x)} to ${number(end)}` : `${chart.spec.x_label} ${number(x)}`;
     return chart.isSteps && shared.axis ? `${where} (${number(shared.axis.at(x))} ${shared.axis.unit})` : where;
   };

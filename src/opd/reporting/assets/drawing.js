@@ -26,12 +26,13 @@ const opdDrawing = (() => {
 
   // ---- values
 
-  // A running median, and the mean of its neighbours: a spike of one step leaves no box around it. Narrower at the ends.
+  // A running median, and the mean of its neighbours: a spike of one step leaves no box around it. At the start, where curves are steep,
+  // the window is narrow; at the end, where they are flat, it ends with the run.
   const smoothed = (values) => {
     const half = Math.max(1, Math.floor(values.length / SMOOTH_SHARE / 2));
     const windowed = (list, of) =>
       list.map((_, index) => {
-        const reach = Math.min(half, index, list.length - 1 - index);
+        const reach = Math.min(half, index);
         const inside = list.slice(index - reach, index + reach + 1).filter(isNumber);
         return inside.length ? of(inside) : null;
       });

@@ -139,10 +139,15 @@
     const known = steps.map((step, index) => [step, values[index]]).filter(([, value]) => value !== null);
     return (x) => {
       if (!known.length) return NaN;
-      const after = known.findIndex(([step]) => step >= x);
-      if (after === 0) return known[0][1];
-      if (after < 0) return known.at(-1)[1];
-      const [[x0, y0], [x1, y1]] = [known[after - 1], known[after]];
+      if (x <= known[0][0]) return known[0][1];
+      if (x >= known.at(-1)[0]) return known.at(-1)[1];
+      let [before, after] = [0, known.length - 1];
+      while (after - before > 1) {
+        const middle = (before + after) >> 1;
+        if (known[middle][0] < x) before = middle;
+        else after = middle;
+      }
+      const [[x0, y0], [x1, y1]] = [known[before], known[after]];
       return y0 + ((x - x0) / (x1 - x0)) * (y1 - y0);
     };
   };
