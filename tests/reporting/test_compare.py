@@ -6,14 +6,17 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from opd.errors import ConfigError, RunFolderError
+from opd.reporting import RunRecorder, write_summary
 from opd.reporting.compare import compare
 from opd.reporting.compare_words import explained, plain_text, terminal
 from opd.reporting.differences import Difference, difference
 from opd.reporting.runs import Group, grouped, read_runs
-from reporting.compare_inputs import write_compared
+from reporting.compare_inputs import a_recipe, write_compared
+from reporting.report_inputs import a_sample
 
 T_3 = 3.182446305284263  # two-sided 95 % of Student's t, three degrees of freedom; T_2 two, T_1 one
 T_2 = 4.302652729911275
@@ -57,15 +60,10 @@ def test_the_difference_is_the_later_run_minus_the_first(tmp_path: Path):
 
 def test_pairs_follow_the_prompt_and_not_the_order_of_the_records(tmp_path: Path):
     """Of recorded answers: B asked prompts 3, 2, 1, 0. By prompt every difference is +0.1; by order they would be 0.4 … −0.2."""
-    from opd.reporting import RunRecorder, write_summary
-    from reporting.compare_inputs import a_recipe, a_sample
-
     folders = []
     for name, order, more in (("one", (0, 1, 2, 3), 0.0), ("two", (3, 2, 1, 0), 0.1)):
         run = tmp_path / name
         run.mkdir()
-        import yaml
-
         (run / "config.yaml").write_text(yaml.safe_dump(a_recipe(run, objective__beta=more)))
         with RunRecorder(run, resume_step=None) as recorder:
             recorder.evaluation(4, "student", {"reverse_kl": 0.25 + more}, measure="m1")
@@ -137,8 +135,6 @@ def test_a_few_recorded_answers_of_many_are_not_paired(tmp_path: Path):
 
 
 def test_no_interval_is_made_up(tmp_path: Path):
-    from opd.reporting import RunRecorder, write_summary
-
     folders = []
     for name in ("one", "two"):
         with RunRecorder(tmp_path / name, resume_step=None) as recorder:
@@ -191,8 +187,6 @@ def test_reverse_kl_to_another_teacher_is_refused_and_accuracy_is_not(tmp_path: 
 
 
 def test_a_teacher_in_the_run_folder_is_the_same_only_if_it_answers_alike(tmp_path: Path):
-    from opd.reporting import RunRecorder
-
     for name, accuracy in (("one", 0.9), ("two", 0.9), ("three", 0.8)):
         run = write_compared(tmp_path / name, teacher__model=str(tmp_path / name / "teacher"), optimizer__lr=len(name))
         with RunRecorder(run, resume_step=4) as recorder:
@@ -212,8 +206,6 @@ def test_an_unfinished_run_is_compared_at_the_last_evaluation_that_both_have(tmp
 
 def test_a_measurement_that_only_finished_runs_have_is_not_compared_with_an_older_one(tmp_path: Path):
     """Accuracy at other temperatures is measured at the ends alone: A's last is no match for B's first."""
-    from opd.reporting import RunRecorder
-
     one, two = write_compared(tmp_path / "one"), write_compared(tmp_path / "two", finished=False, optimizer__lr=1e-4)
     with RunRecorder(one, resume_step=4) as recorder:
         recorder.evaluation(4, "student", {"accuracy": 0.5, "accuracy_greedy": 1.0}, measure="m1")
@@ -341,8 +333,6 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path, given: str)
 
 
 def test_runs_without_a_shared_metric_have_nothing_in_common(tmp_path: Path):
-    from opd.reporting import RunRecorder
-
     for name in ("one", "two"):
         with RunRecorder(tmp_path / name, resume_step=None) as recorder:
             recorder.step(0, {name: 1.0})

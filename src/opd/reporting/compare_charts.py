@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from opd.errors import printable
 from opd.reporting.differences import differing
@@ -14,8 +14,12 @@ from opd.reporting.record import WALL_CLOCK_PREFIX
 from opd.reporting.runs import Group, Run
 from opd.reporting.series import Series, rounded, spans_decades, thinned
 
-POINTS = 300  # per line: eight runs on a chart of 400 pixels
+POINTS = 300  # per line
 SMOOTH_FROM = 60
+CROWD = 4  # lines of which each has its own noise are a grey field; from here on they have
+CROWD_POINTS = 100  # longer bins, whose extremes are drawn where they stand out:
+STANDS_OUT = 3.0  # times the usual distance between the smallest and the largest value of a bin
+LABEL = 26  # characters of a name beside a chart
 DASHES: tuple[Dash, ...] = ("solid", "dash", "dot")
 COLORS = 8  # of assets/compare.css; the ninth group begins again, dashed
 TEACHER = "ink"  # the colours of the runs are taken
@@ -44,6 +48,12 @@ def chart_groups(groups: Sequence[Group], refused: Collection[str] = ()) -> list
             rest[TIMES if name.startswith(WALL_CLOCK_PREFIX) else OTHERS].append(chart)
     found += [ChartGroup(title=title, charts=tuple(charts), collapsed=True) for title, charts in rest.items()]
     return [section for section in found if section.charts]
+
+
+def shorten(name: str, size: int) -> str:
+    """The name with its middle left out: names of runs often differ at their ends."""
+    half = (size - 1) // 2
+    return name if len(name) <= size else f"{name[:half]}…{name[-half:]}"
 
 
 def group_series(group: Group, curve: Curve) -> Series | None:
@@ -81,7 +91,8 @@ def _chart(groups: Sequence[Group], panel: Panel, curve: Curve, refused: Collect
     if not values:
         return None
     log = panel.log and spans_decades(values)
-    lines = [_line(groups[index], index, curve, found) for index, found in series.items()]
+    crowd = len(series) >= CROWD
+    lines = [_line(groups[index], index, curve, found, crowd=crowd) for index, found in series.items()]
     level = None if "reverse_kl" in refused else _teacher(groups, panel, curve)
     return chart_of(
         Chart(
@@ -124,23 +135,37 @@ def _minimised(one: Run, two: Run) -> list[str]:
     return sorted(key for key in {*(one.recipe or {}), *(two.recipe or {})} if key.startswith(("objective.", "rl.")))
 
 
-def _line(group: Group, index: int, curve: Curve, series: Series) -> Line:
-    points = thinned(series, POINTS)
+def _line(group: Group, index: int, curve: Curve, series: Series, *, crowd: bool) -> Line:
+    training = curve.who is None
+    points = thinned(series, CROWD_POINTS if crowd and training else POINTS)
     found = bounds(points)
     if group.is_many:  # its band holds the extremes already, and says nothing where all seeds agree
         agree = all(series.intervals[i] == (v, v) for i, v in enumerate(series.values))
         found = {} if agree else {name: values for name, values in found.items() if name in ("low", "high")}
+    elif crowd and training and points.extremes is not None:
+        found |= _spikes(points)
     return Line(
-        label=f"{group.mark} {group.name}",
+        label=f"{group.mark} {shorten(group.name, LABEL)}",
         color=index % COLORS,
         dash=DASHES[index // COLORS % len(DASHES)],
         kind="points" if curve.ends else "line",
         x=points.steps,
         y=rounded(points.values),
-        smooth=curve.who is None and len(points.steps) >= SMOOTH_FROM,
-        marks=curve.who is not None,
+        smooth=training and len(points.steps) >= SMOOTH_FROM and not crowd,
+        marks=not training,
         **found,
     )
+
+
+def _spikes(points: Series) -> dict[str, list[float | None]]:
+    """The smallest and the largest value of the bins where they stand out; of the others, the mean."""
+    extremes = points.extremes or []
+    usual = median(high - low for low, high in extremes)
+    kept = [
+        pair if pair[1] - pair[0] > STANDS_OUT * usual else (mean, mean)
+        for pair, mean in zip(extremes, points.values, strict=True)
+    ]
+    return {"min": rounded(low for low, _ in kept), "max": rounded(high for _, high in kept)}
 
 
 def _teacher(groups: Sequence[Group], panel: Panel, curve: Curve) -> Line | None:

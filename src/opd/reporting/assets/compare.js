@@ -74,7 +74,7 @@
     const answer = answers.find((one) => one.run === chosen.get(group)) ?? answers[0];
     const side = make("article", `side run-${groups[group].color}`);
     const head = make("h4");
-    head.append(make("span", `badge run-${groups[group].color}`, groups[group].mark), make("span", "", groups[group].name));
+    head.append(make("span", `badge run-${groups[group].color}`, groups[group].mark), make("span", "name", groups[group].name));
     if (answers.length > 1) {
       const seeds = make("span", "seeds", "seed");
       for (const one of answers) {
@@ -125,12 +125,14 @@
     const button = make("button");
     button.type = "button";
     button.append(make("span", "words", plain(prompt) || "(empty)"));
+    const verdicts = make("span", "verdicts");
     for (const [group, rewards] of Object.entries(prompt.rewards)) {
       const { mark, name, color } = groups[group];
       const verdict = make("span", `verdict run-${color}${rewards.some((reward) => reward > 0) ? "" : " wrong"}`, mark + verdictOf(rewards));
       verdict.title = `${name}: ${rewards.map(said).join(", ")}`;
-      button.append(verdict);
+      verdicts.append(verdict);
     }
+    button.append(verdicts);
     button.addEventListener("click", () => show(index));
     button.addEventListener("keydown", (event) => {
       const to = { ArrowDown: index + 1, ArrowUp: index - 1, Home: 0, End: prompts.length - 1 }[event.key];
