@@ -54,7 +54,7 @@ def test_escape_codes_in_recipes_names_and_metrics_do_not_reach_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     bad = "\x1b]0;title\x07\x1b[2J\u202e[bold]"
-    one = write_compared(tmp_path / "one", eval__reward=bad, optimizer__name=bad)
+    one = write_compared(tmp_path / "one", eval__reward=bad, **{f"optimizer__{bad}": bad})
     two = write_compared(tmp_path / f"two{bad}", measure="m2")
     with RunRecorder(two, resume_step=4) as recorder:
         recorder.evaluation(4, "student", {"accuracy": 1.0, f"accuracy_{bad}": 1.0}, measure="m2")

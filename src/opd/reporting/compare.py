@@ -160,7 +160,7 @@ def _recipe_rows(groups: Sequence[Group], defaults: Mapping[str, object]) -> lis
         default = _default(key, defaults)
         rows.append(
             RecipeRow(
-                key=key,
+                key=printable(key),
                 values=tuple(", ".join(values) or NO_VALUE for values in held),
                 are_default=tuple(bool(values) and set(values) == {default} for values in held),
                 matters=not key.startswith(NOT_THE_MATHEMATICS),
