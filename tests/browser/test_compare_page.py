@@ -82,6 +82,24 @@ def test_the_answers_of_every_seed_are_there(seeds: Path, open_page: Callable[..
     assert page.evaluate("document.activeElement.textContent") == "2"
 
 
+def test_the_side_by_side_begins_with_a_seed_that_all_groups_have(tmp_path: Path, open_page: Callable[..., Any]):
+    pairs = [("a", s, 1e-3) for s in (0, 1, 2)] + [("b", s, 1e-4) for s in (1, 2)]
+    runs = [write_compared(tmp_path / f"{n}-s{s}", seed=s, samples=True, optimizer__lr=lr) for n, s, lr in pairs]
+    page = open_page(page_of(*runs))
+    pressed = page.locator('.seeds [aria-pressed="true"]')
+    assert pressed.all_inner_texts() == ["1", "1"]
+    page.get_by_role("button", name="b (2 seeds), seed 2").click()
+    assert pressed.all_inner_texts() == ["2", "2"]
+    page.get_by_role("button", name="a (3 seeds), seed 0").click()
+    assert pressed.all_inner_texts() == ["0", "1"]
+
+
+def test_the_printed_page_cuts_no_table(seeds: Path, open_page: Callable[..., Any]):
+    page = open_page(seeds, viewport={"width": 720, "height": 1000})
+    page.emulate_media(media="print")
+    assert page.evaluate("document.querySelector('#result table').getBoundingClientRect().right <= innerWidth")
+
+
 def test_tokens_have_the_colour_of_their_kl_and_the_first_other_one_is_marked(
     tmp_path: Path, open_page: Callable[..., Any]
 ):

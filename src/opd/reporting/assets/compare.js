@@ -7,7 +7,7 @@
   const list = document.getElementById("prompts");
   const question = document.getElementById("prompt");
   const sides = document.getElementById("side-by-side");
-  const chosen = new Map(); // group → the run whose answer is shown
+  let seed = null; // the seed whose answers are shown, where a group has it
 
   const make = (name, className = "", text = "") => {
     const element = document.createElement(name);
@@ -70,8 +70,10 @@
       .filter(Boolean)
       .join(" · ");
 
+  const ofSeed = (answers) => answers.find((one) => one.seed === seed) ?? answers[0];
+
   const drawSide = (prompt, group, answers, base) => {
-    const answer = answers.find((one) => one.run === chosen.get(group)) ?? answers[0];
+    const answer = ofSeed(answers);
     const side = make("article", `side run-${groups[group].color}`);
     const head = make("h4");
     head.append(make("span", `badge run-${groups[group].color}`, groups[group].mark), make("span", "name", groups[group].name));
@@ -83,7 +85,7 @@
         button.setAttribute("aria-pressed", String(one === answer));
         button.setAttribute("aria-label", `${groups[group].name}, seed ${one.seed}`);
         button.addEventListener("click", () => {
-          chosen.set(group, one.run);
+          seed = one.seed;
           drawAnswers(prompt);
           sides.querySelector(`[aria-label="${CSS.escape(button.getAttribute("aria-label"))}"]`)?.focus();
         });
@@ -99,7 +101,7 @@
     const byGroup = new Map();
     for (const answer of prompt.answers) byGroup.set(answer.group, [...(byGroup.get(answer.group) ?? []), answer]);
     const first = byGroup.get(0);
-    const base = first && (first.find((one) => one.run === chosen.get(0)) ?? first[0]);
+    const base = first && ofSeed(first);
     const all = groups.length === 1 ? prompt.answers.map((answer) => [answer.group, [answer]]) : [...byGroup];
     sides.replaceChildren(...all.map(([group, answers]) => drawSide(prompt, group, answers, base)));
     if (prompt.teacher) {
@@ -120,6 +122,12 @@
     drawQuestion(prompts[index]);
     drawAnswers(prompts[index]);
   };
+
+  // Begin with the seed that most groups have: their answers are paired.
+  const groupsOf = new Map();
+  for (const { answers } of prompts)
+    for (const answer of answers) groupsOf.set(answer.seed, (groupsOf.get(answer.seed) ?? new Set()).add(answer.group));
+  seed = [...groupsOf].reduce((best, one) => (one[1].size > best[1].size ? one : best))[0];
 
   prompts.forEach((prompt, index) => {
     const button = make("button");
