@@ -143,7 +143,11 @@ def test_keys_that_differ_from_the_defaults_are_found():
     found = configuration(text)
     changed = {key.key: (key.value, key.default) for key in found.changed}
     assert {"student.model", "teacher.model", "prompts.path", "train.steps"} <= set(changed)
-    assert changed["train.steps"] == ("7", "100") and changed["student.model"] == ("s", "")
+    assert (
+        changed["train.steps"] == ("7", "100")
+        and changed["student.lora"] == ("present", "none")
+        and changed["student.model"] == ("s", "")
+    )
     assert {"optimizer.lr", "optimizer.betas", "optimizer.name", "seed", "run_dir", "objective.divergence"}.isdisjoint(
         changed
     )
@@ -151,6 +155,7 @@ def test_keys_that_differ_from_the_defaults_are_found():
     assert {key.key: key.default for key in other.changed}["optimizer.lr"] in text
     assert [line.text for line in found.lines if line.changed] == [
         "  model: s",
+        "  lora:",
         "    rank: 8",
         "  model: t",
         "  path: p.jsonl",

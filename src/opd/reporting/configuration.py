@@ -15,6 +15,10 @@ import yaml
 from opd.errors import OpdError
 
 NO_DEFAULT = "none"
+PRESENT = "present"
+"""Shown for a section that is not there by default, such as student.lora."""
+ALWAYS = ("teacher",)
+"""Sections without a default that nearly every recipe has."""
 PLACES = ("run_dir",)
 """Keys that say where a run is kept, and nothing of what it does."""
 
@@ -65,9 +69,9 @@ def changed_keys(saved: Mapping[str, Any]) -> list[ChangedKey]:
     changed: list[ChangedKey] = []
     for key, value in _leaves(saved):
         default = _default(key)
-        if key in PLACES or (default is not MISSING and _plain(default) == value):
+        if key in (*PLACES, *ALWAYS) or (default is not MISSING and _plain(default) == value):
             continue
-        if default is None and (default := _filled_in(saved, key)) == value:
+        if default is None and value is not PRESENT and (default := _filled_in(saved, key)) == value:
             continue
         shown = "" if default is MISSING else _shown(_plain(default))
         changed.append(ChangedKey(key=key, value=_shown(value), default=shown))
@@ -78,6 +82,8 @@ def _leaves(saved: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]
     for name, value in saved.items():
         key = f"{at}{name}"
         if isinstance(value, Mapping) and value and _is_section(key):
+            if _default(key) is None:
+                yield key, PRESENT
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value
@@ -93,14 +99,12 @@ def _is_section(key: str) -> bool:
 
 
 def _default(key: str) -> Any:
-    """The default of a key in its dataclass; MISSING where there is none, as in a section that is not there by default."""
+    """The default of a key in its dataclass; MISSING where there is none."""
     from opd.config import Config
     from opd.config.sections import hint_of, section_of
 
     at, _, name = key.rpartition(".")
     section = section_of(hint_of(Config, at)) if at else Config
-    if at and _default(at) is None:
-        return MISSING
     found = next((item for item in fields(section) if item.name == name), None) if section is not None else None
     if found is None:
         return MISSING

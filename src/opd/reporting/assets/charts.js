@@ -53,7 +53,7 @@ const opdCharts = (() => {
     if (isSource) showTip(chart, x, across);
   };
   const showTip = (chart, x, across) => {
-    const rows = chart.lines.map((line) => {
+    const rows = chart.lines.filter((line) => nearest(line, x) >= 0).map((line) => {
       const row = html("div", "row");
       row.append(swatch(line), html("span", "name", line.label), html("span", "value", described(chart.spec, line, nearest(line, x))));
       return row;
@@ -87,8 +87,9 @@ const opdCharts = (() => {
   const KEYS = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
   const onKey = (chart, event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !chart.stops?.length) return;
+    // The large view has no `enlarge`: there Escape closes it.
     if (event.key === "Enter" && chart.enlarge) chart.enlarge();
-    else if (event.key === "Escape" && chart.at !== null) pointAll(chart, null);
+    else if (event.key === "Escape" && chart.enlarge && chart.at !== null) pointAll(chart, null);
     else if (event.key in KEYS) {
       const last = chart.stops.length - 1;
       const from = chart.at === null ? last : chart.stops.findIndex((stop) => stop >= chart.at);

@@ -55,11 +55,10 @@ const opdScales = (() => {
   // Ticks of one axis read alike: 0.5, 1.0; 200k, 400k; 10⁻⁴, 10⁻³.
   const tick = (value, step, percent) => {
     if (percent) return minus(`${trimmed((100 * value).toFixed(Math.max(0, -Math.floor(Math.log10(100 * step) + 1e-9))))}%`);
-    const size = Math.abs(value);
     if (value === 0) return "0";
     if (step >= 1e6) return minus(`${trimmed((value / 1e6).toFixed(1))}M`);
     if (step >= 5e3) return minus(`${trimmed((value / 1e3).toFixed(1))}k`);
-    if (size < 1e-3 || step < 1e-4) return number(value).replace(/^1×/, "");
+    if (step < 1e-4) return number(value).replace(/^1×/, "");
     const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
     return minus(places ? value.toFixed(Math.min(places, 6)) : thousands(value.toFixed(0)));
   };

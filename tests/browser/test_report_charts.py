@@ -80,13 +80,14 @@ def test_a_spike_of_one_step_of_3000_is_drawn_at_its_height_and_its_step(
 ):
     chart = figure(opened(open_page, long_report), title)
     assert tops(chart, "spread") == pytest.approx(height_of(chart, spike, log=log), abs=0.5)
+    assert tops(chart, "spread") >= 14, "the axis holds the spike"
     assert peak_of(chart) == pytest.approx(1501 / 2999, abs=7 / 2999)
 
 
 @pytest.mark.parametrize(("title", "log"), [("Loss", True), ("Gradient norm", False)])
 def test_the_smoothed_curve_puts_no_box_around_a_spike(title: str, log: bool, long_report: Path, open_page: Open):
     chart = figure(opened(open_page, long_report), title)
-    assert tops(chart, "curve") > height_of(chart, 1.5, log=log)
+    assert tops(chart, "curve") > height_of(chart, 1.13, log=log)
 
 
 def test_charts_over_the_run_have_one_range_and_one_cursor(tmp_path: Path, open_page: Open):
@@ -156,6 +157,9 @@ def test_a_chart_opens_large_zooms_and_closes_by_escape(tmp_path: Path, open_pag
     assert "0" not in large.locator("text.x:not(.label)").all_text_contents()
     large.get_by_text("Whole range").click()
     assert "0" in large.locator("text.x:not(.label)").all_text_contents()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 150)
+    page.wait_for_selector("dialog .cursor", state="attached")
+    large.locator(".plot").focus()
     page.keyboard.press("Escape")
     assert page.locator("dialog").count() == 0
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Open “Loss” large"
@@ -206,6 +210,25 @@ def test_nothing_is_drawn_around_nothing(tmp_path: Path, open_page: Open):
     assert any("Clamped tokens" in text and "0 at each of 5 steps" in text for text in still)
     assert any("odd" in text and "never a finite number" in text for text in still)
     assert any("Held-out accuracy" in text and "50.0%" in text for text in still)
+
+
+def test_greedy_answers_are_points_that_no_line_joins_and_that_have_no_value_between(tmp_path: Path, open_page: Open):
+    with RunRecorder(tmp_path / "run", resume_step=None) as recorder:
+        for step in (0, 5, 10):
+            greedy = {"accuracy_greedy": 0.2 + step / 20} if step != 5 else {}
+            recorder.evaluation(step, "student", {"accuracy": step / 20, **greedy}, {"accuracy_greedy": (0.1, 0.9)})
+    page = opened(open_page, write_report(tmp_path / "run"))
+    chart = figure(page, "Held-out accuracy")
+    assert chart.locator("g.series.points .mark").count() == chart.locator("g.series.points .whisker").count() == 2
+    assert chart.locator("g.series.points .curve").count() == 0
+    chart.locator(".plot").focus()
+    for key, said in (
+        ("ArrowLeft", "step 5: student 25.0%, student, greedy —"),
+        ("ArrowLeft", "step 0: student 0.0%, student, greedy 20.0% [10.0, 90.0]"),
+    ):
+        page.keyboard.press(key)
+        page.wait_for_timeout(60)
+        assert chart.locator(".plot").get_attribute("aria-valuetext") == said
 
 
 COLOURS = """() => {

@@ -66,6 +66,7 @@ def test_bins_without_a_finite_value_are_gaps_and_the_widest_interval_of_a_bin_c
     [
         ([0.0] * 4, "at each of 4 steps"),
         ([2.0], "at step 0"),
+        ([0.0, math.nan, 0.0], "at each of 2 steps"),
         ([0.0] * 4000, "at every step"),
         ([math.nan] * 3, "never"),
     ],
