@@ -22,6 +22,7 @@ COMMANDS = {
     "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
     "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
     "report": "write report.html of a run folder again: opd report RUN_DIR",
+    "compare": "two runs or more, or seeds of one recipe, side by side: opd compare RUN RUN … [--out FILE] [--open]",
     "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
     "serve-teacher": "a frozen model for students on other machines: opd serve-teacher MODEL [--host HOST --port PORT …]",
     "doctor": "check that the verl plugin is installed and loaded: opd doctor verl",

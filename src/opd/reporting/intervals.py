@@ -1,4 +1,4 @@
-"""Confidence intervals for the two numbers an evaluation reports: a share of right answers, and a mean."""
+"""Confidence intervals for the two numbers an evaluation reports, a share of right answers and a mean, and for their differences."""
 
 from __future__ import annotations
 
@@ -44,6 +44,55 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     half_width = student_t_quantile((1 + level) / 2, n - 1) * stdev(values) / math.sqrt(n)
     mean = fmean(values)
     return mean - half_width, mean + half_width
+
+
+def paired_share_interval(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference of two shares over the same n cases, of which `gained` turned right and `lost` turned wrong.
+
+    Agresti and Min (2005), Statistics in Medicine 24:729: Wald's interval after half a case was added to each of the four
+    cells, so that n agreeing cases do not claim certainty.
+
+        (b − c)/N ± z √(b + c − (b − c)²/N) / N,  b = gained + ½, c = lost + ½, N = n + 2
+    """
+    _check_level(level)
+    if min(gained, lost) < 0 or gained + lost > n:
+        raise ValueError(
+            f"gained and lost must not be negative, nor more than n = {n} together; not {gained} and {lost}."
+        )
+    b, c, total = gained + 0.5, lost + 0.5, n + 2
+    half_width = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(b + c - (b - c) ** 2 / total) / total
+    centre = (b - c) / total
+    return max(-1.0, centre - half_width), min(1.0, centre + half_width)
+
+
+def unpaired_interval(
+    base: tuple[float, tuple[float, float]], other: tuple[float, tuple[float, float]]
+) -> tuple[float, float]:
+    """Interval of `other` − `base`, two independent estimates, each (value, interval).
+
+        d − √((x₂ − l₂)² + (u₁ − x₁)²),  d + √((u₂ − x₂)² + (x₁ − l₁)²)
+
+    Newcombe (1998), Statistics in Medicine 17:873, method 10; for other estimates Zou and Donner (2008), ibid. 27:1693.
+    """
+    (x1, (l1, u1)), (x2, (l2, u2)) = base, other
+    return x2 - x1 - math.hypot(x2 - l2, u1 - x1), x2 - x1 + math.hypot(u2 - x2, x1 - l1)
+
+
+def welch_interval(base: Sequence[float], other: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Welch's interval of mean(other) − mean(base) of independent values, at least two on each side.
+
+    Welch (1947), Biometrika 34:28; the degrees of freedom are rounded down, which widens it.
+    """
+    _check_level(level)
+    if min(len(base), len(other)) < 2:
+        return -math.inf, math.inf
+    errors = [stdev(values) ** 2 / len(values) for values in (base, other)]
+    total, distance = sum(errors), fmean(other) - fmean(base)
+    if total == 0:
+        return distance, distance
+    degrees = total**2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (base, other), strict=True))
+    half_width = student_t_quantile((1 + level) / 2, max(1, math.floor(degrees))) * math.sqrt(total)
+    return distance - half_width, distance + half_width
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:

@@ -147,7 +147,7 @@ def curve_line(curve: Curve, series: Series, *, smooth: bool = True) -> Line:
         y=rounded(points.values),
         smooth=smooth and many and curve.who is None,
         marks=curve.who is not None,
-        **_bounds(points),
+        **bounds(points),
     )
 
 
@@ -163,7 +163,7 @@ def teacher_level(panel: Panel, curves: Curves, teacher: SummaryRow | None) -> L
     steps = [curves.first, max(curves.last, curves.first + 1)]
     ends = Series(steps=steps, values=[level, level], intervals=[interval, interval])
     label = "teacher" if teacher is None else teacher.label
-    return Line(label=label, color=TEACHER, kind="level", x=steps, y=rounded(ends.values), **_bounds(ends))
+    return Line(label=label, color=TEACHER, kind="level", x=steps, y=rounded(ends.values), **bounds(ends))
 
 
 def spoken(value: float, *, percent: bool = False, unit: str = "") -> str:
@@ -181,7 +181,7 @@ def _changes(line: Line) -> bool:
     return len(heights - {None}) > 1
 
 
-def _bounds(series: Series) -> dict[str, Any]:
+def bounds(series: Series) -> dict[str, Any]:
     """`low` and `high`, `min` and `max` of a line, where the series has them."""
     found: dict[str, Any] = {}
     if any(series.intervals):

@@ -50,6 +50,8 @@ class MetricsRecord:
     """Confidence intervals of evaluation metrics."""
     measure: str | None = None
     """Equal in evaluations that may be compared; None may be compared with all."""
+    per_prompt: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Metric → the mean over the samples of every prompt, in the order of the held-out prompts; of older versions, nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +153,14 @@ class RunRecorder:
         metrics: Mapping[str, float],
         intervals: Mapping[str, tuple[float, float]] | None = None,
         measure: str | None = None,
+        per_prompt: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Record an evaluation made when `step` updates were completed."""
         values = _floats(metrics)
         bounds = {name: [float(low), float(high)] for name, (low, high) in (intervals or {}).items()}
         line = {"kind": "eval", "step": step, "who": who, "metrics": values, "intervals": bounds}
-        self._metrics.append(line if measure is None else {**line, "measure": measure})
+        rows = {name: [_short(value, 6) for value in row] for name, row in (per_prompt or {}).items()}
+        self._metrics.append(line | ({"measure": measure} if measure else {}) | ({"per_prompt": rows} if rows else {}))
         for sink in self._sinks:
             sink.evaluation(step, who, values)
 
@@ -168,9 +172,8 @@ class RunRecorder:
         line = {**asdict(record), "reverse_kl": kl, "reward": reward}
         line["details"] = None if record.details is None else _packed(record.details, len(record.tokens))
         # What is not there takes no room, as in files of older versions.
-        self._samples.append(
-            {name: value for name, value in line.items() if name not in LATER or value not in (None, ())}
-        )
+        kept = {name: value for name, value in line.items() if name not in LATER or value not in (None, ())}
+        self._samples.append(kept)
 
     def close(self) -> None:
         self._metrics.close()
@@ -195,12 +198,8 @@ def read_history(run_dir: str | Path) -> list[tuple[int, dict[str, Any]]]:
     path = Path(run_dir) / HISTORY_FILE
     with explain_os_errors("read", path):
         lines = path.read_bytes().splitlines() if path.exists() else []
-    starts = [line for raw in lines if (line := _parsed(raw)) is not None]
-    return [
-        (s["step"], s["changed"])
-        for s in starts
-        if isinstance(s.get("step"), int) and isinstance(s.get("changed"), dict)
-    ]
+    found = [(line.get("step"), line.get("changed")) for raw in lines if (line := _parsed(raw)) is not None]
+    return [(step, changed) for step, changed in found if isinstance(step, int) and isinstance(changed, dict)]
 
 
 def comparable(records: Sequence[MetricsRecord]) -> list[MetricsRecord]:
@@ -333,6 +332,7 @@ def _metrics_record(line: Mapping[str, Any]) -> MetricsRecord:
         who=line.get("who"),
         intervals={name: (_number(low), _number(high)) for name, (low, high) in line.get("intervals", {}).items()},
         measure=line.get("measure"),
+        per_prompt={name: tuple(map(_number, row)) for name, row in line.get("per_prompt", {}).items()},
     )
 
 
@@ -384,8 +384,8 @@ def _unpacked(line: Mapping[str, Any]) -> TokenDetails:
     return TokenDetails(**fields)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _short(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _numbers(values: Sequence[float | None] | None) -> tuple[float, ...] | None:

@@ -57,10 +57,10 @@ def _series(by_step: Mapping[int, tuple[float, Interval | None]]) -> Series:
     )
 
 
-def thinned(series: Series) -> Series:
-    """At most `MAX_POINTS` points. Above, each is the mean of a bin of neighbours, at the first step of the bin; the smallest and the
+def thinned(series: Series, limit: int = MAX_POINTS) -> Series:
+    """At most `limit` points. Above, each is the mean of a bin of neighbours, at the first step of the bin; the smallest and the
     largest value of each bin are kept, so that a spike of one step stays visible at its height."""
-    size = math.ceil(len(series.steps) / MAX_POINTS)
+    size = math.ceil(len(series.steps) / limit)
     if size <= 1:
         return series
     bins = [slice(start, start + size) for start in range(0, len(series.steps), size)]

@@ -33,6 +33,8 @@ class Evaluation:
     intervals: dict[str, Interval]
     rollouts: list[tuple[Rollout, list[float], float]]
     """Each with its per-token reverse KL and its reward."""
+    per_prompt: dict[str, list[float]]
+    """Metric → the mean over the samples of each prompt, in the order of the prompts."""
     views: Mapping[int, TokenViews] = field(default_factory=dict[int, TokenViews])
     """By `Rollout.id`, what both models said, for the first rollouts."""
 
@@ -69,10 +71,13 @@ class Evaluator:
         watch = ViewCollector(rollouts[: self.watched])
         metrics: dict[str, float] = {}
         intervals: dict[str, Interval] = {}
+        per_prompt = {"accuracy": self._per_prompt(rewards)}
         self._add("accuracy", rewards, rollouts, metrics, intervals)
         if self.teacher is not None and self.teacher.exact_kind is not None and model is not None:
             kl = self._reverse_kl(rollouts, model, self.teacher, watch)
-            self._add("reverse_kl", [sum(row) / len(row) for row in kl], rollouts, metrics, intervals)
+            means = [sum(row) / len(row) for row in kl]
+            self._add("reverse_kl", means, rollouts, metrics, intervals)
+            per_prompt["reverse_kl"] = self._per_prompt(means)
             for name, member in self.mixed.items():
                 apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
                 key = f"teacher/{name}/reverse_kl"
@@ -83,9 +88,15 @@ class Evaluator:
             name = accuracy_name(temperature)
             _, rewards_there = self._sample(sampler, replace(self.sampling, temperature=temperature))
             metrics[name], intervals[name] = _reward_interval(rewards_there, self.samples_per_prompt)
+            per_prompt[name] = self._per_prompt(rewards_there)
         metrics["time/eval"] = time.perf_counter() - began
         drawn = list(zip(rollouts, kl, rewards, strict=True))
-        return Evaluation(metrics=metrics, intervals=intervals, rollouts=drawn, views=watch.found)
+        return Evaluation(
+            metrics=metrics, intervals=intervals, rollouts=drawn, per_prompt=per_prompt, views=watch.found
+        )
+
+    def _per_prompt(self, values: list[float]) -> list[float]:
+        return _means_of_groups(values, self.samples_per_prompt)
 
     def _add(
         self,
@@ -150,6 +161,10 @@ def _reward_interval(rewards: list[float], samples_per_prompt: int) -> tuple[flo
 
 def _mean_over_prompts(values: list[float], samples_per_prompt: int) -> tuple[float, Interval]:
     """Samples of one prompt are not independent: they count as one observation, their mean."""
-    groups = [values[i : i + samples_per_prompt] for i in range(0, len(values), samples_per_prompt)]
-    means = [sum(group) / len(group) for group in groups]
+    means = _means_of_groups(values, samples_per_prompt)
     return sum(means) / len(means), mean_interval(means)
+
+
+def _means_of_groups(values: list[float], size: int) -> list[float]:
+    groups = [values[i : i + size] for i in range(0, len(values), size)]
+    return [sum(group) / len(group) for group in groups]

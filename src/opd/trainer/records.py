@@ -54,7 +54,7 @@ def record_evaluation(
     teacher: Teacher | None = None,
 ) -> None:
     """Metrics, intervals, and the first samples of an evaluation. Nobody asks the student about the teacher's answers."""
-    run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure)
+    run.evaluation(step, who, evaluation.metrics, evaluation.intervals, measure, evaluation.per_prompt)
     kept = evaluation.rollouts[: config.samples]
     names = teacher_names(teacher, [rollout for rollout, _, _ in kept])
     for rollout, kl, reward in kept:
