@@ -43,7 +43,7 @@ def test_a_plain_line_says_step_metrics_memory_and_time_left():
     out, clock = io.StringIO(), Clock()
     progress = Progress(20, enabled="plain", stream=out, clock=clock, memory=lambda: "GPU 12.3 GB")
     run(progress, clock, range(10), metrics=METRICS | {"truncated": 0.25, "reward/mean": 0.5})
-    numbers = "loss 0.25  reverse KL 0.125  reward 0.5  cut off 25%  tokens/s 12,346  GPU 12.3 GB"
+    numbers = "loss 0.25  reverse KL 0.125  reward 0.5  truncated 25%  tokens/s 12,346  GPU 12.3 GB"
     assert out.getvalue() == f"step 1/20  {numbers}  ETA 0:38\nstep 10/20  {numbers}  ETA 0:20\n"
 
 

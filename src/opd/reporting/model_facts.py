@@ -59,7 +59,7 @@ def count(number: float) -> str:
 
 
 def _folder_of(name: str, revision: str | None) -> Path | None:
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return None

@@ -34,7 +34,7 @@ SHOWN = (
     ("loss", "loss", "{:.4g}"),
     ("reverse_kl", "reverse KL", "{:.4g}"),
     ("reward/mean", "reward", "{:.3g}"),
-    ("truncated", "cut off", "{:.0%}"),
+    ("truncated", "truncated", "{:.0%}"),
     ("natural/predicted_kl", "step KL", "{:.2g}"),
     ("time/tokens_per_second", "tokens/s", "{:,.0f}"),
 )

@@ -13,11 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from opd.errors import RunFolderError
+from opd.reporting.about import read_state
 from opd.reporting.files import (
     CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
+    STATE_FILE,
     SUMMARY_FILE,
     explain_os_errors,
     strict_json,
@@ -60,6 +62,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
     folder = Path(run_dir)
     _refuse_other_folders(folder)
     destination = folder / REPORT_FILE if out is None else Path(out)
+    state = read_state(folder)
     page = render_report(
         title=title or folder.resolve().name,
         metrics=read_metrics(folder),
@@ -67,6 +70,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
         summary=read_summary(folder),
         config=_read_config(folder),
         history=read_history(folder),
+        live=state is not None and state.name in ("loading", "running") and state.alive,
     )
     with explain_os_errors("create", destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +86,9 @@ def render_report(
     summary: Mapping[str, Any] | None = None,
     config: str | None = None,
     history: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    live: bool = False,
 ) -> str:
-    """The page as HTML text."""
+    """The page as HTML text; a `live` one loads itself again."""
     from plotly.offline import get_plotlyjs  # takes a second to import; only a report needs it
 
     rows = summary_rows(summary or {})
@@ -117,6 +122,7 @@ def render_report(
         light_scale=Markup(scale_css(LIGHT_SCALE)),
         dark_scale=Markup(scale_css(DARK_SCALE)),
         script=Markup(_asset("report.js")),
+        live_script=Markup(_asset("live.js")) if live else None,
         viewer_script=Markup(_asset("viewer.js")),
         viewer_css=Markup(_asset("viewer.css")),
         plotly=Markup(get_plotlyjs()) if groups or rows else None,
@@ -126,7 +132,7 @@ def render_report(
 def _refuse_other_folders(folder: Path) -> None:
     if not folder.is_dir():
         raise RunFolderError(f"There is no folder {folder}. Give the folder that training wrote its run to.")
-    if not any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE)):
+    if not any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, STATE_FILE)):
         raise RunFolderError(
             f"{folder} is not a run folder: it has none of {METRICS_FILE}, {SAMPLES_FILE} and {SUMMARY_FILE}. "
             "Give the folder that training wrote its run to."

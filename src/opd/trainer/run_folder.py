@@ -124,7 +124,7 @@ class RunFolder:
                         os.rename(self.path / name, aside / name)
                         moved.append(name)
             except BaseException:
-                self._step_back(aside, moved)
+                self._put_back(aside, moved)
                 raise
         return aside, moved
 
@@ -133,6 +133,9 @@ class RunFolder:
         for name in OWN_NAMES:
             if name in moved or (self.path / name).is_file():
                 remove(self.path / name)
+        self._put_back(aside, moved)
+
+    def _put_back(self, aside: Path, moved: Sequence[str]) -> None:
         for name in moved:
             os.rename(aside / name, self.path / name)
         aside.rmdir()
