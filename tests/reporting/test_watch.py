@@ -89,8 +89,10 @@ def test_the_version_follows_the_run_and_only_the_run(run, impatient):
         grow(run, 4)
         second = asked(port, "/version")[1]
         assert second != first and asked(port)[0].headers["ETag"] == f'"{second.decode()}"'
+        written = (run / "report.html").stat().st_mtime_ns
         write_state(run, "running", 5, 10)  # a later time, and no news
         assert asked(port, "/version")[1] == second
+        assert (run / "report.html").stat().st_mtime_ns == written
 
 
 def test_a_page_is_not_written_again_for_every_question(run):

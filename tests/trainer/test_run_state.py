@@ -79,12 +79,14 @@ def test_the_state_is_loading_then_running_step_by_step(world, tmp_path, monkeyp
 
     monkeypatch.setattr(distiller, "_build", build_and_note)
     distiller.train()
-    assert [(state.name, state.step) for state in seen] == [
-        ("loading", 0),
-        ("running", 1),
-        ("running", 2),
-        ("running", 3),
-    ]
+    went_on = [("running", 1), ("running", 2), ("running", 3)]
+    assert [(state.name, state.step) for state in seen] == [("loading", 0), *went_on]
+    seen.clear()
+    again = Distiller.from_config(distiller.config, callbacks=note)
+    build_parts = again._build
+    monkeypatch.setattr(again, "_build", build_and_note)
+    again.train(overwrite=True)  # the old run is whole until the new one can start
+    assert [(state.name, state.step) for state in seen] == [("finished", 3), *went_on]
 
 
 def test_a_run_that_cannot_start_leaves_no_state_and_claims_no_folder(world, tmp_path):
