@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from opd.reporting.record import RunRecorder
 from opd.trainer.from_config import RunComponents
 from opd.trainer.loop import TrainingLoop
 from opd.trainer.run_folder import RunFolder
+from opd.trainer.run_state import RunState
 
 
 class TimedRecorder(RunRecorder):
@@ -60,7 +62,9 @@ def main(case_path: str, result_path: str) -> None:
         parts.student.teacher_logits = clock.wrap(parts.student.teacher_logits, "teacher")
         with TimedRecorder(run_dir, clock) as run, Progress(config.train.steps, enabled="off") as progress:
             clock.restart()
-            TrainingLoop(components=parts, folder=RunFolder(run_dir), run=run, progress=progress).run_steps()
+            state = RunState(Path(run_dir), config.train.steps, progress.warn_once)
+            loop = TrainingLoop(components=parts, folder=RunFolder(run_dir), run=run, progress=progress, state=state)
+            loop.run_steps()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     clock.write(result_path, prompts=prompts, versions=versions)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,12 +62,19 @@ def test_a_disk_too_full_for_the_logs_is_named(user: User):
     outcome.refuses("Cannot write", str(user.run_dir), "File too large", "Free some space")
 
 
-def test_a_report_without_room_leaves_the_trained_student(user: User):
-    with room_for_files_of(100_000):
-        outcome = user.train()
-    outcome.refuses("report.html", "File too large", "Free some space")
+def test_a_report_without_room_is_a_warning_with_advice_that_works(user: User):
+    with room_for_files_of(40_000):
+        outcome = user.train(log__progress="plain")
+    outcome.succeeds()
+    (warning,) = [line for line in outcome.out.splitlines() if line.startswith("warning: The report")]
+    for fragment in ("report.html", "File too large", "Free some space", "The run itself is not affected"):
+        assert fragment in warning
+    assert not [line for line in outcome.out.splitlines() if line.startswith("report:")]
+    assert "report.html" not in user.files()
     _ended_as_if_nothing_had_happened(user)
-    user.opd("report", user.run_dir)
+    assert json.loads(user.files()["state.json"])["name"] == "finished"
+    _, *advice = shlex.split(warning.partition("write it later with: ")[2])
+    user.opd(*advice).succeeds()
     assert "report.html" in user.files()
 
 

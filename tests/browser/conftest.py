@@ -37,11 +37,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a file, `open_page(path, **options of a context)`. The test fails on an exception of the page, on a message of its console
-    that is an error, which a breach of its Content-Security-Policy is, and on a request that leaves the file."""
+    """Opens a file or the address of a server, `open_page(path, **options of a context)`. The test fails on an exception of the page, on a message of its console
+    that is an error, which a breach of its Content-Security-Policy is, and on a request that leaves the file or the server."""
     contexts, wrong = [], []
 
-    def opened(path: Path, **options: Any) -> Any:
+    def opened(path: Path | str, **options: Any) -> Any:
+        url = path if isinstance(path, str) else path.resolve().as_uri()
+        own = (url,) if isinstance(path, str) else ("file:",)
         context = browser.new_context(**{"viewport": DESKTOP, "color_scheme": "light", **options})
         contexts.append(context)
         page = context.new_page()
@@ -52,9 +54,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on(
             "request",
-            lambda asked: None if asked.url.startswith(("file:", "data:", "blob:")) else wrong.append(asked.url),
+            lambda asked: None if asked.url.startswith((*own, "data:", "blob:")) else wrong.append(asked.url),
         )
-        page.goto(path.resolve().as_uri())
+        page.goto(url)
         return page
 
     yield opened

@@ -22,10 +22,11 @@ def run(args: Sequence[str]) -> int:
     from opd.cli.show import show_result
     from opd.demo.prepare import prepare, recipe_path
     from opd.reporting.files import SUMMARY_FILE
-    from opd.reporting.report import write_report
     from opd.reporting.summary import write_summary
+    from opd.trainer.launch import Launch
     from opd.trainer.run import train
     from opd.trainer.run_folder import open_run
+    from opd.trainer.run_state import write_report_or_warn
 
     rest = [a for a in args if a not in ("--resume", "--overwrite")]
     if rest and not rest[0].startswith("--"):
@@ -44,10 +45,10 @@ def run(args: Sequence[str]) -> int:
     with open_run(config, resume=resume, overwrite=overwrite):
         prepare(folder, seed=config.seed, say=partial(print, flush=True))
     prepared = time.perf_counter() - began
-    summary = train(config, resume=resume, overwrite=overwrite)
+    summary = train(config, resume=resume, overwrite=overwrite, launch=Launch(folder=recipe_path().parent))
     if summary is not None:
         summary |= {"preparation_seconds": prepared, "seconds": time.perf_counter() - began}
         write_summary(folder / SUMMARY_FILE, summary)
-        write_report(folder)
+        write_report_or_warn(folder, lambda text, _: print(f"warning: {text}"))
     show_result(config, summary)
     return 0

@@ -25,4 +25,6 @@ def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
             print(f"note: {note}")
     folder = Path(config.run_dir)
     # Not through the console, which reads brackets as markup and widens tabs.
-    print(f"student: {folder / 'student'}\nreport:  {folder / REPORT_FILE}")
+    print(f"student: {folder / 'student'}")
+    if (folder / REPORT_FILE).exists():  # a report that could not be written was a warning
+        print(f"report:  {folder / REPORT_FILE}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig
-from opd.config.recipe import load
 from opd.errors import ConfigError
 
 USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
@@ -16,14 +15,20 @@ def run(args: Sequence[str]) -> int:
         print_help(USAGE)
         return 0
     recipe, resume, overwrite, overrides = split_arguments(args)
+    from opd.cli.banner import show_banner
+
+    announced = show_banner(recipe, overrides)  # before torch, which takes seconds to import
     from transformers.utils.logging import disable_progress_bar
 
     from opd.cli.show import show_result
+    from opd.config.recipe import load
+    from opd.trainer.launch import Launch
     from opd.trainer.run import train
 
     disable_progress_bar()  # loading and saving take a moment; downloads keep theirs
     config = load(recipe, overrides)
-    summary = train(config, resume=resume, overwrite=overwrite)
+    launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced)
+    summary = train(config, resume=resume, overwrite=overwrite, launch=launch)
     show_result(config, summary)
     return 0
 
@@ -43,6 +48,8 @@ def split_arguments(args: Sequence[str]) -> tuple[str | None, bool, bool, list[s
 def print_help(usage: str) -> None:
     """Print every section and field with its default, as tyro renders the dataclasses."""
     import tyro
+
+    from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig
 
     shown = Config(
         student=StudentConfig(model="-", lora=LoraConfig()),

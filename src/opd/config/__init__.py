@@ -1,14 +1,20 @@
 """All sections of a run's configuration: frozen dataclasses with a help text under every field. Starts no model."""
 
-from opd.config.model import DType, LoadOptionsConfig, LoraConfig, ModelConfig, StudentConfig
-from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
-from opd.config.prompts import PromptsConfig
-from opd.config.rl import HybridConfig, RewardConfig, RlConfig
-from opd.config.rollout import RolloutConfig
-from opd.config.run import Config
-from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
-from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
-from opd.config.vllm import VllmConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opd.config.model import DType, LoadOptionsConfig, LoraConfig, ModelConfig, StudentConfig
+    from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
+    from opd.config.prompts import PromptsConfig
+    from opd.config.rl import HybridConfig, RewardConfig, RlConfig
+    from opd.config.rollout import RolloutConfig
+    from opd.config.run import Config
+    from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
+    from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+    from opd.config.vllm import VllmConfig
 
 __all__ = [
     "BaseMixtureConfig",
@@ -33,3 +39,45 @@ __all__ = [
     "TrainConfig",
     "VllmConfig",
 ]
+
+_HOMES = {
+    "opd.config.model": (
+        "DType",
+        "LoadOptionsConfig",
+        "LoraConfig",
+        "ModelConfig",
+        "StudentConfig",
+    ),
+    "opd.config.optimizer": (
+        "NaturalGradientConfig",
+        "OptimizerConfig",
+    ),
+    "opd.config.prompts": ("PromptsConfig",),
+    "opd.config.rl": (
+        "HybridConfig",
+        "RewardConfig",
+        "RlConfig",
+    ),
+    "opd.config.rollout": ("RolloutConfig",),
+    "opd.config.run": ("Config",),
+    "opd.config.teachers": (
+        "BaseMixtureConfig",
+        "MixtureConfig",
+        "TeacherConfig",
+    ),
+    "opd.config.train": (
+        "CheckpointConfig",
+        "EvalConfig",
+        "LogConfig",
+        "TrainConfig",
+    ),
+    "opd.config.vllm": ("VllmConfig",),
+}
+"""Names by their module. They are imported on first use, so that the sections that need no torch can be had without it."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

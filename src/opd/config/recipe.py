@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,67 +17,14 @@ import yaml
 
 from opd.config import Config
 from opd.config.sections import all_keys, hint_of, parse_section
+from opd.config.words import merge, read_recipe, scalar
 from opd.errors import ConfigError
 from opd.losses.settings import READ_BY
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's idea of a boolean, so that `progress: off` is a word and not False; a key given twice is an error."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - the name and the type are PyYAML's
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key: Any = cast(Any, self).construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(
-                    f"'{key}' is there twice, again in line {line}, and only one of the two can be meant."
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-cast(Any, _Yaml).add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
 
 
 def whole_keys() -> list[str]:
     """Every key of a recipe."""
     return all_keys(Config)
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe's YAML as a dict. Raises ConfigError when it is missing or malformed."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"No recipe at '{path}'. Give the path of a YAML file, e.g. recipes/demo/recipe.yaml."
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"The recipe '{path}' is a folder; give the YAML file in it.") from None
-    except OSError as error:
-        raise ConfigError(f"The recipe '{path}' cannot be read: {error.strerror}. Check its permissions.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"The recipe '{path}' is not text; a recipe is a YAML file in UTF-8.") from None
-    try:
-        data = yaml.load(text, _Yaml)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The recipe '{path}' is not valid YAML; mend the place it names. {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"The recipe '{path}' must be a mapping of sections, not a {type(data).__name__}; write e.g. 'train: {{steps: 50}}'."
-        )
-    return cast("dict[str, Any]", data)
 
 
 def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
@@ -118,47 +64,24 @@ FLAGS = ("--resume", "--overwrite", "--debug")
 """Words on the command line that take no value."""
 
 
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.load(text, _Yaml)
-    except yaml.YAMLError:
-        return text
-
-
 def _reader(dotted: str) -> Callable[[str], Any]:
     """The reader of a key's words: YAML, or word for word where the key takes text alone. A path may hold what is a list, a comment
     or a date to YAML."""
     annotation = hint_of(Config, dotted)
     kinds = set(get_args(annotation)) or {annotation}
     if str not in kinds or not kinds <= {str, type(None), Ellipsis}:
-        return _scalar
+        return scalar
     return partial(_text, several=Ellipsis in kinds)
 
 
 def _text(text: str, *, several: bool) -> Any:
     """The text itself; quotes that are there for YAML, null, and a list where the key takes several texts are read as such. A number
     or true, which is seldom meant, is refused later, and the refusal says how to mean it."""
-    value = _scalar(text)
+    value = scalar(text)
     quoted = text[:1] in ("'", '"') and isinstance(value, str)
     nothing = value is None and text.strip() in ("null", "Null", "NULL", "~")
     as_yaml = quoted or nothing or isinstance(value, (bool, int, float)) or (several and isinstance(value, list))
     return cast(Any, value) if as_yaml else text
-
-
-def merge(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with dotted overrides put in; the recipe itself is not changed."""
-    merged = {key: _own_copy(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
-    for dotted, value in overrides.items():
-        *sections, key = dotted.split(".")
-        node: dict[str, Any] = merged
-        for section in sections:
-            node[section] = node = _own_copy(node.get(section))
-        node[key] = value
-    return merged
-
-
-def _own_copy(value: Any) -> dict[str, Any]:
-    return dict(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else {}
 
 
 def build(data: Mapping[str, Any]) -> Config:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from opd.config.sections import Section
 from opd.errors import ConfigError, require
-from opd.losses import WEIGHT_SUM_TOLERANCE, Objective
+
+if TYPE_CHECKING:
+    from opd.losses import Objective
 
 
 def at_least(low: int, section: Section, *names: str) -> None:
@@ -36,6 +38,8 @@ def positive(section: Section, *names: str, unless: str = "") -> None:
 
 def check_weights(key: str, weights: Mapping[str, float]) -> None:
     """Refuse weights that are negative or do not sum to one."""
+    from opd.losses import WEIGHT_SUM_TOLERANCE  # torch comes with it
+
     total = sum(weights.values())
     ok = all(math.isfinite(w) and w >= 0 for w in weights.values()) and abs(total - 1.0) <= WEIGHT_SUM_TOLERANCE
     shown = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items())

@@ -92,7 +92,10 @@ class LogConfig(Section, key="log"):
     """Keep some rollouts with what both models said at each token every n steps."""
     samples: int = 4
     """Rollouts kept each time."""
+    show_samples: int = 0
+    """Show one sampled answer every n steps, with its prompt, reward and mean reverse KL; 0 shows none."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "samples_every")
+        at_least(0, self, "show_samples")
         require(self.samples >= 0, f"log.samples must not be negative, not {self.samples}")

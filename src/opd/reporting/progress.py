@@ -26,13 +26,16 @@ PLAIN_SILENCE_S = 60.0  # a slow run still prints a line every minute
 ETA_STEPS = 20  # steps whose mean duration predicts the rest
 REFRESH_PER_S = 4
 
+SHOWN_CHARACTERS = 1000  # of a prompt, and of an answer
+SAME = 1e-6  # relative: loss and reverse KL are the same number, summed in another order
+
 # (metric, label, format)
 SHOWN = (
     ("loss", "loss", "{:.4g}"),
     ("reverse_kl", "reverse KL", "{:.4g}"),
     ("reward/mean", "reward", "{:.3g}"),
+    ("truncated", "truncated", "{:.0%}"),
     ("natural/predicted_kl", "step KL", "{:.2g}"),
-    ("student_entropy", "entropy", "{:.3g}"),
     ("time/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 
@@ -53,13 +56,17 @@ class Progress:
         plain_every: int = PLAIN_EVERY,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        memory: Callable[[], str] = str,
     ) -> None:
+        """`memory` says how much is in use, such as "GPU 12.3 GB"; nothing by itself."""
         self._stream = sys.stdout if stream is None else stream
-        self.mode = _choose(self._stream) if enabled == "auto" else enabled
+        self.mode = choose_mode(self._stream) if enabled == "auto" else enabled
         self._total = total_steps
         self._completed = start
         self._plain_every = plain_every
         self._clock = clock
+        self._memory = memory
+        self._spoke = False
         self._times: deque[float] = deque(maxlen=ETA_STEPS + 1)
         self._last_line = -math.inf
         self._phase: str = ""
@@ -86,7 +93,9 @@ class Progress:
         """Update number `step`, from 0, has completed with these metrics."""
         self._completed = step + 1
         self._times.append(self._clock())
-        self._numbers = [f"{words} {form.format(metrics[name])}" for name, words, form in SHOWN if name in metrics]
+        shown = [name for name, _, _ in SHOWN if name in metrics and not (name == "reverse_kl" and _same(metrics))]
+        self._numbers = [f"{words} {form.format(metrics[name])}" for name, words, form in SHOWN if name in shown]
+        self._numbers += [used] if (used := self._memory()) else []
         if self.mode == "plain":
             self._print_line_if_due()
 
@@ -95,6 +104,11 @@ class Progress:
         self._phase = name
         if self._live is not None:
             self._live.refresh()
+
+    def sample(self, heading: str, prompt: str, answer: str) -> None:
+        """Show one sampled answer under a heading; both are quoted, so they cannot command the terminal."""
+        lines = [heading, *quoted("prompt", prompt), *quoted("answer", answer)]
+        self.message("\n".join(lines))
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live display."""
@@ -121,8 +135,10 @@ class Progress:
     def _print_line_if_due(self) -> None:
         now = self._times[-1]
         is_last = self._completed >= self._total
-        if not is_last and self._completed % self._plain_every and now - self._last_line < PLAIN_SILENCE_S:
+        waits = self._completed % self._plain_every and now - self._last_line < PLAIN_SILENCE_S
+        if self._spoke and not is_last and waits:
             return
+        self._spoke = True
         self._last_line = now
         parts = [f"step {self._completed}/{self._total}", *self._numbers]
         if not is_last:
@@ -146,6 +162,19 @@ class Progress:
         return "" if seconds is None else f"ETA {duration(seconds)}"
 
 
+def _same(metrics: Mapping[str, float]) -> bool:
+    """The loss is the reverse KL itself."""
+    return math.isclose(metrics.get("loss", math.nan), metrics["reverse_kl"], rel_tol=SAME, abs_tol=0.0)
+
+
+def quoted(label: str, text: str) -> list[str]:
+    """Lines of a text in a margin that it cannot leave, cut where it is very long."""
+    shown = text[:SHOWN_CHARACTERS].replace("\r\n", "\n")
+    more = [f"… and {len(text) - SHOWN_CHARACTERS:,} more characters"] if len(text) > SHOWN_CHARACTERS else []
+    lines = [*shown.split("\n"), *more]
+    return [f"  {label if number == 0 else '':<6} │ {line}" for number, line in enumerate(lines)]
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 3:07 or 1:02:45."""
     minutes, second = divmod(round(seconds), 60)
@@ -153,7 +182,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _choose(stream: TextIO) -> Literal["rich", "plain"]:
+def choose_mode(stream: TextIO) -> Literal["rich", "plain"]:
+    """The display of progress="auto"."""
     in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     live = stream.isatty() and not in_ci and os.environ.get("TERM") != "dumb"
     return "rich" if live else "plain"

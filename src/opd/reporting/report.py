@@ -46,9 +46,20 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
     The page names whatever the folder lacks. Raises `RunFolderError` when the folder is no run folder or cannot be written.
     """
     folder = Path(run_dir)
-    _refuse_other_folders(folder)
     destination = folder / REPORT_FILE if out is None else Path(out)
-    page = render_report(
+    page = report_page(folder, title)
+    with explain_os_errors("create", destination.parent):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(destination, page.encode("utf-8", "replace"))
+    return destination
+
+
+def report_page(run_dir: str | Path, title: str | None = None, *, version: str = "") -> str:
+    """The report of a run as HTML text, which loads itself again while the run goes on. One with a `version` is served: it asks /version
+    for news. Raises `RunFolderError` when the folder is no run folder."""
+    folder = Path(run_dir)
+    _refuse_other_folders(folder)
+    return render_report(
         title=title or folder.resolve().name,
         metrics=read_metrics(folder),
         samples=read_samples(folder),
@@ -57,11 +68,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None, title: str 
         history=read_history(folder),
         about=read_about(folder),
         state=read_state(folder),
+        version=version,
     )
-    with explain_os_errors("create", destination.parent):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(destination, page.encode("utf-8", "replace"))
-    return destination
 
 
 def render_report(
@@ -74,9 +82,9 @@ def render_report(
     history: Sequence[tuple[int, Mapping[str, Any]]] = (),
     about: About | None = None,
     state: State | None = None,
+    version: str = "",
 ) -> str:
     """The page as HTML text."""
-
     rows = summary_rows(summary or {})
     metrics = comparable(metrics)
     curves = Curves(metrics)
@@ -96,11 +104,14 @@ def render_report(
         "axes": [asdict(axis) for axis in axes(curves)],
         "notices": [*_notices(metrics, samples, rows, state), *summary_notes(summary or {}), *_changes(history)],
         "config": configuration(config) if config else None,
+        "live": bool(version) or (state is not None and state.name in ("loading", "running") and state.alive),
+        "version": version,
         "viewer": viewer_data(samples),
         "viewer_css": viewer_css(),
         "viewer_script": viewer_script(),
     }
-    return render_page("report.html.jinja", {**context, "contents": _contents(context)})
+    connect = "'self'" if version else "'none'"
+    return render_page("report.html.jinja", {**context, "contents": _contents(context)}, connect=connect)
 
 
 def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,10 +14,12 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
 from opd.quantized import merged
+from opd.reporting.loading import Loading
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.keep_rollouts import keep_rollouts
+from opd.trainer.launch import Launch
 from opd.trainer.lifecycle import Run, run_in_folder, write_student
 from opd.trainer.loop import Callback, take_step
 
@@ -118,9 +120,13 @@ class Distiller:
 
     @classmethod
     def from_config(
-        cls, config: Config | Mapping[str, Any], *, callbacks: Callback | Sequence[Callback] = ()
+        cls,
+        config: Config | Mapping[str, Any],
+        *,
+        callbacks: Callback | Sequence[Callback] = (),
+        launch: Launch | None = None,
     ) -> Distiller:
-        """A Distiller of a recipe: a Config, or the dict that would make one."""
+        """A Distiller of a recipe: a Config, or the dict that would make one. `launch` is what about.json will say of how it started."""
         if isinstance(config, Mapping):
             config = build(config)
         if not isinstance(config, Config):
@@ -130,6 +136,7 @@ class Distiller:
             )
         distiller = cls.__new__(cls)
         distiller._set_up(config, Given(), callbacks)
+        distiller._launch = launch or distiller._launch
         return distiller
 
     def _set_up(self, config: Config, given: Given, callbacks: Callback | Sequence[Callback]) -> None:
@@ -141,6 +148,7 @@ class Distiller:
                     f"callbacks holds {callback!r}, which cannot be called; give functions of a step's record."
                 )
         self._given = given
+        self._launch = Launch()
         self._components: RunComponents | None = None
         self._trained: PreTrainedModel | None = None
 
@@ -149,9 +157,9 @@ class Distiller:
         """Student, sampler, scorer and the rest, which are loaded on first use."""
         return self._build(self.config)
 
-    def _build(self, config: Config) -> RunComponents:
+    def _build(self, config: Config, loading: Loading | None = None) -> RunComponents:
         if self._components is None:
-            self._components = RunComponents(config, self._given)
+            self._components = RunComponents(config, self._given, loading)
         return self._components
 
     def train(self, *, resume: bool = False, overwrite: bool = False) -> Run:
@@ -167,7 +175,14 @@ class Distiller:
             raise ConfigError(
                 "resume=True loads weights over those that are in use already; make a new Distiller for it."
             )
-        run = run_in_folder(self.config, self._build, resume=resume, overwrite=overwrite, callbacks=self.callbacks)
+        run = run_in_folder(
+            self.config,
+            self._build,
+            resume=resume,
+            overwrite=overwrite,
+            callbacks=self.callbacks,
+            launch=self._launch,
+        )
         self._trained = run.student
         return run
 

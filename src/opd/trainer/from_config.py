@@ -17,6 +17,7 @@ from opd.doctor.checks import check_lengths, check_packing, check_rows, check_to
 from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
 from opd.errors import ConfigError
 from opd.quantized import check_trainable
+from opd.reporting.loading import Loading
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
 from opd.samplers.kept import KeptRollouts
@@ -99,8 +100,8 @@ class RunComponents:
     kept: KeptScores | None
     """What the teachers' caches did; None without one."""
 
-    def __init__(self, config: Config, given: Given | None = None) -> None:
-        """Raises the OpdError of whatever does not fit; nothing has been trained by then."""
+    def __init__(self, config: Config, given: Given | None = None, loading: Loading | None = None) -> None:
+        """Raises the OpdError of whatever does not fit; nothing has been trained by then. `loading` is told what is loaded."""
         self.config = config
         self._given = given = given or Given()
         said = self._load_prompts()
@@ -108,13 +109,22 @@ class RunComponents:
         check_rows(config, self._prompts, self._held_out)
         self._measured = given.reward(config.eval.reward, config.reward)
         device = config.student.device
-        self.loaded = load_model(config.student, "student", config.prompts, device=device, given=given.student)
+        first = self._prompts[0] if self._prompts else None
+        self.loaded = load_model(
+            config.student,
+            "student",
+            config.prompts,
+            device=device,
+            given=given.student,
+            loading=loading,
+            shown=first,
+        )
         self.renderer, self.pad_id = self.loaded.renderer, self.loaded.pad_id
         # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
         said += check_text(self.renderer, "student", everything)
         first_weights = sampled_weights(self.loaded.model)
         self._model = self._trainable()
-        self._teachers = teachers = build_teachers(config, self.loaded, self._model, given.teachers)
+        self._teachers = teachers = build_teachers(config, self.loaded, self._model, given.teachers, loading)
         teachers.check_prompts(everything)
         check_tokens(config.objective, config.rollout, self.renderer, teachers.vocabulary)
         for role, one in {"student": self.loaded, **teachers.loaded}.items():

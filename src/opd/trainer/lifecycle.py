@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import Config, LogConfig
 from opd.config.recipe import to_dict
-from opd.errors import MissingDependencyError, RunFolderError
+from opd.errors import MissingDependencyError, OpdError, RunFolderError
 from opd.quantized import merged
+from opd.reporting.about import read_about, write_about
+from opd.reporting.banner import banner, show
 from opd.reporting.files import explain_os_errors
+from opd.reporting.loading import Loading
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_metrics
 from opd.reporting.report import write_report
@@ -28,12 +33,14 @@ from opd.tokenizer import write_own_files
 from opd.trainer.checkpoint import behind_link, checkpoints, load_checkpoint, publish, version_of
 from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.from_config import RunComponents
-from opd.trainer.interrupts import Interrupted, RunStopped, StopRequest
+from opd.trainer.interrupts import RunStopped, StopRequest
+from opd.trainer.launch import Launch, about_run, memory_words, versions
 from opd.trainer.loop import Callback, TrainingLoop
 from opd.trainer.records import summarize
 from opd.trainer.resume import continued, described
 from opd.trainer.resume import notes as change_notes
 from opd.trainer.run_folder import RunFolder, open_run
+from opd.trainer.run_state import BeforeTheRun, RunState, why_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +67,32 @@ class Run:
 
 def run_in_folder(
     config: Config,
-    build: Callable[[Config], RunComponents],
+    build: Callable[[Config, Loading], RunComponents],
     *,
     resume: bool,
     overwrite: bool,
     callbacks: Sequence[Callback] = (),
+    launch: Launch | None = None,
 ) -> Run:
     """Train in `config.run_dir`, which is checked before anything is built. Raises OpdError, and RunStopped after a signal."""
     with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
+        launch, before = launch or Launch(), BeforeTheRun(folder.path, replaces=overwrite and bool(folder.taken_by()))
         try:
             config, folder.changes = continued(config, folder.changes)
             _check_sinks(config.log)
-            components = build(config)
-            start = _restore(folder, components) if resume else None
+            if not launch.announced and config.log.progress != "off":
+                show(banner(to_dict(config), versions().get("opd", "")), sys.stdout)
+            before.loading(config.train.steps)
+            with Loading(enabled=config.log.progress) as loading:
+                components = build(config, loading)
+                start = _restore(folder, components) if resume else None
             resumed = _resumed(folder, start, config) if resume else []
-            return _train(components, folder, stop, callbacks, start, resumed)
+            return _train(components, folder, stop, callbacks, start, resumed, launch)
         except KeyboardInterrupt:
             raise _stopped(config, folder, stop, resume=resume) from None
+        finally:
+            if not folder.begun:
+                before.undo()
 
 
 def _train(
@@ -86,33 +102,73 @@ def _train(
     callbacks: Sequence[Callback],
     start: int | None,
     resumed: Sequence[str],
+    launch: Launch,
 ) -> Run:
     config = components.config
     with stop.whole_steps():
         with folder.begin(config, step=start) as notes:
             recorder = RunRecorder(folder.path, resume_step=start, sinks=_sinks(config, folder, start))
-        with recorder as run, Progress(config.train.steps, start or 0, enabled=config.log.progress) as progress:
-            warnings = [f"warning: {warning}" for warning in components.warnings]
-            for line in [*warnings, *(f"note: {note}" for note in components.notes), *notes, *resumed]:
-                progress.message(line)
-            loop = TrainingLoop(
-                components=components, folder=folder, run=run, progress=progress, stop=stop, callbacks=callbacks
-            )
-            try:
-                with engine_of(components, progress.message):
-                    loop.run_steps()
-            except Interrupted:
-                write_report(folder.path)
-                raise
-            finally:
-                for line in [] if components.kept is None else components.kept.close():
+        memory = partial(memory_words, components.student.device)
+        progress = Progress(config.train.steps, start or 0, enabled=config.log.progress, memory=memory)
+        state = RunState(folder.path, config.train.steps, progress.warn_once, step=start or 0)
+        with _told(state, stop):
+            with recorder as run, progress:
+                _write_about(config, folder, launch, state, resumed=start is not None)
+                warnings = [f"warning: {warning}" for warning in components.warnings]
+                for line in [*warnings, *(f"note: {note}" for note in components.notes), *notes, *resumed]:
                     progress.message(line)
-        model = save_student(components, folder)
-        summary = summarize(folder.path, config)
-        if summary is not None:
-            write_summary(folder.path / SUMMARY_FILE, summary)
-        write_report(folder.path)
+                loop = TrainingLoop(
+                    components=components,
+                    folder=folder,
+                    run=run,
+                    progress=progress,
+                    state=state,
+                    stop=stop,
+                    callbacks=callbacks,
+                )
+                why = _run_steps(loop, components, progress)
+            model = save_student(components, folder)
+            summary = summarize(folder.path, config)
+            if summary is not None:
+                write_summary(folder.path / SUMMARY_FILE, summary)
+            state.ended("finished" if why is None else "stopped", why or "")
         return Run(path=folder.path, summary=summary, student=model, tokenizer=components.loaded.tokenizer)
+
+
+def _run_steps(loop: TrainingLoop, components: RunComponents, progress: Progress) -> str | None:
+    """All steps; why a callback ended them."""
+    try:
+        with engine_of(components, progress.message):
+            return loop.run_steps()
+    finally:
+        for line in [] if components.kept is None else components.kept.close():
+            progress.message(line)
+
+
+@contextmanager
+def _told(state: RunState, stop: StopRequest) -> Iterator[None]:
+    """However the block ends, state.json says it, and but for a second signal the report is there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        name = (stop.signal or signal.SIGINT).name
+        if stop.second:
+            state.write("stopped", f"{name}, twice")
+        else:
+            state.ended("stopped", name)
+        raise
+    except BaseException as error:
+        state.ended("failed", why_of(error))
+        raise
+
+
+def _write_about(config: Config, folder: RunFolder, launch: Launch, state: RunState, *, resumed: bool) -> None:
+    try:
+        before = read_about(folder.path) if resumed else None
+        write_about(folder.path, about_run(config, launch, started="" if before is None else before.started))
+    except OpdError as error:
+        state.warn(f"{error} The run goes on; its report cannot say what it was started with.", "about")
+    state.write("running")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import ModelConfig, PromptsConfig, RolloutConfig, StudentConfig, TeacherConfig
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
+from opd.errors import OpdError
 from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype
 from opd.quantized import quantization_options
+from opd.reporting.loading import Loading
+from opd.reporting.model_facts import model_facts
+from opd.reporting.progress import quoted
 from opd.samplers.base import Sampling
 from opd.samplers.hf import HfSampler
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.tokenizer import load_tokenizer, own_files
 from opd.trainer.guardrails import memory_advice
-from opd.types import RolloutSource
+from opd.types import Prompt, RolloutSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +61,12 @@ def load_model(
     *,
     device: str,
     given: GivenModel | None = None,
+    loading: Loading | None = None,
+    shown: Prompt | None = None,
 ) -> LoadedModel:
     """Model, tokenizer and renderer; `given` takes the place of what would be loaded. A teacher's renderer follows
-    prompts.teacher_prompt."""
+    prompts.teacher_prompt. `loading` is told what is loaded, and shows the prompt `shown` as the model will read it."""
+    loading = loading or Loading(enabled="off")
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
     name = f"{role} '{config.model}'"
     if given is None:
@@ -67,7 +75,10 @@ def load_model(
         quantization = quantization_options(
             quantised.quantization, quantised.quantization_config, role, dtype=dtype, device=place
         )
+        here = model_facts(config.model, config.revision).here
+        loading.begin(f"loading {name} in {str(dtype).removeprefix('torch.')} on {place}", here=here)
         tokenizer = load_tokenizer(config.model, **options)
+        _show(shown, config, tokenizer, name, prompts, loading)
         with memory_advice("load"):
             model = load_causal_lm(
                 config.model,
@@ -87,6 +98,23 @@ def load_model(
         files = saved_files(tokenizer)
     eos = eos_ids(model.generation_config, tokenizer)
     return LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files)
+
+
+def _show(
+    prompt: Prompt | None,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompts: PromptsConfig,
+    loading: Loading,
+) -> None:
+    """Show how a prompt reads once it is rendered. One that cannot be is refused later, where it can be said why."""
+    if prompt is None:
+        return
+    with suppress(OpdError):
+        renderer = make_renderer(config, tokenizer, name, prompts, rewrites=False)
+        rendered = renderer.decode_all(renderer.prompt_ids(prompt))
+        loading.message("\n".join(quoted("prompt", rendered)))
 
 
 def saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

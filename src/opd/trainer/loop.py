@@ -18,7 +18,9 @@ from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples, recorded
 from opd.trainer.run_folder import RunFolder
+from opd.trainer.run_state import RunState
 from opd.trainer.scoring import Scored
+from opd.trainer.show_sample import show_sample
 from opd.types import LossOutput, Rollout
 
 Callback = Callable[[dict[str, float]], object]
@@ -70,6 +72,7 @@ class TrainingLoop:
     folder: RunFolder
     run: RunRecorder
     progress: Progress
+    state: RunState
     stop: StopRequest = field(default_factory=StopRequest)
     callbacks: Sequence[Callback] = ()
 
@@ -77,27 +80,30 @@ class TrainingLoop:
     def config(self) -> Config:
         return self.components.config
 
-    def run_steps(self) -> None:
-        """From the student's version to the last step. Raises Interrupted between two steps after a signal; what was trained is in a
+    def run_steps(self) -> str | None:
+        """From the student's version to the last step, or to a callback's Stop, whose reason is returned. Raises Interrupted between two steps after a signal; what was trained is in a
         checkpoint then."""
         student, config = self.components.student, self.config
         draws = self.components.draws
         with self.stop.at_once() if self.components.engine else nullcontext():  # an engine may take minutes to start
             draws.load(student)
+        self.state.running(student.version)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
             done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
             self._record(step, done)
             with self.saved_on_error():
                 draws.load(student)  # the next rollouts are on-policy again
-                ended = self._call_back({"step": step, **done.metrics})
+                why = self._call_back({"step": step, **done.metrics})
+                ended = why is not None
                 if evaluation_due(config, student.version) or ended:
                     self.evaluate(first=False, last=ended)
                 if due(student.version, config.checkpoint.every) or ended:
                     self.save()
                 self.stop.check()
             if ended:
-                return
+                return why
+        return None
 
     def _record(self, step: int, done: Step) -> None:
         rollout, out, scored = self.config.rollout, done.out, done.scored
@@ -111,19 +117,21 @@ class TrainingLoop:
         if rollout.horizon(step, self.config.train.steps) == rollout.max_new_tokens:
             self.progress.warn_once(cut_off(out.metrics["truncated"], rollout.max_new_tokens), "cut off")
         self.progress.update(step, done.metrics)
+        every = self.config.log.show_samples
+        if every and step % every == 0:
+            show_sample(self.progress, step, done.rollouts, out, scored.rewards, self.components.renderer)
+        self.state.running(step + 1)
 
-    def _call_back(self, record: dict[str, float]) -> bool:
-        """Call every callback; True when one ends the run. Raises DataError for one that fails."""
-        ended = False
+    def _call_back(self, record: dict[str, float]) -> str | None:
+        """Call every callback; the reason when one ends the run. Raises DataError for one that fails."""
+        ended = None
         for callback in self.callbacks:
             name = getattr(callback, "__name__", type(callback).__name__)
             try:
                 callback(dict(record))
             except Stop as stop:
-                ended = True
-                self.progress.message(
-                    f"stopped by the callback {name} after step {record['step']}: {stop or 'no reason given'}"
-                )
+                ended = f"stopped by the callback {name} after step {record['step']}: {stop or 'no reason given'}"
+                self.progress.message(ended)
             except OpdError:
                 raise
             except Exception as error:  # somebody else's function
@@ -183,6 +191,7 @@ class TrainingLoop:
                 with self.stop.at_once(), parts.teacher.context():
                     teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
                 record_evaluation(self.run, version, "teacher", teacher, *measured)
+        self.state.running(version, evaluated=True)
         reached = student.metrics
         apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
         cut = f", {reached['truncated']:.1%} cut off" if reached["truncated"] else ""

@@ -62,6 +62,7 @@ EFFECTS: dict[str, Effect] = {
             "log.wandb_project",
             "log.samples_every",
             "log.samples",
+            "log.show_samples",
             "run_dir",
         ),
         "none",

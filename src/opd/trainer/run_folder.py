@@ -15,7 +15,15 @@ from pathlib import Path
 from opd.config import Config
 from opd.config.recipe import to_yaml
 from opd.errors import RunFolderError
-from opd.reporting.files import dangling_link, explain_link, explain_os_errors, remove, write_atomically
+from opd.reporting.files import (
+    ABOUT_FILE,
+    STATE_FILE,
+    dangling_link,
+    explain_link,
+    explain_os_errors,
+    remove,
+    write_atomically,
+)
 from opd.reporting.record import HISTORY_FILE, METRICS_FILE, read_metrics
 from opd.trainer.checkpoint import checkpoints
 from opd.trainer.resume import Change, check_same_run, compare, read_saved
@@ -32,7 +40,11 @@ OWN_NAMES = (
     "adapter",
     "tensorboard",
     "wandb_run_id",
+    ABOUT_FILE,
+    STATE_FILE,
 )
+SAYS_LITTLE = (ABOUT_FILE, STATE_FILE)
+"""Files that a run may leave which was killed while its models loaded: by themselves they are no run."""
 ASIDE = ".replaced-"
 
 
@@ -51,7 +63,8 @@ class RunFolder:
 
     def taken_by(self) -> list[str]:
         """Files and folders of a run that are already there. An empty folder, or a link to one, holds nothing."""
-        return [name for name in OWN_NAMES if _holds_something(self.path / name)]
+        names = [name for name in OWN_NAMES if name not in SAYS_LITTLE]
+        return [name for name in names if _holds_something(self.path / name)]
 
     @contextmanager
     def begin(self, config: Config, *, step: int | None) -> Iterator[list[str]]:
@@ -111,7 +124,7 @@ class RunFolder:
                         os.rename(self.path / name, aside / name)
                         moved.append(name)
             except BaseException:
-                self._step_back(aside, moved)
+                self._put_back(aside, moved)
                 raise
         return aside, moved
 
@@ -120,6 +133,9 @@ class RunFolder:
         for name in OWN_NAMES:
             if name in moved or (self.path / name).is_file():
                 remove(self.path / name)
+        self._put_back(aside, moved)
+
+    def _put_back(self, aside: Path, moved: Sequence[str]) -> None:
         for name in moved:
             os.rename(aside / name, self.path / name)
         aside.rmdir()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from opd.config import Config, RolloutConfig, TeacherConfig
 from opd.errors import ConfigError, ObjectiveError
 from opd.models import resolve_device, vocabulary_rows
+from opd.reporting.loading import Loading
 from opd.samplers.base import AdjustableSampler
 from opd.samplers.kept import TARGETS
 from opd.samplers.off_policy import RoutedSampler
@@ -93,7 +94,11 @@ class TeacherSet:
 
 
 def build_teachers(
-    config: Config, student: LoadedModel, model: PreTrainedModel, given: Mapping[str, GivenModel | Teacher]
+    config: Config,
+    student: LoadedModel,
+    model: PreTrainedModel,
+    given: Mapping[str, GivenModel | Teacher],
+    loading: Loading | None = None,
 ) -> TeacherSet:
     """Load every teacher that is not `given`, and check it against the student, whose trained form is `model`. Raises the OpdError of
     whatever does not fit."""
@@ -112,7 +117,11 @@ def build_teachers(
         if section.url and name not in own
     }
     own |= served
-    loaded = {name: _load(config, name, student, model, ema, models.get(name)) for name in sections if name not in own}
+    loaded = {
+        name: _load(config, name, student, model, ema, models.get(name), loading)
+        for name in sections
+        if name not in own
+    }
     matches = {name: _vocabulary(config, name, student, one) for name, one in loaded.items()}
     vocabularies = [own[name].vocabulary if name in own else matches[name] for name in sections]
     # For models in this process what is common to all is what the student has: its tokens decide, and every teacher knows them.
@@ -179,13 +188,14 @@ def _load(
     model: PreTrainedModel,
     ema: Ema | None,
     given: GivenModel | None,
+    loading: Loading | None,
 ) -> LoadedModel:
     """A teacher's own weights, or the student's with a rendering of their own."""
     section = config.all_teachers[name]
     role = _role(name)
     if section.source == "model":
         device = config.student.device if section.device == "auto" else section.device
-        return load_model(section, role, config.prompts, device=device, given=given)
+        return load_model(section, role, config.prompts, device=device, given=given, loading=loading)
     own = config.student
     if section.chat_template_kwargs:
         own = replace(own, chat_template_kwargs=section.chat_template_kwargs)
