@@ -39,8 +39,8 @@ class Clock:
         return self.now
 
 
-def run(values: dict[str, object], **options: bool) -> None:
-    train(build(merge({}, values)), **options)
+def run(values: dict[str, object], *, overwrite: bool = False) -> None:
+    train(build(merge({}, values)), overwrite=overwrite)
 
 
 def without_times(run_dir: Path) -> list[dict[str, float]]:
