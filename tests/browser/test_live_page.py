@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from browser.waiting import until
 from opd.reporting import RunRecorder, watch, write_report
 from opd.reporting.about import write_state
 from opd.reporting.watch import server
@@ -63,7 +64,7 @@ def state_of(page: Any) -> tuple[bool, float]:
     return last, page.evaluate("scrollY")
 
 
-AGAIN = "() => window.untouched === undefined && document.readyState === 'complete'"
+AGAIN = "window.untouched === undefined && document.readyState === 'complete'"
 
 
 def test_a_served_page_follows_the_run_and_keeps_its_place(run: Path, open_page: Callable[..., Any], monkeypatch):
@@ -77,8 +78,8 @@ def test_a_served_page_follows_the_run_and_keeps_its_place(run: Path, open_page:
         page.wait_for_timeout(6000)
         assert page.evaluate("window.untouched") is True  # no news, no reload
         grow(run)
-        page.wait_for_function(AGAIN, timeout=30_000)
-        page.wait_for_function("scrollY === 600", timeout=5000)
+        until(page, AGAIN)
+        until(page, "scrollY === 600")
         assert state_of(page) == (True, 600) and page.evaluate("location.hash") == "#here"
         assert page.locator("meta[name=opd-version]").get_attribute("content")
 
@@ -93,7 +94,7 @@ def test_a_served_page_waits_while_it_is_in_use(run: Path, open_page: Callable[.
         page.wait_for_timeout(8000)
         assert page.evaluate("window.untouched") is True
         page.evaluate("getSelection().removeAllRanges()")
-        page.wait_for_function(AGAIN, timeout=30_000)
+        until(page, AGAIN)
 
 
 def test_a_page_from_the_disk_loads_itself_again_until_the_run_has_ended(run: Path, open_page: Callable[..., Any]):
@@ -106,14 +107,14 @@ def test_a_page_from_the_disk_loads_itself_again_until_the_run_has_ended(run: Pa
     page.clock.fast_forward(29_000)
     assert page.evaluate("window.untouched") is True
     page.clock.fast_forward(10_000)
-    page.wait_for_function(AGAIN, timeout=30_000)
-    page.wait_for_function("scrollY === 600", timeout=5000)
+    until(page, AGAIN)
+    until(page, "scrollY === 600")
     assert state_of(page) == (True, 600)
     grow(run, "finished")
     write_report(run)
     page.evaluate("window.untouched = true")
     page.clock.fast_forward(40_000)
-    page.wait_for_function(AGAIN, timeout=30_000)
+    until(page, AGAIN)
     page.evaluate("window.untouched = true")
     page.clock.fast_forward(600_000)
     assert page.evaluate("window.untouched") is True  # a run that has ended stays as it is

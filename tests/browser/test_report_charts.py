@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from browser.waiting import until
 from opd.reporting import RunRecorder, write_report
 from reporting.report_inputs import write_run
 
@@ -108,7 +109,7 @@ def test_charts_over_the_run_have_one_range_and_one_cursor(tmp_path: Path, open_
     assert figure(page, "Divergence from the teacher").locator(".value").first.inner_text() == "0.25"
     assert "25.0% [0.0, 75.0]" in figure(page, "Held-out accuracy").locator(".tip").inner_text()
     page.mouse.move(2, 2)
-    page.wait_for_function("document.querySelectorAll('.cursor').length === 0")
+    until(page, "document.querySelectorAll('.cursor').length === 0")
     assert figure(page, "Loss").locator(".key .value").inner_text() == "0.25"
 
 
@@ -128,7 +129,7 @@ def test_arrow_keys_move_the_cursor_and_tell_the_values(tmp_path: Path, open_pag
     ]
     assert figure(page, "Divergence from the teacher").locator(".cursor").count() == 1
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelectorAll('.cursor').length === 0")
+    until(page, "document.querySelectorAll('.cursor').length === 0")
 
 
 def test_a_chart_is_one_tab_stop_and_two_buttons(tmp_path: Path, open_page: Open):
@@ -147,7 +148,7 @@ def test_a_chart_opens_large_zooms_and_closes_by_escape(tmp_path: Path, open_pag
     button = figure(page, "Loss").get_by_label("Open “Loss” large")
     button.click()
     large = page.locator("dialog.large[open]")
-    page.wait_for_function("document.querySelector('dialog svg .base') !== null")
+    until(page, "document.querySelector('dialog svg .base') !== null")
     assert large.locator(".plot > svg").bounding_box()["width"] > 900
     box = large.locator(".plot > svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 150)
@@ -161,7 +162,7 @@ def test_a_chart_opens_large_zooms_and_closes_by_escape(tmp_path: Path, open_pag
     page.wait_for_selector("dialog .cursor", state="attached")
     large.locator(".plot").focus()
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('dialog') === null")
+    until(page, "document.querySelector('dialog') === null")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Open “Loss” large"
     figure(page, "Loss").locator(".plot").focus()
     page.keyboard.press("Enter")

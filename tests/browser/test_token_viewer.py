@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from browser.waiting import until
 from opd.reporting import SampleRecord, write_report
 from reporting.report_inputs import a_sample
 from reporting.token_details import detailed, write_samples
@@ -66,15 +67,6 @@ def run_samples() -> list[SampleRecord]:
 def token(page: Any, number: int) -> Any:
     """The element of token `number`, from 1."""
     return page.locator(f"#viewer-text [data-i='{number - 1}']")
-
-
-def until(page: Any, condition: str) -> None:
-    """Waits for a condition of the page, whose policy forbids playwright's own way to do so."""
-    for _ in range(100):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"never: {condition}")
 
 
 def chosen(page: Any) -> str | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from browser.test_token_viewer import chosen, easy, run_samples, sums, teachers, token, until, view
+from browser.test_token_viewer import chosen, easy, run_samples, sums, teachers, token, view
+from browser.waiting import until
 from opd.reporting import write_report
 from reporting.report_inputs import a_sample
 from reporting.token_details import detailed, write_samples

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from opd.reporting.record import SampleRecord
 from opd.reporting.runs import Group, Run
-from opd.reporting.tokens import kl_level, mean_kl, visible
+from opd.reporting.tokens import KL_EDGES, visible
 
 MAX_PROMPTS = 24
 MAX_TOKENS = 1500  # of an answer
@@ -56,7 +57,13 @@ def shown_tokens(sample: SampleRecord) -> list[list[Any]]:
         end, text = runs.get(index, (index + 1, sample.tokens[index]))
         known = [kl for kl in kls[index:end] if math.isfinite(kl)]
         most = max(known, default=math.nan)
-        tokens.append([visible(text), kl_level(most), None if math.isnan(most) else float(f"{most:.3g}")])
+        tokens.append(
+            [
+                visible(text),
+                None if math.isnan(most) else bisect_right(KL_EDGES, most),
+                None if math.isnan(most) else float(f"{most:.3g}"),
+            ]
+        )
         index = max(end, index + 1)
     return tokens
 
@@ -87,7 +94,7 @@ def _answer(sample: SampleRecord) -> dict[str, Any]:
         "step": sample.step,
         "tokens": shown_tokens(sample),
         "length": len(sample.tokens),
-        "kl": mean_kl(sample),
+        "kl": _mean_kl(sample),
         "reward": sample.reward,
         "finished": sample.finished,
     }
@@ -101,3 +108,9 @@ def _teacher(groups: Sequence[Group], row: int | None, text: str) -> dict[str, A
             if sample.who == "teacher" and sample.phase == "eval" and same:
                 return _answer(sample)
     return None
+
+
+def _mean_kl(sample: SampleRecord) -> float | None:
+    """Mean reverse KL per token, where it is known."""
+    known = [kl for kl in sample.reverse_kl or () if math.isfinite(kl)]
+    return sum(known) / len(known) if known else None

@@ -26,7 +26,7 @@ from opd.reporting.files import explain_os_errors, write_atomically
 from opd.reporting.page import render_page, slug
 from opd.reporting.plots import ChartGroup
 from opd.reporting.runs import Group, Run
-from opd.reporting.tokens import level_labels
+from opd.reporting.tokens import KL_EDGES, level_labels
 
 OURS = b'<meta name="generator" content="opd compare">'
 HEAD = 4096  # bytes; the mark of these pages is in the first lines
@@ -131,7 +131,7 @@ def render(comparison: Comparison) -> str:
             "recipe": comparison.recipe,
             "groups": charts,
             "bands": BANDS,
-            "legend": level_labels(),
+            "legend": level_labels(KL_EDGES),
             "prompts": prompts,
             "answers_data": answers,
             "contents": _contents(comparison, charts, bool(prompts)),

@@ -16,7 +16,17 @@
       if (open.has(nameOf(block))) block.open = true;
       else if (closed.has(nameOf(block))) block.open = false;
     });
-    const back = () => scrollTo({ left: before.x, top: before.y, behavior: "instant" });
+    // The page grows while its charts are drawn: until it is long enough, or somebody moves it.
+    let moved = false;
+    for (const kind of ["keydown", "pointerdown", "wheel", "touchmove"]) {
+      addEventListener(kind, () => (moved = true), { passive: true, capture: true, once: true });
+    }
+    const until = performance.now() + 5000;
+    const back = () => {
+      if (moved) return;
+      scrollTo({ left: before.x, top: before.y, behavior: "instant" });
+      if (Math.abs(scrollY - before.y) > 1 && performance.now() < until) requestAnimationFrame(back);
+    };
     addEventListener("load", () => requestAnimationFrame(back));
   }
 
