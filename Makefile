@@ -18,19 +18,22 @@ WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast product endurance verl verl-patch vllm all-tests environments chromium check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
+.PHONY: demo test fast product endurance browser verl verl-patch vllm all-tests environments chromium check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
 
-test: $(DEV_READY)  ## every test but real runs of verl and vLLM (`make verl`, `make verl-patch`, `make vllm`), the full product of kernel cases (`make product`) and the longest (`make endurance`)
+test: $(DEV_READY)  ## every test but real runs of verl and vLLM (`make verl`, `make verl-patch`, `make vllm`), the full product of kernel cases (`make product`), the longest (`make endurance`) and pages in a browser (`make browser`)
 	$(BIN)/python -m pytest
 
 fast: $(DEV_READY)  ## the tests that end in under two minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-endurance: $(DEV_READY)  ## claims of `make test` at full length: 1,000 kills, 200 seeds of chaos, 200 edits, the rehearsal of `make gpu`
+endurance: $(DEV_READY)  ## claims at full length: `opd demo`, 1,000 kills, 200 seeds of chaos, 200 edits, the rehearsal of `make gpu`
 	$(BIN)/python -m pytest -m endurance tests
+
+browser: $(DEV_READY) chromium  ## the pages of reports, comparisons and opd watch in a real browser
+	OPD_BROWSER=required $(BIN)/python -m pytest -m browser tests/browser
 
 product: $(DEV_READY)  ## kernels: every combination of options, where `make test` has every pair
 	$(BIN)/python -m pytest -m product tests/kernels
@@ -45,10 +48,10 @@ verl-patch: $(VERL_READY) $(VERL080_READY)  ## the tests inside patched trees of
 vllm: $(VLLM_READY)  ## the tests of vLLM as the engine of rollouts: a real server, and vLLM in process, on the CPU
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n 2 tests/integrations/vllm
 
-all-tests:  ## what CI runs: check, test, product, endurance, verl, verl-patch, vllm; goes on after a failure, and fails if any of them did
+all-tests:  ## what CI runs: check, test, product, endurance, browser, verl, verl-patch, vllm; goes on after a failure, and fails if any of them did
 	@failed=0; \
 	$(MAKE) --keep-going --jobs=2 check environments chromium || failed=1; \
-	OPD_BROWSER=required $(MAKE) --keep-going test product endurance verl verl-patch vllm || failed=1; \
+	$(MAKE) --keep-going test product endurance browser verl verl-patch vllm || failed=1; \
 	exit $$failed
 
 chromium:  ## the browser of tests/browser, from Debian or Ubuntu where there is none; without it these tests are skipped

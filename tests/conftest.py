@@ -26,8 +26,8 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
 
 PROCESSES = 2
 """Processes for a run of folders: the cores of the smallest machine that runs everything."""
-ON_REQUEST = ("product", "endurance")
-"""Marks of tests that run only where `-m` names them."""
+ON_REQUEST = ("product", "endurance", "browser")
+"""Marks of tests that run only where `-m` names them, or their folder is named."""
 LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 transformers_logging.disable_progress_bar()
@@ -50,8 +50,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What has a mark of ON_REQUEST is left out unless `-m` asks for it. Files with slow tests come first, so that no process waits long
     for the other at the end."""
-    asked = config.getoption("-m", default="")
-    unasked = [mark for mark in ON_REQUEST if mark not in asked]
+    asked = [config.getoption("-m", default=""), *(part for argument in config.args for part in Path(argument).parts)]
+    unasked = [mark for mark in ON_REQUEST if not any(mark in words for words in asked)]
+    for item in items:
+        if (
+            "browser" in item.path.parts
+        ):  # playwright's event loop takes the place of a test's own: such tests have a process to themselves
+            item.add_marker("browser")
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unasked)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

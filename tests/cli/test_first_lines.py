@@ -122,3 +122,6 @@ def test_no_banner_where_nothing_is_to_be_shown_or_the_recipe_is_wrong(world, tm
     argv = [sys.executable, "-c", NOTE_TORCH, "train", str(tmp_path / "none.yaml")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
     assert done.returncode == 1 and done.stderr.startswith("error: No recipe at") and "student" not in done.stdout
+    wrong = [sys.executable, "-c", NOTE_TORCH, *words(world, tmp_path / "run", train__stepz=3)]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
+    assert done.returncode == 1 and "Unknown key 'train.stepz'" in done.stderr and "student" not in done.stdout

@@ -21,6 +21,7 @@ def demo(folder, *arguments: str, timeout: int = 600) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.endurance
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_ends_with_the_student_within_five_points_of_its_teacher(tmp_path):
@@ -45,6 +46,7 @@ def test_the_demo_ends_with_the_student_within_five_points_of_its_teacher(tmp_pa
     assert again.returncode == 1 and "already holds a run" in again.stderr and "--overwrite" in again.stderr
 
 
+@pytest.mark.endurance
 @pytest.mark.slow
 def test_the_demo_trains_with_the_recipe_in_the_repository(tmp_path):
     """A two-step demo leaves the config of recipes/demo with the places filled in, and keeps its models for the next time."""

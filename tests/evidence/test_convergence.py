@@ -87,6 +87,7 @@ def test_seq_kd_is_the_mean_log_likelihood_of_the_teachers_samples(model):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.endurance
 @pytest.mark.slow
 def test_the_orderings_hold_on_a_small_cell():
     done = subprocess.run(

@@ -245,6 +245,7 @@ def test_other_optimizers_keep_their_defaults():
     assert (natural.peak_lr, natural.warmup, natural.gradient_limit) == (1.0, 0, 0.0)
 
 
+@pytest.mark.endurance
 @pytest.mark.slow
 def test_on_the_demo_ten_steps_beat_adamw_s_best_rate(tmp_path):
     """Seed 0 of the five of benchmarks/LOG.md."""

@@ -44,8 +44,13 @@ def show_banner(recipe: str | None, overrides: Sequence[str]) -> bool:
 
 
 def settings_of(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The recipe as nested mappings, with the defaults of the sections that need no torch. Nothing is checked."""
+    """The recipe as nested mappings, with the defaults of the sections that need no torch. Raises KeyError for a key that these lack;
+    nothing else is checked."""
     words = merge(read_recipe(recipe) if recipe else {}, _overrides(overrides))
+    for name, section in SECTIONS.items():
+        unknown = set(words.get(name) or {}) - {item.name for item in fields(cast(Any, section))}
+        if unknown:
+            raise KeyError(*unknown)
     filled = {name: {**_defaults(section), **(words.get(name) or {})} for name, section in SECTIONS.items()}
     return {"run_dir": RUN_DIR, **words, **filled}
 

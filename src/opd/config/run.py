@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 
+from opd.config.loss_rules import check_kept_rollouts, check_on_policy, check_rewarded_rollouts
 from opd.config.model import StudentConfig
 from opd.config.optimizer import OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import RewardConfig, RlConfig
 from opd.config.rollout import RolloutConfig
-from opd.config.rules import check_kept_rollouts, check_on_policy, check_rewarded_rollouts
 from opd.config.sections import Section
 from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from opd.config.loss_rules import check_names, check_weights
 from opd.config.model import DType, ModelConfig
-from opd.config.rules import at_least, check_names, check_weights, positive
+from opd.config.rules import at_least, positive
 from opd.config.sections import Section
 from opd.errors import ObjectiveError, require
+from opd.losses import Objective, linear_schedule
 from opd.remote.address import CHAT_CANNOT_SCORE, parse_addresses
 from opd.remote.keys import check_variable
-
-if TYPE_CHECKING:
-    from opd.losses import Objective
 
 ServerApi = Literal["vllm", "sglang", "openai", "opd"]
 ASKED = ("served_model", "api_key_env", "concurrency", "timeout", "deadline", "canary_every", "api")
@@ -267,7 +266,5 @@ class MixtureConfig(BaseMixtureConfig, key="mixture"):
         start = super().at(step, total_steps, names)
         if not self.weights_end:
             return start
-        from opd.losses import linear_schedule  # torch comes with it
-
         steps = self.schedule_steps or max(1, total_steps - 1)
         return {name: linear_schedule(start[name], self.weights_end[name], steps).at(step) for name in names}

@@ -7,8 +7,10 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
-from opd.config import BaseMixtureConfig, DType, HybridConfig
+from opd.config.model import DType
+from opd.config.rl import HybridConfig
 from opd.config.sections import Section, hint_of, parse_section, suggested_keys
+from opd.config.teachers import BaseMixtureConfig
 from opd.errors import ConfigError, OpdError, require
 from opd.integrations.verl.plugin.concept_names import CONCEPT_NAMES, LOSS_MODE, apply_concept_names
 from opd.losses import Objective
