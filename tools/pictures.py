@@ -1,8 +1,8 @@
 """The pictures of docs/images, from real runs, by a real browser.
 
-`python -m tools.pictures --run RUN --compare RUN RUN … --live RUN --recipe RECIPE.yaml` takes those that its arguments allow: the
-report of RUN, with a token open, dark and as wide as a phone; a comparison; the report of a run that goes on; and a terminal in
-which RECIPE is trained. It needs chromium and the `dev` extra.
+`python -m tools.pictures --run RUN --text RUN --token sample-36-token-30 --compare RUN RUN … --live RUN --recipe RECIPE.yaml` takes
+those that its arguments allow: a report; the token viewer, dark and on a phone too; a comparison; the report of a run that goes on,
+half-way; and a terminal in which RECIPE is trained. It needs chromium and the `dev` extra.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from opd.reporting import watch, write_report
 
 OUT = Path("docs/images")
 DESKTOP = {"width": 1280, "height": 860}
+TALL = {"width": 1280, "height": 1200}
 PHONE = {"width": 420, "height": 860}
 COLUMNS, LINES = 100, 40
 LIVE_EVERY_MS = 2000
@@ -34,7 +36,9 @@ LIVE_EVERY_MS = 2000
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.pictures", description=__doc__)
-    parser.add_argument("--run", type=Path, help="a finished run")
+    parser.add_argument("--run", type=Path, help="a finished run, for the report")
+    parser.add_argument("--text", type=Path, help="a finished run, for the token viewer")
+    parser.add_argument("--token", default="", help="what of --text is open, as in a link: sample-36-token-30")
     parser.add_argument("--compare", type=Path, nargs="+", default=[], help="runs to compare")
     parser.add_argument("--live", type=Path, help="a run that goes on; the picture is taken half-way")
     parser.add_argument("--recipe", type=Path, help="trained in a terminal of its own folder")
@@ -48,6 +52,8 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         if args.run is not None:
             report(browser, args.run, args.out)
+        if args.text is not None:
+            tokens(browser, args.text, args.token, args.out)
         if args.compare:
             compare(browser, args.compare, args.out)
         if args.live is not None:
@@ -57,20 +63,27 @@ def main() -> int:
 
 
 def report(browser: Any, run: Path, out: Path) -> None:
-    """The token viewer with a token open, the page's top in the dark, and both on a phone."""
+    """The top of the page, and its charts in the dark."""
     with tempfile.TemporaryDirectory() as folder:
         page = write_report(run, Path(folder) / "report.html")
         shoot(browser, page, out / "report.png", DESKTOP)
-        shoot(browser, page, out / "report-dark.png", DESKTOP, color_scheme="dark")
-        shoot(browser, page, out / "tokens.png", DESKTOP, before=open_token)
-        shoot(browser, page, out / "tokens-dark.png", DESKTOP, color_scheme="dark", before=open_token)
-        shoot(browser, page, out / "phone.png", PHONE, before=open_token)
+        shoot(browser, page, out / "report-dark.png", DESKTOP, before=to_charts, color_scheme="dark")
 
 
-def open_token(page: Any) -> None:
-    """The way of a newcomer: a click on the costliest token of the table."""
-    page.locator(".viewer-cost tbody button").first.click()
-    page.locator("#viewer-panel").scroll_into_view_if_needed()
+def to_charts(page: Any) -> None:
+    page.locator("#learning").evaluate("e => e.scrollIntoView({ block: 'start', behavior: 'instant' })")
+
+
+def tokens(browser: Any, run: Path, token: str, out: Path) -> None:
+    """The token viewer with a token open, also on a phone."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = write_report(run, Path(folder) / "report.html")
+        shoot(browser, page, out / "tokens.png", TALL, before=to_viewer, place=token)
+        shoot(browser, page, out / "tokens-dark.png", TALL, before=to_viewer, place=token, color_scheme="dark")
+        shoot(browser, page, out / "phone.png", PHONE, place=token)
+
+
+def to_viewer(page: Any) -> None:
     page.locator(".viewer-bench").evaluate("e => e.scrollIntoView({ block: 'start', behavior: 'instant' })")
 
 
@@ -102,11 +115,13 @@ def shoot(
     viewport: dict[str, int],
     *,
     before: Callable[[Any], None] = lambda _page: None,
+    place: str = "",
     **options: Any,
 ) -> None:
     context = browser.new_context(viewport=viewport, device_scale_factor=2, **options)
     opened = context.new_page()
-    opened.goto(page.resolve().as_uri())
+    opened.goto(page.resolve().as_uri() + (f"#{place}" if place else ""))
+    opened.wait_for_timeout(300)
     before(opened)
     opened.wait_for_timeout(400)
     opened.screenshot(path=out)
@@ -137,7 +152,8 @@ def terminal(recipe: Path, out: Path) -> None:
     screen = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
     screen.print(Text("$ opd train " + recipe.name, style="bold"))
     screen.print(Text.from_ansi("\n".join(lines_on_screen(said.decode("utf-8", "replace")))))
-    screen.save_svg(str(out), title="opd")
+    drawn = screen.export_svg(title="opd")
+    out.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")  # fonts from elsewhere
     print(out)
 
 

@@ -205,6 +205,8 @@ def test_the_slider_goes_over_the_steps_of_the_prompt(view: Opened):
     assert page.locator("#viewer-name").inner_text() == "Student, step 10"
     assert page.locator("#viewer-prompt").inner_text().startswith("24 + 18 =")
     assert page.locator("#viewer-step-name").inner_text() == "step 10"
+    bars = page.evaluate("[...document.querySelectorAll('#viewer-spark span')].map(e => getComputedStyle(e).opacity)")
+    assert bars == ["1", "1", "1"], "the bar of the shown step is seen, too"
 
 
 def test_the_teachers_own_answer_stands_beside_the_students(view: Opened):

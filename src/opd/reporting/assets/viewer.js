@@ -62,7 +62,7 @@ const startViewer = (data) => {
     at("step-name").textContent = `step ${sample.step}${same.length > 1 ? `, answer ${same.indexOf(sample) + 1} of ${same.length}` : ""}`;
     const most = Math.max(...steps.map((s) => s.mean ?? 0), 1e-9);
     at("spark").replaceChildren(...steps.map((s) => {
-      const bar = make("span", { className: `kl-${level(scales[0].edges, s.mean ?? 0)}${s === sample ? " here" : ""}`, title: `step ${s.step}: mean KL ${number(s.mean)} nats` });
+      const bar = make("span", { className: `kl-${level(scales[0].edges, s.mean ?? 0)}${s === sample ? " viewer-now" : ""}`, title: `step ${s.step}: mean KL ${number(s.mean)} nats` });
       bar.style.height = `${Math.max(8, (100 * (s.mean ?? 0)) / most)}%`;
       return bar;
     }));

@@ -27,7 +27,7 @@ const fixed = (value, digits) => (value === null ? "–" : value.toFixed(digits)
 
 const percent = (share) => {
   if (share === null) return "–";
-  if (share < 0.0001) return "< 0.01%";
+  if (share < 0.0001) return "<\u00a00.01%";
   const digits = share > 0.9995 || (share >= 0.1 && share < 0.99) ? 0 : share < 0.01 ? 2 : 1;
   return `${(100 * share).toFixed(digits)}%`;
 };
