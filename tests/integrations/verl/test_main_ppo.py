@@ -11,6 +11,7 @@ from torch import Tensor
 from verl_runs import Done, main_ppo, make_folder, recomputed, reverse_kl
 
 from opd.losses import full_divergence
+from opd.reporting import read_metrics, read_samples, write_report
 
 STEPS = 3
 FALL = 0.93
@@ -47,6 +48,8 @@ def run(folder: Path) -> Done:
         f"opd.teacher.model={folder}/teacher",
         f"trainer.save_freq={STEPS}",
         "actor_rollout_ref.actor.optim.lr=2e-2",
+        f"opd.run_dir={folder}/records",
+        "opd.log.samples_every=2",
         steps=STEPS,
     )
 
@@ -75,6 +78,20 @@ def test_metrics_are_in_verls_own_loggers(run: Done):
               "teacher_perplexity", "reverse_kl_at/0-15")  # fmt: skip
     assert {f"actor/opd/{name}" for name in wanted} <= run.metrics[0].keys()  # verl's file logger
     assert "actor/opd/teacher_perplexity:" in run.log  # and its console
+
+
+def test_opd_report_reads_what_the_workers_recorded(run: Done, folder: Path):
+    steps = [record.metrics for record in read_metrics(folder / "records")]
+    assert [step["reverse_kl"] for step in steps] == pytest.approx(
+        [step["actor/opd/reverse_kl"] for step in run.metrics]
+    )
+    samples = read_samples(folder / "records")
+    assert {sample.step for sample in samples} == {0, 2}
+    for sample in samples:
+        assert sample.details is not None and sample.details.student_top is not None and sample.reverse_kl is not None
+        first = [row[0] for row in sample.details.student_top.probabilities]
+        assert len(first) == len(sample.tokens) == len(sample.reverse_kl) and all(0 < p <= 1 for p in first)
+    assert "The tokens that cost most" in write_report(folder / "records").read_text()
 
 
 def test_a_saved_run_goes_on_where_it_ended(run: Done, folder: Path):
@@ -134,7 +151,9 @@ def test_two_ranks_two_teachers_and_a_reward(folder: Path):
         "trainer.n_gpus_per_node=2",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        f"opd.run_dir={folder}/two-ranks",
     )
+    assert len(read_metrics(folder / "two-ranks")) == 1 and read_samples(folder / "two-ranks")
 
     def mixed(p: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
         return reverse_kl(p, (0.25 * q1 + 0.75 * q2).log_softmax(-1))
