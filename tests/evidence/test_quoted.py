@@ -16,6 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "convergence"
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?),? [(\[]?(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)[)\]]")
 
 
+@pytest.mark.endurance
 def test_every_table_and_figure_is_written_again_from_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = Path(shutil.copytree(RESULTS, tmp_path / "convergence"))
     written = ["ratios.csv", "tables.md", "curves.svg", "map.svg"]

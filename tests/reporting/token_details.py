@@ -33,8 +33,10 @@ def detailed(
     kl = [0.004 if same else 2.5 for same in agreed] if kl is None else kl
     student, teacher = [0.9 if same else 0.4 for same in agreed], [0.9 if same else 0.003 for same in agreed]
 
+    unused = [other for other in OTHERS if other not in tokens]
+
     def likeliest(first: str, share: float) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        others = [other for other in OTHERS if other not in (first, *tokens)][:4]
+        others = [other for other in unused if other != first][:4]
         rest = (1 - share) * 0.9
         return (first, *others), (share, *(rest / 2 ** (i + 1) for i in range(len(others))))
 

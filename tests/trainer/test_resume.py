@@ -51,7 +51,9 @@ def write_recipe(path: Path, values: dict[str, object]) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "natural_gradient"])
+@pytest.mark.parametrize(
+    "optimizer", ["muon", *(pytest.param(name, marks=pytest.mark.endurance) for name in ("adamw", "natural_gradient"))]
+)
 def test_twenty_kills_at_random_moments_change_nothing(world, tmp_path, optimizer):
     kills = 20 if optimizer == "adamw" else 5
     more = {"train__steps": 30, "optimizer__name": optimizer, "optimizer__schedule": "cosine", "rollout__lmbda": 0.7}
