@@ -23,6 +23,7 @@ from opd.reporting.compare_words import (
 )
 from opd.reporting.differences import Difference, metric_title
 from opd.reporting.files import explain_os_errors, write_atomically
+from opd.reporting.header import moment
 from opd.reporting.page import render_page, slug
 from opd.reporting.plots import ChartGroup
 from opd.reporting.runs import Group, Run
@@ -177,7 +178,7 @@ def _card(groups: Sequence[Group], index: int) -> Card:
     about = run.about
     if about is not None:
         version = about.versions.get("opd")
-        facts += [about.objective, about.data, about.device, about.started, f"opd {version}" if version else ""]
+        facts += [about.objective, about.data, about.device, moment(about.started), f"opd {version}" if version else ""]
         facts += [f"commit {about.commit[:12]}"] if about.commit else []
     facts += [r.name for r in group.runs if r.name != group.name]
     said = tuple(printable(fact) for fact in facts if fact)
