@@ -16,5 +16,5 @@ def until(page: Any, condition: str, seconds: float = 30.0) -> None:
         except Exception:  # the page went away to be loaded again
             if time.monotonic() > end:
                 raise
-        assert time.monotonic() < end, f"never: {condition}"
+        assert time.monotonic() < end, f"never: {condition}; the page is scrolled to {page.evaluate('scrollY')}"
         page.wait_for_timeout(50)

@@ -3,6 +3,7 @@
   // A page of a run that goes on loads itself again: served by `opd watch` when there is news, from a file every 30 seconds.
   const POLL = 5000;
   const FILE_EVERY = 30000;
+  const SETTLE = 1500; // that the place has to stay
   const QUIET = 4000; // after the last key, click or scroll
   const version = document.querySelector('meta[name="opd-version"]')?.content;
   const nameOf = (block) => block.id || block.querySelector("summary :first-child, summary")?.textContent.trim();
@@ -16,18 +17,18 @@
       if (open.has(nameOf(block))) block.open = true;
       else if (closed.has(nameOf(block))) block.open = false;
     });
-    // The page grows while its charts are drawn: until it is long enough, or somebody moves it.
+    // The page grows while its charts are drawn, above its place and below: until it stays there, or somebody moves it.
     let moved = false;
     for (const kind of ["keydown", "pointerdown", "wheel", "touchmove"]) {
       addEventListener(kind, () => (moved = true), { passive: true, capture: true, once: true });
     }
-    const until = performance.now() + 5000;
-    const back = () => {
-      if (moved) return;
-      scrollTo({ left: before.x, top: before.y, behavior: "instant" });
-      if (Math.abs(scrollY - before.y) > 1 && performance.now() < until) requestAnimationFrame(back);
+    const back = (settled, end) => {
+      const now = performance.now();
+      const away = Math.abs(scrollY - before.y) > 1;
+      if (away && !moved) scrollTo({ left: before.x, top: before.y, behavior: "instant" });
+      if (!moved && now < (away ? end : Math.min(settled, end))) requestAnimationFrame(() => back(away ? now + SETTLE : settled, end));
     };
-    addEventListener("load", () => requestAnimationFrame(back));
+    addEventListener("load", () => requestAnimationFrame(() => back(performance.now() + SETTLE, performance.now() + 10000)));
   }
 
   let touched = -Infinity;
