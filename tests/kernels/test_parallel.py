@@ -15,6 +15,11 @@ from parallel_ranks import CLOSED, SPLITS, VOCAB, call, cases, log_prob, make, n
 
 TIMEOUT = 240  # seconds; a run takes ten to twenty
 
+EVERY_SPLIT = [
+    pytest.param(split, marks=pytest.mark.endurance if len(sizes) > 2 else ()) for split, sizes in SPLITS.items()
+]
+"""Those over more than two processes are slow on two cores: `make endurance` has them."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -68,7 +73,7 @@ def tolerance(settings: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("name", cases())
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", EVERY_SPLIT)
 def test_every_rank_has_the_numbers_of_one_process(ranks, split, name):
     sizes = SPLITS[split]
     kind, settings = cases()[name]
@@ -92,7 +97,7 @@ def test_every_rank_has_the_numbers_of_one_process(ranks, split, name):
             assert_same({key: together[key]}, {key: wanted[key]}, tolerance(settings))
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", EVERY_SPLIT)
 def test_log_probs_and_their_gradients_are_those_of_one_process(ranks, split):
     found = [result[f"{split}: log_prob"][0] for result in ranks(len(SPLITS[split]))]
     wanted = log_prob(make({})[0], slice(0, VOCAB))

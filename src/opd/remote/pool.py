@@ -23,6 +23,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 10.0  # a host that does not even take the connection is not slow but away
 NOT_THERE = (502, 503, 504)  # a proxy or a server that is still loading: no fault of the question
 BUSY = (408, 429)
+SHORTEST_TRY_S = 0.05
 
 
 class _Fault(Exception):
@@ -310,8 +311,9 @@ class _Tries:
 
     @property
     def left(self) -> float:
-        """Seconds until its deadline."""
-        return self._end - time.monotonic()
+        """Seconds until its deadline; 0 where they are too few for a try, whose failure would say nothing."""
+        rest = self._end - time.monotonic()
+        return rest if rest >= min(SHORTEST_TRY_S, self.deadline / 100) else 0.0
 
 
 def _described(error: httpx.HTTPError) -> str:
