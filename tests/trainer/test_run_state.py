@@ -18,7 +18,7 @@ from opd.cli.main import main
 from opd.config.recipe import build, merge
 from opd.errors import DataError
 from opd.reporting.about import read_about, read_state
-from opd.reporting.record import read_metrics
+from opd.reporting.record import read_metrics, read_samples
 from opd.trainer import run_state
 from opd.trainer.distiller import Distiller
 from opd.trainer.interrupts import RunStopped, Stop
@@ -214,6 +214,16 @@ def test_reports_during_the_run_do_not_move_a_bit(world, tmp_path, monkeypatch):
     assert without_times(tmp_path / "plain") == without_times(tmp_path / "watched")
     for name in ("model.safetensors",):
         assert (tmp_path / "plain/student" / name).read_bytes() == (tmp_path / "watched/student" / name).read_bytes()
+
+
+def test_a_sampled_answer_is_shown_with_the_kl_that_is_recorded_of_it(world, tmp_path, capsys):
+    folder = tmp_path / "shown"
+    run(settings(world, folder, **QUICK, log__progress="plain", log__show_samples=1, log__samples_every=1))
+    first = next(s for s in read_samples(folder) if s.phase == "train")
+    assert first.reverse_kl is not None
+    mean = sum(first.reverse_kl) / len(first.reverse_kl)
+    heading = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1: one of "))
+    assert f"mean KL {mean:.3g} nats" in heading and f"{len(first.tokens)} token" in heading
 
 
 def test_a_report_that_fails_during_the_run_is_said_once_and_ends_nothing(world, tmp_path, monkeypatch, capsys):

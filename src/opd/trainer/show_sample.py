@@ -24,7 +24,7 @@ def show_sample(
     rollout = rollouts[0]
     facts = [f"step {step + 1}: one of {len(rollouts):,} sampled answers"]
     facts += [] if rewards is None else [f"reward {rewards[0]:g}"]
-    kl = next((values for one, values in out.per_token if one == rollout.id), None)
+    kl = next((values for one, values in out.per_token if one.id == rollout.id), None)
     facts += [f"mean KL {values.mean().item():.3g} nats" for values in [kl] if values is not None and values.numel()]
     facts += [f"{len(rollout.response_ids):,} tokens" + ("" if rollout.finished else ", cut off")]
     prompt, answer = renderer.decode_all(rollout.prompt_ids), renderer.decode_all(rollout.response_ids)
