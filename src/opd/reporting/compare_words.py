@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -12,32 +12,23 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.errors import printable
+from opd.reporting import summary
 from opd.reporting.compare import Comparison
 from opd.reporting.differences import Difference, metric_title
-from opd.reporting.summary import NO_VALUE, PLAIN_WIDTH, Interval
+from opd.reporting.summary import NO_VALUE, PLAIN_WIDTH, Interval, number, share, with_interval
 
 MINUS = "−"
 OVER_SEEDS = "Brackets: 95% intervals; where a group has several seeds, t intervals of the mean over its seeds."
 OVER_PROMPTS = "Brackets: 95% intervals over the held-out prompts."
 
 
-def share(value: float | None, interval: Interval | None = None) -> str:
-    """62.5% [55.0, 69.0]"""
-    return _words(value, interval, lambda v: f"{100 * v:.1f}", "%")
-
-
-def number(value: float | None, interval: Interval | None = None) -> str:
-    """0.0625 [0.0500, 0.0750]"""
-    return _words(value, interval, lambda v: f"{v:#.3g}" if abs(v) < 1000 else f"{v:,.0f}")
-
-
 def signed(difference: Difference) -> str:
     """+12.3 [+4.1, +20.5] points of accuracy, or −0.031 [−0.040, −0.022] nats of reverse KL."""
-    if difference.value is None:
-        return NO_VALUE
-    if difference.metric.startswith("accuracy"):
-        return _words(difference.value, difference.interval, lambda v: f"{100 * v:+.1f}")
-    return _words(difference.value, difference.interval, lambda v: f"{v:+#.3g}")
+
+    def show(value: float) -> str:
+        return f"{100 * value:+.1f}" if difference.metric.startswith("accuracy") else f"{value:+#.3g}"
+
+    return with_interval(difference.value, difference.interval, show).replace("-", MINUS)
 
 
 def unit(metric: str) -> str:
@@ -69,11 +60,10 @@ def result_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     rows = comparison.results
     names = list(dict.fromkeys(name for row in rows for name in row.metric))
     columns = [("steps", [row.steps for row in rows]), ("state", [row.status for row in rows])]
-    columns += [("accuracy before", [share(row.before, row.before_interval) for row in rows])]
+    columns += [("accuracy before", [_shown(row.before, row.before_interval, "accuracy") for row in rows])]
     for name in names:
-        show = share if name.startswith("accuracy") else number
         title = {"accuracy": "accuracy after", "reverse_kl": "reverse KL (nats)"}.get(name, metric_title(name))
-        columns.append((title, [show(row.metric.get(name), row.interval.get(name)) for row in rows]))
+        columns.append((title, [_shown(row.metric.get(name), row.interval.get(name), name) for row in rows]))
     columns += [("tokens", [count(row.tokens) for row in rows]), ("time", [clock(row.seconds) for row in rows])]
     filled = [(title, cells) for title, cells in columns if any(cell != NO_VALUE for cell in cells)]
     if all(row.status == "finished" for row in rows):
@@ -143,11 +133,8 @@ def explained(comparison: Comparison) -> list[str]:
 
 
 def plain_text(comparison: Comparison) -> str:
-    """The same for logs and pipes, wide enough that no column wraps."""
-    console = Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(terminal(comparison, PLAIN_WIDTH))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    """The same for logs and pipes."""
+    return summary.plain_text(terminal(comparison, PLAIN_WIDTH))
 
 
 def _text(words: str) -> Text:
@@ -164,10 +151,6 @@ def _table(title: str, columns: Sequence[str], right_from: int) -> Table:
     return table
 
 
-def _words(value: float | None, interval: Interval | None, show: Callable[[float], str], after: str = "") -> str:
-    if value is None or not math.isfinite(value):
-        return NO_VALUE
-    text = show(value) + after
-    if interval is not None and all(map(math.isfinite, interval)):
-        text += f" [{show(interval[0])}, {show(interval[1])}]"
-    return text.replace("-", MINUS)
+def _shown(value: float | None, interval: Interval | None, metric: str) -> str:
+    show = share if metric.startswith("accuracy") else number
+    return show(value, interval).replace("-", MINUS)

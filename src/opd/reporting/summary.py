@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from opd.errors import RunFolderError
@@ -59,16 +59,36 @@ def summary_cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]
     """Column titles and cells, as text; a column that no row fills is left out."""
     extras = list(dict.fromkeys(name for row in rows for name in row.extra))
     columns: list[tuple[str, list[str]]] = [
-        ("accuracy", [_share(row.accuracy, row.accuracy_interval) for row in rows]),
-        ("reverse KL (nats)", [_number(row.reverse_kl, row.reverse_kl_interval) for row in rows]),
+        ("accuracy", [share(row.accuracy, row.accuracy_interval) for row in rows]),
+        ("reverse KL (nats)", [number(row.reverse_kl, row.reverse_kl_interval) for row in rows]),
     ]
     for name in extras:
-        show = _share if name.startswith("accuracy") else _number
+        show = share if name.startswith("accuracy") else number
         cells = [show(row.extra.get(name), row.extra_intervals.get(name)) for row in rows]
         columns.append((column_title(name), cells))
     filled = [(title, cells) for title, cells in columns if any(cell != NO_VALUE for cell in cells)]
     titles = ["", *(title for title, _ in filled)]
     return titles, [[row.label, *(cells[i] for _, cells in filled)] for i, row in enumerate(rows)]
+
+
+def share(value: float | None, interval: Interval | None = None) -> str:
+    """62.5% [55.0, 69.0]"""
+    return with_interval(value, interval, lambda part: f"{100 * part:.1f}", "%")
+
+
+def number(value: float | None, interval: Interval | None = None) -> str:
+    """0.0625 [0.0500, 0.0750]"""
+    return with_interval(value, interval, lambda v: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:#.3g}")
+
+
+def with_interval(value: float | None, interval: Interval | None, show: Callable[[float], str], unit: str = "") -> str:
+    """A value and its unit, with its interval in brackets where there is one; `NO_VALUE` for None and what is not finite."""
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    text = show(value) + unit
+    if interval is None or not all(map(math.isfinite, interval)):
+        return text
+    return f"{text} [{show(interval[0])}, {show(interval[1])}]"
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
@@ -84,9 +104,14 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
 
 def summary_text(rows: Sequence[SummaryRow]) -> str:
     """The rows as plain text, for logs and pipes."""
+    return plain_text(summary_table(rows))
+
+
+def plain_text(content: RenderableType) -> str:
+    """What rich would show, without colours and wide enough that no column wraps."""
     console = Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
-        console.print(summary_table(rows))
+        console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -141,20 +166,3 @@ def _row(title: str, values: Mapping[str, Any]) -> SummaryRow:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _share(value: float | None, interval: Interval | None) -> str:
-    return _with_interval(value, interval, lambda share: f"{100 * share:.1f}", "%")
-
-
-def _number(value: float | None, interval: Interval | None) -> str:
-    return _with_interval(value, interval, lambda number: f"{number:,.0f}" if abs(number) >= 1000 else f"{number:#.3g}")
-
-
-def _with_interval(value: float | None, interval: Interval | None, show: Callable[[float], str], unit: str = "") -> str:
-    if value is None or not math.isfinite(value):
-        return NO_VALUE
-    text = show(value) + unit
-    if interval is None or not all(map(math.isfinite, interval)):
-        return text
-    return f"{text} [{show(interval[0])}, {show(interval[1])}]"
