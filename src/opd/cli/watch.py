@@ -13,8 +13,8 @@ from opd.reporting.watch import HOST, server
 USAGE = "opd watch RUN_DIR [--port PORT] [--open]"
 HELP = f"""usage: {USAGE}
 
-Serves the report of a run at {HOST}, to this machine alone, and writes it again as the run goes on; the page follows by itself.
-It reads the run folder, so that the run need not be on this machine, nor know of it.
+Serves the report of a run at {HOST}, to this machine alone, made anew as the run goes on; the page follows by itself.
+It only reads the run folder, so that the run need not be on this machine, nor know of it.
 
 --port PORT   take this port; by default a free one
 --open        open the page in a browser

@@ -38,6 +38,16 @@ def explain_os_errors(action: str, path: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_other_folders(folder: Path, *, begun: bool = True) -> None:
+    """Raise RunFolderError for an existing folder that training did not write to; one whose run has not `begun` holds its state alone."""
+    names = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE)
+    if not any((folder / name).exists() for name in (*names, *(() if begun else (STATE_FILE,)))):
+        raise RunFolderError(
+            f"{folder} is not a run folder: it has none of {METRICS_FILE}, {SAMPLES_FILE} and {SUMMARY_FILE}. "
+            "Give the folder that training wrote its run to."
+        )
+
+
 def dangling_link(path: Path) -> Path | None:
     """The first of `path` and the folders above it that is a link to nothing."""
     return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.errors import printable
-from opd.reporting.progress import REFRESH_PER_S, ProgressMode, choose_mode, duration
+from opd.reporting.progress import REFRESH_PER_S, ProgressMode, choose_mode, duration, print_line
 
 
 class Loading:
@@ -57,11 +57,7 @@ class Loading:
 
     def message(self, text: str) -> None:
         """Print a line that stays."""
-        text = printable(text)
-        if self._live is not None:
-            self._live.console.print(Text(text))
-        elif self.mode != "off":
-            print(text, file=self._stream, flush=True)
+        print_line(text, self._live, None if self.mode == "off" else self._stream)
 
     def _end(self) -> None:
         if self._live is not None:

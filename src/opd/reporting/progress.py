@@ -112,11 +112,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live display."""
-        text = printable(text)
-        if self._live is not None:
-            self._live.console.print(Text(text))
-        elif self.mode != "off":
-            print(text, file=self._stream, flush=True)
+        print_line(text, self._live, None if self.mode == "off" else self._stream)
 
     def warn_once(self, text: str | None, kind: str) -> None:
         """Print a warning unless it is None or one of its kind was printed before."""
@@ -173,6 +169,15 @@ def quoted(label: str, text: str) -> list[str]:
     more = [f"… and {len(text) - SHOWN_CHARACTERS:,} more characters"] if len(text) > SHOWN_CHARACTERS else []
     lines = [*shown.split("\n"), *more]
     return [f"  {label if number == 0 else '':<6} │ {line}" for number, line in enumerate(lines)]
+
+
+def print_line(text: str, live: Live | None, stream: TextIO | None) -> None:
+    """A line that stays: above a live display where there is one, else on the stream, or nowhere. It cannot command a terminal."""
+    text = printable(text)
+    if live is not None:
+        live.console.print(Text(text))
+    elif stream is not None:
+        print(text, file=stream, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -13,12 +13,9 @@ from opd.reporting.about import About, State, read_about, read_state
 from opd.reporting.configuration import configuration, parsed
 from opd.reporting.files import (
     CONFIG_FILE,
-    METRICS_FILE,
     REPORT_FILE,
-    SAMPLES_FILE,
-    STATE_FILE,
-    SUMMARY_FILE,
     explain_os_errors,
+    refuse_other_folders,
     write_atomically,
 )
 from opd.reporting.header import header, spelled
@@ -90,10 +87,10 @@ def render_report(
     curves = Curves(metrics)
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
-    steps = sum(record.kind == "step" for record in metrics)
+    steps, saved = sum(record.kind == "step" for record in metrics), parsed(config or "")
     context = {
         "title": title,
-        "header": header(about, state, parsed(config or "")),
+        "header": header(about, state, saved),
         "state": None if state is None else {**asdict(state), "alive": state.alive},
         "subtitle": _subtitle(curves, metrics, None if state else steps),
         "tiles": _tiles(curves, rows, summary or {}, steps),
@@ -103,7 +100,7 @@ def render_report(
         "groups": groups,
         "axes": [asdict(axis) for axis in axes(curves)],
         "notices": [*_notices(metrics, samples, rows, state), *summary_notes(summary or {}), *_changes(history)],
-        "config": configuration(config) if config else None,
+        "config": configuration(config, saved) if config else None,
         "live": bool(version) or (state is not None and state.name in ("loading", "running") and state.alive),
         "version": version,
         "viewer": viewer_data(samples),
@@ -132,11 +129,7 @@ def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _refuse_other_folders(folder: Path) -> None:
     if not folder.is_dir():
         raise RunFolderError(f"There is no folder {folder}. Give the folder that training wrote its run to.")
-    if not any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, STATE_FILE)):
-        raise RunFolderError(
-            f"{folder} is not a run folder: it has none of {METRICS_FILE}, {SAMPLES_FILE} and {SUMMARY_FILE}. "
-            "Give the folder that training wrote its run to."
-        )
+    refuse_other_folders(folder, begun=False)
 
 
 def _read_config(folder: Path) -> str | None:

@@ -9,11 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opd.errors import ConfigError, RunFolderError, printable
 from opd.reporting.about import About, State, read_about, read_state
-from opd.reporting.files import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, explain_os_errors
+from opd.reporting.configuration import parsed
+from opd.reporting.files import CONFIG_FILE, explain_os_errors, refuse_other_folders
 from opd.reporting.record import MetricsRecord, SampleRecord, comparable, read_metrics, read_samples
 from opd.reporting.series import Curves
 from opd.reporting.summary import read_summary
@@ -221,11 +220,7 @@ def _refuse_other_folders(folder: Path) -> None:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise RunFolderError(f"{folder} {what}, and a run is a folder. Give the folder that training wrote its run to.")
-    if not any((folder / name).exists() for name in (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE)):
-        raise RunFolderError(
-            f"{folder} is not a run folder: it has none of {METRICS_FILE}, {SAMPLES_FILE} and {SUMMARY_FILE}. "
-            "Give the folder that training wrote its run to."
-        )
+    refuse_other_folders(folder)
 
 
 def _read_recipe(folder: Path) -> dict[str, object] | None:
@@ -234,14 +229,7 @@ def _read_recipe(folder: Path) -> dict[str, object] | None:
         if not path.exists():
             return None
         text = path.read_text("utf-8", errors="replace")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is
-    try:
-        data = yaml.load(text, loader)  # either is a safe loader
-    except yaml.YAMLError:
-        return None
-    if not isinstance(data, dict):
-        return None
-    return flat(data)
+    return flat(recipe) if (recipe := parsed(text)) else None
 
 
 def _without_own_folder(value: object, own: str) -> object:

@@ -1,4 +1,4 @@
-"""A run's report on this machine's loopback address, written again as the run goes on."""
+"""A run's report on this machine's loopback address, made anew as the run goes on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
 READ = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE, HISTORY_FILE, ABOUT_FILE)
 EVERY_S = 5.0
-"""The report is written again at most this often, and takes at most SHARE of the time."""
+"""The report is made anew at most this often, and takes at most SHARE of the time."""
 SHARE = 0.2
 READ_TIMEOUT_S = 10.0
 PLACE = "opd-version-of-this-page"
