@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from opd.kernels.chunk_loop import HeadLogits, TeacherLogits, exact_float32
 from opd.kernels.spec import Columns, RowSpec, head_spec, log_probs
 from opd.losses import Objective, entropy, gather_logp, likeliest, support_of
 from opd.losses._shapes import Float, Int
-from opd.types import AnyTarget, DenseTarget, ModelView, SampledTarget, TeacherMixture, TopKTarget
+from opd.types import AnyTarget, DenseTarget, ModelView, SampledTarget, TeacherMixture, TokenViews, TopKTarget
 
 LIKELIEST = 5
 CHUNK = 64  # tokens: of 152k columns 39 MiB a copy, which do not show beside the chunks of the loss
@@ -80,6 +81,25 @@ def views_from_logits(
 
     rows = _rows(Columns.whole(vocab), target, response_ids, teacher_temperature)
     return _views(chunks, lambda part: student_logits[part].to(dtype), rows, buffer, k)
+
+
+def by_sequence(
+    views: tuple[ModelView, ModelView], positions: Int[Tensor, " tokens"], sequence_index: Int[Tensor, " tokens"]
+) -> dict[int, TokenViews]:
+    """The views of each sequence, on the CPU. `positions` are the tokens' places in their responses, from 0."""
+    student, teacher = (_each(view, torch.Tensor.cpu) for view in views)
+    positions, sequence_index = positions.cpu(), sequence_index.cpu()
+    found = {}
+    for sequence in sequence_index.unique().tolist():
+        own = sequence_index == sequence
+        mine, its = (_each(view, itemgetter(own)) for view in (student, teacher))
+        found[sequence] = TokenViews(positions=positions[own], student=mine, teacher=its)
+    return found
+
+
+def _each(view: ModelView, change: Callable[[Tensor], Tensor]) -> ModelView:
+    columns = {field.name: getattr(view, field.name) for field in fields(view)}
+    return ModelView(**{name: change(column) for name, column in columns.items() if column is not None})
 
 
 def _rows(columns: Columns, target: AnyTarget | None, response_ids: Tensor, temperature: float) -> RowSpec:

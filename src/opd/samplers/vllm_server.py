@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -21,7 +20,7 @@ from opd.samplers.base import SampledStudent
 from opd.samplers.vllm import Answer, Draw, Request
 from opd.samplers.vllm_http import Disconnected, VllmHttp
 from opd.samplers.vllm_process import ServerProcess
-from opd.samplers.vllm_weights import SyncFolder, base_of, has_tied_head
+from opd.samplers.vllm_weights import SyncFolder, base_of, has_tied_head, locked
 
 REVIVALS = 3  # of one call, before the run stops
 PATIENCE_S = 30.0  # that a server of the user's may take to come back
@@ -252,18 +251,14 @@ class _Claim:
 
     def take(self) -> bool:
         """False where another process holds it. Raises OSError where the file cannot be opened."""
-        while True:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(self._file)
-                return False
-            # A holder that let go between these two calls has deleted the file that is locked here.
+        while (lock := locked(self.path, os.O_RDWR | os.O_CREAT, 0o666)) is not None:
+            # A holder that let go while this one opened the file has deleted the one that is locked here.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file), self.path.stat()):
+                if os.path.samestat(os.fstat(lock), self.path.stat()):
+                    self._file = lock
                     return True
-            os.close(self._file)
+            os.close(lock)
+        return False
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +203,7 @@ class SyncFolder:
                 base.mkdir(parents=True, exist_ok=True)
                 _remove_orphans(base)
                 self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-                self._lock = _locked(self.root / LOCK, os.O_RDWR | os.O_CREAT)
+                self._lock = locked(self.root / LOCK, os.O_RDWR | os.O_CREAT)
                 if self.place is not None:
                     self.root.chmod(0o755)  # a server that another user started reads it too
             except OSError as error:
@@ -216,18 +217,17 @@ class SyncFolder:
 def _remove_orphans(base: Path) -> None:
     """Delete what runs left that were killed: weights in memory would stay there until the machine starts anew."""
     for folder in base.glob(f"{PREFIX}*"):
-        lock = _locked(folder / LOCK, os.O_RDWR)
+        lock = None
+        with suppress(OSError):  # no folder of ours, or one of another user's
+            lock = locked(folder / LOCK, os.O_RDWR)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
-def _locked(path: Path, flags: int) -> int | None:
-    """A descriptor that holds the lock of this file; None where another process holds it, or there is no such file to open."""
-    try:
-        lock = os.open(path, flags, 0o600)
-    except OSError:
-        return None
+def locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
+    """A descriptor that holds the lock of this file; None where another process holds it. Raises OSError where it cannot be opened."""
+    lock = os.open(path, flags, mode)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

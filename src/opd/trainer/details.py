@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from opd.kernels.views import by_sequence
 from opd.teachers.base import Teacher
 from opd.types import Batch, ModelView, Rollout, TokenViews
 
@@ -35,12 +34,7 @@ class ViewCollector:
 
     def add(self, batch: Batch, rows: torch.Tensor, views: Views) -> None:
         """Take the views of those rows of the batch."""
-        places, sequences = positions(batch)[rows].cpu(), batch.sequence_index[rows].cpu()
-        on_cpu = [_each(view, torch.Tensor.cpu) for view in views]
-        for member in sequences.unique().tolist():
-            own = sequences == member
-            student, teacher = (_each(view, partial(_rows, own)) for view in on_cpu)
-            found = TokenViews(positions=places[own], student=student, teacher=teacher)
+        for member, found in by_sequence(views, positions(batch)[rows], batch.sequence_index[rows]).items():
             self.found[batch.rollouts[member].id] = found
 
 
@@ -55,12 +49,3 @@ def teacher_names(teacher: Teacher | None, rollouts: Sequence[Rollout]) -> Mappi
     """The teacher that each rollout is routed to, by `Rollout.id`; empty where there is one teacher, or none."""
     groups = {} if teacher is None else teacher.groups(rollouts)
     return {rollouts[i].id: name for name, members in groups.items() if name for i in members}
-
-
-def _each(view: ModelView, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelView:
-    columns = {field.name: getattr(view, field.name) for field in fields(view)}
-    return replace(view, **{name: change(column) for name, column in columns.items() if column is not None})
-
-
-def _rows(own: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    return column[own]

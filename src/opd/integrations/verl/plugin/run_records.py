@@ -16,10 +16,11 @@ from opd.integrations.verl.plugin.settings import Settings
 from opd.integrations.verl.plugin.teachers import TargetSlice
 from opd.kernels import linear_views
 from opd.kernels.spec import select_target
+from opd.kernels.views import by_sequence
 from opd.reporting.details import token_details
 from opd.reporting.record import RunRecorder, SampleRecord
 from opd.teachers.vocabulary import VocabularyMatch
-from opd.types import ModelView, TokenViews
+from opd.types import TokenViews
 
 
 class RunWriter:
@@ -84,12 +85,8 @@ class RunWriter:
             masked_ids=vocabulary.invalid_ids,
             teacher_temperature=self.teacher_temperature,
         )
-        some = tokens.at(rows)
-        for sequence in some.sequence_index.unique().tolist():
-            own = some.sequence_index == sequence
-            student, teacher = (_at(view, own) for view in views)
-            found = TokenViews(positions=some.position[own], student=student, teacher=teacher)
-            self.seen[sequence] = found, part.name
+        found = by_sequence(views, tokens.position[rows], tokens.sequence_index[rows])
+        self.seen |= {sequence: (one, part.name) for sequence, one in found.items()}
 
     def write(
         self, input_ids: Tensor, tokens: ResponseTokens, taught: ResponseTokens, reverse_kl: Tensor | None
@@ -145,7 +142,3 @@ class RunWriter:
             teacher=teacher or None,
             details=token_details(views, len(response), sampler_logp, renderer.token_strings),
         )
-
-
-def _at(view: ModelView, own: Tensor) -> ModelView:
-    return ModelView(**{name: None if column is None else column[own] for name, column in vars(view).items()})
