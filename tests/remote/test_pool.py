@@ -17,7 +17,7 @@ from opd.errors import ConfigError, ServerError
 from opd.remote.address import parse_address, parse_addresses
 from opd.remote.breaker import Patience
 from opd.remote.keys import read_key
-from opd.remote.pool import ServerPool
+from opd.remote.pool import SHORTEST_TRY_S, ServerPool, _Tries
 from opd.remote.questions import Answer, BadAnswer, Question, RefusedError, Request
 from remote.scripted import Asked, Reply, ScriptedServer, free_port, serving
 
@@ -281,6 +281,19 @@ def test_a_foreign_host_without_encryption_is_a_warning(url: str, warned: bool):
     asking = ServerPool(url, section="teacher")
     assert bool(asking.warnings) is warned
     assert all("https" in said and "unencrypted" in said for said in asking.warnings)
+
+
+def test_no_try_is_begun_that_is_too_short_to_be_answered(monkeypatch: pytest.MonkeyPatch):
+    """Its failure, "no answer within 0.0002 s", would hide why the tries before it failed."""
+    now = [100.0]
+    monkeypatch.setattr("opd.remote.pool.time.monotonic", lambda: now[0])
+    for deadline, shortest in ((600.0, SHORTEST_TRY_S), (0.02, 0.0002)):
+        tries = _Tries(question().request, None, deadline)
+        assert tries.left == pytest.approx(deadline)
+        now[0] += deadline - 1.01 * shortest
+        assert tries.left == pytest.approx(1.01 * shortest, rel=1e-3)
+        now[0] += 0.02 * shortest
+        assert tries.left == 0.0
 
 
 def test_a_deadline_holds_wherever_it_falls(pool):
