@@ -70,6 +70,13 @@ def test_an_interpreter_without_vllm_says_so(model: Path, tmp_path: Path):
         fake(module="vllm_that_is_not_there.entrypoints").start(model, tmp_path / "log", ready)
 
 
+def test_an_interpreter_that_is_not_there_is_named(model: Path, tmp_path: Path):
+    process = fake(python=str(tmp_path / "none" / "python"))
+    with pytest.raises(ServerError, match=r"no program '.*none/python'.*rollout\.vllm\.python"):
+        process.start(model, tmp_path / "log", ready)
+    assert not process.running and process.starts == 0
+
+
 def test_a_server_that_is_never_ready_is_stopped(model: Path, tmp_path: Path):
     process = fake(timeout=1.0)
     with pytest.raises(ServerError, match=r"was not ready after 1 s \(rollout.vllm.start_timeout\)"):

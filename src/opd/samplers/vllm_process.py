@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,6 +59,11 @@ class ServerProcess:
     def start(self, model: Path, log: Path, is_ready: Callable[[str], bool]) -> None:
         """Start the server on this folder and wait until `is_ready(url)`. Raises ServerError with the end of its log."""
         self.stop()
+        if shutil.which(self.python) is None:
+            raise ServerError(
+                f"There is no program '{self.python}' to start vLLM with. Set rollout.vllm.python to the Python interpreter of an environment "
+                "that has vLLM, e.g. /path/to/venv/bin/python."
+            )
         self.port, self.log = _free_port(), log
         self.starts += 1
         began = time.monotonic()
