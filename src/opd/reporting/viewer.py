@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from opd.reporting.files import SAMPLES_FILE
+from opd.reporting.page import ASSETS
 from opd.reporting.record import PER_TOKEN, TOPS, SampleRecord, TopTokens
 from opd.reporting.tokens import (
     DARK_DIFFERENCE,
@@ -38,7 +38,6 @@ MAX_PLAIN = 60_000
 BRIEF = 160
 """Characters of a prompt in the list of samples."""
 
-ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("viewer_model.js", "viewer_text.js", "viewer_panel.js", "viewer_tables.js", "viewer_list.js", "viewer.js")
 
 SCALES = (
