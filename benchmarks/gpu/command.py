@@ -39,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="default: all parts")
+    parser.add_argument(
+        "--models", type=Path, help="run folder of `opd demo`: the part `run` takes its models instead of fitting them"
+    )
     parser.add_argument("--device", default="cuda", help="'cuda', 'cuda:1', or 'cpu' for a rehearsal")
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny sizes: shows that every part runs, measures nothing"
@@ -118,6 +121,7 @@ class Session:
         rows_path, log_path = self.scratch / f"{name}.jsonl", self.scratch / f"{name}.log"
         words = [sys.executable, "-m", "benchmarks.gpu.worker", name, "--rows", str(rows_path)]
         words += ["--device", self.args.device, "--seconds", f"{seconds:.1f}", *(["--rehearse"] * self.args.rehearse)]
+        words += [] if self.args.models is None else ["--models", str(self.args.models.resolve())]
         began, seen = time.monotonic(), 0
         with log_path.open("wb") as log:
             worker = subprocess.Popen(
@@ -140,6 +144,7 @@ class Session:
                 cut = _end(worker)
         rows = read_rows(rows_path)
         tail = log_path.read_text(encoding="utf-8", errors="replace")
+        self._keep(name, tail)
         if cut:
             return (
                 rows,
@@ -150,6 +155,12 @@ class Session:
             last = next((line for line in reversed(tail.splitlines()) if line.strip()), "no output")
             return rows, f"ended with exit code {worker.returncode}: {last[:300]}"
         return rows, ""
+
+    def _keep(self, name: str, said: str) -> None:
+        """What a worker printed, tracebacks of its failed cases among it, in `STEM.log` beside the report."""
+        if self.stem:
+            with (self.args.out / f"{self.stem}.log").open("a", encoding="utf-8") as log:
+                log.write(f"==== {name}\n{said}\n")
 
     def _environment(self) -> dict[str, str]:
         paths = [str(ROOT / "src"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,6 +38,8 @@ PROFILED = (
     "opd triton, JSD",
     "opd triton, top 64 and bucket",
     "opd in the trainer, reverse KL",
+    "opd in the trainer, reverse KL, float32 weights, autocast",
+    "opd log-prob",
 )
 SQUARE = 8192
 COPIED = 2**30
@@ -62,8 +64,10 @@ class Timed:
 
 def measure(sheet: Sheet) -> None:
     ceilings = sheet.case("ceilings of this device", "copy and product", partial(_ceilings, sheet))
-    for load in (TINY,) if sheet.rehearse else LOADS:
-        _times(sheet, load, ceilings or {})
+    loads = (TINY,) if sheet.rehearse else LOADS
+    for load in loads:
+        _times(sheet, load, OURS, load.shape, ceilings or {})
+    _times(sheet, loads[0], (PRODUCTS, *BESIDE, *PEERS), f"{loads[0].shape}, beside others", {})
 
 
 def _ceilings(sheet: Sheet) -> dict[str, Any]:
@@ -80,16 +84,16 @@ def _ceilings(sheet: Sheet) -> dict[str, Any]:
     return {"copy GB/s": 2 * 4 * count / copy / 1e6, f"product of {side}³ TFLOP/s": 2 * side**3 / product / 1e9}
 
 
-def _times(sheet: Sheet, load: Workload, ceilings: Any) -> None:
-    """Warm every variant up, measure its memory and error, then time all of them in turn."""
+def _times(sheet: Sheet, load: Workload, ways: Sequence[Timed], title: str, ceilings: Any) -> None:
+    """Warm every variant up, measure its memory and error, then time all of them in turn; with `ceilings`, profile some."""
     inputs = make_inputs(load, noise=NOISE, device=str(sheet.device), dtype=torch.bfloat16)
     top = replace(load, top_k=min(TOP_K, load.vocab // 8))
     best = make_inputs(top, noise=NOISE, device=str(sheet.device), dtype=torch.bfloat16)
     best = replace(best, student_hidden=inputs.student_hidden, student_weight=inputs.student_weight)
     exact = {divergence: _exact(divergence, inputs) for divergence in NAMES}
     ready: dict[str, Step] = {}
-    table = f"{load.shape}, bfloat16"
-    for way in WAYS:
+    table = f"{title}, bfloat16"
+    for way in ways:
         label = f"{way.name}, {way.loss}" if way.loss else way.name
         own = best if way.loss.startswith("top") else inputs
 
@@ -123,7 +127,7 @@ def _times(sheet: Sheet, load: Workload, ceilings: Any) -> None:
         cells = {**middle(taken), "× products": statistics.median(taken) / floor if floor else None}
         sheet.write(f"{table}: time of forward and backward", label, cells)
     profiles: dict[str, Profile] = {}
-    for label in (name for name in PROFILED if name in ready):
+    for label in (name for name in PROFILED if name in ready and ceilings):
 
         def look(label: str = label) -> dict[str, Any]:
             inputs.clear()
@@ -135,7 +139,7 @@ def _times(sheet: Sheet, load: Workload, ceilings: Any) -> None:
     for label, seen in profiles.items():
         for name, calls, ms in seen.kernels[:SHOWN_KERNELS]:
             cells = {"kind": "product" if is_product(name) else "rows", "calls": calls, "ms": ms}
-            sheet.write(f"{load.shape}: {label}, by kernel", f"`{name[:70]}`", cells)
+            sheet.write(f"{title}: {label}, by kernel", f"`{name[:70]}`", cells)
 
 
 def _kernels(seen: Profile, load: Workload, ceilings: Any) -> dict[str, Any]:
@@ -188,25 +192,24 @@ def _error(way: Timed, inputs: Inputs, load: Workload, exact: Tensor) -> float:
 
 
 def _products(inputs: Inputs, load: Workload) -> Step:
-    """Student logits, teacher logits and two gradients; logits and the head's gradient in float32, operands in bfloat16."""
+    """Student logits, teacher logits and two gradients: the logits a chunk at a time in float32, each gradient by one product."""
     hidden, weight = inputs.student_hidden.detach(), inputs.student_weight.detach()
     teacher_hidden, teacher_weight = inputs.teacher_hidden, inputs.teacher_weight
     assert teacher_hidden is not None and teacher_weight is not None
-    wide = {"out_dtype": torch.float32} if hidden.is_cuda else {}
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if hidden.is_cuda else {}
     kind = torch.float32 if hidden.is_cuda else hidden.dtype
+    gradient = torch.randn(len(hidden), weight.shape[0], device=hidden.device, dtype=hidden.dtype)
 
     def step() -> None:
-        shape = (load.chunk, weight.shape[0])
-        logits, teacher_logits = (torch.empty(shape, device=hidden.device, dtype=kind) for _ in range(2))
-        gradient = torch.ones(shape, device=hidden.device, dtype=hidden.dtype)
-        weight_grad = torch.zeros(weight.shape, device=hidden.device, dtype=kind)
-        hidden_grad = torch.empty_like(hidden)
+        logits, teacher_logits = (
+            torch.empty(load.chunk, weight.shape[0], device=hidden.device, dtype=kind) for _ in range(2)
+        )
         for start in range(0, len(hidden), load.chunk):
             rows = slice(start, start + load.chunk)
             torch.mm(hidden[rows], weight.T, out=logits, **wide)
             torch.mm(teacher_hidden[rows], teacher_weight.T, out=teacher_logits, **wide)
-            torch.mm(gradient, weight, out=hidden_grad[rows])
-            torch.addmm(weight_grad, gradient.T, hidden[rows], out=weight_grad, **wide)  # pyright: ignore[reportCallIssue,reportArgumentType]
+        torch.mm(gradient, weight, **wide)
+        torch.mm(gradient.T, hidden)
 
     return step
 
@@ -287,12 +290,14 @@ def _trainer(objective: Objective, *, float32: bool = False) -> Callable[[Inputs
 
 PRODUCTS = Timed(name="four products", loss="", make=_products)
 NAMES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "generalized_jsd": "JSD"}
-WAYS = (
+TRITON = tuple(
+    Timed(name="opd triton", loss=NAMES[d], make=_known("ours triton", d), reference=d, needs=("triton",))
+    for d in NAMES
+)
+BESIDE = (TRITON[0], TRITON[2])
+OURS = (
     PRODUCTS,
-    *(
-        Timed(name="opd triton", loss=NAMES[d], make=_known("ours triton", d), reference=d, needs=("triton",))
-        for d in NAMES
-    ),
+    *TRITON,
     Timed(name="opd triton", loss="top 64 and bucket", make=_known("ours triton", "forward_kl"), needs=("triton",)),
     Timed(name="opd", loss="reverse KL, GRPO and entropy", make=_hybrid),
     Timed(name="opd in the trainer", loss="reverse KL", make=_trainer(Objective()), reference="reverse_kl"),
@@ -309,6 +314,9 @@ WAYS = (
     Timed(name="opd log-prob", loss="", make=_log_prob),
     Timed(name="opd chunked", loss="reverse KL", make=_known("ours", "reverse_kl"), reference="reverse_kl"),
     Timed(name="opd minimal", loss="reverse KL", make=_known("ours minimal", "reverse_kl"), reference="reverse_kl"),
+)
+PEERS = (
+    Timed(name="plain", loss="reverse KL", make=_known("naive", "reverse_kl"), reference="reverse_kl"),
     *(
         Timed(name=name, loss=NAMES[d], make=_known(peer, d), reference=d, needs=needs)
         for name, peer, needs in (
@@ -318,5 +326,4 @@ WAYS = (
         )
         for d in ("reverse_kl", "generalized_jsd")
     ),
-    Timed(name="plain", loss="reverse KL", make=_known("naive", "reverse_kl"), reference="reverse_kl"),
 )

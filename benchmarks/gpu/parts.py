@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-FETCHED = ("tyro", "pydantic", "liger_kernel", "trl", "datasets")
+FETCHED = ("tyro", "pydantic", "tenacity", "liger_kernel", "trl", "datasets")
 """Import names of requirements.txt; `make gpu-wheels` fetches them for a machine without network."""
 
 
@@ -45,7 +45,7 @@ PARTS = (
         name="run",
         shows="`opd demo` on this device: it learns, a killed run resumes, and two runs of one seed agree.",
         share=1.5,
-        needs=("torch", "transformers", "tyro", "pydantic", "yaml", "rich", "jinja2"),
+        needs=("torch", "transformers", "tyro", "pydantic", "yaml", "rich", "jinja2", "tenacity", "httpx", "anyio"),
     ),
     Part(
         name="verl",

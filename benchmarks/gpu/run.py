@@ -21,7 +21,7 @@ from benchmarks.gpu.sheet import CheckFailed, Sheet
 from opd.reporting.record import read_metrics
 from opd.trainer.checkpoint import checkpoints
 
-STEPS, CHECKPOINT = 60, 15
+STEPS, CHECKPOINT = 40, 10
 REHEARSED = ("--train.prompts_per_step", "8", "--eval.prompts", "8", "--eval.extra_temperatures", "[]")
 INPUTS = ("base", "teacher", "train.jsonl", "eval.jsonl")
 CLOCKS = "time/"
@@ -79,20 +79,22 @@ class Demo:
             raise CheckFailed(f"exit code {process.returncode}: {' '.join(said.split())[-300:]}")
         return said
 
-    def fresh(self, name: str) -> Path:
-        """A run folder with the first run's models and prompts."""
+    def fresh(self, name: str, source: Path | None = None) -> Path:
+        """A run folder with another run's models and prompts; by default, the first run's."""
         run = self.folder / name
         run.mkdir()
         for part in INPUTS:
-            source = self.first / part
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, run / part)
+            given = (source or self.first) / part
+            (shutil.copytree if given.is_dir() else shutil.copy)(given, run / part)
         return run
 
 
 def measure(sheet: Sheet) -> None:
     with tempfile.TemporaryDirectory(prefix="opd-demo-") as folder:
         demo = Demo(sheet=sheet, folder=Path(folder))
-        if sheet.rehearse:
+        if sheet.models is not None:
+            demo.fresh(demo.first.name, sheet.models)
+        elif sheet.rehearse:
             _untaught_models(demo.first)
         if sheet.case("opd demo", "it learns", partial(_learns, demo), judged=True, seconds=40) is None:
             return

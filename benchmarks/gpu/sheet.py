@@ -37,6 +37,8 @@ class Sheet:
     rehearse: bool
     deadline: float
     """On `time.monotonic`."""
+    models: Path | None = None
+    """Run folder of `opd demo` whose models and prompts are taken."""
 
     @property
     def left(self) -> float:

@@ -57,6 +57,8 @@ def measure(sheet: Sheet) -> None:
 def _row_pass(sheet: Sheet, batch: dict[str, Tensor], objective: Objective, dtype: torch.dtype) -> dict[str, float]:
     """Loss and gradient of the logits in `dtype` against the definition in float64 on the same rounded numbers."""
     student, teacher = (batch[name].to(dtype) for name in ("student_logits", "teacher_logits"))
+    if objective.support == "teacher_top_k":
+        teacher = _without_ties(teacher, objective.top_k or 1)
     leaf = student.double().requires_grad_()
     exact = objective.per_token(leaf, DenseTarget(logits=teacher.double()), batch["response_ids"]).loss
     exact.mean().backward()
@@ -70,6 +72,12 @@ def _row_pass(sheet: Sheet, batch: dict[str, Tensor], objective: Objective, dtyp
         "error of the losses": _apart(got, exact, BOUNDS[torch.float32]),
         "error of the gradient": _apart(on_device.grad, leaf.grad, BOUNDS[dtype]),
     }
+
+
+def _without_ties(logits: Tensor, k: int) -> Tensor:
+    """Rows in which any top-k names the same tokens: of equal logits, devices name different ones."""
+    best = logits.double().topk(k, dim=-1)
+    return logits.scatter(-1, best.indices, (best.values + 1.0).to(logits.dtype))
 
 
 def _apart(got: Tensor, exact: Tensor, bound: float) -> float:

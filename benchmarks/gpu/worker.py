@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--models", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.seconds
@@ -39,8 +40,16 @@ def main(argv: Sequence[str]) -> int:
 
     device = torch.device(args.device)
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    sheet = Sheet(part=args.part, rows=args.rows, device=device, rehearse=args.rehearse, deadline=deadline)
+    sheet = Sheet(
+        part=args.part,
+        rows=args.rows,
+        device=device,
+        rehearse=args.rehearse,
+        deadline=deadline,
+        models=args.models,
+    )
     import_module(f"benchmarks.gpu.{args.part}").measure(sheet)
     return 0
 

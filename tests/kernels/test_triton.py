@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +41,7 @@ with pytest.MonkeyPatch.context() as _patch:
     if not CUDA:
         _patch.setenv("TRITON_INTERPRET", "1")  # kernels are what it says they are from their definition on
     from opd.kernels.rows import triton as implementation
-    from opd.kernels.rows.triton import kernels, rows
+    from opd.kernels.rows.triton import rows
 
 DEVICE = "cuda" if CUDA else "cpu"
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -85,7 +84,7 @@ def _only_infinite_rows_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more than 16 entries take several blocks."""
     monkeypatch.setattr(rows, "MAX_BLOCK", 16)
-    monkeypatch.setattr(rows, "BUSY_BLOCK", 16)
+    monkeypatch.setattr(rows, "LANES", 16)
 
 
 def world_of(*shape: int, **settings: Any) -> World:
@@ -192,37 +191,7 @@ def test_rows_of_many_blocks_are_rescaled_when_a_larger_logit_comes(divergence, 
 @pytest.mark.parametrize("columns", [1, 2, 3, 16, 17, 8192, 8193, 151936])
 def test_a_block_is_the_power_of_two_that_covers_a_row_up_to_the_cap(columns):
     block = rows.block_of(columns, rows.MAX_BLOCK)
-    assert block & (block - 1) == 0 and (block == 16384 or columns <= block < 2 * columns)
-
-
-class Tuned:
-    """An interpreted kernel that was found to run best with so many warps."""
-
-    def __init__(self, kernel: Any, warps: int, seen: dict[str, int | None]) -> None:
-        self.kernel, self.warps, self.seen = kernel, warps, seen
-
-    @property
-    def best_config(self) -> Any:
-        return SimpleNamespace(num_warps=self.warps)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, **constants: Any) -> None:
-            self.seen[self.kernel.fn.__name__] = constants.pop("num_warps", None)
-            self.kernel[grid](*arguments, **constants)
-
-        return launch
-
-
-@pytest.mark.skipif(CUDA, reason="there the kernels really are tuned")
-@pytest.mark.parametrize(("divergence", "warps"), [("reverse_kl", 4), ("generalized_jsd", 8)])
-def test_the_gradient_is_not_tuned_in_place_but_takes_the_warps_of_the_pass_before(divergence, warps, monkeypatch):
-    seen: dict[str, int | None] = {}
-    for name, best in (("statistics", 4), ("moments", 8), ("gradient", 0)):
-        monkeypatch.setattr(kernels, name, Tuned(getattr(kernels, name), best, seen))
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    same_as_reference(world_of(2, 5, 17), "hidden", divergence=divergence)
-    assert seen.pop("gradient") == warps
-    assert set(seen.values()) == {None}
+    assert block & (block - 1) == 0 and (block == rows.MAX_BLOCK or columns <= block < 2 * columns)
 
 
 @pytest.mark.parametrize("kind", WHOLE)

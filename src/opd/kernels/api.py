@@ -367,8 +367,7 @@ class Gradient:
     def times(self, factor: Tensor) -> Tensor:
         """The gradient, times the gradient of the sum; in place."""
         if self.scale is None:
-            if factor.is_cuda or float(factor) != 1.0:  # on CUDA, looking would wait for the device
-                self.value.mul_(factor)
+            _multiply(self.value, factor)
             return self.value
         factor = factor.to(self.scale.dtype) / self.scale
         lost, whole = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
@@ -386,6 +385,16 @@ class Gradient:
                 stacklevel=2,
             )
         return self.value
+
+
+def _multiply(value: Tensor, factor: Tensor) -> None:
+    """In place. On CUDA the device looks whether there is anything to do: to look from here would be to wait for it."""
+    if value.is_cuda and importlib.util.find_spec("triton") is not None:
+        from opd.kernels.rows.triton import multiply
+
+        multiply(value, factor)
+    elif value.is_cuda or float(factor) != 1.0:
+        value.mul_(factor)
 
 
 class FusedCall:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.kernels.full_logits import diagnostics_of_rows, loss_by_autograd
-from opd.kernels.spec import Columns, HeadSpec, RowPass, RowResults, RowSpec, Teachers
+from opd.kernels.spec import Columns, HeadSpec, RowPass, RowResults, RowSpec, Teachers, stored_tokens
 from opd.types import DenseTarget, HiddenTarget, TeacherMixture
 
 ROW_MULTIPLE = 8  # products of other heights leave part of a vector register idle
+WHOLE_ENTRIES = 1 << 26  # of a weight whose gradient a product may write in 16 bits
 WIDENED_ENTRIES = 1 << 20  # weight entries that are widened at a time: 4 MiB of float32
 HALF_WEIGHT = 64.0  # largest token weight beside 16-bit floats: their products stay far from 65 504, and from the smallest numbers
 
@@ -41,6 +42,10 @@ class StudentLogits(Protocol):
         """Logits of the tokens `index`, divided by the temperature, into `out`; masked columns are `fill`."""
         ...
 
+    def gradient_room(self, index: Any) -> Tensor | None:
+        """Where the row pass may write the gradient of these tokens, [tokens, columns], rounded; None: nowhere but over the logits."""
+        ...
+
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: Any) -> None:
         """Take `gradient` · scale, which is d(loss per token)/d(logits / temperature). `gradient` may be used up."""
         ...
@@ -58,32 +63,37 @@ def run_chunks(student: StudentLogits, rows: RowSpec, row_pass_of: Callable[[Row
         teachers = teacher.logits(index, len(z), row_pass.fill)
         apart = rows.diagnostics is not None and not row_pass.makes_diagnostics
         seen = diagnostics_of_rows(chunk, z, teachers) if apart else {}
-        out = row_pass(chunk, z, teachers, gradient=gradient)
+        room = student.gradient_room(index) if gradient else None
+        out = row_pass(chunk, z, teachers, gradient=gradient, room=room)
+        slopes = z if out.gradient is None else out.gradient
         if row_pass.fill != -math.inf:
-            recompute_nonfinite_rows(student, teacher, rows, index, z, out)
+            recompute_nonfinite_rows(student, teacher, rows, index, slopes, out)
         out.values |= seen
         if gradient:
-            student.add_gradient(z, out.scale, index)
+            student.add_gradient(slopes, out.scale, index)
         done.append(out)
     return RowResults.join(done, buffer)
 
 
 def recompute_nonfinite_rows(
-    student: StudentLogits, teacher: TeacherLogits, rows: RowSpec, index: Any, z: Tensor, out: RowResults
+    student: StudentLogits, teacher: TeacherLogits, rows: RowSpec, index: Any, slopes: Tensor, out: RowResults
 ) -> None:
-    """Rows whose loss or entropy is not finite, once more: with −inf for masked logits, by autograd, every case told apart."""
+    """Rows whose loss or entropy is not finite, once more: with −inf for masked logits, by autograd, every case told apart.
+
+    Their gradient is put into `slopes`.
+    """
     bad = out.nonfinite_rows()
     if not len(bad):
         return
     again = bad + index.start if isinstance(index, slice) else index[bad]
-    logits = student.logits(again, z.new_empty(len(bad), z.shape[1]), -math.inf)
+    logits = student.logits(again, out.scale.new_empty(len(bad), slopes.shape[1]), -math.inf)
     teachers = teacher.logits(again, len(bad), -math.inf)
     chunk = rows.at(again, whole_targets=False)
     seen = diagnostics_of_rows(chunk, logits, teachers) if rows.diagnostics is not None else {}
     found = loss_by_autograd(chunk, logits, teachers, gradient=student.wants_gradient)
     found.values |= seen
     if student.wants_gradient:
-        z[bad] = logits
+        slopes[bad] = logits.to(slopes.dtype)
     out.replace(bad, found)
 
 
@@ -178,7 +188,11 @@ class TeacherLogits:
 
 
 class HeadLogits:
-    """Logits of hidden states, and where d(loss)/d(logits) goes: through the gradient products, into their sums."""
+    """Logits of hidden states, and where d(loss)/d(logits) goes: through the gradient products, into their sums.
+
+    With `stored_tokens`, d(logits) of so many tokens is kept, as the products take it, and multiplied at once: sums of the weight's
+    gradient are then not read and written for every chunk, and where all tokens fit they never exist apart from the gradient itself.
+    """
 
     def __init__(self, head: HeadSpec) -> None:
         self.head = head
@@ -191,11 +205,23 @@ class HeadLogits:
         needs, blank = head.needs, {"dtype": head.dtype, "device": head.hidden.device}
         self.wants_gradient = needs.any
         self.hidden_grad = torch.empty(head.hidden.shape, **blank) if needs.hidden else None
-        self.weight_grad = torch.empty(head.weight.shape, **blank) if needs.weight else None
-        if self.weight_grad is not None:
-            self.weight_grad[self.layer.columns if head.tokens else 0 :].zero_()
+        self.weight_grad = None
         self.bias_grad = torch.zeros(len(head.weight), **blank) if needs.bias else None
         self._weight_is_written = False
+        stored = stored_tokens(head)
+        flushes = math.ceil(head.tokens / stored) if stored else 0
+        self._stored_tokens = math.ceil(head.tokens / flushes / self.chunk) * self.chunk if flushes else 0
+        self._store: Tensor | None = None
+        self._stored: list[tuple[slice, Tensor]] = []
+        """Tokens and scales of the rows in the store, which are neighbours."""
+        if needs.weight and (not flushes or head.tokens > self._stored_tokens):
+            self.weight_grad = self._blank_weight_grad(head.dtype)
+
+    def _blank_weight_grad(self, dtype: torch.dtype) -> Tensor:
+        """Room for the weight's gradient; rows that are no columns are zeros."""
+        blank = torch.empty(self.head.weight.shape, dtype=dtype, device=self.head.hidden.device)
+        blank[self.layer.columns if self.head.tokens else 0 :].zero_()
+        return blank
 
     def buffer(self) -> Tensor:
         """Room for the logits of a chunk."""
@@ -211,6 +237,21 @@ class HeadLogits:
         """Logits of some tokens into `out`; masked columns are `fill`."""
         return self.layer.logits(self.head.hidden[index], out, fill)
 
+    def gradient_room(self, index: slice) -> Tensor | None:
+        """Part of the store, where rounding is all that happens to d(logits) on its way there."""
+        direct = self._stored_tokens and self.bias_grad is None and not self.layer.rounds_to_half
+        return self._room(index) if direct else None
+
+    def _room(self, index: slice) -> Tensor:
+        taken = sum(len(scale) for _, scale in self._stored)
+        if taken + index.stop - index.start > self._stored_tokens:
+            self._multiply_stored()
+            taken = 0
+        if self._store is None:
+            kind, size = self.layer.weight.dtype, (min(self._stored_tokens, self.head.tokens), self.layer.columns)
+            self._store = torch.empty(size, dtype=kind, device=self.head.hidden.device)
+        return self._store[taken : taken + index.stop - index.start]
+
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: slice) -> None:
         """Take `gradient` · scale, which is d(loss per token)/d(logits / temperature) of these rows."""
         head, columns = self.head, self.layer.columns
@@ -219,11 +260,33 @@ class HeadLogits:
             scale = scale / lifted(gradient)
         if self.bias_grad is not None:
             self.bias_grad[:columns] += torch.mv(gradient.T, scale.squeeze(-1))
+        if not self._stored_tokens:
+            self._multiply(gradient, scale, rows)
+            return
+        room = self._room(rows)
+        if gradient.data_ptr() != room.data_ptr():
+            room.copy_(gradient)
+        self._stored.append((rows, scale))
+
+    def _multiply_stored(self) -> None:
+        """The gradient products of the rows in the store."""
+        if not self._stored:
+            return
+        assert self._store is not None
+        rows = slice(self._stored[0][0].start, self._stored[-1][0].stop)
+        scale = torch.cat([scale for _, scale in self._stored])
+        self._stored = []
+        self._multiply(self._store[: len(scale)], scale, rows)
+
+    def _multiply(self, gradient: Tensor, scale: Tensor, rows: slice) -> None:
+        head, columns = self.head, self.layer.columns
         if self.hidden_grad is not None:
             out = self.hidden_grad[rows]
             self.layer.hidden_grad(gradient, out)
             out.mul_(scale)
-        if self.weight_grad is not None:
+        if head.needs.weight:
+            if self.weight_grad is None:
+                self.weight_grad = self._blank_weight_grad(self.layer.gradient_dtype(head))
             scaled = head.hidden[rows].to(head.dtype) * scale
             self.layer.weight_grad(gradient, scaled, self.weight_grad[:columns], accumulate=self._weight_is_written)
             self._weight_is_written = True
@@ -242,6 +305,8 @@ class HeadLogits:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states (summed over shards), weight and bias, as they were accumulated."""
+        self._multiply_stored()
+        self._store = None
         hidden = self.hidden_grad
         if hidden is not None:
             (hidden,) = self.head.columns.shards.sum(hidden)
@@ -264,6 +329,14 @@ class OutputLayer:
         self.same = weight.dtype == dtype
         self.mixed = not self.same and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
         self.step = max(1, WIDENED_ENTRIES // max(1, weight.shape[1]))
+
+    def gradient_dtype(self, head: HeadSpec) -> torch.dtype:
+        """Of the weight's gradient where one product makes all of it: that in which it is wanted, if a product can write it.
+
+        Of a large matrix no product adds parts that are rounded to 16 bits: it has tiles enough for the whole device.
+        """
+        direct = self.mixed and self.weight.dtype == torch.bfloat16 and self.weight.numel() >= WHOLE_ENTRIES
+        return torch.bfloat16 if direct and head.weight_grad_dtype == torch.bfloat16 else head.dtype
 
     @property
     def rounds_to_half(self) -> bool:
@@ -296,9 +369,10 @@ class OutputLayer:
         weight = self.weight[first : first + gradient.shape[1]]
         if self.same:
             torch.addmm(out, gradient, weight, beta=int(accumulate), out=out)
+        elif self.mixed and accumulate:
+            out.add_(torch.mm(gradient.to(weight.dtype), weight, out_dtype=torch.float32))  # pyright: ignore[reportCallIssue]
         elif self.mixed:
-            product = torch.mm(gradient.to(weight.dtype), weight, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
-            out.copy_(out + product if accumulate else product)
+            torch.mm(gradient.to(weight.dtype), weight, out_dtype=torch.float32, out=out)  # pyright: ignore[reportCallIssue]
         else:
             if not accumulate:
                 out.zero_()
@@ -306,9 +380,13 @@ class OutputLayer:
                 out.addmm_(gradient[:, a : a + self.step], weight[a : a + self.step].to(out.dtype))
 
     def weight_grad(self, gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-        """out (+)= gradient.T @ hidden, [columns, hidden] in float32; `hidden` is float32 already."""
+        """out (+)= gradient.T @ hidden, [columns, hidden] in float32, or as `gradient_dtype` says; `hidden` is float32 already."""
         if self.mixed:
             left, right = gradient.to(self.weight.dtype).T, hidden.to(self.weight.dtype)
+            if not accumulate:
+                wide = {} if out.dtype == left.dtype else {"out_dtype": torch.float32}
+                torch.mm(left, right, out=out, **wide)  # pyright: ignore[reportCallIssue]
+                return
             torch.addmm(out, left, right, beta=int(accumulate), out_dtype=torch.float32, out=out)  # pyright: ignore[reportCallIssue]
         else:
             torch.addmm(out, gradient.T, hidden, beta=int(accumulate), out=out)

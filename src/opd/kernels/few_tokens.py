@@ -15,7 +15,7 @@ from opd.losses._shapes import Float
 from opd.losses.sampled import MAX_LOG_RATIO
 from opd.types import SampledTarget, TopKTarget
 
-FEW_ROWS = 128  # what autograd keeps of 64 entries a row is then under a mebibyte
+FEW_ROWS = 128  # on a CPU: what autograd keeps of 64 entries a row is then under a mebibyte
 
 
 def policy_loss(
@@ -75,7 +75,9 @@ def few_tokens_loss(
 ) -> dict[str, Tensor]:
     """The divergence from a top-k or sampled target, the clamped mass, and the derivatives that there are."""
     assert isinstance(rows.target, (TopKTarget, SampledTarget))
-    pieces = [slice(first, first + FEW_ROWS) for first in range(0, max(1, len(rows.target)), FEW_ROWS)]
+    count = max(1, len(rows.target))
+    few = count if any(logp is not None and logp.is_cuda for logp in (student_on_k, student_logp)) else FEW_ROWS
+    pieces = [slice(first, first + few) for first in range(0, count, few)]
     parts = [_few_rows(rows.at(piece), at(student_on_k, piece), at(student_logp, piece)) for piece in pieces]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

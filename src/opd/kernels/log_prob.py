@@ -5,6 +5,7 @@ The logits are computed again in the backward pass, so that no more than a chunk
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,15 @@ class _Gradients(torch.autograd.Function):
         raise ObjectiveError("linear_log_prob has first derivatives only; use whole logits and opd.losses for more.")
 
 
+def _row_kernels(head: HeadSpec) -> Any:
+    """Triton's, as a module, where they run and have whole rows; else None."""
+    if not (head.hidden.is_cuda and head.columns.shards.alone and importlib.util.find_spec("triton") is not None):
+        return None
+    from opd.kernels.rows import triton
+
+    return triton
+
+
 def _student(head: HeadSpec) -> HeadLogits:
     student = HeadLogits(head)
     if student.layer.bias is not None:
@@ -138,10 +148,13 @@ def _student(head: HeadSpec) -> HeadLogits:
 def _statistics(head: HeadSpec, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ e^z, log p(token) and the entropy of every row."""
     shards, student = head.columns.shards, _student(replace(head, needs=GradsNeeded()))
-    buffer = student.buffer()
+    buffer, kernels = student.buffer(), _row_kernels(head)
     parts: list[tuple[Tensor, ...]] = [(buffer.new_empty(0),) * 3]
     for index in student.chunks():
         z = student.logits(index, buffer[: index.stop - index.start], MASKED)
+        if kernels is not None:
+            parts.append(kernels.log_prob_of_rows(z, ids[index]))
+            continue
         y_logit = shards.pick(z, ids[index].unsqueeze(-1))
         top = shards.top(z, MASKED)
         z.sub_(top)
@@ -159,9 +172,15 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """d_logp (1[v = y] − p) − d_entropy p (log p + H), through the products."""
     student = _student(head)
-    buffer = student.buffer()
+    buffer, kernels = student.buffer(), _row_kernels(head)
     for index in student.chunks():
         z = student.logits(index, buffer[: index.stop - index.start], MASKED)
+        if kernels is not None:
+            room = student.gradient_room(index)
+            out = z if room is None else room
+            kernels.log_prob_gradient(z, out, *(part[index] for part in (ids, d_logp, d_entropy, log_z, entropy)))
+            student.add_gradient(out, torch.ones_like(d_logp[index]), index)
+            continue
         for some in pieces(z):
             here, there = z[some], slice(index.start + some.start, index.start + some.stop)
             here.sub_(log_z[there].unsqueeze(-1))

@@ -25,6 +25,7 @@ from opd.types import HiddenTarget, TeacherMixture
 BLOCK_BYTES = 1 << 29  # of one block of logits, times the deeper hidden size: the products pack as many rows, that deep
 MAX_BLOCK_BYTES = 2 << 20
 MIN_WIDTH = 64
+GPU_BLOCK_BYTES = 64 << 20  # on a GPU, where many small blocks take as long as few large ones, each
 PIECE = 1 << 15  # entries of a row pass that stay in cache; three buffers of them are within the mode's few mebibytes
 ROWS_BYTES = 4 << 20  # of the whole rows where no gradient's memory can hold them
 
@@ -73,6 +74,9 @@ class _WholeRows:
     def logits(self, index: slice | Tensor, out: Tensor, fill: float) -> Tensor:
         return self.student.logits(index, out, fill)
 
+    def gradient_room(self, index: slice) -> None:
+        return None
+
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: slice) -> None:
         raise AssertionError("values alone are wanted of whole rows")
 
@@ -86,7 +90,7 @@ class _Blocks:
         target, head = rows.target, student.head
         depth = max(head.hidden.shape[1], target.hidden.shape[1] if isinstance(target, HiddenTarget) else 0)
         size = torch.finfo(head.dtype).bits // 8
-        block = min(MAX_BLOCK_BYTES, BLOCK_BYTES // depth)
+        block = GPU_BLOCK_BYTES if head.hidden.is_cuda else min(MAX_BLOCK_BYTES, BLOCK_BYTES // depth)
         self.width = min(self.columns, max(MIN_WIDTH, block // (size * student.chunk)))
         self.has_teacher = target_has_logits(target)
         self.z_buffer, self.t_buffer = (
@@ -135,7 +139,7 @@ class _Blocks:
         few = sum((slope.sum(-1, keepdim=True) for _, slope in adds), torch.zeros_like(known["log_s"]))
         entropy = values["student_entropy"].unsqueeze(-1)
         weight = rows.distill_weight * form.row_scale(few, few) if t is not None else 0.0
-        step = max(1, PIECE // width)
+        step = count if z.is_cuda else max(1, PIECE // width)
         for piece in (slice(a, a + step) for a in range(0, count, step)):
             f = z[piece].sub_(known["log_s"][piece])
             p = torch.exp(f, out=form.buffer("p", f))

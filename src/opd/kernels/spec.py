@@ -21,6 +21,7 @@ CPU_CHUNK_BYTES = 75 << 20  # of one logits buffer: 128 rows of 152k columns; wi
 CPU_CHUNK_ROWS = 256  # more gain nothing on a CPU (benchmarks/LOG.md), unless rows are so short that calls cost more:
 CPU_CACHED_BYTES = 4 << 20
 GPU_CHUNK_BYTES = 640 << 20  # 1024 rows of 152k columns: fewer rows re-read dW too often, more cost memory
+GPU_STORE_BYTES = 2375 << 20  # 8192 rows of 152k columns in 16 bits
 MAX_CHUNK = 8192
 MINIMAL_CHUNK = 1024
 SAFE_SUM = (1e-10, 1e20)  # far from both ends of float32, so that products of two sums still fit
@@ -165,6 +166,10 @@ class HeadSpec:
     temperature: float = 1.0
     needs: GradsNeeded = GradsNeeded()
     chunk_tokens: int
+    may_store: bool = False
+    """True if d(logits) of many tokens may be kept for the gradient products; else they are multiplied chunk by chunk."""
+    weight_grad_dtype: torch.dtype | None = None
+    """In which the weight's gradient is handed out, where that is known."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,6 +272,8 @@ class RowResults:
     values: dict[str, Tensor]
     scale: Tensor
     """[rows]; folded into the hidden rows, which are much shorter than the vocabulary."""
+    gradient: Tensor | None = None
+    """Set where the gradient is not in the place of the logits but here, in the room that was offered."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """Sums of rows from which their gradient can be made again; NaN in rows that were recomputed by autograd."""
 
@@ -304,7 +311,11 @@ class RowPass(Protocol):
     makes_diagnostics: bool
     """True if the pass makes the diagnostics itself."""
 
-    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults: ...
+    def __call__(
+        self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
+    ) -> RowResults:
+        """A pass that can write the gradient elsewhere, rounded once, writes it into `room`, and says so in its results."""
+        ...
 
 
 def at(value: Tensor | None, index: Any) -> Tensor | None:
@@ -374,9 +385,19 @@ def head_spec(
             bias=on and bias is not None and bias.requires_grad,
         ),
         chunk_tokens=chunk_tokens if chunk_tokens is not None else default_chunk(hidden, shards.size, memory),
+        may_store=chunk_tokens is None and memory == "fast",
+        weight_grad_dtype=weight.dtype,
     )
     check_chunk(head.chunk_tokens)
     return head
+
+
+def stored_tokens(head: HeadSpec) -> int:
+    """Tokens whose d(logits) are kept until they are multiplied, as the device's budget allows; 0 multiplies chunk by chunk."""
+    if not (head.may_store and head.hidden.is_cuda and head.weight.dtype in (torch.bfloat16, torch.float16)):
+        return 0
+    most = max(head.chunk_tokens, GPU_STORE_BYTES // (2 * max(1, head.columns.here)) // 64 * 64)
+    return most if head.tokens <= most else max(head.chunk_tokens, most // 2)  # beside sums in float32
 
 
 def common_vocabulary(shards: Shards, target: AnyTarget | None, valid_vocab: int | None) -> int:

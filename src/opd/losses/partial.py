@@ -170,12 +170,17 @@ def likeliest(
     return best.values, ids.gather(-1, best.indices)
 
 
+def overlap_size(vocab: int, top_k: int | None = None) -> int:
+    """Number of likeliest tokens that `top_overlap` compares: 16 or `top_k` if that is less."""
+    likely = OVERLAP_K if top_k is None else min(top_k, OVERLAP_K)
+    return max(1, min(likely, vocab // 4))  # of a whole small vocabulary all would agree
+
+
 def top_overlap(
     student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], top_k: int | None = None
 ) -> Float[Tensor, " tokens"]:
     """The share of the likeliest tokens, 16 or `top_k` if that is less, that both agree on; from log-probs or logits."""
-    likely = OVERLAP_K if top_k is None else min(top_k, OVERLAP_K)
-    k = max(1, min(likely, student.shape[-1] // 4))  # of a whole small vocabulary all would agree
+    k = overlap_size(student.shape[-1], top_k)
     return overlap(likeliest(student, k)[1], likeliest(teacher, k)[1])
 
 

@@ -18,5 +18,7 @@ class AutogradRows:
     def __init__(self, rows: RowSpec, logits: Tensor) -> None:
         pass
 
-    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
+    def __call__(
+        self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
+    ) -> RowResults:
         return loss_by_autograd(rows, z, teachers, gradient=gradient)

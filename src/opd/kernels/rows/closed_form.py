@@ -284,7 +284,9 @@ class ClosedFormRows(_ClosedForm):
         whole = isinstance(rows.target, (HiddenTarget, DenseTarget))
         self.makes_diagnostics = rows.diagnostics is not None and whole and at_one
 
-    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
+    def __call__(
+        self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
+    ) -> RowResults:
         t, ids, form = teachers[0][1], rows.response_ids, self.divergence
         y_logit = z.new_zeros(len(z), 1) if ids is None else self.shards.pick(z, ids.unsqueeze(-1))
         tops = (self.shift(z), self.shift(t)) if self.shifted else None
@@ -399,7 +401,9 @@ def _diagnostics(
 class FewTokenRows(_ClosedForm):
     """Terms that read a few tokens of the student: top-k and sampled targets, the policy term and the entropy bonus."""
 
-    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
+    def __call__(
+        self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
+    ) -> RowResults:
         target, shards, ids = rows.target, self.shards, rows.response_ids
         top = self.shift(z) if self.shifted else None
         k_logits = shards.pick(z, target.ids) if isinstance(target, TopKTarget) else None
@@ -460,7 +464,9 @@ class SumOfLosses(_ClosedForm):
         super().__init__(rows, logits)
         self.one, self.rest = ClosedFormRows(rows, logits), FewTokenRows(rows, logits)
 
-    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
+    def __call__(
+        self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
+    ) -> RowResults:
         total, copy = torch.zeros_like(z), torch.empty_like(z)
         plain = replace(rows, policy=None, entropy_bonus=0.0)
         values: dict[str, Tensor] = {}

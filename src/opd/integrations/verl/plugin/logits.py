@@ -143,6 +143,9 @@ class _HeldLogits:
             out.mul_(self.factor)
         return mask_columns(out, self.masked, fill, 0, out.shape[1])
 
+    def gradient_room(self, index: Tensor) -> None:
+        return None
+
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: Tensor) -> None:
         assert self.slopes is not None
         gradient.mul_((scale * self.factor).unsqueeze(-1))

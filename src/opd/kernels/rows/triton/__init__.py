@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import get_args
 
-from opd.kernels.rows.triton.rows import TritonRows
+from opd.kernels.rows.triton.rows import TritonRows, log_prob_gradient, log_prob_of_rows, multiply
 from opd.kernels.spec import RowSpec
 from opd.losses import Divergence
 
-__all__ = ["TritonRows", "has_kernels"]
+__all__ = ["TritonRows", "has_kernels", "log_prob_gradient", "log_prob_of_rows", "multiply"]
 
 
 def has_kernels(rows: RowSpec) -> bool:

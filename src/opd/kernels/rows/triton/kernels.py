@@ -2,11 +2,12 @@
 
 Of a row of student logits z and teacher logits t, with u = z − max z, v = t − max t, S = Σ e^u and Q = Σ e^v:
 
-    statistics   max z, S, Σ e^u u,  max t, Q, Σ e^v v,  Σ e^u (u − v) or Σ e^v (v − u)   one read of z and t
+    statistics   max z, S, Σ e^u u,  max t, Q, Σ e^v v,  Σ e^u (u − v), Σ e^v (v − u)     one read of z and t
     moments      the divergence and Σ p f, for divergences whose f = ∂D/∂p needs S and Q   one read
-    gradient     w p (f − Σ p f) + p (c log p − e), over z or added to another buffer      one read, one write
+    gradient     w p (f − Σ p f) + p (c log p − e), over z, elsewhere, or added to it      one read, one write
 
-Sums run online: relative to the largest logit so far, and rescaled whenever a larger one comes. A logit of MASKED or −inf has
+BLOCK lanes walk over a row, and each has sums of its own: nothing is exchanged before the row's end, so that loads never wait. A lane's
+sums run online: relative to its largest logit so far, and rescaled whenever a larger one comes. A logit of MASKED or −inf has
 probability exactly 0. Where a divergence is truly infinite, what is returned is infinite or NaN.
 """
 
@@ -21,7 +22,6 @@ from opd.kernels import spec
 from opd.losses import divergences
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WARPS = (4, 8, 16, 32)
 
 # Numbers that the kernels read.
 MASKED = tl.constexpr(spec.MASKED)
@@ -36,7 +36,9 @@ ZP = tl.constexpr(2)
 TOP_T = tl.constexpr(3)
 Q = tl.constexpr(4)
 TQ = tl.constexpr(5)
-CROSS = tl.constexpr(6)
+REVERSE = tl.constexpr(6)  # Σ e^u (u − v)
+FORWARD = tl.constexpr(7)  # Σ e^v (v − u)
+STATISTICS = 8
 
 # Numbers of the divergence, in the dtype of the rows: scalar arguments of a kernel would be rounded to float32.
 ALPHA = tl.constexpr(0)
@@ -48,18 +50,6 @@ SIGN = tl.constexpr(5)  # 1, or −1 where β > ½
 SMALL = tl.constexpr(6)  # the smaller one of β and 1 − β
 LARGE = tl.constexpr(7)
 EDGE = tl.constexpr(8)  # log-ratio at which the model of the smaller weight is the larger part of M, but at least 1
-
-
-def tuned(*key: str):
-    """The kernel with its number of warps measured at first use; only for kernels that may run twice on the same buffers."""
-
-    def decorate(kernel):
-        if INTERPRETED:
-            return kernel
-        configs = [triton.Config({}, num_warps=warps) for warps in WARPS]
-        return triton.autotune(configs=configs, key=list(key))(kernel)
-
-    return decorate
 
 
 @triton.jit
@@ -186,57 +176,88 @@ def _slope(u, v, p, q, s, q_sum, shape, KIND: tl.constexpr, ORDER: tl.constexpr,
     return tl.where(student, slope, 0.0), tl.where(student | teacher, value, 0.0)
 
 
-@tuned("KIND", "TEACHER", "BLOCK")
 @triton.jit(do_not_specialize=["rows"])
 def statistics(
-    z, t, out, rows, columns, z_stride, t_stride, KIND: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr
+    z,
+    t,
+    scales,
+    out,
+    tops,
+    rows,
+    columns,
+    z_stride,
+    t_stride,
+    TEACHER: tl.constexpr,
+    HAS_REVERSE: tl.constexpr,
+    HAS_FORWARD: tl.constexpr,
+    SCALED: tl.constexpr,
+    TOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Normalisers, entropies and the sum that the KL called KIND is made of; `out` is [7, rows]."""
+    """Normalisers, entropies and the sums that the two KLs are made of; `out` is [STATISTICS, rows].
+
+    SCALED multiplies student's and teacher's logits with the two numbers of `scales`. TOPS leaves the largest logit of every lane,
+    columns ≡ lane (mod BLOCK), in `tops`, [2, rows, BLOCK]: the likeliest tokens are in the lanes whose largest are largest.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
     t += row * t_stride
     dtype = z.dtype.element_ty
-    top_z, top_t = tl.full((), MASKED, dtype), tl.full((), MASKED, dtype)
-    s, zp = tl.full((), 0.0, dtype), tl.full((), 0.0, dtype)
-    q, tq, cross = tl.full((), 0.0, dtype), tl.full((), 0.0, dtype), tl.full((), 0.0, dtype)
+    lanes = tl.arange(0, BLOCK)
+    top_z, top_t = tl.full((BLOCK,), MASKED, dtype), tl.full((BLOCK,), MASKED, dtype)
+    s, zp = tl.full((BLOCK,), 0.0, dtype), tl.full((BLOCK,), 0.0, dtype)
+    q, tq = tl.full((BLOCK,), 0.0, dtype), tl.full((BLOCK,), 0.0, dtype)
+    reverse, forward = tl.full((BLOCK,), 0.0, dtype), tl.full((BLOCK,), 0.0, dtype)
     for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+        column = first + lanes
         u = _logits(z, column, columns)
-        larger = tl.maximum(top_z, _max(u))
+        if TEACHER:
+            v = _logits(t, column, columns)
+        if SCALED:
+            u *= tl.load(scales)
+        larger = tl.maximum(top_z, u)
         z_move = top_z - larger
         top_z = larger
         u -= larger
         p = tl.exp(u)
         fade = tl.exp(z_move)
         if TEACHER:
-            v = _logits(t, column, columns)
-            larger = tl.maximum(top_t, _max(v))
+            if SCALED:
+                v *= tl.load(scales + 1)
+            larger = tl.maximum(top_t, v)
             t_move = top_t - larger
             top_t = larger
             v -= larger
             weight = tl.exp(v)
             t_fade = tl.exp(t_move)
-            if KIND == "reverse_kl":
+            if HAS_REVERSE:
                 terms = tl.where(u > -float("inf"), p * (u - v), 0.0)
-                cross = fade * (cross + s * (z_move - t_move)) + _sum(terms)
-            if KIND == "forward_kl":
+                reverse = fade * (reverse + s * (z_move - t_move)) + terms
+            if HAS_FORWARD:
                 terms = tl.where(v > -float("inf"), weight * (v - u), 0.0)
-                cross = t_fade * (cross + q * (t_move - z_move)) + _sum(terms)
-            tq = t_fade * (tq + t_move * q) + _sum(tl.where(v > -float("inf"), weight * v, 0.0))
-            q = t_fade * q + _sum(weight)
-        zp = fade * (zp + z_move * s) + _sum(tl.where(u > -float("inf"), p * u, 0.0))
-        s = fade * s + _sum(p)
+                forward = t_fade * (forward + q * (t_move - z_move)) + terms
+            tq = t_fade * (tq + t_move * q) + tl.where(v > -float("inf"), weight * v, 0.0)
+            q = t_fade * q + weight
+        zp = fade * (zp + z_move * s) + tl.where(u > -float("inf"), p * u, 0.0)
+        s = fade * s + p
+    if TOPS:
+        tl.store(tops + row * BLOCK + lanes, top_z)
+        tl.store(tops + (rows + row) * BLOCK + lanes, top_t)
+    # The lanes' sums, each relative to its own largest logits, as sums relative to the row's.
+    row_z, row_t = _max(top_z), _max(top_t)
+    z_move, t_move = top_z - row_z, top_t - row_t
+    fade, t_fade = tl.exp(z_move), tl.exp(t_move)
     out += row
-    tl.store(out + TOP_Z * rows, top_z)
-    tl.store(out + S * rows, s)
-    tl.store(out + ZP * rows, zp)
-    tl.store(out + TOP_T * rows, top_t)
-    tl.store(out + Q * rows, q)
-    tl.store(out + TQ * rows, tq)
-    tl.store(out + CROSS * rows, cross)
+    tl.store(out + TOP_Z * rows, row_z)
+    tl.store(out + S * rows, _sum(fade * s))
+    tl.store(out + ZP * rows, _sum(fade * (zp + z_move * s)))
+    tl.store(out + TOP_T * rows, row_t)
+    tl.store(out + Q * rows, _sum(t_fade * q))
+    tl.store(out + TQ * rows, _sum(t_fade * (tq + t_move * q)))
+    tl.store(out + REVERSE * rows, _sum(fade * (reverse + s * (z_move - t_move))))
+    tl.store(out + FORWARD * rows, _sum(t_fade * (forward + q * (t_move - z_move))))
 
 
-@tuned("KIND", "BLOCK")
 @triton.jit(do_not_specialize=["rows"])
 def moments(
     z,
@@ -261,16 +282,16 @@ def moments(
     top_z, s = tl.load(known + TOP_Z * rows), tl.load(known + S * rows)
     top_t, q_sum = tl.load(known + TOP_T * rows), tl.load(known + Q * rows)
     dtype = z.dtype.element_ty
-    total, center = tl.full((), 0.0, dtype), tl.full((), 0.0, dtype)
+    total, center = tl.full((BLOCK,), 0.0, dtype), tl.full((BLOCK,), 0.0, dtype)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         u, v = _logits(z, column, columns) - top_z, _logits(t, column, columns) - top_t
         p, q = tl.exp(u) / s, tl.exp(v) / q_sum
         slope, value = _slope(u, v, p, q, s, q_sum, shape, KIND, ORDER, ZERO)
-        total += _sum(value)
-        center += _sum(slope)
-    tl.store(out + row, total)
-    tl.store(out + rows + row, center)
+        total += value
+        center += slope
+    tl.store(out + row, _sum(total))
+    tl.store(out + rows + row, _sum(center))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -294,7 +315,7 @@ def gradient(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """w p (f − Σ p f) + p (c log p − e) into `out`, which may be z, or added to it.
+    """w p (f − Σ p f) + p (c log p − e) into `out`, which may be z and may be of 16 bits, or added to it.
 
     `per_row` is [4, rows]: w, Σ p f, c and e. A weight of 0 makes 0 of anything.
     """
@@ -328,4 +349,15 @@ def gradient(
             slope += tl.where(u > -float("inf"), p * (share * (u - tl.log(s)) - extra), 0.0)
         if ADD:
             slope += tl.load(out + column, mask=column < columns, other=0.0)
-        tl.store(out + column, slope, mask=column < columns)
+        tl.store(out + column, slope.to(out.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def times(value, factor, entries, BLOCK: tl.constexpr):
+    """value · factor in place, `factor` one number in memory; nothing is read or written where it is 1."""
+    by = tl.load(factor)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(value + at, mask=at < entries, other=0.0)
+        wide = x if x.dtype == tl.float64 else x.to(tl.float32)
+        tl.store(value + at, (wide * by.to(wide.dtype)).to(x.dtype), mask=at < entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from opd.kernels.few_tokens import add_few_tokens, token_slopes
 from opd.kernels.rows.triton import kernels
 from opd.kernels.rows.triton.kernels import INTERPRETED
 from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, kind_of, restore_neg_inf
-from opd.losses import Objective
-from opd.types import TopKTarget
+from opd.losses import Objective, overlap, overlap_size
+from opd.types import DenseTarget, HiddenTarget, TopKTarget
 
-MAX_BLOCK = 16384  # entries of a row worked on together; with more, registers spill (Fast-LLM #547, speculators #1111)
-BUSY_BLOCK = 8192  # the same where an entry costs logarithms (ptxas for sm_90: few spills or none from 8 warps on)
+LANES = 1024  # of the statistics and moments: 4 entries a thread, whose sums stay in its registers (ptxas: 5 blocks fit an SM)
+MAX_BLOCK = 4096  # entries of a row that the gradient works on together
+LANES_WARPS = BLOCK_WARPS = 8
+TIMES_BLOCK = 8192
 TWO_READS = ("reverse_kl", "forward_kl")  # their Σ p f needs no normaliser
 
 
@@ -28,7 +30,9 @@ class Statistics:
     """Per row, relative to the largest logits: what the kernel `statistics` leaves, over all shards."""
 
     known: Tensor
-    """[7, rows] for the kernels that follow."""
+    """[STATISTICS, rows] for the kernels that follow."""
+    tops: Tensor | None = None
+    """[2, rows, lanes]: largest logits of both models' lanes, where they were asked for."""
 
     @property
     def log_s(self) -> Tensor:
@@ -39,28 +43,35 @@ class Statistics:
         return self.log_s - self.known[2] / self.known[1]
 
     @property
+    def log_q(self) -> Tensor:
+        return self.known[4].log()
+
+    @property
     def teacher_entropy(self) -> Tensor:
-        return self.known[4].log() - self.known[5] / self.known[4]
+        return self.log_q - self.known[5] / self.known[4]
 
     def student_logp(self, logits: Tensor) -> Tensor:
         """Of tokens with these logits, [rows, k]; −inf where they are masked."""
         logp = logits - self.known[0].unsqueeze(-1) - self.log_s.unsqueeze(-1)
         return restore_neg_inf(logp)
 
+    def teacher_logp(self, logits: Tensor) -> Tensor:
+        """As `student_logp`, of the teacher."""
+        return restore_neg_inf(logits - self.known[3].unsqueeze(-1) - self.log_q.unsqueeze(-1))
+
     def two_read(self, kind: str) -> tuple[Tensor, Tensor]:
         """A KL and its Σ p f, as the gradient kernel understands f."""
-        s, q, cross = self.known[1], self.known[4], self.known[6]
+        s, q, reverse, forward = (self.known[row] for row in (1, 4, 6, 7))
         log_ratio = (q / s).log()
         if kind == "reverse_kl":
-            return cross / s + log_ratio, cross / s
-        return cross / q - log_ratio, torch.zeros_like(s)
+            return reverse / s + log_ratio, reverse / s
+        return forward / q - log_ratio, torch.zeros_like(s)
 
 
 class TritonRows:
     """Every divergence over the vocabulary, top-k and sampled targets, the policy term and the entropy bonus."""
 
     fill = MASKED
-    makes_diagnostics = False
 
     def __init__(self, rows: RowSpec, logits: Tensor) -> None:
         if not (logits.is_cuda or INTERPRETED):
@@ -74,11 +85,19 @@ class TritonRows:
         order, zero = alpha >= beta, min(alpha, beta) == 0.0
         self.constants = {"KIND": self.kind, "ORDER": order, "ZERO": zero}
         self.shape = torch.tensor(_shape(objective), dtype=logits.dtype, device=logits.device)
+        temperatures = objective.student_temperature, objective.teacher_temperature
+        self.scales = (
+            None if temperatures == (1.0, 1.0) else torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)
+        )
+        whole = isinstance(rows.target, (HiddenTarget, DenseTarget))
+        self.makes_diagnostics = rows.diagnostics is not None and whole and self.shards.alone
 
-    def __call__(self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool) -> RowResults:
+    def __call__(
+        self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
+    ) -> RowResults:
         if teachers and teachers[0][0] is not None:
             return self._sum_of_losses(rows, z, teachers, gradient)
-        return self._rows(rows, z, teachers[0][1] if teachers else None, out=z if gradient else None)
+        return self._rows(rows, z, teachers[0][1] if teachers else None, out=z if gradient else None, room=room)
 
     def _sum_of_losses(self, rows: RowSpec, z: Tensor, teachers: Teachers, gradient: bool) -> RowResults:
         """Σ w_i D(S, T_i) + what does not depend on a teacher, which goes with the first."""
@@ -96,16 +115,23 @@ class TritonRows:
         return RowResults(values=values, scale=torch.ones_like(values["loss"]))
 
     def _rows(
-        self, rows: RowSpec, z: Tensor, t: Tensor | None, *, out: Tensor | None, weight: Tensor | None = None
+        self,
+        rows: RowSpec,
+        z: Tensor,
+        t: Tensor | None,
+        *,
+        out: Tensor | None,
+        weight: Tensor | None = None,
+        room: Tensor | None = None,
     ) -> RowResults:
-        """Loss of rows against one teacher's logits `t` or a target without logits; `out` gets the gradient.
+        """Loss of rows against one teacher's logits `t` or a target without logits; `out` or `room` gets the gradient.
 
         A `weight` per row multiplies the divergence, and the gradient is added to `out`; without one it replaces it.
         """
         shards, target = self.shards, rows.target
         y_logits = None if rows.response_ids is None else shards.pick(z, rows.response_ids.unsqueeze(-1))
         k_logits = shards.pick(z, target.ids) if isinstance(target, TopKTarget) else None
-        found = self._statistics(z, t)
+        found = self._statistics(z, t, diagnostics=self.makes_diagnostics and self.scales is None)
         values = {"student_entropy": found.student_entropy}
         if y_logits is not None:
             values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
@@ -115,44 +141,77 @@ class TritonRows:
             divergence, center = found.two_read(self.kind) if self.kind in TWO_READS else self._moments(z, t, found)
             values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
             values["loss"] = rows.distill_weight * values["divergence"]
+            if self.makes_diagnostics:
+                values |= self._diagnostics(rows, z, t, found)
         slopes = add_few_tokens(rows, values, None if k_logits is None else found.student_logp(k_logits))
-        if out is not None:
-            adds = token_slopes(rows, slopes)
-            per_row = _per_row(rows, found, center, weight, adds)
-            self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
+        result = RowResults(values=values, scale=torch.ones_like(values["loss"]))
+        if out is None:
+            return result
+        adds = token_slopes(rows, slopes)
+        per_row = _per_row(rows, found, center, weight, adds)
+        if room is not None and (not adds or (t is None and shards.alone)):
+            out = result.gradient = room
+        self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
+        if result.gradient is None:
             for ids, slope in adds:
                 shards.add_at(out, ids, slope)
-        return RowResults(values=values, scale=torch.ones_like(values["loss"]))
+        elif adds:
+            put(out, few_slopes(adds, z, found, per_row))
+        return result
+
+    def _diagnostics(self, rows: RowSpec, z: Tensor, t: Tensor, found: Statistics) -> dict[str, Tensor]:
+        """The metrics at temperature 1: of the same sums where that is the loss's, else of one more read."""
+        assert rows.diagnostics is not None and rows.response_ids is not None
+        if self.scales is not None:
+            found = self._statistics(z, t, diagnostics=True, scales=self.scales)
+        ids, (student, teacher) = rows.response_ids.unsqueeze(-1), (1.0, 1.0) if self.scales is None else self.scales
+        eos = torch.tensor(rows.diagnostics.eos_ids, device=z.device, dtype=torch.long)
+        reverse, forward = found.two_read("reverse_kl")[0], found.two_read("forward_kl")[0]
+        eos_logp = found.student_logp(z[:, eos] * student)
+        seen = {
+            "reverse_kl": torch.where(
+                reverse.isnan(), torch.inf, reverse
+            ),  # a lane's infinity, times a weight that has become 0
+            "forward_kl": torch.where(forward.isnan(), torch.inf, forward),
+            "student_entropy": found.student_entropy,
+            "teacher_entropy": found.teacher_entropy,
+            "student_logp": found.student_logp(z.gather(-1, ids) * student).squeeze(-1),
+            "teacher_logp": found.teacher_logp(t.gather(-1, ids) * teacher).squeeze(-1),
+            "overlap": _overlap(z, t, found, rows.objective.top_k),
+            "eos_prob": eos_logp.exp().sum(-1),
+        }
+        return {f"diagnostics/{name}": value for name, value in seen.items()}
 
     # ---- launches --------------------------------------------------------------------------------------------------
 
-    def _statistics(self, z: Tensor, t: Tensor | None) -> Statistics:
-        rows, columns = z.shape
-        out, other = torch.empty(7, rows, dtype=z.dtype, device=z.device), z if t is None else t
-        kind = self.kind if t is not None and self.kind in TWO_READS else "none"
-        constants = {"KIND": kind, "TEACHER": t is not None, "BLOCK": block_of(columns, MAX_BLOCK)}
-        _launch(kernels.statistics, z, other, out, rows, columns, z.stride(0), other.stride(0), **constants)
-        return Statistics(known=out if self.shards.alone else self._over_shards(out))
+    def _statistics(
+        self, z: Tensor, t: Tensor | None, *, diagnostics: bool = False, scales: Tensor | None = None
+    ) -> Statistics:
+        """`diagnostics` takes both KLs' sums and the lanes' largest logits; `scales` multiply both models' logits."""
+        kinds = TWO_READS if diagnostics else (self.kind,)
+        out, tops = _statistics(z, t, kinds, tops=diagnostics, scales=scales)
+        return Statistics(known=out if self.shards.alone else self._over_shards(out), tops=tops)
 
     def _over_shards(self, out: Tensor) -> Tensor:
         """The statistics of the whole vocabulary: two messages per chunk, of the maxima and of the sums."""
-        top_z, s, zp, top_t, q, tq, cross = out
+        top_z, s, zp, top_t, q, tq, reverse, forward = out
         whole_z, whole_t = self.shards.max(top_z, top_t)
         z_move, t_move = top_z - whole_z, top_t - whole_t
         z_fade, t_fade = z_move.exp(), t_move.exp()
+        cross = torch.zeros_like(s)
         if self.kind == "forward_kl":
-            cross = t_fade * (cross + q * (t_move - z_move))
-        else:
-            cross = z_fade * (cross + s * (z_move - t_move))
+            cross = t_fade * (forward + q * (t_move - z_move))
+        elif self.kind == "reverse_kl":
+            cross = z_fade * (reverse + s * (z_move - t_move))
         zp, tq = z_fade * (zp + z_move * s), t_fade * (tq + t_move * q)
         s, zp, q, tq, cross = self.shards.sum(z_fade * s, zp, t_fade * q, tq, cross)
-        return torch.stack([whole_z, s, zp, whole_t, q, tq, cross])
+        return torch.stack([whole_z, s, zp, whole_t, q, tq, cross, cross])
 
     def _moments(self, z: Tensor, t: Tensor, found: Statistics) -> tuple[Tensor, Tensor]:
         rows, columns = z.shape
         out = torch.empty(2, rows, dtype=z.dtype, device=z.device)
         strides = (z.stride(0), t.stride(0))
-        constants = {**self.constants, "BLOCK": block_of(columns, BUSY_BLOCK)}
+        constants = {**self.constants, "BLOCK": block_of(columns, LANES)}
         _launch(kernels.moments, z, t, found.known, self.shape, out, rows, columns, *strides, **constants)
         (out,) = self.shards.sum(out)
         return out[0], out[1]
@@ -162,20 +221,63 @@ class TritonRows:
     ) -> None:
         rows, columns = z.shape
         other = z if t is None else t
-        busy = t is not None and self.kind not in TWO_READS
         constants = {
             **self.constants,
             "TEACHER": t is not None,
             "EXTRAS": extras or t is None,
             "ADD": add,
-            "BLOCK": block_of(columns, BUSY_BLOCK if busy else MAX_BLOCK),
+            "BLOCK": block_of(columns, MAX_BLOCK),
         }
-        if not kernels.INTERPRETED:
-            # Tuning runs a kernel many times, which this one, in place, does not survive: it takes what suits the one before it.
-            before: Any = kernels.moments if busy else kernels.statistics
-            constants["num_warps"] = before.best_config.num_warps
         strides = (z.stride(0), other.stride(0), out.stride(0))
         _launch(kernels.gradient, z, other, out, found.known, per_row, self.shape, rows, columns, *strides, **constants)
+
+
+def _statistics(
+    z: Tensor, t: Tensor | None, kinds: Sequence[str] = (), *, tops: bool = False, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """[STATISTICS, rows], with the sums of the KLs among `kinds`; and the lanes' largest logits, where `tops` asks for them."""
+    rows, columns = z.shape
+    block, other = block_of(columns, LANES), z if t is None else t
+    out = torch.empty(kernels.STATISTICS, rows, dtype=z.dtype, device=z.device)
+    largest = torch.empty(2, rows, block, dtype=z.dtype, device=z.device) if tops else None
+    constants = {
+        "TEACHER": t is not None,
+        "HAS_REVERSE": t is not None and "reverse_kl" in kinds,
+        "HAS_FORWARD": t is not None and "forward_kl" in kinds,
+        "SCALED": scales is not None,
+        "TOPS": tops,
+        "BLOCK": block,
+    }
+    given = (out if scales is None else scales, out, out if largest is None else largest)
+    _launch(kernels.statistics, z, other, *given, rows, columns, z.stride(0), other.stride(0), **constants)
+    return out, largest
+
+
+def log_prob_of_rows(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ e^z, the log-prob of each row's token and the entropy, [rows] each."""
+    found = Statistics(known=_statistics(z, None)[0])
+    logp = found.student_logp(z.gather(-1, ids.unsqueeze(-1))).squeeze(-1)
+    return found.known[0] + found.log_s, logp, found.student_entropy
+
+
+def log_prob_gradient(
+    z: Tensor, out: Tensor, ids: Tensor, d_logp: Tensor, d_entropy: Tensor, log_z: Tensor, entropy: Tensor
+) -> None:
+    """d_logp (1[v = y] − p) − d_entropy p (log p + H) of each row into `out`, which may be z."""
+    known, per_row = z.new_zeros(kernels.STATISTICS, len(z)), z.new_zeros(4, len(z))
+    known[0], known[1] = log_z, 1.0
+    per_row[2], per_row[3] = -d_entropy, d_logp + d_entropy * entropy
+    few = few_slopes([(ids.unsqueeze(-1), d_logp.unsqueeze(-1))], z, Statistics(known=known), per_row)
+    constants = {"KIND": "none", "ORDER": True, "ZERO": False, "TEACHER": False, "EXTRAS": True, "ADD": False}
+    strides = (z.stride(0), z.stride(0), out.stride(0))
+    block = block_of(z.shape[1], MAX_BLOCK)
+    _launch(kernels.gradient, z, z, out, known, per_row, per_row, *z.shape, *strides, **constants, BLOCK=block)
+    put(out, few)
+
+
+def put(out: Tensor, few: tuple[Tensor, Tensor]) -> None:
+    """out[row, ids[row]] = values, rounded to its dtype."""
+    out.scatter_(-1, few[0], few[1].to(out.dtype))
 
 
 def _per_row(
@@ -192,6 +294,43 @@ def _per_row(
     return out
 
 
+def few_slopes(
+    adds: Sequence[tuple[Tensor, Tensor]], z: Tensor, found: Statistics, per_row: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The ids of `adds`, and p (c log p − e) + Σ F'_k there in bulk: so it is rounded once, not before and after the sum."""
+    ids = torch.cat([ids for ids, _ in adds], dim=-1)
+    slopes = torch.cat([slope for _, slope in adds], dim=-1)
+    logp = found.student_logp(z.gather(-1, ids))
+    share, extra = per_row[2].unsqueeze(-1), per_row[3].unsqueeze(-1)
+    plain = torch.where(logp.isfinite(), logp.exp() * (share * logp - extra), 0.0)
+    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)  # a token may stand in two lists: every place of it gets all
+    return ids, plain + torch.where(same, slopes.unsqueeze(-2), 0.0).sum(-1)
+
+
+def _overlap(z: Tensor, t: Tensor, found: Statistics, top_k: int | None) -> Tensor:
+    """The share of the likeliest tokens that both models agree on, as `losses.top_overlap` defines it, from the lanes' largest."""
+    assert found.tops is not None
+    k = overlap_size(z.shape[1], top_k)
+    return overlap(_likeliest(z, found.tops[0], k), _likeliest(t, found.tops[1], k))
+
+
+def _likeliest(logits: Tensor, tops: Tensor, k: int) -> Tensor:
+    """Ids of the k largest logits of each row, [rows, k]."""
+    columns, lanes = logits.shape[1], tops.shape[1]
+    best = tops.topk(k, dim=-1, sorted=False).indices
+    steps = torch.arange(0, columns, lanes, device=logits.device)
+    ids = (best.unsqueeze(-1) + steps).flatten(1)
+    values = logits.gather(-1, ids.clamp(max=columns - 1)).masked_fill_(ids >= columns, -torch.inf)
+    return ids.gather(-1, values.topk(k, dim=-1, sorted=False).indices)
+
+
+def multiply(value: Tensor, factor: Tensor) -> None:
+    """value · factor in place; costs nothing where the factor, one number on the device, is 1."""
+    entries, kernel = value.numel(), cast(Any, kernels.times)
+    with torch.cuda.device_of(value):
+        kernel[(math.ceil(entries / TIMES_BLOCK),)](value, factor, entries, BLOCK=TIMES_BLOCK, num_warps=BLOCK_WARPS)
+
+
 def _shape(objective: Objective) -> tuple[float, ...]:
     """α, β and what follows from them, in the order of `kernels.ALPHA` to `kernels.EDGE`."""
     alpha, beta, normalize = objective.shape
@@ -206,7 +345,8 @@ def _shape(objective: Objective) -> tuple[float, ...]:
 def _launch(kernel: Any, z: Tensor, *arguments: Any, **constants: Any) -> None:
     """One program per row of z, on its device."""
     with torch.cuda.device_of(z):
-        kernel[(z.shape[0],)](z, *arguments, **constants)
+        warps = BLOCK_WARPS if kernel is kernels.gradient else LANES_WARPS
+        kernel[(z.shape[0],)](z, *arguments, num_warps=warps, **constants)
 
 
 def block_of(columns: int, most: int) -> int:
