@@ -51,7 +51,7 @@ class Sizes:
     prompt: int = 256
     response: int = 512
     microbatch: int = 8192
-    generated: int = 64
+    generated: int = 16
     """Tokens per rollout when `generate` is timed: it takes as long for each."""
     repeats: int = 2
 

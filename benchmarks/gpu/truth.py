@@ -78,20 +78,22 @@ class Case:
 def measure(sheet: Sheet) -> None:
     warnings.filterwarnings("ignore", message="generalized_jsd with normalize=False")
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
-    accuracy(sheet)
+    accuracy(sheet, "triton")
     for name, objective in OBJECTIVES.items():
         sheet.case("any objective, as the trainer calls it", name, partial(trainer_loss, sheet, objective), judged=True)
     for name, surrounding in AROUND.items():
         sheet.case("inside other machinery", name, partial(surrounding, sheet), judged=True, seconds=20)
+    accuracy(sheet, "chunked")
 
 
-def accuracy(sheet: Sheet) -> None:
-    """The grid, a row of the table per implementation, kind of target and dtype."""
+def accuracy(sheet: Sheet, impl: str) -> None:
+    """The grid of an implementation, a row of the table per kind of target and dtype."""
     groups: dict[tuple[str, str, str], list[Case]] = defaultdict(list)
     for case in grid(sheet.rehearse):
-        groups[case.group].append(case)
-    for (impl, kind, dtype), cases in groups.items():
-        needs = ("triton",) if impl == "triton" else ()
+        if case.impl == impl:
+            groups[case.group].append(case)
+    needs = ("triton",) if impl == "triton" else ()
+    for (_, kind, dtype), cases in groups.items():
         sheet.case(
             "against float64", f"{impl}, {kind}, {dtype}", partial(check, sheet, cases), judged=True, needs=needs
         )

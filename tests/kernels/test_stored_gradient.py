@@ -246,3 +246,27 @@ def test_only_products_of_16_bits_on_a_gpu_store_and_only_where_memory_was_not_c
         assert not head_spec(hidden, weight, None, chunk_tokens=chunk, memory=memory).may_store
     assert head_spec(hidden, weight, None).may_store
     assert api.HeadLogits is chunk_loop.HeadLogits and kernels.STATISTICS == 8
+
+
+# ---- with 16-bit products ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [64, 12])
+@pytest.mark.parametrize("kind", ["hidden", "top_k", "sampled", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_operands_err_by_roundings_of_the_operands_alone(dtype, kind, stored, store, mixed, monkeypatch):
+    """As on a GPU: the store is of the operands' dtype, and of a weight of many entries one product writes the whole gradient."""
+    monkeypatch.setattr(chunk_loop, "WHOLE_ENTRIES", 1)
+    world = World(23, 64, 129, dtype)
+    settings = {"policy": world.policy(torch.float32, old_log_prob=None)} if kind in ("none", "top_k") else {}
+    exact = run(world, kind, "reference", torch.float64, grads="hw", **settings)
+    store(stored)
+    for impl in ("chunked", "triton"):
+        mixed.clear()
+        found = run(world, kind, impl, dtype, grads="hw", chunk_tokens=6, **settings)
+        assert set(mixed) == {dtype}
+        assert found["d_weight"].dtype == dtype
+        for name in ("d_hidden", "d_weight"):
+            error = float((found[name].double() - exact[name]).norm() / exact[name].norm())
+            bound = 0.01 if dtype == torch.bfloat16 else 0.0015
+            assert error < bound, f"{impl}, {name}: {error:.1e}"

@@ -31,6 +31,7 @@ from opd.kernels.spec import (
     RowSpec,
     head_spec,
     target_has_logits,
+    under_autocast,
     unshard,
 )
 from opd.losses import Divergence, Objective, Tail, discounted_return
@@ -225,10 +226,7 @@ def linear_objective(
         chunk_tokens=chunk_tokens,
         memory=memory,
     )
-    device = student_hidden.device.type
-    if student_hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        operands = torch.get_autocast_dtype(device)
-        head = replace(head, hidden=head.hidden.to(operands), weight=head.weight.to(operands))
+    head = under_autocast(head)
     squared = objective.student_temperature**2 if objective.scale_by_t2 else 1.0
     rows = RowSpec(
         columns=head.columns,

@@ -42,8 +42,11 @@ class StudentLogits(Protocol):
         """Logits of the tokens `index`, divided by the temperature, into `out`; masked columns are `fill`."""
         ...
 
-    def gradient_room(self, index: Any) -> Tensor | None:
-        """Where the row pass may write the gradient of these tokens, [tokens, columns], rounded; None: nowhere but over the logits."""
+    def gradient_room(self, index: Any, settle: Callable[[], None]) -> Tensor | None:
+        """Where the row pass may write the gradient of these tokens, [tokens, columns], rounded; None: nowhere but over the logits.
+
+        Rooms that were given are not read before `settle` has been called, or the loop is over.
+        """
         ...
 
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: Any) -> None:
@@ -56,22 +59,33 @@ def run_chunks(student: StudentLogits, rows: RowSpec, row_pass_of: Callable[[Row
     buffer = student.buffer()
     row_pass = row_pass_of(rows, buffer)
     teacher = TeacherLogits(rows, student.buffer)
-    gradient, done = student.wants_gradient, []
+    gradient, done, unsettled = student.wants_gradient, [], []
+
+    def settle() -> None:
+        """Look for rows to be done again in all chunks at once: to look is to wait for the device."""
+        if unsettled and bool(torch.cat([out.nonfinite() for _, _, out in unsettled]).any()):
+            for index, slopes, out in unsettled:
+                recompute_nonfinite_rows(student, teacher, rows, index, slopes, out)
+        unsettled.clear()
+
     for index in student.chunks():
         chunk = rows.at(index, whole_targets=False)
         z = student.logits(index, buffer[: _length(index)], row_pass.fill)
         teachers = teacher.logits(index, len(z), row_pass.fill)
         apart = rows.diagnostics is not None and not row_pass.makes_diagnostics
         seen = diagnostics_of_rows(chunk, z, teachers) if apart else {}
-        room = student.gradient_room(index) if gradient else None
+        room = student.gradient_room(index, settle) if gradient else None
         out = row_pass(chunk, z, teachers, gradient=gradient, room=room)
         slopes = z if out.gradient is None else out.gradient
-        if row_pass.fill != -math.inf:
+        if row_pass.fill != -math.inf and (out.gradient is not None or not gradient):
+            unsettled.append((index, slopes, out))
+        elif row_pass.fill != -math.inf:
             recompute_nonfinite_rows(student, teacher, rows, index, slopes, out)
         out.values |= seen
         if gradient:
             student.add_gradient(slopes, out.scale, index)
         done.append(out)
+    settle()
     return RowResults.join(done, buffer)
 
 
@@ -237,14 +251,15 @@ class HeadLogits:
         """Logits of some tokens into `out`; masked columns are `fill`."""
         return self.layer.logits(self.head.hidden[index], out, fill)
 
-    def gradient_room(self, index: slice) -> Tensor | None:
+    def gradient_room(self, index: slice, settle: Callable[[], None]) -> Tensor | None:
         """Part of the store, where rounding is all that happens to d(logits) on its way there."""
         direct = self._stored_tokens and self.bias_grad is None and not self.layer.rounds_to_half
-        return self._room(index) if direct else None
+        return self._room(index, settle) if direct else None
 
-    def _room(self, index: slice) -> Tensor:
+    def _room(self, index: slice, settle: Callable[[], None] = lambda: None) -> Tensor:
         taken = sum(len(scale) for _, scale in self._stored)
         if taken + index.stop - index.start > self._stored_tokens:
+            settle()
             self._multiply_stored()
             taken = 0
         if self._store is None:
@@ -287,7 +302,7 @@ class HeadLogits:
         if head.needs.weight:
             if self.weight_grad is None:
                 self.weight_grad = self._blank_weight_grad(self.layer.gradient_dtype(head))
-            scaled = head.hidden[rows].to(head.dtype) * scale
+            scaled = head.hidden[rows].to(head.dtype, copy=True).mul_(scale)
             self.layer.weight_grad(gradient, scaled, self.weight_grad[:columns], accumulate=self._weight_is_written)
             self._weight_is_written = True
 

@@ -176,7 +176,7 @@ def _gradients(
     for index in student.chunks():
         z = student.logits(index, buffer[: index.stop - index.start], MASKED)
         if kernels is not None:
-            room = student.gradient_room(index)
+            room = student.gradient_room(index, lambda: None)
             out = z if room is None else room
             kernels.log_prob_gradient(z, out, *(part[index] for part in (ids, d_logp, d_entropy, log_z, entropy)))
             student.add_gradient(out, torch.ones_like(d_logp[index]), index)

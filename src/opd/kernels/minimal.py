@@ -8,7 +8,7 @@ Then the gradient of one block of columns after the other goes through the produ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -74,7 +74,7 @@ class _WholeRows:
     def logits(self, index: slice | Tensor, out: Tensor, fill: float) -> Tensor:
         return self.student.logits(index, out, fill)
 
-    def gradient_room(self, index: slice) -> None:
+    def gradient_room(self, index: slice, settle: Callable[[], None]) -> None:
         return None
 
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: slice) -> None:

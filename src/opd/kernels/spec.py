@@ -288,10 +288,14 @@ class RowResults:
             state={name: torch.cat([part.state[name] for part in parts]) for name in parts[0].state},
         )
 
-    def nonfinite_rows(self) -> Tensor:
-        """Positions whose loss or entropy is not finite: where something has probability 0, and −inf met 0."""
+    def nonfinite(self) -> Tensor:
+        """True where the loss or an entropy is not finite: where something has probability 0, and −inf met 0."""
         seen = [self.values[name] for name in ("loss", "student_entropy", "teacher_entropy") if name in self.values]
-        return (~torch.stack(seen).sum(0).isfinite()).nonzero().squeeze(-1)
+        return ~torch.stack(seen).sum(0).isfinite()
+
+    def nonfinite_rows(self) -> Tensor:
+        """Their positions."""
+        return self.nonfinite().nonzero().squeeze(-1)
 
     def replace(self, where: Tensor, other: RowResults) -> None:
         """Put the rows of `other` at the positions `where`."""
@@ -390,6 +394,15 @@ def head_spec(
     )
     check_chunk(head.chunk_tokens)
     return head
+
+
+def under_autocast(head: HeadSpec) -> HeadSpec:
+    """Inside `torch.autocast`, float32 hidden states and weight rounded to its dtype, as a linear layer's are."""
+    device = head.hidden.device.type
+    if head.hidden.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return head
+    operands = torch.get_autocast_dtype(device)
+    return replace(head, hidden=head.hidden.to(operands), weight=head.weight.to(operands))
 
 
 def stored_tokens(head: HeadSpec) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd.kernels.checks import check_ids, check_shapes
 from opd.kernels.chunk_loop import HeadLogits, TeacherLogits, exact_float32
-from opd.kernels.spec import Columns, RowSpec, head_spec, log_probs
+from opd.kernels.spec import Columns, RowSpec, head_spec, log_probs, under_autocast
 from opd.losses import Objective, entropy, gather_logp, likeliest, support_of
 from opd.losses._shapes import Float, Int
 from opd.types import AnyTarget, DenseTarget, ModelView, SampledTarget, TeacherMixture, TokenViews, TopKTarget
@@ -44,6 +44,7 @@ def linear_views(
     tell everything; a TopKTarget has no entropy, and no more tokens than it names; a SampledTarget has the log-prob alone. Added losses
     (mixture="loss") have no one distribution: the teacher's view is empty, as it is without a target.
 
+    Inside `torch.autocast` the student's operands are rounded as those of the loss are (`linear_objective`).
     Raises ObjectiveError for shapes, dtypes and ids that do not fit.
     """
     check_shapes(hidden, weight, bias, target, None, response_ids, None, None)
@@ -51,7 +52,7 @@ def linear_views(
         hidden, weight, bias, target, valid_vocab=valid_vocab, masked_ids=masked_ids, chunk_tokens=chunk_tokens
     )
     check_ids("response_ids", response_ids, head.columns.vocab)
-    student = HeadLogits(head)
+    student = HeadLogits(under_autocast(head))
     buffer = student.buffer()
 
     def logits(rows: slice) -> Tensor:

@@ -119,37 +119,37 @@ class Policy:
         target = self._target(batch, hybrid, dense=False)
         with self.autocast():
             hidden = response_hidden(self.model, batch.sequences)
-        head = output_layer(self.model)
-        hidden = hidden.to(head.weight.dtype)
-        total, per_token, metrics = linear_objective(
-            hidden,
-            head.weight,
-            target,
-            batch.response_ids,
-            hybrid.distill,
-            token_weights=batch.token_weights,
-            policy=_policy(batch, hybrid),
-            distill_weight=hybrid.distill_weight,
-            bias=head.bias,
-            valid_vocab=self.vocabulary.size,
-            masked_ids=self.vocabulary.invalid_ids,
-            sampler_logp=batch.sampler_logp,
-            sequence_index=batch.sequence_index,
-            eos_ids=self.eos_ids,
-            memory=self.loss_memory,
-        )
-        if watch is not None and (rows := watch.rows(batch)) is not None:
-            views = linear_views(
-                hidden[rows],
+            head = output_layer(self.model)
+            hidden = hidden.to(head.weight.dtype)
+            total, per_token, metrics = linear_objective(
+                hidden,
                 head.weight,
-                select_target(target, rows),
-                batch.response_ids[rows],
+                target,
+                batch.response_ids,
+                hybrid.distill,
+                token_weights=batch.token_weights,
+                policy=_policy(batch, hybrid),
+                distill_weight=hybrid.distill_weight,
                 bias=head.bias,
                 valid_vocab=self.vocabulary.size,
                 masked_ids=self.vocabulary.invalid_ids,
-                teacher_temperature=hybrid.distill.teacher_temperature,
+                sampler_logp=batch.sampler_logp,
+                sequence_index=batch.sequence_index,
+                eos_ids=self.eos_ids,
+                memory=self.loss_memory,
             )
-            watch.add(batch, rows, views)
+            if watch is not None and (rows := watch.rows(batch)) is not None:
+                views = linear_views(
+                    hidden[rows],
+                    head.weight,
+                    select_target(target, rows),
+                    batch.response_ids[rows],
+                    bias=head.bias,
+                    valid_vocab=self.vocabulary.size,
+                    masked_ids=self.vocabulary.invalid_ids,
+                    teacher_temperature=hybrid.distill.teacher_temperature,
+                )
+                watch.add(batch, rows, views)
         return total, TokenLoss(loss=per_token, metrics=metrics)
 
     def _materialized(

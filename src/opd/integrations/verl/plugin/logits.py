@@ -7,7 +7,7 @@ cannot change it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class _HeldLogits:
             out.mul_(self.factor)
         return mask_columns(out, self.masked, fill, 0, out.shape[1])
 
-    def gradient_room(self, index: Tensor) -> None:
+    def gradient_room(self, index: Tensor, settle: Callable[[], None]) -> None:
         return None
 
     def add_gradient(self, gradient: Tensor, scale: Tensor, rows: Tensor) -> None:

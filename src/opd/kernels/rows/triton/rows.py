@@ -19,8 +19,8 @@ from opd.losses import Objective, overlap, overlap_size
 from opd.types import DenseTarget, HiddenTarget, TopKTarget
 
 LANES = 1024  # of the statistics and moments: 4 entries a thread, whose sums stay in its registers (ptxas: 5 blocks fit an SM)
-MAX_BLOCK = 4096  # entries of a row that the gradient works on together
-LANES_WARPS = BLOCK_WARPS = 8
+MAX_BLOCK = 2048  # entries of a row that the gradient works on together
+LANES_WARPS = BLOCK_WARPS = 8  # fastest of five settings each on an H200 (benchmarks/LOG.md)
 TIMES_BLOCK = 8192
 TWO_READS = ("reverse_kl", "forward_kl")  # their Σ p f needs no normaliser
 
@@ -91,6 +91,8 @@ class TritonRows:
         )
         whole = isinstance(rows.target, (HiddenTarget, DenseTarget))
         self.makes_diagnostics = rows.diagnostics is not None and whole and self.shards.alone
+        eos = rows.diagnostics.eos_ids if rows.diagnostics is not None else ()
+        self.eos = torch.tensor(eos, device=logits.device, dtype=torch.long)  # once: it waits for the device
 
     def __call__(
         self, rows: RowSpec, z: Tensor, teachers: Teachers, *, gradient: bool, room: Tensor | None = None
@@ -165,9 +167,8 @@ class TritonRows:
         if self.scales is not None:
             found = self._statistics(z, t, diagnostics=True, scales=self.scales)
         ids, (student, teacher) = rows.response_ids.unsqueeze(-1), (1.0, 1.0) if self.scales is None else self.scales
-        eos = torch.tensor(rows.diagnostics.eos_ids, device=z.device, dtype=torch.long)
         reverse, forward = found.two_read("reverse_kl")[0], found.two_read("forward_kl")[0]
-        eos_logp = found.student_logp(z[:, eos] * student)
+        eos_logp = found.student_logp(z[:, self.eos] * student)
         seen = {
             "reverse_kl": torch.where(
                 reverse.isnan(), torch.inf, reverse
