@@ -67,6 +67,8 @@ def test_a_token_outside_the_vocabulary_is_refused_before_the_run(user: User):
     before = user.has_finished_run()
     outcome = user.train("--overwrite", objective__support="teacher_top_k", objective__always_include=500)
     outcome.refuses("objective.always_include holds 500", "the vocabulary ends at 12", "student's tokenizer")
+    outcome = user.train("--overwrite", objective__eos_groups=[[1, 2], [3, 500]])
+    outcome.refuses("objective.eos_groups holds 500", "the vocabulary ends at 12", "student's tokenizer")
     assert user.files() == before
 
 

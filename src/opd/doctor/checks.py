@@ -51,12 +51,14 @@ def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) ->
 
 def check_tokens(objective: Objective, rollout: RolloutConfig, renderer: Renderer, vocabulary: VocabularyMatch) -> None:
     """Raises ConfigError for token ids and stop strings that can never occur."""
-    outside = [i for i in objective.always_include if i >= vocabulary.size]
-    if outside:
-        raise ConfigError(
-            f"objective.always_include holds {outside[0]}, and the vocabulary ends at {vocabulary.size - 1}; give token ids of the "
-            "student's tokenizer."
-        )
+    grouped = [i for group in objective.eos_groups for i in group]
+    for key, ids in (("always_include", objective.always_include), ("eos_groups", grouped)):
+        outside = [i for i in ids if i >= vocabulary.size]
+        if outside:
+            raise ConfigError(
+                f"objective.{key} holds {outside[0]}, and the vocabulary ends at {vocabulary.size - 1}; give token ids of the "
+                "student's tokenizer."
+            )
     for stop in rollout.stop:
         try:
             renderer.response_ids(stop, finished=False)

@@ -164,6 +164,21 @@ def _check_mixture(mixture: TeacherMixture, tokens: int, device: torch.device) -
         raise ObjectiveError("teacher weights must be ≥ 0 and sum to 1 at every token; divide them by their sum.")
 
 
+def _check_groups(rows: RowSpec) -> None:
+    groups, vocab = rows.objective.eos_groups, rows.columns.vocab
+    if not groups:
+        return
+    beyond = [token for group in groups for token in group if token >= vocab]
+    if beyond:
+        raise ObjectiveError(
+            f"eos_groups={groups} names token {beyond[0]}, and both models have {vocab} entries in common; drop it."
+        )
+    if rows.policy is not None:
+        raise ObjectiveError(
+            "eos_groups beside a policy term: its probability ratio is one of single tokens, which were drawn, and not of groups; drop one."
+        )
+
+
 def check_rows(rows: RowSpec, token_weights: Tensor) -> None:
     """Raise ObjectiveError for numbers out of range and combinations that make no loss."""
     target, objective = rows.target, rows.objective
@@ -179,6 +194,7 @@ def check_rows(rows: RowSpec, token_weights: Tensor) -> None:
             "distill_weight=0 with a target would pay for a teacher that has no say; pass target=None."
         )
     _check_policy(rows.policy, token_weights)
+    _check_groups(rows)
     check_ids("response_ids", rows.response_ids, rows.columns.vocab)
     check_ids("TopKTarget.ids", target.ids if isinstance(target, TopKTarget) else None, rows.columns.vocab)
     if isinstance(target, (TopKTarget, SampledTarget)) and objective.teacher_temperature != 1.0:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
+from opd.kernels.eos_groups import MergedLogits
 from opd.kernels.full_logits import diagnostics_of_rows, loss_by_autograd
 from opd.kernels.spec import Columns, HeadSpec, RowPass, RowResults, RowSpec, Teachers, stored_tokens
+from opd.losses.groups import merge_tokens_
 from opd.types import DenseTarget, HiddenTarget, TeacherMixture
 
 ROW_MULTIPLE = 8  # products of other heights leave part of a vector register idle
@@ -56,6 +58,8 @@ class StudentLogits(Protocol):
 
 def run_chunks(student: StudentLogits, rows: RowSpec, row_pass_of: Callable[[RowSpec, Tensor], RowPass]) -> RowResults:
     """Every row's results by name; the gradients go to `student`. `row_pass_of` gets the specification and a buffer of logits."""
+    if rows.objective.eos_groups:
+        student, rows = MergedLogits(student, rows.objective.eos_groups), rows.with_first_ids()
     buffer = student.buffer()
     row_pass = row_pass_of(rows, buffer)
     teacher = TeacherLogits(rows, student.buffer)
@@ -120,7 +124,7 @@ class TeacherLogits:
 
     def __init__(self, rows: RowSpec, new_buffer: Callable[[], Tensor]) -> None:
         target, temperature = rows.target, rows.objective.teacher_temperature
-        self.columns, self.temperature = rows.columns, temperature
+        self.columns, self.temperature, self.groups = rows.columns, temperature, rows.objective.eos_groups
         self.mixture = target if isinstance(target, TeacherMixture) else None
         self.members: list[HiddenTarget | DenseTarget] = []
         if isinstance(target, (HiddenTarget, DenseTarget)):
@@ -141,6 +145,12 @@ class TeacherLogits:
 
     def logits(self, index: slice | Tensor, rows: int, fill: float) -> Teachers:
         """Of the tokens `index`, `rows` in number; masked columns are `fill`. Empty without a teacher that has logits."""
+        found = self._logits(index, rows, fill)
+        for _, logits in found:
+            merge_tokens_(logits, self.groups, fill)
+        return found
+
+    def _logits(self, index: slice | Tensor, rows: int, fill: float) -> Teachers:
         if not self.members:
             return []
         buffers = [buffer[:rows] if rows <= len(buffer) else buffer.new_empty(rows, self.columns.here) for buffer in self.buffers]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from opd.kernels.spec import (
 )
 from opd.losses import Objective, entropy, mix_losses, mix_teachers, student_diagnostics, to_logp, token_diagnostics
 from opd.losses._shapes import Float, Int
+from opd.losses.groups import Groups, merge_tokens
 from opd.types import AnyTarget, DenseTarget, SampledTarget, Target, TeacherMixture, TopKTarget
 
 
@@ -68,6 +70,7 @@ def loss_from_logits(
 
     Neither side's logits are divided by a temperature yet; `target`, without hidden states, stands for that of `rows`.
     """
+    rows, logits, target = _merged(rows, logits, target)
     loss, values = torch.zeros_like(logits[:, 0], dtype=torch.promote_types(logits.dtype, torch.float32)), {}
     own, temperature = rows.diagnostics is None, rows.objective.student_temperature
     logp = to_logp(logits, temperature) if own or rows.has_extras else None
@@ -88,6 +91,22 @@ def loss_from_logits(
     if student_entropy is not None and rows.entropy_bonus:
         loss = loss - rows.entropy_bonus * student_entropy
     return loss, values
+
+
+def _merged(rows: RowSpec, logits: Tensor, target: AnyTarget | None) -> tuple[RowSpec, Tensor, AnyTarget | None]:
+    """With `eos_groups`, everything as if a group were one token."""
+    groups = rows.objective.eos_groups
+    if not groups:
+        return rows, logits, target
+    if isinstance(target, TeacherMixture) and target.mixture == "loss":
+        target = replace(target, targets=tuple(_dense_merged(member, groups) for member in target.targets))
+    elif target is not None:
+        target = _dense_merged(mixed_target(target, rows.objective.teacher_temperature), groups)
+    return rows.with_first_ids(), merge_tokens(logits, groups), target
+
+
+def _dense_merged(target: Any, groups: Groups) -> Any:
+    return DenseTarget(logits=merge_tokens(target.logits, groups)) if isinstance(target, DenseTarget) else target
 
 
 def _divergence(rows: RowSpec, logits: Tensor, target: AnyTarget) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,6 +140,7 @@ def mixed_target(target: AnyTarget, temperature: float) -> Target:
 @torch.no_grad()
 def diagnostics_from_logits(rows: RowSpec, logits: Tensor, target: AnyTarget | None) -> dict[str, Tensor]:
     """The metrics of every row at temperature 1; where losses are added, Σ w of each teacher's."""
+    rows, logits, target = _merged(rows, logits, target)
     logp = to_logp(logits.detach())
     if isinstance(target, TeacherMixture) and target.mixture == "loss":
         each = [_diagnostics(rows, logp, member) for member in target.targets]

@@ -37,6 +37,10 @@ def run_blocks(student: HeadLogits, rows: RowSpec) -> RowResults:
             "memory='minimal' takes one teacher, a whole vocabulary, and a KL, JSD or skewed KL without teacher_logp_floor (or top-k, or "
             "sampled log-probs); use memory='fast', with a small chunk_tokens where memory is short. (In a recipe: train.loss_memory.)"
         )
+    if rows.objective.eos_groups:
+        raise ObjectiveError(
+            "memory='minimal' takes no eos_groups; use memory='fast'. (In a recipe: train.loss_memory.)"
+        )
     whole_rows = _WholeRows(student, 2 if target_has_logits(rows.target) else 1)
     found = run_chunks(whole_rows, rows, partial(closed_form_rows, for_blocks=student.wants_gradient))
     if student.wants_gradient:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from opd.errors import ObjectiveError
 from opd.losses import Objective
 from opd.losses._shapes import Bool, Float
+from opd.losses.groups import first_of
 from opd.types import AnyTarget, DenseTarget, HiddenTarget, TeacherMixture
 
 Memory = Literal["fast", "minimal"]
@@ -234,6 +235,14 @@ class RowSpec:
     entropy_bonus: float = 0.0
     distill_weight: float = 1.0
     diagnostics: Diagnostics | None = None
+
+    def with_first_ids(self) -> RowSpec:
+        """Response and EOS ids in which the first of each of `eos_groups` stands for all of it."""
+        groups, seen = self.objective.eos_groups, self.diagnostics
+        ids = None if self.response_ids is None else first_of(self.response_ids, groups)
+        if seen is not None:
+            seen = replace(seen, eos_ids=tuple(dict.fromkeys(first_of(torch.tensor(seen.eos_ids), groups).tolist())))
+        return replace(self, response_ids=ids, diagnostics=seen)
 
     @property
     def has_extras(self) -> bool:

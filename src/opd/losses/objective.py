@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from opd.errors import ObjectiveError
 from opd.losses._shapes import Float, Int
 from opd.losses.diagnostics import token_diagnostics
 from opd.losses.divergences import full_divergence, to_logp
+from opd.losses.groups import first_of, merge_tokens
 from opd.losses.partial import (
     SampledToken,
     Support,
@@ -56,7 +58,8 @@ class Objective(ObjectiveSettings):
         sequence_index: Int[Tensor, " tokens"] | None = None,
     ) -> TokenLoss:
         """Loss and diagnostics of every response token. Logits are the student's predictions *of* the response tokens."""
-        plain = dense_from_hidden(target) if isinstance(target, HiddenTarget) else target
+        plain: Any = dense_from_hidden(target) if isinstance(target, HiddenTarget) else target
+        student_logits, plain, response_ids = self.merged(student_logits, plain, response_ids)
         loss, clamped = self.per_token_loss(
             student_logits, plain, response_ids, sampler_logp=sampler_logp, sequence_index=sequence_index
         )
@@ -77,6 +80,7 @@ class Objective(ObjectiveSettings):
             target = dense_from_hidden(target)
         self._check_inputs(student_logits, target, response_ids)
         self.check_given(sampler_logp, sequence_index)
+        student_logits, target, response_ids = self.merged(student_logits, target, response_ids)
         student_logp = to_logp(student_logits, self.student_temperature)
         if self.support == "full" and isinstance(target, DenseTarget):
             teacher_logp, clamped = self._floored(student_logp, to_logp(target.logits, self.teacher_temperature))
@@ -89,6 +93,19 @@ class Objective(ObjectiveSettings):
         else:
             loss, clamped = self._partial(student_logp, target, response_ids, sampler_logp)
         return (loss * self.student_temperature**2 if self.scale_by_t2 else loss), clamped
+
+    def merged(self, student_logits: Tensor, target: Any, response_ids: Tensor) -> tuple[Tensor, Any, Tensor]:
+        """With `eos_groups`, logits whose groups are one token each, and the response ids among them; else what was given."""
+        groups = self.eos_groups
+        if not groups:
+            return student_logits, target, response_ids
+        if max(token for group in groups for token in group) >= student_logits.shape[-1]:
+            raise ObjectiveError(
+                f"eos_groups={groups} names tokens beyond the {student_logits.shape[-1]} entries that both models have; drop those."
+            )
+        if isinstance(target, DenseTarget):
+            target = DenseTarget(logits=merge_tokens(target.logits, groups))
+        return merge_tokens(student_logits, groups), target, first_of(response_ids, groups)
 
     def from_top_k(
         self,

@@ -66,6 +66,9 @@ class ObjectiveSettings:
     """Treatment of the probability outside a top_k support; bucket if not set."""
     always_include: tuple[int, ...] = ()
     """Token ids added to every top_k support, such as EOS or the start of a tool call."""
+    eos_groups: tuple[tuple[int, ...], ...] = ()
+    """Groups of token ids that mean the same end of an answer: each counts as one action, with the sum of its probabilities, in both
+    models. For the whole vocabulary at temperature 1."""
     estimator: Estimator = "exact"
     """exact sums over the support; k1, k2, k3 look at the sampled token only."""
     delivery: Delivery = "loss"
@@ -230,6 +233,9 @@ class ObjectiveSettings:
         tokens: Any = self.always_include
         if isinstance(tokens, str) or not isinstance(tokens, Iterable):
             yield f"always_include={tokens!r} must be a tuple of token ids, e.g. (2,)."
+        groups: Any = self.eos_groups
+        if not _is_listed(groups) or not all(map(_is_listed, groups)):
+            yield f"eos_groups={groups!r} must be groups of token ids, e.g. [[2, 7]]."
 
     def _wrong_numbers(self) -> Iterator[str]:
         for item in fields(self):
@@ -240,6 +246,13 @@ class ObjectiveSettings:
             yield f"top_k={self.top_k!r} must be a whole number ≥ 1; {DEFAULT_TOP_K} is the default."
         if any(not _is_whole(token) or token < 0 for token in self.always_include):
             yield f"always_include={self.always_include} must be token ids ≥ 0."
+        grouped: list[Any] = [token for group in self.eos_groups for token in group]
+        if any(not _is_whole(token) or token < 0 for token in grouped) or any(
+            len(group) < 2 for group in self.eos_groups
+        ):
+            yield f"eos_groups={self.eos_groups} must be groups of two token ids ≥ 0 or more, e.g. [[2, 7]]."
+        if len(set(grouped)) < len(grouped):
+            yield f"eos_groups={self.eos_groups} names a token twice; each can belong to one group, once."
         for whose in ("student", "teacher"):
             temperature = getattr(self, f"{whose}_temperature")
             if temperature <= 0:
@@ -360,6 +373,18 @@ class ObjectiveSettings:
             yield f"tail='{self.tail}' says what happens outside a top-k support, and support='{self.support}' has none; drop it."
         if self.always_include and self.support not in TOP_K_SUPPORTS:
             yield f"always_include adds tokens to a top-k support, and support='{self.support}' has none; drop it."
+        if self.eos_groups and (
+            self.support != "full" or (self.student_temperature, self.teacher_temperature) != (1, 1)
+        ):
+            yield (
+                "eos_groups adds up probabilities of the whole vocabulary at temperature 1, which "
+                f"support='{self.support}' with temperatures {self.student_temperature} and {self.teacher_temperature} does not have; use "
+                "support='full' and temperatures of 1, or drop it."
+            )
+
+
+def _is_listed(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _is_whole(value: object) -> bool:

@@ -159,6 +159,7 @@ EFFECTS: dict[str, Effect] = {
             "objective.top_k",
             "objective.tail",
             "objective.always_include",
+            "objective.eos_groups",
             "objective.estimator",
             "objective.delivery",
             "objective.baseline",
