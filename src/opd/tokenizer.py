@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from opd.adapter import base_of
 from opd.errors import ModelError
 from opd.folders import check_folder
-from opd.models import UNREADABLE, load_failure
+from opd.load_errors import UNREADABLE, load_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
