@@ -146,8 +146,10 @@ def test_models_with_other_tokens_are_red(desk: Path):
     assert len(red) == 1 and red[0].startswith("vocabulary: student") and "do not read the same token ids" in red[0]
 
 
-def test_one_refusal_does_not_hide_another(desk: Path):
+def test_one_refusal_does_not_hide_another(desk: Path, tmp_path: Path):
     wrong = recipe(desk, "student", "chat", "texts", prompts__prompt_column="question")
+    answer = asked(tmp_path, wrong)
+    assert (answer.code, answer.out.splitlines()[-1], answer.torch) == (2, "red", False)
     assert [text.split(":")[0] for text in texts_of(wrong, "red")] == ["prompts", "vocabulary"]
 
 
