@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 USAGE = "opd check RECIPE.yaml [--section.key value …]"
 HELP = f"""usage: {USAGE}
 
-Checks a recipe before a weight is loaded: keys, files, columns, tokenizers, templates, lengths, sizes. Shows two prompts as each model
+Checks a recipe before a weight is loaded: keys, files, columns, tokenizers, templates, lengths, sizes, memory. Shows two prompts as each model
 reads them, special tokens included; what only one of two models reads stands in ⟦ ⟧.
 
 Exits with 0 when all is green, with 1 when something is yellow (a run would start, and may not do what is meant), and with 2 when

@@ -31,7 +31,6 @@ MINIMAL_CHUNK = 1024
 CHUNK_BUFFERS = 2  # logits of student and teacher
 SAMPLING_BUFFERS = 4  # of [rows, vocabulary] in float32: the logits, their copy, the last step's, the probabilities
 SOLVER_VECTORS = 6  # of the natural gradient: gradient, solution, residual, direction, product, preconditioned residual
-MICROBATCH_STEP = 64  # tokens; the largest micro-batch is found to this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +148,18 @@ def loss_chunk(vocabulary: int, *, gpu: bool, minimal: bool) -> int:
     return max(16, min(MAX_CHUNK, useful, CPU_CHUNK_BYTES // row // 16 * 16))
 
 
+def stored_rows(vocabulary: int, tokens: int, chunk: int) -> int:
+    """Tokens whose d(logits) a GPU keeps in 16 bits until they are multiplied: `kernels.spec.stored_tokens`."""
+    most = max(chunk, GPU_STORE_BYTES // (2 * max(1, vocabulary)) // 64 * 64)
+    return most if tokens <= most else max(chunk, most // 2)
+
+
 def loss_bytes(shape: ModelShape, tokens: int, products: int, *, gpu: bool, minimal: bool, trains_head: bool) -> int:
     """Of the fused loss over `tokens` response tokens: logits of a chunk, d(logits) that are kept on a GPU, and gradients."""
-    chunk = min(tokens, loss_chunk(shape.vocabulary, gpu=gpu, minimal=minimal))
-    logits = 0 if minimal else CHUNK_BUFFERS * chunk * shape.vocabulary * FLOAT32
-    store = 0
-    if gpu and products == 2 and not minimal:
-        most = max(chunk, GPU_STORE_BYTES // (2 * max(1, shape.vocabulary)) // 64 * 64)
-        store = 2 * shape.vocabulary * min(tokens, most)
+    chunk = loss_chunk(shape.vocabulary, gpu=gpu, minimal=minimal)
+    logits = 0 if minimal else CHUNK_BUFFERS * min(tokens, chunk) * shape.vocabulary * FLOAT32
+    stores = gpu and products == 2 and not minimal
+    store = 2 * shape.vocabulary * min(tokens, stored_rows(shape.vocabulary, tokens, chunk)) if stores else 0
     head = shape.vocabulary * shape.hidden * FLOAT32 if trains_head else 0
     return logits + store + head + 2 * tokens * shape.hidden * FLOAT32
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from opd.config.model import ModelConfig
 from opd.config.run import RunSettings
@@ -16,6 +16,9 @@ from opd.data.chat import left_out_notices
 from opd.data.prompts import load_prompts, unread_columns
 from opd.data.rendering import Renderer
 from opd.doctor.checks import check_rows, notices, served_notes
+from opd.doctor.device_memory import device_memory
+from opd.doctor.finding import Finding, Level
+from opd.doctor.memory_findings import memory_findings
 from opd.doctor.model_shape import ModelShape, model_shape, stored_shapes
 from opd.doctor.paths import check_paths
 from opd.doctor.reading import check_reading, check_text, teacher_key
@@ -28,21 +31,11 @@ from opd.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Level = Literal["green", "yellow", "red"]
 SHOWN_PROMPTS = 2
 MEASURED_PROMPTS = 512  # of the longest texts: what does not fit is among them, and a large file stays quick
 PIECES = re.compile(r"\s+|\w+|[^\w\s]")
 MARKS = ("⟦", "⟧")
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one check says."""
-
-    level: Level
-    check: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +108,8 @@ def examine(settings: RunSettings) -> Examined:
                 seen.attempt("size", lambda r=role, s=section: _size(seen, r, s))
         if len(readers) == len(models):
             _compare(settings, seen, readers, prompts if read else [])
+    if "student" in seen.shapes and seen.longest_prompt is not None:
+        seen.findings += memory_findings(settings, seen.shapes, seen.longest_prompt, device_memory())
     return seen
 
 
