@@ -160,6 +160,15 @@ def test_a_run_on_one_device_by_hand():
     assert found.peak == sum(found.always.values()) + sum(found.phases["update"].values())
 
 
+def test_the_gradients_of_one_micro_batch_come_as_its_activations_go():
+    alone = estimated(train__tokens_per_microbatch=28)["cpu"].phases["update"]
+    assert alone["gradients"] == max(0, 4 * PARAMETERS - alone["activations"]) == 0
+    large = replace(SHAPE, weights={**WEIGHTS, "model.embed_tokens.weight": (10_000, 4)})
+    run = settings(train__tokens_per_microbatch=28)
+    found = memory.estimate(run, {"student": large, "teacher": SHAPE}, 3)["cpu"].phases["update"]
+    assert found["gradients"] + found["activations"] == 4 * large.parameters
+
+
 def test_a_teacher_on_its_own_gpu_leaves_the_students():
     alone, apart = estimated(gpus=2), estimated(gpus=2, student__device="cuda:0", teacher__device="cuda:1")
     assert set(alone) == {"cuda:0"} and set(apart) == {"cuda:0", "cuda:1"}

@@ -253,9 +253,11 @@ def _update(
     rows = sizes.rows_in(settings.train.tokens_per_microbatch)
     checkpointing = settings.student.gradient_checkpointing
     minimal, trains_head = settings.train.loss_memory == "minimal", settings.student.lora is None
+    activations = activation_bytes(shape, rows * sizes.length, size, products, checkpointing=checkpointing)
     parts = {
-        "gradients": gradients,
-        "activations": activation_bytes(shape, rows * sizes.length, size, products, checkpointing=checkpointing),
+        # Those of one micro-batch alone come as its activations go.
+        "gradients": gradients if rows < sizes.rollouts else max(0, gradients - activations),
+        "activations": activations,
         "loss": loss_bytes(shape, rows * sizes.response, products, gpu=gpu, minimal=minimal, trains_head=trains_head),
     }
     if settings.optimizer.name == "natural_gradient":
