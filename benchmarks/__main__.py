@@ -16,6 +16,7 @@ FOLDERS = {
     "convergence": "convergence",
     "ahead": "ahead",
     "recording": "recording",
+    "memory": "memory",
 }
 """The benchmarks' folders by their names on the command line."""
 

@@ -24,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks import RESULTS, markdown
 from opd.config import LogConfig
 from opd.config.recipe import build, merge, read_recipe
-from opd.demo.prepare import MAX_POSITIONS, recipe_path
+from opd.demo.prepare import MAX_POSITIONS
+from opd.demo.recipe import recipe_path
 from opd.demo.task import write_prompts
 from opd.reporting.record import RunRecorder
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from opd.errors import MissingDependencyError, ModelError
+from opd.folders import is_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +65,6 @@ def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) 
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in adapted.modules()):
         return adapted.merge_and_unload(), missing  # pyright: ignore[reportReturnType]  # the base, a PreTrainedModel
     return adapted.get_base_model(), missing  # pyright: ignore[reportReturnType]
-
-
-def is_path(name: str) -> bool:
-    """True for a name that can only be a folder, on any system: hub names are 'owner/name'."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or ":" in name
 
 
 def _load_base(base: str, name: str, role: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -18,6 +18,9 @@ def printable(text: str) -> str:
 class OpdError(ValueError):
     """Base of all user-facing errors."""
 
+    exit_code = 1
+    """Of the command that it ends."""
+
     def __str__(self) -> str:
         return printable(super().__str__())
 

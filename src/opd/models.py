@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from opd.adapter import is_adapter, is_path, load_adapter
+from opd.adapter import is_adapter, load_adapter
 from opd.errors import ModelError, OpdError
+from opd.folders import MODEL_FILES, check_folder
+from opd.load_errors import UNREADABLE, load_failure
 from opd.quantized import check_head, is_quantized, prepare_quantized
 from opd.types import Head, Sequences
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LINEAR_HEAD_TOLERANCE = 1e-3  # relative; float32 rounding stays far under it, soft-caps and scales do not
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
-"""Exceptions of transformers for a folder that is incomplete, damaged or of another kind."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTPUT_SWITCHES = {
     "output_router_logits": False,
@@ -77,7 +74,7 @@ def load_causal_lm(
 
     Raises ModelError, also for weights that are missing (they would be random) or not finite.
     """
-    check_folder(role, name, ("config.json", "adapter_config.json"))
+    check_folder(role, name, MODEL_FILES)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(quantization or {})}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -193,36 +190,6 @@ def stored_dtype(name: str, revision: str | None = None) -> str | None:
 def _stored_config(name: str, revision: str | None) -> dict[str, Any]:
     config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     return config
-
-
-def check_folder(role: str, name: str, one_of: tuple[str, ...]) -> None:
-    """Raise ModelError for a local folder that transformers would look for on the hub, or complete by guessing."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if is_path(name) or folder.exists():
-            raise ModelError(
-                f"There is no folder '{name}'. Give {role}.model a model's folder, or a hub name 'owner/name'."
-            )
-    elif not any(True for pattern in one_of for _ in folder.glob(pattern)):
-        raise ModelError(
-            f"The {role} '{name}' has no {' or '.join(one_of)}. Give {role}.model a folder that holds config.json, weights and "
-            "tokenizer, as save_pretrained of the model and of its tokenizer write them."
-        )
-
-
-def load_failure(role: str, what: str, name: str, error: Exception) -> str:
-    """The error message for an exception of transformers while loading."""
-    if "trust_remote_code" in str(error):
-        return (
-            f"The {role} '{name}' comes with Python code of its own, which opd does not run unasked. Read that code; if you trust it, set "
-            f"{role}.trust_remote_code=true."
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-    reason = " ".join(lines)[:300] if isinstance(error, OSError) else f"{type(error).__name__}: {' '.join(lines)[:300]}"
-    return (
-        f"The {role}'s {what} '{name}' cannot be loaded: {reason.rstrip('.')}. "
-        f"Give {role}.model a folder that holds config.json, weights and tokenizer, or a hub name this machine can reach."
-    )
 
 
 def context_length(model: PreTrainedModel) -> int | None:

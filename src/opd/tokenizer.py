@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd.adapter import base_of
 from opd.errors import ModelError
-from opd.models import UNREADABLE, check_folder, load_failure
+from opd.folders import check_folder
+from opd.load_errors import UNREADABLE, load_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

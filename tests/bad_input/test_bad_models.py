@@ -71,7 +71,7 @@ def test_weights_that_are_not_in_the_file_are_not_made_up(user: User):
 
 def test_an_empty_folder_is_not_a_model(user: User):
     (user.folder / "empty").mkdir()
-    user.train(student__model=user.folder / "empty").refuses("has no tokenizer", "Give student.model a folder")
+    user.train(student__model=user.folder / "empty").refuses("has no config.json", "Give student.model a folder")
 
 
 def test_a_student_without_an_end_of_sequence_token_is_refused(user: User):

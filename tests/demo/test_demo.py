@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from opd.demo.prepare import recipe_path
+from opd.demo.recipe import recipe_path
 from opd.demo.task import DIGITS, WRONG, draw, spoil
 
 

@@ -50,6 +50,7 @@ import torch
 from jaxtyping import install_import_hook
 with install_import_hook("opd.losses", "beartype.beartype"):
     import opd.losses as L
+    assert all(hasattr(L, name) for name in L.__all__)  # names are imported on first use
 from opd.types import DenseTarget, Head, HiddenTarget, SampledTarget, TopKTarget
 logits, ids = torch.randn(3, 8), torch.tensor([0, 1, 2])
 """

@@ -16,7 +16,8 @@ from opd.config import OptimizerConfig
 from opd.config.optimizer import NaturalGradientConfig
 from opd.config.recipe import build, merge, read_recipe
 from opd.data.pack import pack
-from opd.demo.prepare import prepare, recipe_path
+from opd.demo.prepare import prepare
+from opd.demo.recipe import recipe_path
 from opd.doctor.checks import notices
 from opd.errors import ConfigError, NonFiniteError
 from opd.losses import Objective

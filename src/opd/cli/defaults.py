@@ -10,7 +10,7 @@ import opd
 
 FILES = ("config/*.py", "losses/settings.py")
 PLACES = {
-    "Config": ("",),
+    "RunSettings": ("",),
     "ObjectiveSettings": ("objective.",),
     "ModelConfig": ("student.", "teacher."),
     "LoadOptionsConfig": ("student.load_options.", "teacher.load_options."),

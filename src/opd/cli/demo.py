@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from opd.cli.train import print_help
-from opd.config.recipe import build, merge, parse_overrides, read_recipe
+from opd.config.recipe import check, merge, parse_overrides, read_recipe
+from opd.demo.recipe import recipe_path
 from opd.errors import ConfigError
 
 USAGE = "opd demo [--resume | --overwrite] [--debug] [--section.key value …]"
@@ -19,15 +20,6 @@ def run(args: Sequence[str]) -> int:
         print_help(USAGE)
         return 0
     began = time.perf_counter()
-    from opd.cli.show import show_result
-    from opd.demo.prepare import prepare, recipe_path
-    from opd.reporting.files import SUMMARY_FILE
-    from opd.reporting.summary import write_summary
-    from opd.trainer.launch import Launch
-    from opd.trainer.run import train
-    from opd.trainer.run_folder import open_run
-    from opd.trainer.run_state import write_report_or_warn
-
     rest = [a for a in args if a not in ("--resume", "--overwrite")]
     if rest and not rest[0].startswith("--"):
         raise ConfigError(f"The demo has its own recipe; leave '{rest[0]}' out, or use opd train. Usage: {USAGE}")
@@ -41,7 +33,19 @@ def run(args: Sequence[str]) -> int:
         "prompts.path": folder / "train.jsonl",
         "prompts.eval_path": folder / "eval.jsonl",
     }
-    config = build(merge(merge(recipe, {key: str(path) for key, path in places.items()}), overrides))
+    data = merge(merge(recipe, {key: str(path) for key, path in places.items()}), overrides)
+    settings = check(data)  # before torch, which takes seconds to import
+    from opd.cli.show import show_result
+    from opd.config.whole import whole_config
+    from opd.demo.prepare import prepare
+    from opd.reporting.files import SUMMARY_FILE
+    from opd.reporting.summary import write_summary
+    from opd.trainer.launch import Launch
+    from opd.trainer.run import train
+    from opd.trainer.run_folder import open_run
+    from opd.trainer.run_state import write_report_or_warn
+
+    config = whole_config(settings)
     with open_run(config, resume=resume, overwrite=overwrite):
         prepare(folder, seed=config.seed, say=partial(print, flush=True))
     prepared = time.perf_counter() - began

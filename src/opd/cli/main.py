@@ -19,6 +19,7 @@ from opd.errors import OpdError
 
 COMMANDS = {
     "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
+    "check": "all that can be said of a recipe before a model is loaded: opd check RECIPE.yaml [--section.key value …]",
     "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
     "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
     "report": "write report.html of a run folder again, also during the run: opd report RUN_DIR",
@@ -79,7 +80,7 @@ def _run(args: list[str]) -> int:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt as stopped:
         facts = getattr(stopped, "facts", None)
         if facts is None:  # outside a run there is nothing to resume

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from opd.cli.train import print_help, split_arguments
-from opd.config.recipe import build, merge, parse_overrides, read_recipe
+from opd.config.recipe import check, merge, words_of
+from opd.doctor.paths import check_paths
 from opd.errors import ConfigError
 
 USAGE = "opd rollouts RECIPE.yaml [--out DIR] [--overwrite] [--debug] [--section.key value …]"
@@ -21,19 +22,21 @@ def run(args: Sequence[str]) -> int:
     recipe, resume, overwrite, words = split_arguments(rest)
     if resume:
         raise ConfigError("opd rollouts goes on by itself where it was stopped; drop --resume.")
-    from transformers.utils.logging import disable_progress_bar
-
-    from opd.trainer.keep_rollouts import advice, keep_rollouts
-
-    disable_progress_bar()
-    overrides = parse_overrides(words)
-    data = merge(read_recipe(recipe) if recipe else {}, overrides)
+    data = words_of(recipe, words)
     section = data.get("rollout") or {}
     folder = out or (section.get("path") if isinstance(section, dict) else None)
     if not folder:
         raise ConfigError("Name the folder that the rollouts go to: --out DIR, or rollout.path in the recipe.")
-    config = build(merge(data, {"rollout.source": "cached", "rollout.path": folder}))
-    manifest = keep_rollouts(config, overwrite=overwrite, say=partial(print, flush=True))
+    data = merge(data, {"rollout.source": "cached", "rollout.path": folder})
+    settings = check(data)
+    check_paths(settings)  # before torch, which takes seconds to import
+    from transformers.utils.logging import disable_progress_bar
+
+    from opd.config.whole import whole_config
+    from opd.trainer.keep_rollouts import advice, keep_rollouts
+
+    disable_progress_bar()
+    manifest = keep_rollouts(whole_config(settings), overwrite=overwrite, say=partial(print, flush=True))
     print(advice(manifest))
     given = shlex.join(
         [*([recipe] if recipe else []), *words, "--rollout.source", "cached", "--rollout.path", str(folder)]

@@ -16,17 +16,21 @@ def run(args: Sequence[str]) -> int:
         return 0
     recipe, resume, overwrite, overrides = split_arguments(args)
     from opd.cli.banner import show_banner
+    from opd.config.recipe import check, words_of
+    from opd.doctor.paths import check_paths
 
-    announced = show_banner(recipe, overrides)  # before torch, which takes seconds to import
+    settings = check(words_of(recipe, overrides))
+    check_paths(settings)  # before torch, which takes seconds to import
+    announced = show_banner(recipe, overrides)
     from transformers.utils.logging import disable_progress_bar
 
     from opd.cli.show import show_result
-    from opd.config.recipe import load
+    from opd.config.whole import whole_config
     from opd.trainer.launch import Launch
     from opd.trainer.run import train
 
     disable_progress_bar()  # loading and saving take a moment; downloads keep theirs
-    config = load(recipe, overrides)
+    config = whole_config(settings)
     launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced)
     summary = train(config, resume=resume, overwrite=overwrite, launch=launch)
     show_result(config, summary)
@@ -49,9 +53,9 @@ def print_help(usage: str) -> None:
     """Print every section and field with its default, as tyro renders the dataclasses."""
     import tyro
 
-    from opd.config import Config, LoraConfig, PromptsConfig, StudentConfig, TeacherConfig
+    from opd.config import LoraConfig, PromptsConfig, RunSettings, StudentConfig, TeacherConfig
 
-    shown = Config(
+    shown = RunSettings(
         student=StudentConfig(model="-", lora=LoraConfig()),
         teacher=TeacherConfig(model="-"),
         teachers={},
@@ -61,7 +65,7 @@ def print_help(usage: str) -> None:
         object.__setattr__(section, key, tyro.MISSING)  # shown as required
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
-        tyro.cli(Config, prog=usage, default=shown, args=["--help"], config=as_values)
+        tyro.cli(RunSettings, prog=usage, default=shown, args=["--help"], config=as_values)
     except SystemExit as ended:
         if ended.code:  # the reader of a pipe has gone
             raise

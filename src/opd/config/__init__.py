@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from opd.config.prompts import PromptsConfig
     from opd.config.rl import HybridConfig, RewardConfig, RlConfig
     from opd.config.rollout import RolloutConfig
-    from opd.config.run import Config
+    from opd.config.run import RunSettings
     from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
     from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
     from opd.config.vllm import VllmConfig
+    from opd.config.whole import Config
 
 __all__ = [
     "BaseMixtureConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "RewardConfig",
     "RlConfig",
     "RolloutConfig",
+    "RunSettings",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
@@ -59,7 +61,7 @@ _HOMES = {
         "RlConfig",
     ),
     "opd.config.rollout": ("RolloutConfig",),
-    "opd.config.run": ("Config",),
+    "opd.config.run": ("RunSettings",),
     "opd.config.teachers": (
         "BaseMixtureConfig",
         "MixtureConfig",
@@ -72,6 +74,7 @@ _HOMES = {
         "TrainConfig",
     ),
     "opd.config.vllm": ("VllmConfig",),
+    "opd.config.whole": ("Config",),
 }
 """Names by their module. They are imported on first use, so that the sections that need no torch can be had without it."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from opd.errors import ConfigError, require
-from opd.losses import WEIGHT_SUM_TOLERANCE, Objective
+from opd.losses.settings import ObjectiveSettings
+from opd.losses.weights import WEIGHT_SUM_TOLERANCE
 
 
 def check_weights(key: str, weights: Mapping[str, float]) -> None:
@@ -28,7 +29,7 @@ def check_names(key: str, weights: Mapping[str, float], names: Sequence[str]) ->
     )
 
 
-def check_kept_rollouts(objective: Objective, *, rewarded: bool, token_fraction: float) -> None:
+def check_kept_rollouts(objective: ObjectiveSettings, *, rewarded: bool, token_fraction: float) -> None:
     """Refuse what needs rollouts of the student as it is, where they are of the student before training."""
     if objective.looks_at_sample:
         sampled = f"estimator={objective.estimator}" if objective.support == "sampled" else "tail=sampled"
@@ -64,7 +65,7 @@ class Sampling(Protocol):
     def off_policy(self) -> str: ...
 
 
-def check_on_policy(objective: Objective, drawn: Sampling) -> None:
+def check_on_policy(objective: ObjectiveSettings, drawn: Sampling) -> None:
     """Refuse losses of the sampled token where tokens are not drawn from the student, nor reweighted to be."""
     if not objective.looks_at_sample:
         return
@@ -95,7 +96,7 @@ def check_on_policy(objective: Objective, drawn: Sampling) -> None:
         )
 
 
-def check_rewarded_rollouts(objective: Objective, drawn: Sampling) -> None:
+def check_rewarded_rollouts(objective: ObjectiveSettings, drawn: Sampling) -> None:
     """Refuse rewards of responses that another distribution drew: no token's own ratio makes up for a whole response."""
     wanted = objective.student_temperature
     problems = {

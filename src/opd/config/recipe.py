@@ -11,20 +11,23 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import yaml
 
-from opd.config import Config
+from opd.config.run import RunSettings
 from opd.config.sections import all_keys, hint_of, parse_section
 from opd.config.words import merge, read_recipe, scalar
 from opd.errors import ConfigError
 from opd.losses.settings import READ_BY
 
+if TYPE_CHECKING:
+    from opd.config import Config
+
 
 def whole_keys() -> list[str]:
     """Every key of a recipe."""
-    return all_keys(Config)
+    return all_keys(RunSettings)
 
 
 def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +70,7 @@ FLAGS = ("--resume", "--overwrite", "--debug")
 def _reader(dotted: str) -> Callable[[str], Any]:
     """The reader of a key's words: YAML, or word for word where the key takes text alone. A path may hold what is a list, a comment
     or a date to YAML."""
-    annotation = hint_of(Config, dotted)
+    annotation = hint_of(RunSettings, dotted)
     kinds = set(get_args(annotation)) or {annotation}
     if str not in kinds or not kinds <= {str, type(None), Ellipsis}:
         return scalar
@@ -85,8 +88,16 @@ def _text(text: str, *, several: bool) -> Any:
 
 
 def build(data: Mapping[str, Any]) -> Config:
-    """A validated Config. Raises ConfigError (or a section's own OpdError) saying what, why and what to do."""
-    return parse_section(Config, data)
+    """A validated Config. Raises ConfigError (or a section's own OpdError) saying what, why and what to do, before torch is imported."""
+    settings = check(data)
+    from opd.config.whole import whole_config  # torch comes with it
+
+    return whole_config(settings)
+
+
+def check(data: Mapping[str, Any]) -> RunSettings:
+    """As `build`, without the objective that computes: torch is not imported."""
+    return parse_section(RunSettings, data)
 
 
 def without_idle_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -105,10 +116,15 @@ def without_idle_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """A recipe file with command-line overrides."""
-    return build(merge(read_recipe(recipe) if recipe else {}, parse_overrides(overrides)))
+    return build(words_of(recipe, overrides))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def words_of(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe file with command-line overrides, as nested mappings that nothing has checked yet."""
+    return merge(read_recipe(recipe) if recipe else {}, parse_overrides(overrides))
+
+
+def to_dict(config: RunSettings) -> dict[str, Any]:
     """Plain types only, as written to config.yaml."""
 
     def plain(value: Any) -> Any:
@@ -119,5 +135,5 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: RunSettings) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)

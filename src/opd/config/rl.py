@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from opd.config.rules import at_least, not_negative, positive
 from opd.config.sections import Section
 from opd.errors import require
-from opd.losses import Combine, Hybrid, HybridSchedule, Objective, Scale, Schedule, linear_schedule
+from opd.losses.settings import ObjectiveSettings
+from opd.losses.weights import Combine, Scale, Schedule, check_combined, linear_schedule
+
+if TYPE_CHECKING:
+    from opd.losses import HybridSchedule, Objective
 
 
 class RewardConfig(Section, key="reward"):
@@ -118,6 +122,8 @@ class RlConfig(HybridConfig, key="rl"):
 
     def hybrid(self, objective: Objective, total_steps: int) -> HybridSchedule:
         """The loss of every update, with `objective` as its distillation."""
+        from opd.losses import Hybrid, HybridSchedule  # torch comes with them
+
         rl_weight, distill_weight = self.schedules(total_steps)
         first = Hybrid(
             distill=objective,
@@ -129,7 +135,7 @@ class RlConfig(HybridConfig, key="rl"):
         )
         return HybridSchedule(first=first, rl_weight=rl_weight, distill_weight=distill_weight)
 
-    def check(self, objective: Objective, *, samples_per_prompt: int) -> None:
+    def check(self, objective: ObjectiveSettings, *, samples_per_prompt: int) -> None:
         """Raise ConfigError for settings of other sections that a reward cannot work with."""
         if not self.rewarded:
             return
@@ -144,5 +150,4 @@ class RlConfig(HybridConfig, key="rl"):
             "set it and rollout.temperature to 1, or rl.reference_kl=0.",
         )
         if self.distilled:
-            # refuses what cannot be mixed
-            Hybrid(distill=objective, rl_weight=1.0, combine=self.combine, scale=self.scale)
+            check_combined(objective, self.combine)

@@ -10,6 +10,7 @@ from opd.config.rules import at_least
 from opd.config.sections import Section
 from opd.config.vllm import VllmConfig
 from opd.errors import require
+from opd.losses.weights import linear_schedule
 
 DEFAULT_IMPORTANCE_CAP = 2.0
 
@@ -137,7 +138,5 @@ class RolloutConfig(Section, key="rollout"):
         """The length limit of this step's responses."""
         if self.horizon_start is None:
             return self.max_new_tokens
-        from opd.losses import linear_schedule  # torch comes with it
-
         steps = self.horizon_steps or max(1, total_steps // 2)
         return round(linear_schedule(self.horizon_start, self.max_new_tokens, steps).at(step))

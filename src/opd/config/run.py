@@ -1,4 +1,4 @@
-"""`Config`: the sections of a whole run, and the rules between them."""
+"""`RunSettings`: the sections of a whole run, and the rules between them. Imports no torch: a recipe is refused before it is there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 from opd.config.vllm import MAX_VLLM_TEMPERATURE
 from opd.errors import require
-from opd.losses import Objective
+from opd.losses.settings import ObjectiveSettings
 
 
-class Config(Section):
-    """A whole run."""
+class RunSettings(Section):
+    """A whole run, with the settings of its objective. `Config` has the objective itself."""
 
     student: StudentConfig
     teacher: TeacherConfig | None = None
@@ -27,7 +27,7 @@ class Config(Section):
     """Several teachers by name, in place of `teacher`: --teachers.math.model PATH --teachers.code.model PATH."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     prompts: PromptsConfig
-    objective: Objective = field(default_factory=Objective)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     rl: RlConfig = field(default_factory=RlConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

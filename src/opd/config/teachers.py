@@ -11,7 +11,8 @@ from opd.config.model import DType, ModelConfig
 from opd.config.rules import at_least, positive
 from opd.config.sections import Section
 from opd.errors import ObjectiveError, require
-from opd.losses import Objective, linear_schedule
+from opd.losses.settings import ObjectiveSettings
+from opd.losses.weights import linear_schedule
 from opd.remote.address import CHAT_CANNOT_SCORE, parse_addresses
 from opd.remote.keys import check_variable
 
@@ -100,7 +101,7 @@ class TeacherConfig(ModelConfig, key="teacher"):
         """It is behind a server that sends log-probs of some tokens, and no whole distribution."""
         return bool(self.url) and self.api != "opd"
 
-    def check_objective(self, objective: Objective, place: str) -> None:
+    def check_objective(self, objective: ObjectiveSettings, place: str) -> None:
         """Raise ObjectiveError where the server cannot send what the objective needs."""
         if not self.sends_log_probs or {"top_k", "sampled"} & set(objective.needs):
             return

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel
-
-from opd.config import Config, RolloutConfig, StudentConfig
-from opd.data.pack import layout_sequences
+from opd.config.model import StudentConfig
+from opd.config.rollout import RolloutConfig
+from opd.config.run import RunSettings
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
-from opd.losses import Objective
-from opd.models import context_length, response_logits, stored_dtype, stored_kind, switched_off
-from opd.teachers.packing import mixes_packed
+from opd.losses.settings import ObjectiveSettings
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 
 
-def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) -> None:
+def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt]) -> None:
     """Look in every row now for what a later step would need. Raises DataError naming the first that lacks it."""
     asked = [("eval.reward", config.eval.reward, held_out, config.prompts.eval_path)]
     if config.rl.rewarded:
@@ -49,7 +50,9 @@ def check_rows(config: Config, prompts: list[Prompt], held_out: list[Prompt]) ->
             )
 
 
-def check_tokens(objective: Objective, rollout: RolloutConfig, renderer: Renderer, vocabulary: VocabularyMatch) -> None:
+def check_tokens(
+    objective: ObjectiveSettings, rollout: RolloutConfig, renderer: Renderer, vocabulary: VocabularyMatch
+) -> None:
     """Raises ConfigError for token ids and stop strings that can never occur."""
     grouped = [i for group in objective.eos_groups for i in group]
     for key, ids in (("always_include", objective.always_include), ("eos_groups", grouped)):
@@ -70,6 +73,8 @@ def check_tokens(objective: Objective, rollout: RolloutConfig, renderer: Rendere
 
 def check_lengths(prompts: list[Prompt], renderer: Renderer, model: PreTrainedModel, max_new_tokens: int) -> None:
     """Every prompt is rendered once now, so that the one that is too long is known before step 0 and not at step 900."""
+    from opd.models import context_length  # torch comes with it, here and below
+
     limit = context_length(model)
     for prompt in prompts:
         ids = renderer.prompt_ids(prompt)
@@ -79,6 +84,9 @@ def check_lengths(prompts: list[Prompt], renderer: Renderer, model: PreTrainedMo
 
 def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
     """Raise ConfigError for a model that would mix packed sequences."""
+    from opd.data.pack import layout_sequences
+    from opd.models import response_logits
+    from opd.teachers.packing import mixes_packed
 
     def read(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         prompts = [sequence[:1] for sequence in sequences]
@@ -93,7 +101,7 @@ def check_packing(model: PreTrainedModel, role: str, pad_id: int) -> None:
         )
 
 
-def notices(config: Config) -> list[str]:
+def notices(config: RunSettings) -> list[str]:
     """Warnings about settings that are allowed and probably not meant."""
     found = []
     if config.eval.every and config.prompts.eval_path is None:
@@ -117,7 +125,7 @@ def notices(config: Config) -> list[str]:
     return [*found, *_reduction_notices(config), *_natural_gradient_notices(config)]
 
 
-def _reduction_notices(config: Config) -> list[str]:
+def _reduction_notices(config: RunSettings) -> list[str]:
     objective, sequences = config.objective, config.train.prompts_per_step * config.train.samples_per_prompt
     if not objective.looks_at_sample or objective.reduction != "token_mean" or not config.rl.distilled:
         return []
@@ -129,7 +137,7 @@ def _reduction_notices(config: Config) -> list[str]:
     ]
 
 
-def served_notes(config: Config) -> list[str]:
+def served_notes(config: RunSettings) -> list[str]:
     """Notes on what a teacher behind a server makes different."""
     served = [name for name, section in config.all_teachers.items() if section.sends_log_probs]
     if not served:
@@ -151,6 +159,8 @@ def served_notes(config: Config) -> list[str]:
 
 def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
     """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside."""
+    from opd.models import stored_dtype, stored_kind, switched_off
+
     name, revision = student.model, student.revision
     found = []
     kind = stored_kind(name, revision)
@@ -177,7 +187,7 @@ def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
     return found
 
 
-def _natural_gradient_notices(config: Config) -> list[str]:
+def _natural_gradient_notices(config: RunSettings) -> list[str]:
     optimizer, objective, rl = config.optimizer, config.objective, config.rl
     if optimizer.name != "natural_gradient":
         return []

@@ -1,5 +1,5 @@
-"""Checks of what each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, prompts that
-student and teacher end differently, and a teacher that is the student."""
+"""Checks of what each model really reads: prompts that a tokenizer does not give back, template arguments that no template sees, and prompts
+that student and teacher end differently. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
-from transformers import PreTrainedModel
-
-from opd.config import Config
+from opd.config.run import RunSettings
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
-from opd.quantized import entries
 from opd.types import Prompt
 
-SampledWeights = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]
-"""Shape and some entries of every parameter, by name."""
-SAMPLED_ENTRIES = 256  # per tensor: training changes every one of them, and reading all of a large model takes minutes
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
@@ -38,32 +31,30 @@ class ReadingModel(Protocol):
 
 
 def check_reading(
-    config: Config,
+    config: RunSettings,
     prompts: Sequence[Prompt],
     student: ReadingModel,
     teachers: Mapping[str, ReadingModel],
-    first: SampledWeights,
 ) -> list[str]:
-    """Warnings about how the prompts reach the models, other than check_text's about the student; `first` are the student's weights as
-    they were loaded. Raises ModelError where a teacher's tokenizer loses the prompts."""
-    some = _some(prompts)
+    """Warnings about how the prompts reach the models, other than check_text's about the student. Raises ModelError where a teacher's
+    tokenizer loses the prompts."""
+    some = evenly_spaced(prompts)
     found = []
     for name, side in teachers.items():
         if config.all_teachers[name].source == "model":
-            found += check_text(side.renderer, _key(name), prompts)
-    found += _untemplated(config, prompts, student.renderer, {_key(n): s.renderer for n, s in teachers.items()})
+            found += check_text(side.renderer, teacher_key(name), prompts)
+    found += _untemplated(config, prompts, student.renderer, {teacher_key(n): s.renderer for n, s in teachers.items()})
     for name, side in teachers.items():
-        found += _different_modes(student.renderer, side.renderer, _key(name), some)
-        if config.all_teachers[name].source == "model" and _could_only_agree(config):
-            found += _agreement(student.renderer, side, _key(name), some, first)
+        found += _different_modes(student.renderer, side.renderer, teacher_key(name), some)
     return found
 
 
-def _some(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+def evenly_spaced(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """LOOKED_AT of the prompts, or all of fewer."""
     return prompts[:: max(1, len(prompts) // LOOKED_AT)][:LOOKED_AT]
 
 
-def _key(name: str) -> str:
+def teacher_key(name: str) -> str:
     """The teacher's section in a recipe."""
     return name if name == "teacher" else f"teachers.{name}"
 
@@ -75,7 +66,7 @@ def check_text(renderer: Renderer, role: str, prompts: Sequence[Prompt]) -> list
     """Does decode(encode(text)) give the text back? Unicode normalisation and a leading space are a tokenizer's own business. Returns
     warnings; raises ModelError where more is lost than a rare character."""
     changed, lost, characters = [], 0, 0
-    some = _some(prompts)
+    some = evenly_spaced(prompts)
     for prompt in some:
         for text in _texts(_as_read(renderer, prompt)):
             try:
@@ -140,14 +131,14 @@ def _cut(text: str, middle: int) -> str:
 
 
 def _untemplated(
-    config: Config, prompts: Sequence[Prompt], student: Renderer, teachers: Mapping[str, Renderer]
+    config: RunSettings, prompts: Sequence[Prompt], student: Renderer, teachers: Mapping[str, Renderer]
 ) -> list[str]:
     """Plain text goes to a model as it is: what a template would have done with it is not done."""
     plain = sum(prompt.messages is None for prompt in prompts)
     if not plain:
         return []
     given = {"student": config.student.chat_template_kwargs}
-    given |= {_key(name): section.chat_template_kwargs for name, section in config.all_teachers.items()}
+    given |= {teacher_key(name): section.chat_template_kwargs for name, section in config.all_teachers.items()}
     found = [
         f"{role}.chat_template_kwargs ({', '.join(arguments)}) changes nothing for {_share(plain, prompts)}, which are plain text and "
         'pass through no chat template. Write them as messages, "prompt": [{"role": "user", "content": "…"}], or leave the arguments out.'
@@ -263,58 +254,3 @@ def _one_sided(student: Renderer, teacher: Renderer, role: str) -> Iterator[_One
                     "meant."
                 )
                 yield _OneSided(name=name, where=where, giver=giver, advice=advice)
-
-
-# --- a teacher that is the student ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sampled_weights(model: PreTrainedModel) -> SampledWeights:
-    """Evenly spaced entries of every parameter, in its own dtype on the CPU."""
-    sampled = {}
-    for name, parameter in model.named_parameters():
-        flat = entries(parameter)
-        step = max(1, flat.numel() // SAMPLED_ENTRIES)
-        sampled[name] = tuple(parameter.shape), flat[::step].cpu().clone()
-    return sampled
-
-
-def _same_weights(sampled: SampledWeights, model: PreTrainedModel) -> bool:
-    """True when the model has these weights, as far as the coarser of the two dtypes can tell."""
-    other = sampled_weights(model)
-    if {name: shape for name, (shape, _) in sampled.items()} != {name: shape for name, (shape, _) in other.items()}:
-        return False
-    return all(_same_entries(entries, other[name][1]) for name, (_, entries) in sampled.items())
-
-
-def _same_entries(one: torch.Tensor, two: torch.Tensor) -> bool:
-    if one.dtype != two.dtype:
-        if not (one.is_floating_point() and two.is_floating_point()):
-            return False  # of which one is quantised
-        coarser = max(one.dtype, two.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        one, two = one.to(coarser), two.to(coarser)
-    return torch.equal(one, two)
-
-
-def _could_only_agree(config: Config) -> bool:
-    """True when a teacher with the student's weights and prompts has nothing to say: no reward, no temperature, no other teacher beside
-    it tells the two apart."""
-    same = config.objective.student_temperature == config.objective.teacher_temperature
-    alone = len(config.all_teachers) == 1 or config.mixture.kind == "routing"
-    return same and alone and not config.rl.rewarded
-
-
-def _agreement(
-    student: Renderer, teacher: ReadingModel, role: str, prompts: Sequence[Prompt], first: SampledWeights
-) -> list[str]:
-    if any(student.prompt_ids(prompt) != teacher.renderer.prompt_ids(prompt) for prompt in prompts):
-        return []
-    model = getattr(teacher, "model", None)
-    if model is None or not _same_weights(first, model):
-        return []
-    ends = [renderer.decode_all(renderer.prompt_ids(prompts[0]))[-EXCERPT:] for renderer in (student, teacher.renderer)]
-    return [
-        f"{role} has the student's own weights and reads the same prompts (the first ends with {ends[0]!r} for the student, {ends[1]!r} for "
-        f"the teacher), so the two agree everywhere and nothing will be learnt. Give {role}.model another model, show it more with "
-        "prompts.teacher_prompt, or add a reward (rl.weight)."
-    ]

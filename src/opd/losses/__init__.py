@@ -1,72 +1,67 @@
-"""Distillation losses as pure functions, one number per token. Needs torch and nothing else."""
+"""Distillation losses as pure functions, one number per token. They need torch and nothing else; their settings do without it."""
 
 from __future__ import annotations
 
-from opd.losses.diagnostics import (
-    dense_diagnostics,
-    student_diagnostics,
-    token_diagnostics,
-    top_k_diagnostics,
-)
-from opd.losses.divergences import (
-    Divergence,
-    alpha_beta_divergence,
-    entropy,
-    entry_terms,
-    forward_kl,
-    full_divergence,
-    generalized_jsd,
-    log_mixture_ratio,
-    mass_coefficient,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-    to_logp,
-    total_variation,
-)
-from opd.losses.hybrid import (
-    NO_SPREAD,
-    Combine,
-    Hybrid,
-    HybridSchedule,
-    Scale,
-    Schedule,
-    as_hybrid,
-    combine_advantages,
-    group_relative_advantage,
-    leave_one_out_advantage,
-    linear_schedule,
-    match_scale,
-)
-from opd.losses.mixtures import WEIGHT_SUM_TOLERANCE, Mixture, mix_losses, mix_teachers, route
-from opd.losses.objective import Objective, TokenLoss
-from opd.losses.partial import (
-    SampledToken,
-    Support,
-    Tail,
-    gather_logp,
-    likeliest,
-    overlap,
-    overlap_size,
-    partial_divergence,
-    support_of,
-    tail_logp,
-    top_k_support,
-    top_overlap,
-    union_support,
-)
-from opd.losses.reduce import Reduction, token_weights, weighted_sum
-from opd.losses.sampled import (
-    discounted_return,
-    distillation_advantage,
-    k1,
-    k2,
-    k3,
-    policy_gradient_loss,
-    value_baseline,
-)
-from opd.losses.settings import DEFAULT_TOP_K
-from opd.losses.targets import dense_from_hidden
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opd.losses.choices import Divergence, Reduction, Tail
+    from opd.losses.diagnostics import dense_diagnostics, student_diagnostics, token_diagnostics, top_k_diagnostics
+    from opd.losses.divergences import (
+        alpha_beta_divergence,
+        entropy,
+        entry_terms,
+        forward_kl,
+        full_divergence,
+        generalized_jsd,
+        log_mixture_ratio,
+        mass_coefficient,
+        reverse_kl,
+        skew_forward_kl,
+        skew_reverse_kl,
+        to_logp,
+        total_variation,
+    )
+    from opd.losses.hybrid import (
+        NO_SPREAD,
+        Hybrid,
+        HybridSchedule,
+        as_hybrid,
+        combine_advantages,
+        group_relative_advantage,
+        leave_one_out_advantage,
+        match_scale,
+    )
+    from opd.losses.mixtures import Mixture, mix_losses, mix_teachers, route
+    from opd.losses.objective import Objective, TokenLoss
+    from opd.losses.partial import (
+        SampledToken,
+        Support,
+        gather_logp,
+        likeliest,
+        overlap,
+        overlap_size,
+        partial_divergence,
+        support_of,
+        tail_logp,
+        top_k_support,
+        top_overlap,
+        union_support,
+    )
+    from opd.losses.reduce import token_weights, weighted_sum
+    from opd.losses.sampled import (
+        discounted_return,
+        distillation_advantage,
+        k1,
+        k2,
+        k3,
+        policy_gradient_loss,
+        value_baseline,
+    )
+    from opd.losses.settings import DEFAULT_TOP_K
+    from opd.losses.targets import dense_from_hidden
+    from opd.losses.weights import WEIGHT_SUM_TOLERANCE, Combine, Scale, Schedule, linear_schedule
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -132,3 +127,96 @@ __all__ = [
     "value_baseline",
     "weighted_sum",
 ]
+
+_HOMES = {
+    "opd.losses.choices": (
+        "Divergence",
+        "Reduction",
+        "Tail",
+    ),
+    "opd.losses.diagnostics": (
+        "dense_diagnostics",
+        "student_diagnostics",
+        "token_diagnostics",
+        "top_k_diagnostics",
+    ),
+    "opd.losses.divergences": (
+        "alpha_beta_divergence",
+        "entropy",
+        "entry_terms",
+        "forward_kl",
+        "full_divergence",
+        "generalized_jsd",
+        "log_mixture_ratio",
+        "mass_coefficient",
+        "reverse_kl",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "to_logp",
+        "total_variation",
+    ),
+    "opd.losses.hybrid": (
+        "Hybrid",
+        "HybridSchedule",
+        "NO_SPREAD",
+        "as_hybrid",
+        "combine_advantages",
+        "group_relative_advantage",
+        "leave_one_out_advantage",
+        "match_scale",
+    ),
+    "opd.losses.mixtures": (
+        "Mixture",
+        "mix_losses",
+        "mix_teachers",
+        "route",
+    ),
+    "opd.losses.objective": (
+        "Objective",
+        "TokenLoss",
+    ),
+    "opd.losses.partial": (
+        "SampledToken",
+        "Support",
+        "gather_logp",
+        "likeliest",
+        "overlap",
+        "overlap_size",
+        "partial_divergence",
+        "support_of",
+        "tail_logp",
+        "top_k_support",
+        "top_overlap",
+        "union_support",
+    ),
+    "opd.losses.reduce": (
+        "token_weights",
+        "weighted_sum",
+    ),
+    "opd.losses.sampled": (
+        "discounted_return",
+        "distillation_advantage",
+        "k1",
+        "k2",
+        "k3",
+        "policy_gradient_loss",
+        "value_baseline",
+    ),
+    "opd.losses.settings": ("DEFAULT_TOP_K",),
+    "opd.losses.targets": ("dense_from_hidden",),
+    "opd.losses.weights": (
+        "Combine",
+        "Scale",
+        "Schedule",
+        "WEIGHT_SUM_TOLERANCE",
+        "linear_schedule",
+    ),
+}
+"""Names by their module. They are imported on first use, so that the settings of a loss can be had without torch."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -8,27 +8,15 @@ no gradient, so that masking the token removes it cleanly.
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Float
-
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "generalized_jsd",
-    "skew_reverse_kl",
-    "skew_forward_kl",
-    "alpha_beta_divergence",
-    "total_variation",
-]
+from opd.losses.choices import Divergence, check_shape_parameters, warn_if_faded
 
 EXP_RANGE = 60.0  # e^60 ≈ 1e26 and its inverse are normal float32 numbers
-UNNORMALIZED_BETA = (0.1, 0.9)  # outside it the published JSD keeps under a tenth of the gradient of the KL it tends to
 
 
 def to_logp(logits: Float[Tensor, "*tokens vocab"], temperature: float = 1.0) -> Float[Tensor, "*tokens vocab"]:
@@ -188,31 +176,6 @@ def log_mixture_ratio(log_ratio: Float[Tensor, "*entries"], beta: float) -> Floa
     upper = high + (math.log(beta) + torch.log1p((1.0 - beta) / beta * torch.exp(-high)))
     lower = math.log(1.0 - beta) + torch.log1p(beta / (1.0 - beta) * torch.exp(low))
     return torch.where(near, body, torch.where(above, upper, torch.where(below, lower, log_ratio)))
-
-
-def warn_if_faded(beta: float) -> None:
-    """Warn that the published JSD hardly teaches at this β."""
-    low, high = UNNORMALIZED_BETA
-    if not low <= beta <= high:
-        warnings.warn(
-            f"generalized_jsd with normalize=False and beta={beta}: its gradient goes to 0 as beta nears 0 or 1, and jumps to "
-            "that of a KL at exactly 0 and 1. Use normalize=True, where beta is a direction only.",
-            stacklevel=3,
-        )
-
-
-def check_shape_parameters(name: Divergence, *, alpha: float = 0.5, beta: float = 0.5) -> None:
-    """Raise ObjectiveError where α or β leave the region in which `name` is a divergence."""
-    if name == "alpha_beta_divergence":
-        if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0.0 and beta >= 0.0 and alpha + beta > 0.0):
-            raise ObjectiveError(
-                f"alpha_beta_divergence needs finite alpha ≥ 0 and beta ≥ 0, not both 0, but got alpha={alpha}, beta={beta}: "
-                "a negative power of a probability near 0 is unbounded. Use (1, 0) for forward KL, (0, 1) for reverse KL."
-            )
-    elif name in ("generalized_jsd", "skew_reverse_kl", "skew_forward_kl") and not 0.0 <= beta <= 1.0:
-        raise ObjectiveError(
-            f"{name} needs 0 ≤ beta ≤ 1, because M = beta·T + (1−beta)·S is a mixture, but got beta={beta}."
-        )
 
 
 def _widen(logp: Tensor) -> Tensor:

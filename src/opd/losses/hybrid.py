@@ -5,9 +5,8 @@ A term whose weight is 0 is left out, so that the result is bit for bit the othe
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,46 +14,10 @@ from torch import Tensor
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Float, Int
 from opd.losses.objective import Objective
-
-Scale = Literal["none", "match"]
-
-Combine = Literal["losses", "advantages"]
+from opd.losses.weights import Combine, Scale, Schedule, check_combined, check_weights
 
 STD_FLOOR = 1e-6  # added to a group's standard deviation before dividing, as arXiv 2402.03300's implementations do
 NO_SPREAD = 1e-6  # a term that varies less over the batch is rounding (of float32 nats), and rounding is not scaled up
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The weight of one term over the course of training."""
-
-    kind: Literal["constant", "linear"] = "constant"
-    """constant stays at `start`; linear goes from `start` to `end` in `steps` steps and stays there."""
-    start: float = 1.0
-    """Weight at step 0."""
-    end: float = 1.0
-    """Weight from step `steps` on; read by linear only."""
-    steps: int = 1
-    """Optimizer steps from `start` to `end`; read by linear only."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("constant", "linear"):
-            raise ObjectiveError(f"schedule kind={self.kind!r} is not one of constant, linear.")
-        if not (math.isfinite(self.start) and math.isfinite(self.end) and self.steps >= 1):
-            raise ObjectiveError(f"a schedule needs finite weights and steps ≥ 1, but got {self}.")
-
-    def at(self, step: int) -> float:
-        """Weight at this optimizer step."""
-        if self.kind == "constant" or step <= 0:
-            return self.start
-        if step >= self.steps:
-            return self.end
-        return self.start + (self.end - self.start) * step / self.steps
-
-
-def linear_schedule(start: float, end: float | None, steps: int) -> Schedule:
-    """From `start` to `end` in so many steps; constant without an end."""
-    return Schedule(start=start) if end is None else Schedule(kind="linear", start=start, end=end, steps=steps)
 
 
 def group_relative_advantage(
@@ -110,7 +73,7 @@ def combine_advantages(
     """λ_rl A_rl + λ_distill A_distill, per token; with scale='match' each A is first divided by its batch std."""
     if scale not in get_args(Scale):
         raise ObjectiveError(f"scale={scale!r} is not one of {', '.join(get_args(Scale))}.")
-    _check_weights(rl_weight, distill_weight)
+    check_weights(rl_weight, distill_weight)
     if rl_weight == 0.0:
         return distill_weight * distill_advantage
     if distill_weight == 0.0:
@@ -118,15 +81,6 @@ def combine_advantages(
     if scale == "match":
         rl_advantage, distill_advantage = match_scale(rl_advantage, rl_std), match_scale(distill_advantage, distill_std)
     return rl_weight * rl_advantage + distill_weight * distill_advantage
-
-
-def _check_weights(rl_weight: float, distill_weight: float) -> None:
-    if not (math.isfinite(rl_weight) and math.isfinite(distill_weight)):
-        raise ObjectiveError(f"weights must be finite, but got rl_weight={rl_weight}, distill_weight={distill_weight}.")
-    if rl_weight == 0.0 and distill_weight == 0.0:
-        raise ObjectiveError(
-            "rl_weight and distill_weight are both 0: nothing is left to train on; make one of them positive."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +100,9 @@ class Hybrid:
     """Of the policy gradient: ε, or (low, high)."""
 
     def __post_init__(self) -> None:
-        _check_weights(self.rl_weight, self.distill_weight)
-        if self.combine == "advantages" and self.mixed and self.distill.delivery != "advantage":
-            raise ObjectiveError(
-                "combine='advantages' adds the distillation advantage to the reward's, but the objective has delivery='loss'; set "
-                "delivery=advantage with support=sampled and estimator=k1, or combine=losses."
-            )
-        if self.combine == "losses" and self.mixed and self.distill.discount > 0:
-            raise ObjectiveError(
-                f"discount={self.distill.discount} makes the distillation a policy gradient of its own; beside a reward set "
-                "combine=advantages, or discount=0."
-            )
+        check_weights(self.rl_weight, self.distill_weight)
+        if self.mixed:
+            check_combined(self.distill, self.combine)
 
     @property
     def mixed(self) -> bool:

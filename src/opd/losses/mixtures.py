@@ -10,10 +10,9 @@ from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Float, Int
+from opd.losses.weights import WEIGHT_SUM_TOLERANCE
 
 Mixture = Literal["probability", "logit"]
-
-WEIGHT_SUM_TOLERANCE = 1e-3  # weights may come from a file or from bfloat16
 
 
 def mix_teachers(

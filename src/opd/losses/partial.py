@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Bool, Float, Int
-from opd.losses.divergences import Divergence, entry_terms, mass_coefficient
+from opd.losses.choices import Divergence, Tail
+from opd.losses.divergences import entry_terms, mass_coefficient
 
 GROUP = 32  # of 16, 32, 64 and 128 the fastest for 16 or 64 of 32 000 or 151 936 entries (benchmarks/LOG.md)
 OVERLAP_K = 16  # arXiv 2604.13016 watches the agreement of the 16 likeliest tokens
-Tail = Literal["bucket", "generalized", "renormalize", "sampled"]
 
 
 @dataclass(frozen=True, kw_only=True)

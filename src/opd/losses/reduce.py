@@ -6,15 +6,14 @@ Because the count is that of the whole batch, one batch of 8, eight of 1, and tw
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from opd.errors import ObjectiveError
 from opd.losses._shapes import Bool, Float, Int
-
-Reduction = Literal["token_mean", "sequence_mean", "fixed"]
+from opd.losses.choices import Reduction
 
 
 def token_weights(

@@ -9,9 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from opd.errors import ObjectiveError, did_you_mean
-from opd.losses.divergences import Divergence, check_shape_parameters, warn_if_faded
-from opd.losses.partial import Tail
-from opd.losses.reduce import Reduction
+from opd.losses.choices import Divergence, Reduction, Tail, check_shape_parameters, warn_if_faded
 from opd.types import Target, TargetKind
 
 if TYPE_CHECKING:

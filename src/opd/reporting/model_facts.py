@@ -32,9 +32,22 @@ class ModelFacts:
         return ", ".join(part for part in parts if part)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Shape and dtype of a weight in a safetensors file; dtypes are the format's names, such as BF16."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def packed(self) -> bool:
+        """It holds weights of a quantised model; how many is not said."""
+        return self.dtype in ("U8", "I32")
+
+
 def model_facts(name: str, revision: str | None = None) -> ModelFacts:
     """Facts of a local folder, or of a hub name that was downloaded before. Files that are missing or broken leave them unknown."""
-    folder = _folder_of(name, revision)
+    folder = folder_of(name, revision)
     if folder is None:
         return ModelFacts()
     config = _json(folder / CONFIG)
@@ -58,7 +71,8 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _folder_of(name: str, revision: str | None) -> Path | None:
+def folder_of(name: str, revision: str | None) -> Path | None:
+    """The local folder of this name, or that of a hub name which was downloaded before; None elsewhere."""
     if name and Path(name).is_dir():
         return Path(name)
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -80,29 +94,35 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _counted(folder: Path) -> int:
-    """Parameters from the headers of the safetensors files; 0 where one is missing."""
+def weight_shapes(folder: Path) -> dict[str, StoredTensor]:
+    """Every weight by name, from the headers of the safetensors files; empty where one is missing or broken."""
     shards = sorted(set(_json(folder / INDEX).get("weight_map", {}).values())) or [WEIGHTS]
+    found: dict[str, StoredTensor] = {}
     try:
-        return sum(_in_file(folder / str(shard)) for shard in shards)
+        for shard in shards:
+            found |= _in_file(folder / str(shard))
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
-        return 0
+        return {}
+    return found
 
 
-def _in_file(path: Path) -> int:
+def _counted(folder: Path) -> int:
+    """Parameters of the safetensors files; 0 where one is missing, or quantised."""
+    tensors = weight_shapes(folder).values()
+    return 0 if any(tensor.packed for tensor in tensors) else sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _in_file(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > MAX_HEADER:
             raise ValueError(length)
         header: Mapping[str, Any] = json.loads(stream.read(length))
-    tensors = (value for name, value in header.items() if name != "__metadata__")
-    return sum(_entries(tensor) for tensor in tensors)
-
-
-def _entries(tensor: Mapping[str, Any]) -> int:
-    if tensor["dtype"] in ("U8", "I32"):  # packed weights of a quantised model: how many is not said
-        raise ValueError("quantised")
-    return math.prod(tensor["shape"])
+    return {
+        name: StoredTensor(shape=tuple(map(int, value["shape"])), dtype=str(value["dtype"]))
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _estimated(config: Mapping[str, Any]) -> int:

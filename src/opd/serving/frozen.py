@@ -17,7 +17,7 @@ from opd import __version__
 from opd.config import PromptsConfig, TeacherConfig
 from opd.config.serving import ServeConfig
 from opd.data.pack import layout_sequences
-from opd.doctor.reading import sampled_weights
+from opd.doctor.same_weights import sampled_weights
 from opd.models import context_length, linear_head, response_hidden, response_logits, vocabulary_rows
 from opd.teachers.hidden_wire import FORMAT, tensors_digest
 from opd.teachers.vocabulary import embedding_rows

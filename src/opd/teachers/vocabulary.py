@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from opd.errors import VocabularyError
 
 if TYPE_CHECKING:
@@ -35,6 +33,8 @@ class VocabularyMatch:
 
     def owns(self, ids: Int[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
         """Mask of the ids that are a token of both. An inference engine may sample others: rows of padding have a probability too."""
+        import torch  # not needed to compare vocabularies, which opd check does without it
+
         inside = ids < self.size
         if self.invalid_ids:
             inside &= ~torch.isin(ids, torch.tensor(self.invalid_ids, device=ids.device, dtype=ids.dtype))
@@ -42,6 +42,8 @@ class VocabularyMatch:
 
     def with_stand_ins(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
         """The ids, and a token of both in place of each that is none: for a loss that asks for ids and does not read these."""
+        import torch
+
         invalid = set(self.invalid_ids)
         stand_in = next(i for i in range(self.size) if i not in invalid)
         return torch.where(self.owns(ids), ids, stand_in)

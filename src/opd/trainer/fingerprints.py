@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
-from opd.doctor.reading import SampledWeights
+from opd.doctor.same_weights import SampledWeights
 from opd.errors import RunFolderError
 from opd.teachers.probe import same_fingerprint
 from opd.trainer.resume import Change, effect_of

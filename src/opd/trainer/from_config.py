@@ -14,7 +14,8 @@ from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
 from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes, served_notes
-from opd.doctor.reading import SampledWeights, check_reading, check_text, sampled_weights
+from opd.doctor.reading import check_reading, check_text
+from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_weights
 from opd.errors import ConfigError
 from opd.quantized import check_trainable
 from opd.reporting.loading import Loading
@@ -134,7 +135,8 @@ class RunComponents:
         for one in teachers.served.values():
             check_context(one, everything, config.rollout.max_new_tokens)
         readers = {**teachers.loaded, **teachers.served}
-        said += check_reading(config, everything, self.loaded, readers, first_weights)
+        said += check_reading(config, everything, self.loaded, readers)
+        said += check_agreement(config, everything, self.loaded, readers, first_weights)
         said += left_out_notices(one.renderer.chat for one in (self.loaded, *readers.values()))
         self.fingerprints = self._fingerprints(first_weights)
         self._connect()

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import ModelConfig, PromptsConfig, RolloutConfig, StudentConfig, TeacherConfig
-from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer, eos_ids
+from opd.doctor.renderers import make_renderer
 from opd.errors import OpdError
 from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype
 from opd.quantized import quantization_options
@@ -123,19 +123,6 @@ def saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def make_renderer(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, name: str, prompts: PromptsConfig, *, rewrites: bool
-) -> Renderer:
-    """This model's way of writing prompts; `rewrites` lets it follow prompts.teacher_prompt."""
-    options: dict[str, Any] = {
-        "name": name,
-        "chat_template_kwargs": config.chat_template_kwargs,
-        "system": prompts.system,
-    }
-    template = prompts.teacher_prompt if rewrites else None
-    return Renderer(tokenizer, **options) if template is None else PrivilegedRenderer(tokenizer, template, **options)
 
 
 def sampling_of(rollout: RolloutConfig) -> Sampling:

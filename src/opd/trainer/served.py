@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config, TeacherConfig
+from opd.doctor.renderers import make_renderer
 from opd.errors import ModelError
 from opd.models import resolve_device, vocabulary_rows
 from opd.remote.keys import read_key
@@ -20,7 +21,7 @@ from opd.teachers.server import RemoteTeacher
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies
 from opd.tokenizer import load_tokenizer, write_own_files
 from opd.trainer.fingerprints import OF_A_TEXT, tokenizer_fingerprint
-from opd.trainer.load_models import LoadedModel, make_renderer
+from opd.trainer.load_models import LoadedModel
 from opd.types import Prompt
 
 MAX_ANSWER_BYTES = 1 << 35  # the output layer of the largest models is a few GiB

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from opd.config import Config, RolloutConfig, TeacherConfig
+from opd.doctor.renderers import make_renderer
 from opd.errors import ConfigError, ObjectiveError
 from opd.models import resolve_device, vocabulary_rows
 from opd.reporting.loading import Loading
@@ -26,7 +27,7 @@ from opd.teachers.local import LocalTeacher, on_device_meanwhile
 from opd.teachers.server import RemoteTeacher
 from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
-from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_renderer, make_sampler
+from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.served import ServedTeacher, serve
 from opd.trainer.student import Policy
 from opd.types import Prompt, TargetKind

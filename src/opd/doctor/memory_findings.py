@@ -1,0 +1,55 @@
+"""What the memory estimate means on given devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opd.config.run import RunSettings
+from opd.doctor.finding import Finding
+from opd.doctor.memory import Memory, estimate, largest_microbatch
+from opd.doctor.model_shape import ModelShape
+
+ERROR = 0.15  # of the estimate, on CPU runs (benchmarks/results/memory.md)
+GIB = 1 << 30
+NAMED = 4  # parts of the peak in one line
+
+
+def memory_findings(
+    settings: RunSettings, shapes: Mapping[str, ModelShape], prompt_tokens: int, limits: Mapping[str, int]
+) -> list[Finding]:
+    """One finding for each device: red where the estimate is above the device's memory (bytes) by more than its error, yellow where it
+    is within its error of it. `prompt_tokens` are those of the longest prompt."""
+    gpus = sum(name.startswith("cuda") for name in limits)
+    found = estimate(settings, shapes, prompt_tokens, gpus=gpus)
+    largest = largest_microbatch(settings, shapes, prompt_tokens, limits, gpus=gpus)
+    return [_finding(settings, device, memory, limits.get(device), largest) for device, memory in found.items()]
+
+
+def _finding(settings: RunSettings, device: str, memory: Memory, limit: int | None, largest: int | None) -> Finding:
+    parts = {**memory.always, **memory.phases.get(memory.phase, {})}
+    most = sorted(parts.items(), key=lambda part: -part[1])[:NAMED]
+    text = f"{device} needs about {_gib(memory.peak)}"
+    text += f" in the {memory.phase}" if memory.phase else ""
+    text += f" ({', '.join(f'{name} {_gib(size)}' for name, size in most)})"
+    if limit is None:
+        return Finding(level="green", check="memory", text=f"{text}; how much there is cannot be told here")
+    text += f" of {_gib(limit)}"
+    if memory.peak < (1 - ERROR) * limit:
+        return Finding(level="green", check="memory", text=text)
+    level = "red" if memory.peak > (1 + ERROR) * limit else "yellow"
+    return Finding(level=level, check="memory", text=f"{text}. {_advice(settings, memory.phase, largest)}")
+
+
+def _advice(settings: RunSettings, phase: str, largest: int | None) -> str:
+    others = "student.gradient_checkpointing=true, train.autocast=bfloat16, student.lora.rank=32, teacher.offload=true or smaller models"
+    if phase == "rollout":
+        return f"Lower rollout.batch_size={settings.rollout.batch_size}, or use {others}."
+    if largest is None:
+        return f"No train.tokens_per_microbatch is small enough; use {others}."
+    if largest < settings.train.tokens_per_microbatch:
+        return f"The largest train.tokens_per_microbatch that fits is {largest}; or use {others}."
+    return f"It is close; a smaller train.tokens_per_microbatch leaves room, or use {others}."
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
