@@ -37,7 +37,9 @@ def bigram_lm(table: torch.Tensor) -> PreTrainedModel:
             part.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(SIZE, WIDTH))
         model.lm_head.weight.zero_()
-        model.lm_head.weight[:, :SIZE] = table.log().clamp(min=-20).T / math.sqrt(WIDTH)  # RMSNorm makes a one-hot √WIDTH long
+        model.lm_head.weight[:, :SIZE] = table.log().clamp(min=-20).T / math.sqrt(
+            WIDTH
+        )  # RMSNorm makes a one-hot √WIDTH long
     return model
 
 

@@ -7,11 +7,11 @@ import json
 
 import pytest
 
+from doctor.pairs import answering, by_name, config_of, write_pair
 from opd.doctor.check import Check, Verdict, exit_code, failed, run_checks, skipped, worst
 from opd.doctor.machine import check_machine, needed_packages
 from opd.doctor.shown import as_json, show_table
 from opd.errors import ModelError
-from doctor.pairs import answering, by_name, config_of, write_pair
 
 
 def of(verdict: Verdict, name: str = "one", **more: object) -> Check:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from doctor.pairs import (
     EOS,
@@ -23,11 +21,9 @@ from doctor.pairs import (
     verdicts,
     write_pair,
 )
-from opd.cli.main import main
-from opd.config.recipe import merge
 from opd.doctor.check import Check
 from opd.testing import digit_tokenizer, save_model
-from opd.trainer.examine import examine
+from opd.trainer.examine import examine, in_process
 from opd.types import Prompt
 
 
@@ -73,17 +69,30 @@ def test_uniform_scores_are_red(tmp_path: Path):
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_nan_in_one_layer_is_red_and_names_the_side(tmp_path: Path, side: str):
+def test_nan_in_one_layer_is_red_and_names_the_weight(tmp_path: Path, side: str):
     models = {"student": bigram_lm(answering(0.4)), "teacher": bigram_lm(answering())}
     with torch.no_grad():
         models[side].model.layers[0].mlp.up_proj.weight[3, 3] = torch.nan
+    found = look(tmp_path, models["student"], models["teacher"])
+    assert reds(found) == ["recipe"]
+    assert f"The {side} '" in found["recipe"].seen and "layers.0.mlp.up_proj.weight" in found["recipe"].seen
+    assert found["alignment"].verdict == "skipped"
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_layer_that_overflows_is_red_and_names_the_side(tmp_path: Path, side: str):
+    models = {"student": bigram_lm(answering(0.4)), "teacher": bigram_lm(answering())}
+    with torch.no_grad():
+        models[side].model.layers[0].mlp.up_proj.weight.fill_(3e38)
     found = look(tmp_path, models["student"], models["teacher"])
     assert found["alignment"].verdict == "red"
     assert f"The {side}'s scores are NaN" in found["alignment"].seen
 
 
 def test_ends_declared_alike_and_used_differently_are_red(tmp_path: Path):
-    student, teacher = (bigram_lm(answering(0.5, ends={end: 0.9, EOS: 0.1} if end != EOS else {EOS: 1.0})) for end in (SECOND_END, EOS))
+    student, teacher = (
+        bigram_lm(answering(0.5, ends={end: 0.9, EOS: 0.1} if end != EOS else {EOS: 1.0})) for end in (SECOND_END, EOS)
+    )
     for model in (student, teacher):
         model.generation_config.eos_token_id = [EOS, SECOND_END]
     found = look(tmp_path, student, teacher)
@@ -97,13 +106,25 @@ def test_a_student_that_never_ends_is_told_from_answers_that_are_too_long(tmp_pa
     assert alone["start/lengths"].verdict == "red" and "The student never ends" in alone["start/lengths"].seen
     assert alone["stop mass"].verdict == "yellow"
     both = look(tmp_path / "both", answering(0.5), answering(0.95), rollout__max_new_tokens=1)
-    assert both["start/lengths"].verdict == "red" and "cut off at rollout.max_new_tokens=1" in both["start/lengths"].seen
+    assert (
+        both["start/lengths"].verdict == "red" and "cut off at rollout.max_new_tokens=1" in both["start/lengths"].seen
+    )
     assert both["stop mass"].verdict == "yellow"
 
 
 def test_models_with_other_likeliest_tokens_should_warm_up_first(tmp_path: Path):
-    found = look(tmp_path, answering(0.4), answering(0.95))
-    assert "rollout.lmbda" not in found["start/distance"].mend or found["start/distance"].verdict == "yellow"
+    """Half of the tokens are likelier than the other half, and the halves are the other way round for the student."""
+
+    def halves(first: float) -> torch.Tensor:
+        table = torch.cat([torch.full((SIZE, 12), first), torch.full((SIZE, SIZE - 12), 1 - first)], dim=1)
+        table[:, EOS] = 3.0  # both end
+        return table / table.sum(-1, keepdim=True)
+
+    apart = look(tmp_path / "apart", halves(0.9), halves(0.1))["start/distance"]
+    assert apart.verdict == "yellow" and "rollout.lmbda" in apart.mend
+    assert apart.numbers["overlap"][0] < 0.4  # pyright: ignore[reportOptionalSubscript]
+    near = look(tmp_path / "near", halves(0.1), halves(0.1))["start/distance"]
+    assert near.verdict == "green" and near.numbers["overlap"][0] == pytest.approx(1.0)  # pyright: ignore[reportOptionalSubscript]
 
 
 def constant(prompt: Prompt, response: str) -> float:
@@ -148,3 +169,56 @@ def test_a_beginning_that_one_side_lacks_is_shown_with_both_renderings(tmp_path:
     check = found["template"]
     assert check.verdict == "yellow" and "The teacher reads prompts without '<bos>'" in check.seen
     assert any("'<bos>" in line and "student" in line for line in check.details)
+
+
+def test_two_models_with_templates_of_their_own_are_shown_side_by_side(tmp_path: Path):
+    values = write_pair(tmp_path, answering(0.4), answering())
+    rows = [{"prompt": [{"role": "user", "content": letter}], "answer": "0"} for letter in "abcd"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, template in (("student", "{{ messages[0].content }}>"), ("teacher", "{{ messages[0].content }}")):
+        tokenizer = digit_tokenizer(extra="abcdefghij", chat_template=template)
+        tokenizer.save_pretrained(tmp_path / name)
+    check = by_name(examine(config_of(values)))["template"]
+    assert check.verdict == "yellow" and "from token 1 on: '>' and ''" in check.seen
+    assert check.numbers["differing"] == 2 and len(check.details) == 4
+
+
+def test_each_of_several_teachers_is_looked_at_on_its_own_prompts(tmp_path: Path):
+    values = write_pair(tmp_path, answering(0.4), answering())
+    bad = bigram_lm(answering())
+    with torch.no_grad():
+        bad.lm_head.weight.zero_()
+    save_model(bad, TOKENIZER, tmp_path / "bad")
+    rows = [{"prompt": "abcd"[i % 4], "answer": "0", "teacher": ("good", "bad")[i % 2]} for i in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    del values["teacher.model"]
+    values |= {"teachers.good.model": str(tmp_path / "teacher"), "teachers.bad.model": str(tmp_path / "bad")}
+    found = by_name(examine(config_of(values)))
+    assert found["alignment/good"].verdict == "green" and found["alignment/bad"].verdict == "red"
+    assert found["stop mass/good"].numbers["ends"] == 8 and "stop mass/bad" in found
+    assert found["start/distance"].verdict != "red"
+
+
+def test_a_reward_without_a_teacher_is_looked_at_alone(tmp_path: Path):
+    values = write_pair(tmp_path, answering(0.4), answering())
+    del values["teacher.model"]
+    found = verdicts(examine(config_of(values | {"rl.weight": 1.0, "rl.distill_weight": 0.0})))
+    assert found["alignment"] == found["stop mass"] == found["start/distance"] == found["start/task"] == "skipped"
+    assert found["reward"] == "green"
+
+
+def test_the_task_is_judged_on_held_out_prompts_where_the_others_have_no_answers(tmp_path: Path):
+    values = write_pair(tmp_path, answering(0.4), answering())
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "held_out.jsonl")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "abcd"[i % 4]}) + "\n" for i in range(16)))
+    found = by_name(examine(config_of(values)))
+    assert found["start/task"].verdict == "skipped" and "have none" in found["start/task"].seen
+    values |= {"prompts.eval_path": str(tmp_path / "held_out.jsonl"), "eval.every": 5}
+    found = by_name(examine(config_of(values)))
+    assert found["start/task"].verdict == "green" and found["start/task"].numbers["prompts"] == 16
+
+
+def test_answers_of_a_recipe_with_an_engine_are_drawn_in_this_process(tmp_path: Path):
+    config = config_of(write_pair(tmp_path, answering(0.4), answering(), rollout__engine="vllm"))
+    assert in_process(config).rollout.engine == "hf"
+    assert in_process(config).rollout.max_new_tokens == config.rollout.max_new_tokens

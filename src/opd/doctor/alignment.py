@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 NEAR_UNIFORM = 0.98  # of ln V: a model that answers has a fraction of it, and rounding alone leaves 1
 SHIFTED = 0.1  # nats by which a neighbour's token is likelier, where each token is the likeliest one of its row
-SHIFTED_ABROAD = 1.0  # nats, where somebody else wrote the tokens
 FAR_WORSE = 1.0  # nats by which the student's log-prob of the teacher's own greedy answer is higher
-REACTS = 0.02  # total variation of a row that must not have changed
-STILL = 1e-4  # total variation of a row that must have changed
+REACTS = (
+    0.02  # total variation of a row that must not have changed; servers that batch in bfloat16 make some thousandths
+)
+REACTS_LOGP = 0.5  # nats, where a row is one log-prob
+STILL = 1e-4  # of a row that must have changed, in the same units
 PROBED = 8  # tokens of the response of which one is changed
 CHANGED = 3  # its place
+OTHERS = 4  # tokens that take its place in turn: two tokens may mean the same to what follows
 
 
 def scoring_kind(teacher: Teacher) -> TargetKind:
@@ -54,7 +57,8 @@ def check_alignment(
         "teacher's entropy": scores.entropy,
     }
     problem = _not_finite(scores, student) or _uniform(scores, worst_case)
-    problem = problem or _shifted(scores, own) or _reacts_wrongly(teacher, answers)
+    # Tokens that somebody else wrote need not be likely, so a neighbour may fit better by chance.
+    problem = problem or (_shifted(scores) if own else None) or _reacts_wrongly(teacher, answers)
     problem = problem or _another_model(means[0], student, worst_case, own)
     if problem is None:
         seen = "The teacher's scores stand beside the tokens that they are about."
@@ -63,6 +67,7 @@ def check_alignment(
     return Check(name=name, verdict="red", seen=seen, numbers=numbers, why=why, mend=mend)
 
 
+Flat = DenseTarget | TopKTarget | SampledTarget
 Problem = tuple[str, str, str]
 """What was seen, why it matters, and what mends it."""
 
@@ -141,14 +146,12 @@ def _uniform(scores: Scores, worst_case: float) -> Problem | None:
     )
 
 
-def _shifted(scores: Scores, own: bool) -> Problem | None:
-    limit = SHIFTED if own else SHIFTED_ABROAD
+def _shifted(scores: Scores) -> Problem | None:
     for shift in (-1, 1):
         excess = scores.excess(shift)
-        if excess is not None and excess > limit:
-            return _shift_problem(
-                f"by {excess:.3g} nats a token, the scores fit the token {'before' if shift < 0 else 'after'} better"
-            )
+        if excess is not None and excess > SHIFTED:
+            side = "before" if shift < 0 else "after"
+            return _shift_problem(f"by {excess:.3g} nats a token, the scores fit the token {side} better")
     return None
 
 
@@ -177,54 +180,53 @@ def _another_model(teacher: float, student: float, worst_case: float, own: bool)
 def _reacts_wrongly(teacher: Teacher, answers: Sequence[Rollout]) -> Problem | None:
     """Change one token of a response: the row after it has to change, and no row before that may. This tells a shift where the answers
     themselves cannot, because they repeat one token, or because another model wrote them."""
-    pair = _changed_pair(teacher, answers)
-    if pair is None:
+    probes = _changed_in_one_token(teacher, answers)
+    if len(probes) < 2:
         return None
-    targets = [_flat(teacher, target) for target in teacher.score(pair, scoring_kind(teacher))]
-    moved = _distances(*targets)
+    plain, *changed = [_flat(teacher, target) for target in teacher.score(probes, scoring_kind(teacher))]
+    moved = torch.stack([_distances(plain, other) for other in changed]).amax(0)
     # A distribution changes one row after the token; the log-prob of the changed token itself changes beside it.
-    first = CHANGED if isinstance(targets[0], SampledTarget) else CHANGED + 1
-    if float(moved[first - 1]) > REACTS:
+    alone = isinstance(plain, SampledTarget)
+    first = CHANGED if alone else CHANGED + 1
+    if float(moved[first - 1]) > (REACTS_LOGP if alone else REACTS):
         return _shift_problem(f"the row before changes when token {CHANGED} of a response does")
     if float(moved[first]) < STILL and float(moved[first + 1 :].max()) > STILL:
         return _shift_problem(f"the row that should be the first to change with token {CHANGED} of a response does not")
     return None
 
 
-def _changed_pair(teacher: Teacher, answers: Sequence[Rollout]) -> tuple[Rollout, Rollout] | None:
-    """Two responses to one prompt that differ in one token."""
+def _changed_in_one_token(teacher: Teacher, answers: Sequence[Rollout]) -> list[Rollout]:
+    """A response to the shortest prompt, and the same with others in the place of one token."""
     vocabulary = teacher.vocabulary
     invalid = set(vocabulary.invalid_ids)
     ends = {a.response_ids[-1] for a in answers if a.finished}
-    written = [i for a in answers for i in a.response_ids if i not in ends and i < vocabulary.size and i not in invalid]
-    if not written:
-        return None
+    known = [i for i in range(vocabulary.size) if i not in invalid and i not in ends]
+    owned = set(known)
+    written = [i for a in answers for i in a.response_ids if i in owned] or known
+    if not known:
+        return []
     ids = (written * PROBED)[:PROBED]
-    everything = (i for i in range(vocabulary.size) if i not in invalid and i not in ends)
-    other = next((i for i in (*written, *everything) if i != ids[CHANGED]), None)
-    if other is None:
-        return None
-    probe = replace(answers[0], response_ids=tuple(ids), sampler_logp=None, sampler_entropy=None, finished=False)
-    return probe, replace(probe, response_ids=(*ids[:CHANGED], other, *ids[CHANGED + 1 :]))
+    spread = [known[(2 * place + 1) * len(known) // (2 * OTHERS)] for place in range(OTHERS)]
+    shortest = min(answers, key=lambda answer: len(answer.prompt_ids))
+    plain = replace(shortest, response_ids=tuple(ids), sampler_logp=None, sampler_entropy=None, finished=False)
+    changed = [(*ids[:CHANGED], other, *ids[CHANGED + 1 :]) for other in dict.fromkeys(spread) if other != ids[CHANGED]]
+    return [plain, *(replace(plain, response_ids=response) for response in changed)]
 
 
-def _distances(one: DenseTarget | TopKTarget | SampledTarget, two: DenseTarget | TopKTarget | SampledTarget) -> Tensor:
-    """Total variation of each row, or of what is known of it."""
+def _distances(one: Flat, two: Flat) -> Tensor:
+    """How far apart two says are, per row: the total variation of two distributions or of what is known of them, or nats between two
+    log-probs."""
     if isinstance(one, DenseTarget) and isinstance(two, DenseTarget):
         return 0.5 * (to_logp(one.logits).exp() - to_logp(two.logits).exp()).abs().sum(-1)
     if isinstance(one, TopKTarget) and isinstance(two, TopKTarget):
         rows = torch.arange(len(one))
-        return torch.stack(
-            [
-                (value.exp() - _logp(two, rows, ids).exp()).abs()
-                for value, ids in zip(one.teacher_logp.T, one.ids.T, strict=True)
-            ]
-        ).sum(0)
+        columns = zip(one.teacher_logp.T, one.ids.T, strict=True)
+        return 0.5 * torch.stack([(logp.exp() - _logp(two, rows, ids).exp()).abs() for logp, ids in columns]).sum(0)
     assert isinstance(one, SampledTarget) and isinstance(two, SampledTarget)
-    return (one.teacher_logp.exp() - two.teacher_logp.exp()).abs()
+    return (one.teacher_logp - two.teacher_logp).abs()
 
 
-def _flat(teacher: Teacher, target: object) -> DenseTarget | TopKTarget | SampledTarget:
+def _flat(teacher: Teacher, target: object) -> Flat:
     """The target in float32 on the CPU, hidden states as logits."""
     if isinstance(target, HiddenTarget):
         return DenseTarget(logits=teacher.logits(target).float().cpu())
@@ -235,7 +237,7 @@ def _flat(teacher: Teacher, target: object) -> DenseTarget | TopKTarget | Sample
     return SampledTarget(teacher_logp=cast(SampledTarget, target).teacher_logp.float().cpu())
 
 
-def _logp(target: DenseTarget | TopKTarget | SampledTarget, rows: Tensor, ids: Tensor) -> Tensor:
+def _logp(target: Flat, rows: Tensor, ids: Tensor) -> Tensor:
     """Log-probs (nats) of these tokens at these rows. A token outside a top-k has at most the probability that the k leave, and at most
     that of the last of them."""
     if isinstance(target, SampledTarget):
@@ -247,7 +249,7 @@ def _logp(target: DenseTarget | TopKTarget | SampledTarget, rows: Tensor, ids: T
     return torch.where(hit.any(-1), (logp.masked_fill(~hit, -torch.inf)).amax(-1), torch.minimum(left, logp[:, -1]))
 
 
-def _best(target: DenseTarget | TopKTarget | SampledTarget) -> Tensor:
+def _best(target: Flat) -> Tensor:
     if isinstance(target, DenseTarget):
         return to_logp(target.logits).amax(-1)  # NaN where any logit is
     return target.teacher_logp[:, 0] if isinstance(target, TopKTarget) else target.teacher_logp

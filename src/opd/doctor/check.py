@@ -12,6 +12,7 @@ Verdict = Literal["green", "yellow", "red", "skipped"]
 Number = float | int | str | None | Sequence[float]
 """What a check looked at. Of an estimate with an interval: the estimate, the lower end, the upper end."""
 
+BADNESS: tuple[Verdict, ...] = ("skipped", "green", "yellow", "red")
 EXIT_CODES: Mapping[Verdict, int] = {"green": 0, "skipped": 0, "yellow": 1, "red": 2}
 
 
@@ -66,13 +67,9 @@ def skipped(name: str, reason: str) -> Check:
 
 def worst(checks: Sequence[Check]) -> Verdict:
     """The worst verdict of all; green where nothing was found."""
-    return max((check.verdict for check in checks), key=_badness, default="green")
+    return BADNESS[max((BADNESS.index(check.verdict) for check in checks), default=BADNESS.index("green"))]
 
 
 def exit_code(checks: Sequence[Check]) -> int:
     """0 where all checks are green or skipped, 1 with a yellow one, 2 with a red one."""
     return EXIT_CODES[worst(checks)]
-
-
-def _badness(verdict: Verdict) -> int:
-    return ("skipped", "green", "yellow", "red").index(verdict)

@@ -15,8 +15,14 @@ from opd.config import Config
 from opd.doctor.check import Check, Number
 
 GIB = 1 << 30
-LITTLE_DISK = 1 * GIB  # a run folder without any checkpoint; those of a model in float32 take 4 bytes a parameter, and thrice for AdamW
-QUANTIZATION_PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
+LITTLE_DISK = (
+    1 * GIB
+)  # a run folder without any checkpoint; those of a model in float32 take 4 bytes a parameter, and thrice for AdamW
+QUANTIZATION_PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "compressed-tensors": "compressed_tensors",
+}
 
 
 def check_machine(config: Config | None = None) -> list[Check]:

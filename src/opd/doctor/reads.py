@@ -28,9 +28,7 @@ def check_vocabulary(
         "teacher ends at": " ".join(map(str, teacher_eos)) or "unknown",
     }
     if not vocabulary.warnings:
-        return Check(
-            name="vocabulary", verdict="green", seen="Both models read the same token ids.", numbers=numbers
-        )
+        return Check(name="vocabulary", verdict="green", seen="Both models read the same token ids.", numbers=numbers)
     return Check(
         name="vocabulary",
         verdict="yellow",
@@ -100,12 +98,15 @@ def _lacks_bos(
     student: Renderer, teacher: Renderer, pairs: Sequence[tuple[Prompt, Sequence[int], Sequence[int]]]
 ) -> tuple[str, str] | None:
     """The side that reads no BOS where the other does, and that token. Both have to know it."""
-    for side, own, other, writer in (("teacher", 2, 1, student), ("student", 1, 2, teacher)):
+    firsts = [mine[0] for _, mine, _ in pairs], [theirs[0] for _, _, theirs in pairs]
+    for side, writer, reader, written, read in (
+        ("teacher", student, teacher, firsts[0], firsts[1]),
+        ("student", teacher, student, firsts[1], firsts[0]),
+    ):
         bos, token = writer.tokenizer.bos_token_id, writer.tokenizer.bos_token
-        reader = teacher if side == "teacher" else student
         if not isinstance(bos, int) or reader.tokenizer.convert_ids_to_tokens(bos) != token:
             continue
-        if all(pair[other][0] == bos and pair[own][0] != bos for pair in pairs):
+        if all(first == bos for first in written) and bos not in read:
             return side, str(token)
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd.doctor.check import Check, Number
+from opd.doctor.check import Check, Number, Verdict
 
 SLOW_S = 1.0  # a call; a step of 256 answers would wait for minutes
 
@@ -31,7 +31,8 @@ def check_reward(
     }
     if groups:
         numbers["groups without signal"] = f"{idle} of {len(groups)}"
-    verdict, seen, why, mend = "green", f"{name} tells answers apart.", "", ""
+    verdict: Verdict = "green"
+    seen, why, mend = f"{name} tells answers apart.", "", ""
     if failures:
         verdict = "red"
         seen = f"{len(failures)} of {len(values)} calls failed and count as 0: {failures[0]}"
@@ -52,4 +53,4 @@ def check_reward(
         seen = f"A call of {name} takes {seconds:.2g} s."
         why = "A step asks once for every answer, one after the other."
         mend = "train.prompts_per_step: fewer, or a faster reward"
-    return Check(name="reward", verdict=verdict, seen=seen, numbers=numbers, why=why, mend=mend)  # pyright: ignore
+    return Check(name="reward", verdict=verdict, seen=seen, numbers=numbers, why=why, mend=mend)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd.doctor.check import Check, Number
+from opd.doctor.check import Check, Number, Verdict
 from opd.reporting.findings import MANY_CUT
 from opd.reporting.intervals import mean_interval, paired_share_interval, wilson_interval
 
@@ -83,8 +83,8 @@ def check_lengths(student: Answers, teacher: Answers | None, max_new_tokens: int
     return Check(name="start/lengths", verdict=verdict, seen=seen, numbers=numbers, why=why, mend=mend)
 
 
-def _lengths(student: Answers, teacher: Answers | None, limit: int) -> tuple[str, str, str]:  # pyright: ignore
-    severe = "red" if student.truncated >= NEARLY_ALL else "yellow"
+def _lengths(student: Answers, teacher: Answers | None, limit: int) -> tuple[Verdict, str, str]:
+    severe: Verdict = "red" if student.truncated >= NEARLY_ALL else "yellow"
     share = f"{student.truncated:.0%}"
     if student.truncated >= MANY_CUT and teacher is not None and teacher.truncated <= SELDOM:
         return (
@@ -118,9 +118,7 @@ def check_task(student: Sequence[float], teacher: Sequence[float], *, reward: st
         "prompts": len(student),
     }
     if low > 0:
-        return Check(
-            name="start/task", verdict="green", seen="The teacher is better at this task.", numbers=numbers
-        )
+        return Check(name="start/task", verdict="green", seen="The teacher is better at this task.", numbers=numbers)
     words = f"{reward} gives it {statistics.fmean(teacher):.3g}, and the student {statistics.fmean(student):.3g}"
     worse = high < 0
     return Check(

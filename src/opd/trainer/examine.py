@@ -14,6 +14,7 @@ from opd.doctor.reads import check_template, check_vocabulary
 from opd.errors import DataError, OpdError, VocabularyError
 from opd.models import vocabulary_rows
 from opd.reporting.loading import Loading
+from opd.teachers.exact_server import ExactServerTeacher
 from opd.trainer.first_look import FirstLook
 from opd.trainer.from_config import Given, RunComponents
 
@@ -31,7 +32,11 @@ def examine(
     except Exception as error:  # reported as a check; the others need what could not be made
         name = _about(error)
         rest = (one for one in LATER if one != name)
-        return [*checks, failed(name, error), *(skipped(one, f"It needs what {name} lacks.") for one in rest)]
+        return [
+            *checks,
+            failed(name, error),
+            *(skipped(one, "It needs the models of the recipe, and they could not be made ready.") for one in rest),
+        ]
     return [*checks, *examine_parts(parts, prompts)]
 
 
@@ -97,12 +102,10 @@ def _recipe(parts: RunComponents) -> Check:
 def _vocabulary(parts: RunComponents) -> list[Check]:
     teachers = parts.teachers
     ends = [one.eos for one in teachers.loaded.values()]
-    ends += [one.served.eos_ids for one in teachers.served.values() if hasattr(one, "served")]  # pyright: ignore
+    ends += [one.served.eos_ids for one in teachers.served.values() if isinstance(one, ExactServerTeacher)]
     teacher_eos = tuple(dict.fromkeys(i for eos in ends for i in eos))
     rows = vocabulary_rows(parts.loaded.model)
-    return [
-        check_vocabulary(teachers.vocabulary, len(parts.loaded.tokenizer), rows, parts.loaded.eos, teacher_eos)
-    ]
+    return [check_vocabulary(teachers.vocabulary, len(parts.loaded.tokenizer), rows, parts.loaded.eos, teacher_eos)]
 
 
 def _templates(look: FirstLook) -> list[Check]:
@@ -112,9 +115,7 @@ def _templates(look: FirstLook) -> list[Check]:
         return [skipped("template", "The recipe has no teacher with a tokenizer.")]
     shown_more = parts.config.prompts.teacher_prompt is not None
     return [
-        check_template(
-            parts.renderer, one.renderer, look.prompts_of(name), role=role_of(name), shown_more=shown_more
-        )
+        check_template(parts.renderer, one.renderer, look.prompts_of(name), role=role_of(name), shown_more=shown_more)
         for name, one in readers.items()
     ]
 

@@ -210,17 +210,23 @@ class FirstLook:
         student, teacher = self._rewards
         if not teacher:
             return skipped("start/task", "The teacher draws no answers of its own here, so its reward is not known.")
-        return check_task(student, teacher, reward=self.config.eval.reward)
+        return check_task(student, teacher, reward=self._reward_name)
+
+    @property
+    def _reward_name(self) -> str:
+        """The reward that the run learns from, otherwise that of evaluations."""
+        config = self.config
+        return (config.rl.reward if config.rl.rewarded else None) or config.eval.reward
 
     @cached_property
     def _unasked(self) -> str | None:
         """The reason why no reward can be asked; None where it can."""
-        reward = self.config.eval.reward
+        reward = self._reward_name
         compares = reward in ("exact_match", "numeric_answer") or reward.startswith("regex:")
         if not compares or all(p.answer is not None for p in self._task_prompts):
             return None
         return (
-            f"eval.reward={reward} compares with an answer, and the prompts have none (prompts.answer_column="
+            f"{reward} compares with an answer, and the prompts have none (prompts.answer_column="
             f"{self.config.prompts.answer_column})."
         )
 
@@ -275,7 +281,6 @@ class FirstLook:
             size = config.train.samples_per_prompt
             values = self._ask(self._draw(self.parts.student_sampler, self._task_prompts[:GROUPS], size))
             groups = [values[i : i + size] for i in range(0, len(values), size)]
-        name = (config.rl.reward if config.rl.rewarded else None) or config.eval.reward
         return [
             check_reward(
                 student,
@@ -283,7 +288,7 @@ class FirstLook:
                 seconds=self.seconds,
                 failures=self.failures,
                 groups=groups,
-                name=name,
+                name=self._reward_name,
                 rewarded=config.rl.rewarded,
             )
         ]
