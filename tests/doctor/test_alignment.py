@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_scores_that_are_shifted_by_one_are_red(by: int, own: bool):
     for seed in range(4):
         check = judged(teacher_of(random_lm(seed), by=by), random_lm(seed), own=own)
         assert check.verdict == "red" and "shifted" in check.seen, (seed, check)
+        assert not own or f"fit the token {'before' if by == 1 else 'after'} better" in check.seen, (seed, check)
 
 
 @pytest.mark.parametrize("by", [-1, 1])
@@ -146,14 +148,16 @@ def test_a_shift_is_seen_in_answers_that_repeat_one_token(by: int):
     assert check.verdict == "red" and "token 3 of a response do" in check.seen
 
 
-def test_a_teacher_that_gives_its_own_answers_less_than_the_student_does_is_red():
-    """The weights that score are not those that answered."""
-    model, other = bigram_lm(answering(0.95)), bigram_lm(answering(0.2))
+@pytest.mark.parametrize(("right", "verdict"), [(0.2, "green"), (0.02, "red")])
+def test_a_teacher_that_gives_its_own_answers_far_less_than_the_student_does_is_red(right: float, verdict: str):
+    """The weights that score are not those that answered. One token in two has another probability."""
+    model, other = bigram_lm(answering(0.95)), bigram_lm(answering(right))
     answers = greedy(model)
     check = check_alignment(teacher_of(other), answers, logps(model, answers), own=True)
     apart = check.numbers["student's log-prob"] - check.numbers["teacher's log-prob"]  # pyright: ignore[reportOperatorIssue]
-    assert check.verdict == ("red" if apart > 1 else "green")
-    assert apart == pytest.approx(0.5 * torch.log(torch.tensor(0.931 / 0.196)).item(), abs=0.01)
+    rest = 0.02 / SIZE
+    assert apart == pytest.approx(0.5 * math.log((0.98 * 0.95 + rest) / (0.98 * right + rest)), abs=1e-3)
+    assert check.verdict == verdict
 
 
 def test_a_model_that_finds_the_answers_less_likely_than_guessing_is_red():

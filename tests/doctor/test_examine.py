@@ -36,7 +36,7 @@ def reds(found: dict[str, Check]) -> list[str]:
 
 
 def test_a_healthy_pair_has_no_red_and_the_numbers_of_its_tables(tmp_path: Path):
-    found = look(tmp_path, answering(0.4), answering(0.95))
+    found = look(tmp_path, answering(0.2), answering(0.95))
     assert not reds(found)
     assert found["start/task"].verdict == found["alignment"].verdict == found["stop mass"].verdict == "green"
     numbers = found["stop mass"].numbers
@@ -215,10 +215,26 @@ def test_the_task_is_judged_on_held_out_prompts_where_the_others_have_no_answers
     assert found["start/task"].verdict == "skipped" and "have none" in found["start/task"].seen
     values |= {"prompts.eval_path": str(tmp_path / "held_out.jsonl"), "eval.every": 5}
     found = by_name(examine(config_of(values)))
-    assert found["start/task"].verdict == "green" and found["start/task"].numbers["prompts"] == 16
+    assert found["start/task"].verdict in ("green", "yellow") and found["start/task"].numbers["prompts"] == 16
 
 
 def test_answers_of_a_recipe_with_an_engine_are_drawn_in_this_process(tmp_path: Path):
     config = config_of(write_pair(tmp_path, answering(0.4), answering(), rollout__engine="vllm"))
     assert in_process(config).rollout.engine == "hf"
     assert in_process(config).rollout.max_new_tokens == config.rollout.max_new_tokens
+
+
+def test_scores_of_no_teacher_are_kept(tmp_path: Path):
+    values = write_pair(tmp_path, answering(0.4), answering())
+    model = values.pop("teacher.model")
+    for name in ("one", "two"):
+        values |= {f"teachers.{name}.model": model, f"teachers.{name}.cache": str(tmp_path / "cache")}
+    config = config_of(values)
+    assert {section.cache for section in config.all_teachers.values()} == {str(tmp_path / "cache")}
+    assert {section.cache for section in in_process(config).all_teachers.values()} == {None}
+
+
+def test_a_student_that_a_lower_temperature_makes_as_good_is_yellow(tmp_path: Path):
+    """At half the temperature 0.6 of the probability, beside 0.4 spread over nine, becomes 0.95."""
+    check = look(tmp_path, answering(0.6, spread=0.001), answering(0.99, spread=0.001))["start/task"]
+    assert check.verdict == "yellow" and "A lower temperature does as much" in check.seen

@@ -13,6 +13,7 @@ from opd.reporting.intervals import mean_interval, paired_share_interval, wilson
 LOW_OVERLAP = 0.4  # of the 16 likeliest tokens. Pairs that train well on their own answers start at 0.55 and more (benchmarks/LOG.md)
 NEARLY_ALL = 0.9  # of the answers
 SELDOM = 0.1
+COOLER = 0.5  # of rollout.temperature
 REPEATS = 0.5  # of an answer's 4-grams have occurred in it before
 
 
@@ -108,8 +109,11 @@ def _lengths(student: Answers, teacher: Answers | None, limit: int) -> tuple[Ver
     return "green", "Answers end by themselves.", ""
 
 
-def check_task(student: Sequence[float], teacher: Sequence[float], *, reward: str) -> Check:
-    """The task's reward of both models on the same prompts, one answer each, and the difference, each with its 95 % interval."""
+def check_task(
+    student: Sequence[float], teacher: Sequence[float], *, reward: str, cooler: Sequence[float] = ()
+) -> Check:
+    """The task's reward of both models on the same prompts, one answer each, and the difference, each with its 95 % interval. `cooler`
+    are the student's rewards at a lower temperature, COOLER times that of training."""
     low, high, difference = _difference(student, teacher)
     numbers: dict[str, Number] = {
         "student's reward": _reward_estimate(student),
@@ -117,14 +121,26 @@ def check_task(student: Sequence[float], teacher: Sequence[float], *, reward: st
         "difference": (difference, low, high),
         "prompts": len(student),
     }
-    if low > 0:
+    if cooler:
+        numbers[f"student's at {COOLER:g} of the temperature"] = _reward_estimate(cooler)
+    mine, cooled, theirs = (f"{statistics.fmean(x):.3g}" if x else "" for x in (student, cooler, teacher))
+    if low > 0 and (not cooler or _difference(cooler, teacher)[0] > 0):
         return Check(name="start/task", verdict="green", seen="The teacher is better at this task.", numbers=numbers)
-    words = f"{reward} gives it {statistics.fmean(teacher):.3g}, and the student {statistics.fmean(student):.3g}"
+    if low > 0:
+        return Check(
+            name="start/task",
+            verdict="yellow",
+            seen=f"A lower temperature does as much: {reward} gives the student {mine}, {cooled} at {COOLER:g} of the temperature, and the "
+            f"teacher {theirs}.",
+            numbers=numbers,
+            why="What such a run gains may be had without training, by sampling the student at a lower temperature.",
+            mend="eval.extra_temperatures: [0.0, 0.5], which show whether training does more than sharpen; or a better teacher.model",
+        )
     worse = high < 0
     return Check(
         name="start/task",
         verdict="red" if worse else "yellow",
-        seen=f"The teacher is {'worse' if worse else 'no better'} at this task: {words}.",
+        seen=f"The teacher is {'worse' if worse else 'no better'} at this task: {reward} gives it {theirs}, and the student {mine}.",
         numbers=numbers,
         why="A student that follows its teacher does not get past it; there is little to gain"
         + (", and what it has is lost." if worse else "."),

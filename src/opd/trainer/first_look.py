@@ -14,7 +14,7 @@ from opd.data.pack import pack
 from opd.doctor.alignment import check_alignment
 from opd.doctor.check import Check, skipped
 from opd.doctor.reward import check_reward
-from opd.doctor.start import Answers, Distance, check_distance, check_lengths, check_task
+from opd.doctor.start import COOLER, Answers, Distance, check_distance, check_lengths, check_task
 from opd.doctor.stop_mass import check_stop_mass
 from opd.losses import Objective
 from opd.rewards import Scorer, load_reward
@@ -210,7 +210,14 @@ class FirstLook:
         student, teacher = self._rewards
         if not teacher:
             return skipped("start/task", "The teacher draws no answers of its own here, so its reward is not known.")
-        return check_task(student, teacher, reward=self._reward_name)
+        return check_task(student, teacher, reward=self._reward_name, cooler=self._cooler_rewards)
+
+    @cached_property
+    def _cooler_rewards(self) -> tuple[float, ...]:
+        """The student's rewards at a lower temperature."""
+        sampling = sampling_of(self.config.rollout)
+        cooler = replace(sampling, temperature=COOLER * sampling.temperature)
+        return self._ask(self._draw(self.parts.student_sampler.with_sampling(cooler), self._task_prompts))
 
     @property
     def _reward_name(self) -> str:
