@@ -32,8 +32,10 @@ def test_a_dry_run_says_how_to_install_verl(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["doctor"], "Name the plugin to check: opd doctor verl"),
-        (["doctor", "trl"], "Name the plugin to check: opd doctor verl"),
+        (["doctor", "trl"], "'trl' is no recipe and no plugin: opd doctor [RECIPE.yaml]"),
+        (["doctor", "--train.steps", "3"], "Give the recipe first: opd doctor [RECIPE.yaml]"),
+        (["doctor", "recipe.yaml", "--prompts", "many"], "--prompts takes a number of prompts, not 'many'"),
+        (["doctor", "recipe.yaml", "--prompts=0"], "--prompts takes a number of prompts, not '0'"),
         (["verl"], "There are two commands here: opd verl smoke"),
         (["verl", "train"], "There are two commands here: opd verl smoke"),
         (["verl", "smoke"], "Give your verl overrides"),

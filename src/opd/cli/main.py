@@ -27,7 +27,7 @@ COMMANDS = {
     "watch": "the report in the browser while the run goes on: opd watch RUN_DIR [--port PORT] [--open]",
     "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
     "serve-teacher": "a frozen model for students on other machines: opd serve-teacher MODEL [--host HOST --port PORT …]",
-    "doctor": "check that the verl plugin is installed and loaded: opd doctor verl",
+    "doctor": "can this recipe work on this machine? opd doctor [RECIPE.yaml] [--json]; the verl plugin: opd doctor verl",
 }
 RUN_FLAGS = ("--resume", "--overwrite")
 SIGNALLED = 128  # plus the signal's number: the shell's code for a process that a signal ended

@@ -43,7 +43,7 @@ from opd.trainer.rollout_engine import make_vllm_sampler
 from opd.trainer.scoring import StepScorer
 from opd.trainer.served import check_context, served_fingerprints
 from opd.trainer.student import Policy, Student, add_lora, no_teacher
-from opd.trainer.teacher_set import build_teachers
+from opd.trainer.teacher_set import TeacherSet, build_teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +225,11 @@ class RunComponents:
                 "them. Use rollout.off_policy=dataset, or rollout.lmbda=1."
             )
         return OnOffPolicySampler(on_policy, off_policy, rollout.lmbda)
+
+    @property
+    def teachers(self) -> TeacherSet:
+        """The teachers one by one."""
+        return self._teachers
 
     @property
     def drawn_from(self) -> dict[str, Any]:
