@@ -52,6 +52,7 @@ def test_every_section_may_be_a_dict_and_is_then_what_a_recipe_makes_of_it():
         "rollout": {"stop": "END", "max_new_tokens": 5},
         "optimizer": {"name": "natural_gradient", "natural_gradient": {"damping": "1e-3"}},
         "train": {"steps": 5},
+        "guard": {"repetition": {"action": "stop"}},
         "eval": {"extra_temperatures": [0, 0.5]},
         "checkpoint": {"every": 2},
         "log": {"samples": 1},

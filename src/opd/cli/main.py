@@ -47,7 +47,8 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 is success, 1 an explained error, 2 a wrong command line, and 128 + n an end by signal n. A pipe whose reader has
+    0 is success, 1 an explained error, 2 a wrong command line, 3 a run that a rule of the section guard
+    ended, and 128 + n an end by signal n. A pipe whose reader has
     gone (`opd train --help | head`) ends the command without a word, as SIGPIPE does.
     """
     try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from opd.errors import ConfigError
 
 USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
+STOPPED_BY_RULE = 3
+"""Exit code of a run that a rule of the section guard ended; its checkpoint, student and report are there."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -26,15 +30,19 @@ def run(args: Sequence[str]) -> int:
 
     from opd.cli.show import show_result
     from opd.config.whole import whole_config
+    from opd.trainer.distiller import Distiller
     from opd.trainer.launch import Launch
-    from opd.trainer.run import train
 
     disable_progress_bar()  # loading and saving take a moment; downloads keep theirs
     config = whole_config(settings)
     launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced)
-    summary = train(config, resume=resume, overwrite=overwrite, launch=launch)
-    show_result(config, summary)
-    return 0
+    trained = Distiller.from_config(config, launch=launch).train(resume=resume, overwrite=overwrite)
+    show_result(config, trained.summary)
+    if trained.ended is None or trained.ended.rule is None:
+        return 0
+    words = [word for word in args if word not in ("--resume", "--overwrite")]
+    print(f"{trained.ended.why} Continue with: {shlex.join(['opd', 'train', *words, '--resume'])}", file=sys.stderr)
+    return STOPPED_BY_RULE
 
 
 def split_arguments(args: Sequence[str]) -> tuple[str | None, bool, bool, list[str]]:

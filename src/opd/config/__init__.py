@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opd.config.guard import GuardConfig
     from opd.config.model import DType, LoadOptionsConfig, LoraConfig, ModelConfig, StudentConfig
     from opd.config.optimizer import NaturalGradientConfig, OptimizerConfig
     from opd.config.prompts import PromptsConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Config",
     "DType",
     "EvalConfig",
+    "GuardConfig",
     "HybridConfig",
     "LoadOptionsConfig",
     "LogConfig",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "opd.config.guard": ("GuardConfig",),
     "opd.config.model": (
         "DType",
         "LoadOptionsConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 
+from opd.config.guard import GuardConfig
 from opd.config.loss_rules import check_kept_rollouts, check_on_policy, check_rewarded_rollouts
 from opd.config.model import StudentConfig
 from opd.config.optimizer import OptimizerConfig
@@ -33,6 +34,7 @@ class RunSettings(Section):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

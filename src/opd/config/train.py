@@ -25,6 +25,9 @@ class TrainConfig(Section, key="train"):
     token_fraction: float = 1.0
     """Train on this share of a step's response tokens, those where the student was least sure (highest entropy, arXiv 2506.01939).
     The others cost no product with an output layer."""
+    drop: tuple[Literal["truncated", "repeating", "correct"], ...] = ()
+    """Leave these responses out of the loss, which is normalised by what is left (arXiv 2610.03185): those cut off at the length limit,
+    those half of whose 4-grams are repetitions, and those with a reward of 1 or more (rl.reward, or eval.reward). Metrics: drop/*."""
     layout: Literal["right_padded", "left_padded", "packed"] = "right_padded"
     """Layout of sequences in a micro-batch. 'packed' has no padding."""
     autocast: Literal["none", "bfloat16"] = "none"

@@ -24,15 +24,17 @@ SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt]) -> None:
     """Look in every row now for what a later step would need. Raises DataError naming the first that lacks it."""
     asked = [("eval.reward", config.eval.reward, held_out, config.prompts.eval_path)]
-    if config.rl.rewarded:
+    if config.rl.rewarded or "correct" in config.train.drop:
         asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
     for key, reward, rows, path in asked:
         compares = reward in ("exact_match", "numeric_answer") or reward.startswith("regex:")
         missing = next((p for p in rows if p.answer is None), None) if compares else None
         if missing is not None:
+            judged = "" if config.rl.rewarded or key == "eval.reward" else ", which train.drop=[correct] asks,"
+            without = "" if not judged else ", or leave correct out of train.drop"
             raise DataError(
-                f"Row {missing.index} of '{path}' has no answer, and {key}={reward} compares "
-                f"with one. Add an '{config.prompts.answer_column}' column, or set {key} to a function of your own."
+                f"Row {missing.index} of '{path}' has no answer, and {key}={reward}{judged} compares "
+                f"with one. Add an '{config.prompts.answer_column}' column, or set {key} to a function of your own{without}."
             )
     teachers = {p.teacher for p in prompts if p.teacher is not None}
     if len(teachers) > 1 and len(config.all_teachers) == 1:

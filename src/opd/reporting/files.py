@@ -20,6 +20,7 @@ HISTORY_FILE = "history.jsonl"
 ABOUT_FILE = "about.json"
 STATE_FILE = "state.json"
 SUMMARY_FILE = "summary.json"
+GUARD_FILE = "guard.json"
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
 

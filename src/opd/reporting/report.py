@@ -18,6 +18,7 @@ from opd.reporting.files import (
     refuse_other_folders,
     write_atomically,
 )
+from opd.reporting.guarded import Onset, onset_notes, read_onsets
 from opd.reporting.header import header, spelled
 from opd.reporting.page import render_page, slug
 from opd.reporting.plots import ChartGroup
@@ -65,6 +66,7 @@ def report_page(run_dir: str | Path, title: str | None = None, *, version: str =
         history=read_history(folder),
         about=read_about(folder),
         state=read_state(folder),
+        onsets=read_onsets(folder),
         version=version,
     )
 
@@ -79,6 +81,7 @@ def render_report(
     history: Sequence[tuple[int, Mapping[str, Any]]] = (),
     about: About | None = None,
     state: State | None = None,
+    onsets: Sequence[Onset] = (),
     version: str = "",
 ) -> str:
     """The page as HTML text."""
@@ -87,6 +90,7 @@ def render_report(
     curves = Curves(metrics)
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
+    found = [*onset_notes(onsets), *summary_notes(summary or {})]
     steps, saved = sum(record.kind == "step" for record in metrics), parsed(config or "")
     context = {
         "title": title,
@@ -99,7 +103,7 @@ def render_report(
         "dotted": [row for row in rows if row.accuracy is not None],
         "groups": groups,
         "axes": [asdict(axis) for axis in axes(curves)],
-        "notices": [*_notices(metrics, samples, rows, state), *summary_notes(summary or {}), *_changes(history)],
+        "notices": list(dict.fromkeys([*_notices(metrics, samples, rows, state), *found, *_changes(history)])),
         "config": configuration(config, saved) if config else None,
         "live": bool(version) or (state is not None and state.name in ("loading", "running") and state.alive),
         "version": version,

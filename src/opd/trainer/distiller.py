@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from opd.config import (
         CheckpointConfig,
         EvalConfig,
+        GuardConfig,
         LogConfig,
         MixtureConfig,
         OptimizerConfig,
@@ -75,6 +76,7 @@ class Distiller:
         sampler: Sampler | None = None,
         optimizer: OptimizerConfig | Section | str | None = None,
         train: TrainConfig | Section | None = None,
+        guard: GuardConfig | Section | None = None,
         eval: EvalConfig | Section | None = None,
         checkpoint: CheckpointConfig | Section | None = None,
         log: LogConfig | Section | None = None,
@@ -110,6 +112,7 @@ class Distiller:
             sampler=sampler,
             optimizer=optimizer,
             train=train,
+            guard=guard,
             eval=eval,
             checkpoint=checkpoint,
             log=log,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -153,12 +153,13 @@ class RunComponents:
         self.scorer = StepScorer(
             objective=config.objective,
             rl=config.rl,
-            train=config.train,
+            train=replace(config.train, drop=()) if self._given.draws_kept else config.train,  # all are kept
             teacher=teachers.teacher,
             kind=teachers.kind,
             ensemble=teachers.ensemble,
             kept=teachers.kept,
             reinforcement=self._reinforcement() if config.rl.rewarded else None,
+            rewards=self._training_reward() if "correct" in config.train.drop else None,
             pad_id=self.pad_id,
             device=self.student.device,
         )
@@ -288,8 +289,11 @@ class RunComponents:
                 tokens_per_batch=config.train.tokens_per_microbatch,
                 layout=config.train.layout,
             )
-        scorer = self._given.reward(config.rl.reward or config.eval.reward, config.reward)
-        return Reinforcement(config.rl, scorer, reference=reference)
+        return Reinforcement(config.rl, self._training_reward(), reference=reference)
+
+    def _training_reward(self) -> Scorer:
+        config = self.config
+        return self._given.reward(config.rl.reward or config.eval.reward, config.reward)
 
     def _load_prompts(self) -> list[str]:
         """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""

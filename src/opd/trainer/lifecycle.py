@@ -23,6 +23,7 @@ from opd.quantized import merged
 from opd.reporting.about import read_about, write_about
 from opd.reporting.banner import banner, show
 from opd.reporting.files import explain_os_errors
+from opd.reporting.guarded import read_onsets, write_onsets
 from opd.reporting.loading import Loading
 from opd.reporting.progress import Progress
 from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_metrics
@@ -33,9 +34,10 @@ from opd.tokenizer import write_own_files
 from opd.trainer.checkpoint import behind_link, checkpoints, load_checkpoint, publish, version_of
 from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.from_config import RunComponents
+from opd.trainer.guard import Guard
 from opd.trainer.interrupts import RunStopped, StopRequest
 from opd.trainer.launch import Launch, about_run, memory_words, versions
-from opd.trainer.loop import Callback, TrainingLoop
+from opd.trainer.loop import Callback, Ended, TrainingLoop
 from opd.trainer.records import summarize
 from opd.trainer.resume import continued, described
 from opd.trainer.resume import notes as change_notes
@@ -54,6 +56,8 @@ class Run:
     student: PreTrainedModel
     """The trained model, its adapters merged."""
     tokenizer: PreTrainedTokenizerBase
+    ended: Ended | None = None
+    """How it came to end before its last step: by a callback, or by a rule of the section guard."""
 
     @property
     def metrics(self) -> list[MetricsRecord]:
@@ -117,26 +121,41 @@ def _train(
                 warnings = [f"warning: {warning}" for warning in components.warnings]
                 for line in [*warnings, *(f"note: {note}" for note in components.notes), *notes, *resumed]:
                     progress.message(line)
+                guard = _guard(components, folder, resumed=start is not None)
                 loop = TrainingLoop(
                     components=components,
                     folder=folder,
                     run=run,
                     progress=progress,
                     state=state,
+                    guard=guard,
                     stop=stop,
                     callbacks=callbacks,
                 )
-                why = _run_steps(loop, components, progress)
+                ended = _run_steps(loop, components, progress)
             model = save_student(components, folder)
             summary = summarize(folder.path, config)
             if summary is not None:
                 write_summary(folder.path / SUMMARY_FILE, summary)
-            state.ended("finished" if why is None else "stopped", why or "")
-        return Run(path=folder.path, summary=summary, student=model, tokenizer=components.loaded.tokenizer)
+            state.ended("finished" if ended is None else "stopped", "" if ended is None else ended.why)
+        tokenizer = components.loaded.tokenizer
+        return Run(path=folder.path, summary=summary, student=model, tokenizer=tokenizer, ended=ended)
 
 
-def _run_steps(loop: TrainingLoop, components: RunComponents, progress: Progress) -> str | None:
-    """All steps; why a callback ended them."""
+def _guard(components: RunComponents, folder: RunFolder, *, resumed: bool) -> Guard:
+    """The rules of this run; of a resumed one, as they stood after the step that its checkpoint is of."""
+    guard = Guard(components.config)
+    if resumed:
+        told = read_onsets(folder.path)
+        guard.replay(read_metrics(folder.path), told)
+        if len(guard.onsets) < len(told):
+            write_onsets(folder.path, guard.onsets)
+        components.scorer.drop_also(guard.dropping)
+    return guard
+
+
+def _run_steps(loop: TrainingLoop, components: RunComponents, progress: Progress) -> Ended | None:
+    """All steps; what ended them before the last."""
     try:
         with engine_of(components, progress.message):
             return loop.run_steps()

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from opd.config import Config
 from opd.errors import DataError, OpdError, OutOfMemoryError, ServerError
 from opd.reporting.findings import cut_off
+from opd.reporting.guarded import Onset, write_onsets
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
+from opd.trainer.drop import no_update
 from opd.trainer.from_config import RunComponents
+from opd.trainer.guard import Guard
 from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples, recorded
@@ -57,11 +60,28 @@ def take_step(
     with clock.phase("update"):
         scored = scored if correction is None else correction.corrected(student, scored)
         watched = recorded(rollouts, step, components.config.log)
-        out = student.update(scored.batches, scored.objective, watched)
+        out = student.update(scored.batches, scored.objective, watched) if scored.batches else no_update(student)
     if correction is not None:
         correction.check({**out.metrics, **scored.metrics})
     metrics = {**out.metrics, **scored.metrics, **staleness, **clock.times(out)}
     return Step(rollouts=rollouts, scored=scored, out=out, metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a run came to end before its last step."""
+
+    why: str
+    rule: str | None = None
+    """The rule of the section guard that ended it; None for a callback."""
+
+
+def stopped_by(broken: Sequence[Onset], step: int, steps: int) -> Ended | None:
+    """The end that a rule with action=stop makes; none where the last step has been taken."""
+    onset = next((one for one in broken if one.action == "stop"), None)
+    if onset is None or step + 1 >= steps:
+        return None
+    return Ended(why=f"stopped by guard.{onset.rule} after step {step}: {onset.facts}", rule=onset.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +93,7 @@ class TrainingLoop:
     run: RunRecorder
     progress: Progress
     state: RunState
+    guard: Guard
     stop: StopRequest = field(default_factory=StopRequest)
     callbacks: Sequence[Callback] = ()
 
@@ -80,9 +101,9 @@ class TrainingLoop:
     def config(self) -> Config:
         return self.components.config
 
-    def run_steps(self) -> str | None:
-        """From the student's version to the last step, or to a callback's Stop, whose reason is returned. Raises Interrupted between two steps after a signal; what was trained is in a
-        checkpoint then."""
+    def run_steps(self) -> Ended | None:
+        """From the student's version to the last step, or to a callback's Stop or a rule's, which is returned. Raises Interrupted between
+        two steps after a signal; what was trained is in a checkpoint then."""
         student, config = self.components.student, self.config
         draws = self.components.draws
         with self.stop.at_once() if self.components.engine else nullcontext():  # an engine may take minutes to start
@@ -91,21 +112,22 @@ class TrainingLoop:
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
             done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
-            self._record(step, done)
+            broken = self._record(step, done)
             with self.saved_on_error():
                 draws.load(student)  # the next rollouts are on-policy again
                 why = self._call_back({"step": step, **done.metrics})
-                ended = why is not None
-                if evaluation_due(config, student.version) or ended:
-                    self.evaluate(first=False, last=ended)
-                if due(student.version, config.checkpoint.every) or ended:
+                ended = Ended(why=why) if why is not None else stopped_by(broken, step, config.train.steps)
+                if evaluation_due(config, student.version) or ended is not None:
+                    self.evaluate(first=False, last=ended is not None)
+                if due(student.version, config.checkpoint.every) or ended is not None:
                     self.save()
                 self.stop.check()
-            if ended:
-                return why
+            if ended is not None:
+                return ended
         return None
 
-    def _record(self, step: int, done: Step) -> None:
+    def _record(self, step: int, done: Step) -> list[Onset]:
+        """Write the step down and say what there is to say; the rules that begin to be broken."""
         rollout, out, scored = self.config.rollout, done.out, done.scored
         self.run.step(step, done.metrics)
         parts = self.components
@@ -115,12 +137,19 @@ class TrainingLoop:
         for note in scored.notes:
             self.progress.message(f"warning: step {step}: {note}")
         if rollout.horizon(step, self.config.train.steps) == rollout.max_new_tokens:
-            self.progress.warn_once(cut_off(out.metrics["truncated"], rollout.max_new_tokens), "cut off")
+            self.progress.warn_once(cut_off(done.metrics["truncated"], rollout.max_new_tokens), "cut off")
         self.progress.update(step, done.metrics)
         every = self.config.log.show_samples
         if every and step % every == 0:
             show_sample(self.progress, step, done.rollouts, out, scored.rewards, self.components.renderer)
+        broken = self.guard.look(step, done.metrics)
+        for onset in broken:
+            self.progress.message(f"warning: step {step}: {onset.text}")
+        if broken:
+            write_onsets(self.folder.path, self.guard.onsets)
+        parts.scorer.drop_also(self.guard.dropping)
         self.state.running(step + 1)
+        return broken
 
     def _call_back(self, record: dict[str, float]) -> str | None:
         """Call every callback; the reason when one ends the run. Raises DataError for one that fails."""

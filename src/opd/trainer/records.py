@@ -11,6 +11,7 @@ from opd.config import Config, LogConfig
 from opd.data.rendering import Renderer
 from opd.reporting.details import token_details
 from opd.reporting.findings import SHOWN_MORE, cut_off, teacher_no_better
+from opd.reporting.guarded import onset_notes, read_onsets
 from opd.reporting.record import MetricsRecord, RunRecorder, SampleRecord, comparable, read_metrics
 from opd.teachers.base import Teacher
 from opd.trainer.details import teacher_names
@@ -33,7 +34,8 @@ def record_samples(
     kept = recorded(rollouts, step, config)
     by_id, names = {rollout.id: kl for rollout, kl in out.per_token}, teacher_names(teacher, kept)
     for index, rollout in enumerate(kept):
-        kl, reward = by_id[rollout.id].tolist(), None if rewards is None else rewards[index]
+        kl = by_id[rollout.id].tolist() if rollout.id in by_id else []  # those that train.drop leaves out have none
+        reward = None if rewards is None else rewards[index]
         views, name = out.views.get(rollout.id), names.get(rollout.id)
         run.sample(_sample(step, "train", "student", rollout, kl, reward, renderer, views, name))
 
@@ -107,7 +109,10 @@ def summarize(run_dir: Path, config: Config) -> dict[str, Any] | None:
     seconds = sum(r.metrics.get("time/step", 0.0) + r.metrics.get("time/eval", 0.0) for r in records)
     shown_more = config.prompts.teacher_prompt is not None
     shown = {"shown": SHOWN_MORE} if shown_more else {}
-    notes = [cut_off(student[-1].metrics.get("truncated", 0.0), config.rollout.max_new_tokens)]
+    notes = [
+        *onset_notes(read_onsets(run_dir)),
+        cut_off(student[-1].metrics.get("truncated", 0.0), config.rollout.max_new_tokens),
+    ]
     if teacher and student[0].step == 0:
         note = nothing_to_gain(student[0].metrics, student[0].intervals, teacher[0].metrics, shown_more=shown_more)
         notes.append(note)

@@ -53,6 +53,12 @@ EFFECTS: dict[str, Effect] = {
             "train.tokens_per_microbatch",
             "train.layout",
             "train.loss_memory",
+            "guard.first_steps",
+            *(
+                f"guard.{rule}.{key}"
+                for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap")
+                for key in ("threshold", "patience", "action")
+            ),
             "eval.every",
             "eval.extra_temperatures",
             "checkpoint.every",
@@ -125,6 +131,13 @@ EFFECTS: dict[str, Effect] = {
             "optimizer.max_grad_norm",
             "train.steps",
             "train.autocast",
+            "train.drop",
+            # with action=drop they decide which responses are trained on
+            *(
+                f"guard.{rule}.{key}"
+                for rule in ("truncated", "repetition")
+                for key in ("threshold", "patience", "action")
+            ),
         ),
         "later",
     ),
@@ -219,7 +232,8 @@ def table_key(key: str) -> str:
 
 def effect_of(key: str, config: Config) -> Effect:
     """The effect of another value of `key` on a run that has begun."""
-    if key == "eval.reward" and config.rl.rewarded and config.rl.reward is None:
+    trained_on = config.rl.rewarded or "correct" in config.train.drop
+    if key == "eval.reward" and trained_on and config.rl.reward is None:
         return "all"  # it is the reward that is trained on, too
     return EFFECTS.get(table_key(key), "all")
 

@@ -17,6 +17,7 @@ from opd.config.recipe import to_yaml
 from opd.errors import RunFolderError
 from opd.reporting.files import (
     ABOUT_FILE,
+    GUARD_FILE,
     STATE_FILE,
     dangling_link,
     explain_link,
@@ -40,6 +41,7 @@ OWN_NAMES = (
     "adapter",
     "tensorboard",
     "wandb_run_id",
+    GUARD_FILE,
     ABOUT_FILE,
     STATE_FILE,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from opd.config import RlConfig, TrainConfig
 from opd.data.pack import concatenate, count_of, pack, with_target
 from opd.errors import DataError, OpdError
 from opd.losses import Hybrid, Objective
+from opd.rewards import Scorer
 from opd.teachers.base import Teacher
 from opd.teachers.cache import KeptScores
 from opd.teachers.ensemble import Ensemble
+from opd.trainer.drop import NONE_LEFT, drop, rewards_of
 from opd.trainer.reinforce import Advantages, Reinforcement
 from opd.types import AnyTarget, Batch, Rollout, TargetKind
 
@@ -81,11 +83,13 @@ class StepScorer:
         ensemble: Ensemble | None = None,
         kept: KeptScores | None = None,
         reinforcement: Reinforcement | None,
+        rewards: Scorer | None = None,
         pad_id: int,
         device: torch.device,
     ) -> None:
         """`kind` is the one that the teacher's `bind_objective` settled; `ensemble` is the teacher itself where it is several, whose
-        weights may move from step to step; `kept` counts what of theirs is kept."""
+        weights may move from step to step; `kept` counts what of theirs is kept; `rewards` are for train.drop where
+        there is no reinforcement."""
         self.hybrid = rl.hybrid(objective, train.steps)
         self.token_fraction = train.token_fraction
         self.teacher = teacher
@@ -93,6 +97,8 @@ class StepScorer:
         self.ensemble = ensemble
         self.kept = kept
         self.reinforcement = reinforcement
+        self.rewards = rewards
+        self._drop = self._always_dropped = frozenset[str](train.drop)
         self.layout = {
             "layout": train.layout,
             "tokens_per_microbatch": train.tokens_per_microbatch,
@@ -101,6 +107,10 @@ class StepScorer:
             "global_count": objective.fixed_count,
             "device": device,
         }
+
+    def drop_also(self, kinds: Collection[str]) -> None:
+        """From the next step on, leave these kinds of responses out of the loss, beside those of train.drop."""
+        self._drop = self._always_dropped | frozenset(kinds)
 
     def score(self, rollouts: Sequence[Rollout], step: int) -> Scored:
         """Raises DataError for a reward that fails, where the recipe says that this ends the run."""
@@ -113,32 +123,45 @@ class StepScorer:
 
     def _score(self, rollouts: Sequence[Rollout], step: int) -> Scored:
         objective = self.hybrid.at(step)
-        reward_signal: Advantages | None = None
+        signal: Advantages | None = None
+        rewards, metrics, notes = None, dict[str, float](), list[str]()
         if objective.rl_weight != 0.0:
             assert self.reinforcement is not None
-            reward_signal = self.reinforcement.advantages(rollouts)
+            signal = self.reinforcement.advantages(rollouts)
+            rewards, notes = signal.rewards, list(signal.notes)
+            metrics |= signal.metrics
+            metrics |= {"rl/weight": objective.rl_weight, "rl/distill_weight": objective.distill_weight}
+        elif "correct" in self._drop:
+            assert self.rewards is not None
+            rewards, metrics, notes = rewards_of(rollouts, self.rewards)
+        per_token = None if signal is None else signal.per_token
+        if self._drop:
+            dropped = drop(rollouts, self._drop, rewards)
+            metrics |= dropped.metrics
+            notes += [] if dropped.left else [NONE_LEFT]
+            rollouts = [rollouts[i] for i in dropped.left]
+            per_token = None if per_token is None else [per_token[i] for i in dropped.left]
+        batches = self._batches(rollouts, step, objective, per_token, metrics) if rollouts else Batches(())
+        return Scored(batches=batches, objective=objective, rewards=rewards, metrics=metrics, notes=tuple(notes))
+
+    def _batches(
+        self,
+        rollouts: Sequence[Rollout],
+        step: int,
+        objective: Hybrid,
+        advantages: Sequence[torch.Tensor] | None,
+        metrics: dict[str, float],
+    ) -> Batches:
+        """The micro-batches of the rollouts that are trained on; what is found about their tokens is put into `metrics`."""
         keep = None if self.token_fraction == 1 else top_entropy_mask(rollouts, self.token_fraction)
-        metrics: dict[str, float] = {}
         readable = None if self.teacher is None else readable_mask(rollouts, self.teacher)
         if readable is not None:
             metrics["unheard_tokens"] = float(sum(int((~tokens).sum()) for tokens in readable))
             keep = readable if keep is None else [one & other for one, other in zip(keep, readable, strict=True)]
-        per_token = None if reward_signal is None else reward_signal.per_token
-        layout = {**self.layout, "advantages": per_token, "keep": keep}
+        layout = {**self.layout, "advantages": advantages, "keep": keep}
         if objective.distill_weight == 0.0:
-            batches = Batches(pack(rollouts, None, **layout))
-        else:
-            batches = self._taught(rollouts, step, layout, metrics)
-        if reward_signal is None:
-            return Scored(batches=batches, objective=objective, metrics=metrics)
-        weights = {"rl/weight": objective.rl_weight, "rl/distill_weight": objective.distill_weight}
-        return Scored(
-            batches=batches,
-            objective=objective,
-            rewards=reward_signal.rewards,
-            metrics={**metrics, **reward_signal.metrics, **weights},
-            notes=reward_signal.notes,
-        )
+            return Batches(pack(rollouts, None, **layout))
+        return self._taught(rollouts, step, layout, metrics)
 
     def _taught(
         self, rollouts: Sequence[Rollout], step: int, layout: Mapping[str, Any], metrics: dict[str, float]
