@@ -50,8 +50,8 @@ def check_alignment(
     numbers: dict[str, Number] = {
         "answers": "the teacher's own" if own else "the student's",
         "teacher's log-prob": means[0],
-        "shifted by −1": scores.excess(-1),
-        "shifted by +1": scores.excess(1),
+        "nats more at shift −1": scores.excess(-1),
+        "at shift +1": scores.excess(1),
         "student's log-prob": student,
         "−ln V": worst_case,
         "teacher's entropy": scores.entropy,
