@@ -91,9 +91,9 @@ def logps(model: Any, answers: Sequence[Rollout]) -> list[torch.Tensor]:
     ]
 
 
-def judged(teacher: Shifted, student: Any, *, own: bool = True) -> Check:
+def judged(teacher: Shifted, student: Any, *, own: bool = True, room: int = 8) -> Check:
     answers = greedy(teacher.model if own else student)
-    return check_alignment(teacher, answers, logps(student, answers), own=own)
+    return check_alignment(teacher, answers, logps(student, answers), own=own, room=room)
 
 
 def repeating() -> Any:
@@ -148,12 +148,30 @@ def test_a_shift_is_seen_in_answers_that_repeat_one_token(by: int):
     assert check.verdict == "red" and "token 3 of a response do" in check.seen
 
 
+def test_no_more_tokens_are_probed_than_an_answer_may_have():
+    """A prompt that leaves room for six tokens is probed with six, and one that leaves room for less is not probed."""
+
+    class Narrow(Shifted):
+        longest = 0
+
+        def score(self, rollouts: Sequence[Rollout], kind: TargetKind | None = None) -> list[Target]:
+            Narrow.longest = max(len(rollout.response_ids) for rollout in rollouts)
+            return super().score(rollouts, kind)
+
+    model = repeating()
+    shifted = teacher_of(model, Narrow, by=1)
+    for room, verdict in ((5, "green"), (6, "red"), (7, "red"), (8, "red"), (20, "red")):
+        answers = [dataclasses.replace(a, response_ids=a.response_ids[: min(room, 5)]) for a in greedy(model)]
+        assert check_alignment(shifted, answers, logps(model, answers), own=True, room=room).verdict == verdict
+        assert Narrow.longest == min(8, room)
+
+
 @pytest.mark.parametrize(("right", "verdict"), [(0.2, "green"), (0.02, "red")])
 def test_a_teacher_that_gives_its_own_answers_far_less_than_the_student_does_is_red(right: float, verdict: str):
     """The weights that score are not those that answered. One token in two has another probability."""
     model, other = bigram_lm(answering(0.95)), bigram_lm(answering(right))
     answers = greedy(model)
-    check = check_alignment(teacher_of(other), answers, logps(model, answers), own=True)
+    check = check_alignment(teacher_of(other), answers, logps(model, answers), own=True, room=8)
     apart = check.numbers["student's log-prob"] - check.numbers["teacher's log-prob"]  # pyright: ignore[reportOperatorIssue]
     rest = 0.02 / SIZE
     assert apart == pytest.approx(0.5 * math.log((0.98 * 0.95 + rest) / (0.98 * right + rest)), abs=1e-3)

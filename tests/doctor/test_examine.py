@@ -238,3 +238,28 @@ def test_a_student_that_a_lower_temperature_makes_as_good_is_yellow(tmp_path: Pa
     """At half the temperature 0.6 of the probability, beside 0.4 spread over nine, becomes 0.95."""
     check = look(tmp_path, answering(0.6, spread=0.001), answering(0.99, spread=0.001))["start/task"]
     assert check.verdict == "yellow" and "A lower temperature does as much" in check.seen
+
+
+@pytest.mark.parametrize(
+    ("right", "more"),
+    [
+        ((0.1, 0.95), {}),
+        ((0.3, 0.99), {"rollout__temperature": 0.8}),
+        ((0.4, 0.9), {"train__layout": "packed"}),
+        ((0.2, 0.9), {"train__layout": "left_padded"}),
+        ((0.2, 0.9), {"rl__weight": 1.0}),
+        ((0.2, 0.9), {"objective__support": "teacher_top_k", "objective__top_k": 4}),
+        (
+            (0.2, 0.9),
+            {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"},
+        ),
+        ((0.2, 0.9), {"train__autocast": "bfloat16"}),
+        ((0.2, 0.9), {"teacher__dtype": "bfloat16"}),
+        ((0.2, 0.9), {"student__lora__rank": 4}),
+    ],
+    ids=str,
+)
+def test_ten_healthy_recipes_have_no_red(tmp_path: Path, right: tuple[float, float], more: dict[str, Any]):
+    found = look(tmp_path, answering(right[0]), answering(right[1]), **more)
+    assert not reds(found)
+    assert len(found) == 13 and "skipped" not in {check.verdict for check in found.values()}

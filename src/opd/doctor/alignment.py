@@ -26,8 +26,9 @@ REACTS = (
 )
 REACTS_LOGP = 0.5  # nats, where a row is one log-prob
 STILL = 1e-4  # of a row that must have changed, in the same units
-PROBED = 8  # tokens of the response of which one is changed
+PROBED = 8  # tokens of the response of which one is changed, where there is room
 CHANGED = 3  # its place
+FEWEST = CHANGED + 3  # tokens that show a row after the changed token, and one after that
 OTHERS = 4  # tokens that take its place in turn: two tokens may mean the same to what follows
 
 
@@ -39,10 +40,16 @@ def scoring_kind(teacher: Teacher) -> TargetKind:
 
 
 def check_alignment(
-    teacher: Teacher, answers: Sequence[Rollout], student_logp: Sequence[Tensor], *, own: bool, name: str = "alignment"
+    teacher: Teacher,
+    answers: Sequence[Rollout],
+    student_logp: Sequence[Tensor],
+    *,
+    own: bool,
+    room: int,
+    name: str = "alignment",
 ) -> Check:
     """Look at the teacher's scores of some answers: its own greedy ones where `own`, the student's otherwise. `student_logp` are the
-    student's log-probs (nats) of their tokens, one tensor [tokens] per answer."""
+    student's log-probs (nats) of their tokens, one tensor [tokens] per answer. `room` is how many tokens an answer may have."""
     scores = Scores(teacher, answers)
     worst_case = -math.log(scores.vocabulary)
     means = scores.shifts()
@@ -50,15 +57,15 @@ def check_alignment(
     numbers: dict[str, Number] = {
         "answers": "the teacher's own" if own else "the student's",
         "teacher's log-prob": means[0],
-        "shifted by −1": scores.excess(-1),
-        "shifted by +1": scores.excess(1),
+        "nats more at shift −1": scores.excess(-1),
+        "at shift +1": scores.excess(1),
         "student's log-prob": student,
         "−ln V": worst_case,
         "teacher's entropy": scores.entropy,
     }
     problem = _not_finite(scores, student) or _uniform(scores, worst_case)
     # Tokens that somebody else wrote need not be likely, so a neighbour may fit better by chance.
-    problem = problem or (_shifted(scores) if own else None) or _reacts_wrongly(teacher, answers)
+    problem = problem or (_shifted(scores) if own else None) or _reacts_wrongly(teacher, answers, room)
     problem = problem or _another_model(means[0], student, worst_case, own)
     if problem is None:
         seen = "The teacher's scores stand beside the tokens that they are about."
@@ -177,10 +184,10 @@ def _another_model(teacher: float, student: float, worst_case: float, own: bool)
     )
 
 
-def _reacts_wrongly(teacher: Teacher, answers: Sequence[Rollout]) -> Problem | None:
+def _reacts_wrongly(teacher: Teacher, answers: Sequence[Rollout], room: int) -> Problem | None:
     """Change one token of a response: the row after it has to change, and no row before that may. This tells a shift where the answers
     themselves cannot, because they repeat one token, or because another model wrote them."""
-    probes = _changed_in_one_token(teacher, answers)
+    probes = _changed_in_one_token(teacher, answers, min(PROBED, room))
     if len(probes) < 2:
         return None
     plain, *changed = [_flat(teacher, target) for target in teacher.score(probes, scoring_kind(teacher))]
@@ -195,7 +202,7 @@ def _reacts_wrongly(teacher: Teacher, answers: Sequence[Rollout]) -> Problem | N
     return None
 
 
-def _changed_in_one_token(teacher: Teacher, answers: Sequence[Rollout]) -> list[Rollout]:
+def _changed_in_one_token(teacher: Teacher, answers: Sequence[Rollout], size: int) -> list[Rollout]:
     """A response to the shortest prompt, and the same with others in the place of one token."""
     vocabulary = teacher.vocabulary
     invalid = set(vocabulary.invalid_ids)
@@ -203,9 +210,9 @@ def _changed_in_one_token(teacher: Teacher, answers: Sequence[Rollout]) -> list[
     known = [i for i in range(vocabulary.size) if i not in invalid and i not in ends]
     owned = set(known)
     written = [i for a in answers for i in a.response_ids if i in owned] or known
-    if not known:
+    if not known or size < FEWEST:
         return []
-    ids = (written * PROBED)[:PROBED]
+    ids = (written * size)[:size]
     spread = [known[(2 * place + 1) * len(known) // (2 * OTHERS)] for place in range(OTHERS)]
     shortest = min(answers, key=lambda answer: len(answer.prompt_ids))
     plain = replace(shortest, response_ids=tuple(ids), sampler_logp=None, sampler_entropy=None, finished=False)

@@ -102,7 +102,14 @@ class FirstLook:
             )
         answers = self._draw(sampler.with_sampling(greedy), prompts)
         with memory_advice("teacher"):
-            return check_alignment(teacher, answers, self._student_logp(answers), own=loaded is not None, name=title)
+            return check_alignment(
+                teacher,
+                answers,
+                self._student_logp(answers),
+                own=loaded is not None,
+                room=self.config.rollout.max_new_tokens,
+                name=title,
+            )
 
     def _student_logp(self, answers: Sequence[Rollout]) -> list[torch.Tensor]:
         """Log-probs (nats) of each answer's tokens, in the order of the answers."""
