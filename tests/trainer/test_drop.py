@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from opd.config.recipe import build, merge
 from opd.errors import DataError
 from opd.reporting.record import read_metrics, read_samples
 from opd.samplers.base import draw
+from opd.samplers.kept import LINES
 from opd.trainer.distiller import Distiller
 from opd.trainer.drop import NONE_LEFT, drop
 from opd.trainer.from_config import RunComponents
+from opd.trainer.keep_rollouts import keep_rollouts
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
 from opd.types import Prompt, Rollout
@@ -163,3 +166,14 @@ def test_correct_is_refused_where_no_reward_can_judge(world, tmp_path):
     assert not (tmp_path / "run" / "config.yaml").exists()
     train(build(merge({}, values | {"rl.reward": "test_drop:halves"})))  # the first advice
     train(build(merge({}, values | {"train.drop": ["truncated"]})), overwrite=True)  # the second
+
+
+def test_kept_rollouts_are_all_drawn_and_scored_and_the_run_that_takes_them_leaves_its_own_out(world, tmp_path):
+    kept = {"rollout__source": "cached", "rollout__path": str(tmp_path / "kept"), "train__drop": ["truncated"]}
+    config = build(merge({}, settings(world, tmp_path / "run", **(QUICK | kept))))
+    keep_rollouts(config, say=lambda _line: None)
+    lines = [json.loads(line) for line in (tmp_path / "kept" / LINES).read_text().splitlines()]
+    assert len(lines) == 80 and {line["finished"] for line in lines} == {True, False}
+    assert all(len(line["reverse_kl"]) == len(line["response_ids"]) for line in lines)
+    train(config)
+    assert any(record.metrics["drop/truncated"] for record in read_metrics(tmp_path / "run"))

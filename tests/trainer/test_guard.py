@@ -18,6 +18,7 @@ from test_resume import assert_same_run
 from opd.cli.main import main
 from opd.config import Config, GuardConfig
 from opd.config.recipe import build, merge, whole_keys
+from opd.config.words import scalar
 from opd.errors import ConfigError
 from opd.reporting.about import read_state
 from opd.reporting.guarded import Onset, read_onsets, write_onsets
@@ -152,9 +153,18 @@ def test_what_a_growing_horizon_does_to_lengths_breaks_no_rule():
 # What is said
 
 
+def test_a_limit_that_was_enough_at_first_is_not_the_likeliest_cause_of_cut_responses():
+    always, later = Guard(recipe()), Guard(recipe())
+    looked_at(always, rows("truncated", [1.0] * 12))
+    looked_at(later, rows("truncated", [0.1] * 5 + [1.0] * 7))
+    assert "The likeliest cause: the limit is too low" in always.onsets[0].text
+    assert "100% of the responses are cut off, against 10% in the first 5 steps" in later.onsets[0].text
+    assert "The likeliest cause: the steps are too large (lower optimizer.lr)" in later.onsets[0].text
+
+
 def test_every_rule_has_a_number_and_three_causes_with_keys_that_can_be_changed():
     names = {item.name for item in fields(GuardConfig)} - {"first_steps"}
-    assert names == READINGS.keys() == CAUSES.keys()
+    assert names == READINGS.keys() == CAUSES.keys() - {"truncated later"}
     known = whole_keys()
     for cause in [cause for three in CAUSES.values() for cause in three]:
         named = re.findall(r"\b(?:[a-z_]+\.)+[a-z_]+\b", cause)
@@ -180,6 +190,20 @@ def test_settings_that_mean_nothing_are_refused(key, value, said):
 
 def test_one_key_of_a_rule_leaves_its_other_defaults_alone():
     assert recipe(guard__repetition__action="stop").guard.repetition.threshold == GuardConfig().repetition.threshold
+
+
+def test_the_table_in_the_recipes_readme_has_the_defaults():
+    text = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
+    written = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| (\d+) \|", text, re.M)
+    rules = GuardConfig().rules
+    assert {name: (float(t), int(p)) for name, t, p in written} == {
+        name: (rule.threshold, rule.patience) for name, rule in rules.items()
+    }
+    (example,) = re.findall(r"For example: `(guard: .*)`", text)
+    made = build(
+        merge({}, {"student.model": "s", "teacher.model": "t", "prompts.path": "p"}) | scalar(f"{{{example}}}")
+    )
+    assert made.guard.repetition.action == "stop" and "loss" not in made.guard.rules
 
 
 # In runs of real models

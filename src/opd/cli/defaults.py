@@ -9,11 +9,18 @@ from pathlib import Path
 import opd
 
 FILES = ("config/*.py", "losses/settings.py")
+DROPPING = ("guard.truncated.", "guard.repetition.")
+WATCHING = tuple(
+    f"guard.{rule}." for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap")
+)
 PLACES = {
     "RunSettings": ("",),
     "ObjectiveSettings": ("objective.",),
     "ModelConfig": ("student.", "teacher."),
     "LoadOptionsConfig": ("student.load_options.", "teacher.load_options."),
+    "GuardRule": (*DROPPING, *WATCHING),
+    "DropRule": DROPPING,
+    "WatchRule": WATCHING,
 }
 """Sections whose source does not say where they are in a recipe; of others it is `class …(Section, key=PLACE)`."""
 

@@ -92,7 +92,7 @@ class Guard:
         steps = "" if rule.patience == 1 else f" for {rule.patience} steps"
         facts = f"{reading.facts}, and guard.{name}.threshold={rule.threshold:g} is passed{steps}."
         action = cast("GuardAction", rule.action)
-        advice = causes(name, 3 if action == "stop" else 1)
+        advice = causes(reading.causes or name, 3 if action == "stop" else 1)
         if action == "drop":
             advice = f"Such responses leave the loss while this lasts. {advice}"
         return Onset(step=step, rule=name, action=action, value=reading.value, facts=facts, advice=advice)

@@ -11,6 +11,11 @@ CAUSES: dict[str, tuple[str, str, str]] = {
         CUT_RESPONSES,
         "responses go on after what was asked for (a new run with rollout.stop)",
     ),
+    "truncated later": (
+        SMALLER_STEPS,
+        CUT_RESPONSES,
+        "the student learns to give longer answers, and needs room for them (raise rollout.max_new_tokens)",
+    ),
     "repetition": (
         "repeating responses are trained on, and a teacher approves of a loop that has begun (train.drop=[repeating])",
         SMALLER_STEPS,
@@ -22,9 +27,9 @@ CAUSES: dict[str, tuple[str, str, str]] = {
         "long responses have more weight than short ones (a new run with objective.reduction=sequence_mean)",
     ),
     "eos_prob": (
+        SMALLER_STEPS,
         CUT_RESPONSES,
         "the teacher ends its responses in another way (a new run with other teacher.chat_template_kwargs or another teacher.model)",
-        SMALLER_STEPS,
     ),
     "entropy": (
         SMALLER_STEPS,
@@ -52,10 +57,10 @@ CAUSES: dict[str, tuple[str, str, str]] = {
         "samples are older than the weights (a new run with rollout.ahead=0)",
     ),
 }
-"""A key without "a new run" may change on --resume."""
+"""By the rule, or by what Reading.causes says. A key without "a new run" may change on --resume."""
 
 
-def causes(rule: str, number: int) -> str:
-    """A sentence with so many causes."""
-    named = "; ".join(CAUSES[rule][:number])
+def causes(name: str, number: int) -> str:
+    """A sentence with so many causes of an entry of CAUSES."""
+    named = "; ".join(CAUSES[name][:number])
     return f"The likeliest cause: {named}." if number == 1 else f"The likeliest causes: {named}."

@@ -16,7 +16,7 @@ MAD_TO_STD = 1.4826  # of a normal distribution
 LEAST_SPREAD = 0.1  # of the median: a loss that hardly moves has no spread of its own
 REWARD_WINDOW = 10  # steps
 REWARD_NOISE = 4.0  # standard errors
-OFTEN_CUT = 0.5  # a student that was cut off so often at first becomes shorter by learning to end
+OFTEN_CUT = 0.5  # of the first responses: the limit is too low, or the student has yet to learn to end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Reading:
 
     value: float
     facts: str
+    causes: str = ""
+    """The entry of CAUSES, where it is not that of the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,13 @@ def window(steps: Sequence[tuple[float, float]]) -> RewardWindow:
 
 
 def truncated(history: History) -> Reading | None:
-    share = history.now.get("truncated")
-    return None if share is None else Reading(value=share, facts=f"{share:.0%} of the responses are cut off")
+    share, first = history.now.get("truncated"), history.first("truncated")
+    if share is None:
+        return None
+    facts = f"{share:.0%} of the responses are cut off"
+    if first is None or first >= OFTEN_CUT:
+        return Reading(value=share, facts=facts)
+    return Reading(value=share, facts=f"{facts}, {_at_first(first, '.0%', history)}", causes="truncated later")
 
 
 def repetition(history: History) -> Reading | None:
