@@ -40,7 +40,9 @@ def test_parameters_are_counted_from_the_header_of_the_weights(tmp_path: Path):
 
 def test_parameters_of_shards_are_added_up(tmp_path: Path):
     for name, shape in (("a.safetensors", [3, 5]), ("b.safetensors", [7])):
-        header = json.dumps({"__metadata__": {}, "w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}})
+        header = json.dumps(
+            {"__metadata__": {}, f"w of {name}": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}}
+        )
         (tmp_path / name).write_bytes(struct.pack("<Q", len(header)) + header.encode())
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
