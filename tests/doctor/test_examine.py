@@ -262,4 +262,4 @@ def test_a_student_that_a_lower_temperature_makes_as_good_is_yellow(tmp_path: Pa
 def test_ten_healthy_recipes_have_no_red(tmp_path: Path, right: tuple[float, float], more: dict[str, Any]):
     found = look(tmp_path, answering(right[0]), answering(right[1]), **more)
     assert not reds(found)
-    assert len(found) == 13 and "skipped" not in {check.verdict for check in found.values()}
+    assert len(found) == 14 and "skipped" not in {check.verdict for check in found.values()}

@@ -194,7 +194,9 @@ def test_the_overlap_of_the_likeliest_counts_what_both_have(monkeypatch):
     """Rows of many lanes' length: the 16 likeliest of 600 tokens, found from the largest of 32 lanes."""
     monkeypatch.setattr(row_kernels.rows, "LANES", 32)
     world = World(11, 8, 600, closeness=0.4)
-    world.parts["bias"][-1] += 9.0  # the likeliest is in the last column: it must be found once, and no column beyond it
+    world.parts["bias"][-1] += (
+        9.0  # the likeliest is in the last column: it must be found once, and no column beyond it
+    )
     found = {}
     for impl in ("reference", "triton"):
         _, _, metrics = linear_objective(

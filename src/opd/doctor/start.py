@@ -10,7 +10,7 @@ from opd.doctor.check import Check, Number, Verdict
 from opd.reporting.findings import MANY_CUT
 from opd.reporting.intervals import mean_interval, paired_share_interval, wilson_interval
 
-LOW_OVERLAP = 0.4  # of the 16 likeliest tokens. Pairs that train well on their own answers start at 0.55 and more (benchmarks/LOG.md)
+LOW_OVERLAP = 0.4  # of the 16 likeliest tokens; two pairs that trained well on their own answers began at 0.57 and 0.59 (benchmarks/LOG.md)
 NEARLY_ALL = 0.9  # of the answers
 SELDOM = 0.1
 COOLER = 0.5  # of rollout.temperature

@@ -9,7 +9,10 @@ from functools import partial
 from opd.config import Config, VllmConfig
 from opd.config.rollout import DEFAULT_IMPORTANCE_CAP
 from opd.doctor.check import Check, Examination, failed, run_checks, skipped
+from opd.doctor.device_memory import device_memory
 from opd.doctor.machine import check_machine
+from opd.doctor.memory_findings import memory_findings
+from opd.doctor.model_shape import model_shape
 from opd.doctor.reads import check_template, check_vocabulary
 from opd.errors import DataError, OpdError, VocabularyError
 from opd.models import vocabulary_rows
@@ -19,7 +22,7 @@ from opd.trainer.first_look import FirstLook
 from opd.trainer.from_config import Given, RunComponents
 
 PROMPTS = 32
-LATER = ("vocabulary", "template", "alignment", "stop mass", "start", "reward")
+LATER = ("vocabulary", "template", "memory", "alignment", "stop mass", "start", "reward")
 
 
 def examine(
@@ -27,6 +30,7 @@ def examine(
 ) -> list[Check]:
     """Every check of a recipe, in the order in which a run would meet what they are about; `prompts` is how many are answered."""
     checks = run_checks({"machine": partial(check_machine, config)})
+    limits = device_memory()  # before the models take some of it
     try:
         parts = RunComponents(in_process(config), given, loading)
     except Exception as error:  # reported as a check; the others need what could not be made
@@ -37,16 +41,17 @@ def examine(
             failed(name, error),
             *(skipped(one, "It needs the models of the recipe, and they could not be made ready.") for one in rest),
         ]
-    return [*checks, *examine_parts(parts, prompts)]
+    return [*checks, *examine_parts(parts, prompts, limits)]
 
 
-def examine_parts(parts: RunComponents, prompts: int = PROMPTS) -> list[Check]:
-    """The checks of a run's components."""
+def examine_parts(parts: RunComponents, prompts: int = PROMPTS, limits: Mapping[str, int] | None = None) -> list[Check]:
+    """The checks of a run's components; `limits` are the bytes of each device, by default those that are free now."""
     look = FirstLook(parts, prompts)
     examinations: Mapping[str, Examination] = {
         "recipe": lambda: [_recipe(parts)],
         "vocabulary": lambda: _vocabulary(parts),
         "template": lambda: _templates(look),
+        "memory": lambda: _memory(look, device_memory() if limits is None else limits),
         "alignment": look.alignment,
         "stop mass": look.stop_mass,
         "start": look.start,
@@ -117,6 +122,28 @@ def _templates(look: FirstLook) -> list[Check]:
     return [
         check_template(parts.renderer, one.renderer, look.prompts_of(name), role=role_of(name), shown_more=shown_more)
         for name, one in readers.items()
+    ]
+
+
+def _memory(look: FirstLook, limits: Mapping[str, int]) -> list[Check]:
+    """The estimate of `opd check`, with the longest of the prompts that are answered."""
+    config = look.parts.config
+    models = {"student": config.student, **{role_of(name): one for name, one in config.all_teachers.items()}}
+    shapes = {
+        role: model_shape(one.model, role, revision=one.revision, trust_remote_code=one.trust_remote_code)
+        for role, one in models.items()
+        if one.model
+    }
+    longest = max(len(look.parts.renderer.prompt_ids(prompt)) for prompt in look.prompts)
+    return [
+        Check(
+            name="memory",
+            verdict=finding.level,
+            seen=finding.text,
+            why="" if finding.level == "green" else "A run that does not fit ends in its first step, or its second.",
+            mend="" if finding.level == "green" else "train.tokens_per_microbatch, or a key that the estimate names",
+        )
+        for finding in memory_findings(config, shapes, longest, limits)
     ]
 
 
