@@ -1,8 +1,9 @@
 """Memory of a run, estimated from its recipe and the sizes of its models: what stays, and what each phase of a step adds.
 
 Every response is taken to be as long as rollout.max_new_tokens allows, after the longest prompt. Counts of saved activations are those
-of transformers' decoders with scaled-dot-product attention. Left out: the CUDA context (about 0.5 GiB), an allocator's gaps, the
-natural gradient's graphs, and vLLM, which takes rollout.vllm.memory_share of its device. Imports no torch.
+of transformers' decoders with scaled-dot-product attention. Left out: the CUDA context (about 0.5 GiB); the natural gradient's graphs;
+vLLM, which takes rollout.vllm.memory_share of its device; and an allocator's gaps. On a CPU, glibc's defaults can double the peak of a
+small run, and MALLOC_MMAP_THRESHOLD_=65536 gives freed memory back. Imports no torch.
 """
 
 from __future__ import annotations
