@@ -98,6 +98,9 @@ def test_ends_declared_alike_and_used_differently_are_red(tmp_path: Path):
     found = look(tmp_path, student, teacher)
     assert found["vocabulary"].verdict == "green"
     assert found["stop mass"].verdict == "red" and "declare the same ids" in found["stop mass"].seen
+    assert f"objective.eos_groups: [[{EOS}, {SECOND_END}]]" in found["stop mass"].mend
+    mended = look(tmp_path, student, teacher, objective__eos_groups=[[EOS, SECOND_END]])
+    assert mended["stop mass"].verdict == "green"
 
 
 def test_a_student_that_never_ends_is_told_from_answers_that_are_too_long(tmp_path: Path):

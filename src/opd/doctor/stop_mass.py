@@ -20,10 +20,11 @@ def check_stop_mass(
     teacher_eos: Sequence[int],
     ends: int,
     truncated: float,
+    groups: Sequence[Sequence[int]] = (),
     name: str = "stop mass",
 ) -> Check:
     """`student` and `teacher` are each id's mean probability over the ends of `ends` answers of the teacher; `truncated` is the share of
-    its answers that have no end. `tokens` spells the ids."""
+    its answers that have no end. `tokens` spells the ids; those of one of `groups` (objective.eos_groups) count as one."""
     numbers: dict[str, Number] = {"ends": ends, "teacher cut off": truncated}
     numbers |= {f"{tokens[i]!r} ({i})": f"student {student[i]:.3g}, teacher {teacher[i]:.3g}" for i in student}
     if ends == 0:
@@ -45,6 +46,7 @@ def check_stop_mass(
             why="The student's answers run on to the length limit, and a cut answer does not teach it to end.",
             mend="rollout.lmbda: 0.5 with rollout.off_policy: teacher, which shows the student answers that end",
         )
+    student, teacher = _grouped(student, groups), _grouped(teacher, groups)
     apart = 0.5 * sum(abs(student[i] / mine - teacher[i] / theirs) for i in student) if mine > 0 and theirs > 0 else 0.0
     numbers["shares apart"] = apart
     if apart <= OTHER_MEMBERS:
@@ -58,6 +60,15 @@ def check_stop_mass(
         + (", though both declare the same ids." if alike else "."),
         numbers=numbers,
         why="The student is taught out of its own end before it has learnt the teacher's, so answers run on (arXiv 2609.20511).",
-        mend=f"eos_token_id: {wanted} in the student's generation_config.json, and rollout.lmbda: 0.5 with rollout.off_policy: teacher, "
-        "which shows the student that end",
+        mend=f"objective.eos_groups: [[{wanted}, {own}]], which counts both as one end; or, for the teacher's own end, eos_token_id: {wanted} "
+        "in the student's generation_config.json and rollout.lmbda: 0.5 with rollout.off_policy: teacher",
     )
+
+
+def _grouped(shares: Mapping[int, float], groups: Sequence[Sequence[int]]) -> dict[int, float]:
+    """The probabilities of a group at its first member."""
+    first = {token: group[0] for group in groups for token in group}
+    found: dict[int, float] = {}
+    for token, share in shares.items():
+        found[first.get(token, token)] = found.get(first.get(token, token), 0.0) + share
+    return found

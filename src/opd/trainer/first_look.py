@@ -165,6 +165,7 @@ class FirstLook:
             teacher_eos=theirs,
             ends=len(ended),
             truncated=sum(not a.finished for a in answers) / max(1, len(answers)),
+            groups=parts.config.objective.eos_groups,
             name="stop mass" if name == "teacher" else f"stop mass/{name}",
         )
 
