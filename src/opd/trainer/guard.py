@@ -90,7 +90,7 @@ class Guard:
             return None
         standing.acts = True
         steps = "" if rule.patience == 1 else f" for {rule.patience} steps"
-        facts = f"{reading.facts}, and guard.{name}.threshold={rule.threshold:g} is passed{steps}."
+        facts = f"{reading.facts}, and guard.{name}.threshold={rule.threshold:g} has been passed{steps}."
         action = cast("GuardAction", rule.action)
         advice = causes(reading.causes or name, 3 if action == "stop" else 1)
         if action == "drop":

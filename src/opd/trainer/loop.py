@@ -81,7 +81,7 @@ def stopped_by(broken: Sequence[Onset], step: int, steps: int) -> Ended | None:
     onset = next((one for one in broken if one.action == "stop"), None)
     if onset is None or step + 1 >= steps:
         return None
-    return Ended(why=f"stopped by guard.{onset.rule} after step {step}: {onset.facts}", rule=onset.rule)
+    return Ended(why=f"stopped by guard.{onset.rule}: {onset.facts}", rule=onset.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class TrainingLoop:
             self.run, step, done.rollouts, out, scored.rewards, parts.renderer, self.config.log, parts.teacher
         )
         for note in scored.notes:
-            self.progress.message(f"warning: step {step}: {note}")
+            self.progress.message(f"warning: step {step + 1}: {note}")
         if rollout.horizon(step, self.config.train.steps) == rollout.max_new_tokens:
             self.progress.warn_once(cut_off(done.metrics["truncated"], rollout.max_new_tokens), "cut off")
         self.progress.update(step, done.metrics)
@@ -144,7 +144,7 @@ class TrainingLoop:
             show_sample(self.progress, step, done.rollouts, out, scored.rewards, self.components.renderer)
         broken = self.guard.look(step, done.metrics)
         for onset in broken:
-            self.progress.message(f"warning: step {step}: {onset.text}")
+            self.progress.message(f"warning: step {step + 1}: {onset.text}")
         if broken:
             write_onsets(self.folder.path, self.guard.onsets)
         parts.scorer.drop_also(self.guard.dropping)
