@@ -17,6 +17,7 @@ FOLDERS = {
     "ahead": "ahead",
     "recording": "recording",
     "memory": "memory",
+    "guard": "guard",
 }
 """The benchmarks' folders by their names on the command line."""
 

@@ -13,7 +13,6 @@ from transformers.utils.logging import disable_progress_bar
 from opd.data.rendering import Renderer
 from opd.demo.fit import fit
 from opd.demo.task import DIGITS, spoil, write_prompts
-from opd.errors import ConfigError
 from opd.reporting.files import explain_os_errors
 from opd.seeding import derive_seed, seeded
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
@@ -56,12 +55,3 @@ def _model(
         shutil.rmtree(temporary, ignore_errors=True)
         save_model(model, tokenizer, temporary)
         temporary.rename(folder)
-
-
-def recipe_path() -> Path:
-    """Path of the demo's recipe, in an installed package or in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "recipes", package.parents[1] / "recipes"):
-        if (candidate / "demo" / "recipe.yaml").exists():
-            return candidate / "demo" / "recipe.yaml"
-    raise ConfigError("The demo's recipe is missing from this installation; reinstall opd.")

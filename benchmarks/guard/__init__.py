@@ -1,0 +1,1 @@
+"""Thresholds of the guard: false alarms, and what is seen."""
