@@ -17,6 +17,7 @@ from opd.config.recipe import build
 from opd.reporting.progress import Progress
 from opd.reporting.record import RunRecorder
 from opd.trainer.from_config import RunComponents
+from opd.trainer.guard import Guard
 from opd.trainer.loop import TrainingLoop
 from opd.trainer.run_folder import RunFolder
 from opd.trainer.run_state import RunState
@@ -63,7 +64,14 @@ def main(case_path: str, result_path: str) -> None:
         with TimedRecorder(run_dir, clock) as run, Progress(config.train.steps, enabled="off") as progress:
             clock.restart()
             state = RunState(Path(run_dir), config.train.steps, progress.warn_once)
-            loop = TrainingLoop(components=parts, folder=RunFolder(run_dir), run=run, progress=progress, state=state)
+            loop = TrainingLoop(
+                components=parts,
+                folder=RunFolder(run_dir),
+                run=run,
+                progress=progress,
+                state=state,
+                guard=Guard(config),
+            )
             loop.run_steps()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     clock.write(result_path, prompts=prompts, versions=versions)

@@ -130,8 +130,8 @@ def test_what_the_kernels_write_in_16_bits_is_the_gradient_rounded_once(kind, ex
     rooms = []
     plain = chunk_loop.HeadLogits.gradient_room
 
-    def in_16_bits(self, index):
-        room = plain(self, index)
+    def in_16_bits(self, index, settle):
+        room = plain(self, index, settle)
         rooms.append(None if room is None else torch.zeros(room.shape, dtype=torch.float16))
         return rooms[-1]
 

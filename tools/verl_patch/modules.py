@@ -53,9 +53,14 @@ class Module:
     def imported(self, name: str) -> tuple[str, str] | None:
         """The module and the name there that an import of ours binds `name` to; None where it is bound otherwise."""
         node = self.binding[name].node
-        if not isinstance(node, ast.ImportFrom) or node.module is None or find(node.module) is None:
+        if not isinstance(node, (ast.ImportFrom, ast.If)):  # a lazy package imports its names for type checkers alone
             return None
-        return node.module, next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
+        for part in ast.walk(node):
+            if isinstance(part, ast.ImportFrom) and part.module is not None and find(part.module) is not None:
+                found = next((alias.name for alias in part.names if (alias.asname or alias.name) == name), None)
+                if found is not None:
+                    return part.module, found
+        return None
 
     def text_of(self, statement: Statement, without: set[ast.stmt]) -> list[str]:
         """The statement's lines; of a class, without these methods."""

@@ -31,6 +31,10 @@ STAND_INS = {
     ("opd.kernels.few_tokens", "add_few_tokens"): (f"{TREE}.row_level", "absent"),
     ("opd.kernels.few_tokens", "policy_loss"): (f"{TREE}.row_level", "absent"),
     ("opd.kernels.few_tokens", "policy_loss_by_autograd"): (f"{TREE}.row_level", "absent"),
+    ("opd.kernels.eos_groups", "MergedLogits"): (f"{TREE}.row_level", "absent"),
+    ("opd.losses.groups", "merge_tokens"): (f"{TREE}.row_level", "absent"),
+    ("opd.losses.groups", "merge_tokens_"): (f"{TREE}.row_level", "absent"),
+    ("opd.losses.groups", "first_of"): (f"{TREE}.row_level", "absent"),
 }
 """(module, name) → what is copied in its place: shorter, and the same for whole logits and a divergence over the whole vocabulary."""
 CORE = "verl.trainer.ppo.opd_core"

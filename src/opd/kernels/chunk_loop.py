@@ -146,8 +146,9 @@ class TeacherLogits:
     def logits(self, index: slice | Tensor, rows: int, fill: float) -> Teachers:
         """Of the tokens `index`, `rows` in number; masked columns are `fill`. Empty without a teacher that has logits."""
         found = self._logits(index, rows, fill)
-        for _, logits in found:
-            merge_tokens_(logits, self.groups, fill)
+        if self.groups:
+            for _, logits in found:
+                merge_tokens_(logits, self.groups, fill)
         return found
 
     def _logits(self, index: slice | Tensor, rows: int, fill: float) -> Teachers:

@@ -24,7 +24,7 @@ from opd.kernels.spec import (
 )
 from opd.losses import Objective, entropy, mix_losses, mix_teachers, student_diagnostics, to_logp, token_diagnostics
 from opd.losses._shapes import Float, Int
-from opd.losses.groups import Groups, merge_tokens
+from opd.losses.groups import merge_tokens
 from opd.types import AnyTarget, DenseTarget, SampledTarget, Target, TeacherMixture, TopKTarget
 
 
@@ -105,7 +105,7 @@ def _merged(rows: RowSpec, logits: Tensor, target: AnyTarget | None) -> tuple[Ro
     return rows.with_first_ids(), merge_tokens(logits, groups), target
 
 
-def _dense_merged(target: Any, groups: Groups) -> Any:
+def _dense_merged(target: Any, groups: Sequence[Sequence[int]]) -> Any:
     return DenseTarget(logits=merge_tokens(target.logits, groups)) if isinstance(target, DenseTarget) else target
 
 

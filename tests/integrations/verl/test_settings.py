@@ -46,9 +46,8 @@ def test_the_config_group_holds_every_key_and_its_default():
     section = group()
     assert {k: section.pop(k) for k in CONCEPT} == dict.fromkeys(CONCEPT)
     objective = section.pop("objective")
-    assert {**objective, "always_include": tuple(objective["always_include"])} == {
-        k: getattr(Objective(), k) for k in OBJECTIVE_KEYS
-    }
+    lists = {key: tuple(objective[key]) for key in ("always_include", "eos_groups")}
+    assert {**objective, **lists} == {k: getattr(Objective(), k) for k in OBJECTIVE_KEYS}
     assert section.pop("teacher") == defaults(TeacherSettings) | {"model": None}
     assert section.pop("teachers") == {}
     assert section.pop("mixture") == defaults(MixtureSettings) | {"weights": {}}

@@ -38,6 +38,7 @@ class Objective:
     baseline: ClassVar[str] = "none"
     teacher_logp_floor: ClassVar[None] = None
     top_k: ClassVar[int] = 64
+    eos_groups: ClassVar[tuple[tuple[int, ...], ...]] = ()
 
     def __post_init__(self) -> None:
         for name, (default, readers) in READ_BY.items():
