@@ -70,7 +70,7 @@ CASES = (
     _case("reverse KL beside a reward", **REWARD),
     _case("sampling at 0.7", rollout__temperature=0.7),
     _case("groups of 4", train__samples_per_prompt=4, train__prompts_per_step=16),
-    _case("two updates a batch of half the size", train__prompts_per_step=32, seed=7),
+    _case("half the batch, seed 7", train__prompts_per_step=32, seed=7),
     _case("rate 25 times too high", True, optimizer__lr=0.05),
     _case("rate 250 times too high", True, optimizer__lr=0.5),
     _case("rate 50 times too high, forward KL", True, optimizer__lr=0.1, objective__divergence="forward_kl"),
