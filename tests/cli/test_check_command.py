@@ -91,7 +91,7 @@ def asked(folder: Path, data: Mapping[str, Any], *words: str) -> Answer:
 
 
 def texts_of(data: Mapping[str, Any], level: str) -> list[str]:
-    return [f"{one.check}: {one.text}" for one in examine(check(data)).findings if one.level == level]
+    return [f"{one.name}: {one.seen}" for one in examine(check(data)).checks if one.verdict == level]
 
 
 def test_a_healthy_recipe_is_green_without_torch(desk: Path, tmp_path: Path):

@@ -14,10 +14,10 @@ from opd.config.recipe import check
 from opd.config.run import RunSettings
 from opd.config.words import merge
 from opd.doctor import memory
+from opd.doctor.check import Check
 from opd.doctor.device_memory import device_memory
-from opd.doctor.finding import Finding
 from opd.doctor.memory import Memory, StepSizes
-from opd.doctor.memory_findings import memory_findings
+from opd.doctor.memory_checks import memory_checks
 from opd.doctor.model_shape import ModelShape, shape_of
 from opd.kernels import spec
 from opd.testing import tiny_causal_lm
@@ -234,32 +234,32 @@ def test_the_shape_of_a_config_is_that_of_the_model():
     assert all("wte" not in name and "wpe" not in name for name in shape.hidden_matrices)
 
 
-def findings(limit: float, **more: object) -> Finding:
+def findings(limit: float, **more: object) -> Check:
     peak = estimated(**more)["cpu"].peak
-    (found,) = memory_findings(settings(**more), {"student": SHAPE, "teacher": SHAPE}, 3, {"cpu": int(limit * peak)})
+    (found,) = memory_checks(settings(**more), {"student": SHAPE, "teacher": SHAPE}, 3, {"cpu": int(limit * peak)})
     return found
 
 
 @pytest.mark.parametrize(("limit", "level"), [(1.2, "green"), (1.1, "yellow"), (0.9, "yellow"), (0.8, "red")])
 def test_what_is_near_the_limit_is_yellow_and_what_is_far_above_it_red(limit: float, level: str):
     found = findings(limit, train__tokens_per_microbatch=28)
-    assert found.level == level
-    assert found.text.startswith("cpu needs about") and "in the update (" in found.text
+    assert found.verdict == level
+    assert found.seen.startswith("cpu needs about") and "in the update (" in found.seen
 
 
 def test_the_advised_micro_batch_fits():
     run = {"train__tokens_per_microbatch": 28}
     one_less = estimated(train__tokens_per_microbatch=21)["cpu"].peak
-    (found,) = memory_findings(settings(**run), {"student": SHAPE, "teacher": SHAPE}, 3, {"cpu": one_less})
-    assert "The largest train.tokens_per_microbatch that fits is 21" in found.text
-    assert "No train.tokens_per_microbatch is small enough" in findings(0.1, **run).text
+    (found,) = memory_checks(settings(**run), {"student": SHAPE, "teacher": SHAPE}, 3, {"cpu": one_less})
+    assert "The largest train.tokens_per_microbatch that fits is 21" in found.seen
+    assert "No train.tokens_per_microbatch is small enough" in findings(0.1, **run).seen
 
 
 def test_where_sampling_needs_most_the_advice_is_about_sampling():
     wide = replace(SHAPE, vocabulary=100_000)
     sampling = {"train__samples_per_prompt": 100, "train__tokens_per_microbatch": 7}
-    (found,) = memory_findings(settings(**sampling), {"student": wide, "teacher": wide}, 3, {"cpu": 1})
-    assert "Lower rollout.batch_size=256" in found.text
+    (found,) = memory_checks(settings(**sampling), {"student": wide, "teacher": wide}, 3, {"cpu": 1})
+    assert "Lower rollout.batch_size=256" in found.seen
 
 
 def test_the_memory_of_this_machine_is_found():

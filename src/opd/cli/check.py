@@ -19,7 +19,6 @@ reads them, special tokens included; what only one of two models reads stands in
 
 Exits with 0 when all is green, with 1 when something is yellow (a run would start, and may not do what is meant), and with 2 when
 something is red (a run would be refused). It takes the arguments of opd train, and starts nothing."""
-CODES = {"green": 0, "yellow": 1, "red": 2}
 COLOURS = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m"}
 PLAIN = "\x1b[0m"
 
@@ -29,28 +28,29 @@ def run(args: Sequence[str]) -> int:
         print(HELP)
         return 0
     from opd.config.recipe import check, words_of
+    from opd.doctor.check import EXIT_CODES
     from opd.doctor.quick import examine
 
     try:
         recipe, overrides = _read(args)
         settings = check(words_of(recipe, overrides))
     except OpdError as error:
-        error.exit_code = CODES["red"]
+        error.exit_code = EXIT_CODES["red"]
         raise
     examined = examine(settings)
     show(examined)
-    return CODES[examined.level]
+    return EXIT_CODES[examined.verdict]
 
 
 def show(examined: Examined) -> None:
-    """Print the findings as lines of level, check and text, then the prompts, then the worst level."""
+    """Print the checks as lines of verdict, name and what was seen, then the prompts, then the worst verdict."""
     coloured = sys.stdout.isatty()
-    for finding in examined.findings:
-        level = f"{finding.level:<6}"
-        level = f"{COLOURS[finding.level]}{level}{PLAIN}" if coloured else level
-        print(f"{level}  {finding.check:<10}  {printable(finding.text)}")
+    for one in examined.checks:
+        verdict = f"{one.verdict:<6}"
+        verdict = f"{COLOURS[one.verdict]}{verdict}{PLAIN}" if coloured else verdict
+        print(f"{verdict}  {one.name:<10}  {printable(one.seen)}")
     _show_prompts(examined.rendered)
-    print(f"\n{examined.level}")
+    print(f"\n{examined.verdict}")
 
 
 def _show_prompts(rendered: Sequence[Rendered]) -> None:

@@ -34,3 +34,13 @@ class PromptsConfig(Section, key="prompts"):
     """A new order every epoch, from the seed."""
     limit: int | None = None
     """Use only the first rows."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The names of the columns, as `load_prompts` takes them."""
+        return {
+            "prompt_column": self.prompt_column,
+            "answer_column": self.answer_column,
+            "response_column": self.response_column,
+            "teacher_column": self.teacher_column,
+        }

@@ -6,7 +6,7 @@ from dataclasses import field, replace
 
 from opd.config.guard import GuardConfig
 from opd.config.loss_rules import check_kept_rollouts, check_on_policy, check_rewarded_rollouts
-from opd.config.model import StudentConfig
+from opd.config.model import ModelConfig, StudentConfig
 from opd.config.optimizer import OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import RewardConfig, RlConfig
@@ -17,6 +17,11 @@ from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfi
 from opd.config.vllm import MAX_VLLM_TEMPERATURE
 from opd.errors import require
 from opd.losses.settings import ObjectiveSettings
+
+
+def teacher_key(name: str) -> str:
+    """The teacher's section in a recipe."""
+    return name if name == "teacher" else f"teachers.{name}"
 
 
 class RunSettings(Section):
@@ -89,6 +94,11 @@ class RunSettings(Section):
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """Every teacher by name; one alone is called 'teacher'."""
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+    @property
+    def all_models(self) -> dict[str, ModelConfig]:
+        """The student and every teacher by their sections: student, teacher or teachers.NAME."""
+        return {"student": self.student, **{teacher_key(name): one for name, one in self.all_teachers.items()}}
 
     def _check_natural_gradient(self) -> None:
         student = self.student

@@ -72,9 +72,7 @@ def _asked_devices(config: Config | None) -> Mapping[str, str]:
     """The devices that a recipe names, by section."""
     if config is None:
         return {}
-    alone = config.teacher is not None
-    teachers = {("teacher" if alone else f"teachers.{name}"): one.device for name, one in config.all_teachers.items()}
-    return {"student": config.student.device, **teachers}
+    return {role: one.device for role, one in config.all_models.items()}
 
 
 def _absent(device: str, count: int) -> bool:

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from opd.config.model import LoadOptionsConfig
-from opd.config.run import RunSettings
+from opd.config.run import RunSettings, teacher_key
 from opd.doctor.model_shape import ModelShape
-from opd.doctor.reading import teacher_key
 
 FLOAT32 = 4
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.config.model import ModelConfig
-from opd.config.run import RunSettings
+from opd.config.run import RunSettings, teacher_key
 from opd.data.chat import left_out_notices
 from opd.data.prompts import load_prompts, unread_columns
 from opd.data.rendering import Renderer
+from opd.doctor.check import Check, Verdict, worst
 from opd.doctor.checks import check_rows, notices, served_notes
 from opd.doctor.device_memory import device_memory
-from opd.doctor.finding import Finding, Level
-from opd.doctor.memory_findings import memory_findings
+from opd.doctor.memory_checks import memory_checks
 from opd.doctor.model_shape import ModelShape, model_shape, stored_shapes
 from opd.doctor.paths import check_paths
-from opd.doctor.reading import check_reading, check_text, teacher_key
+from opd.doctor.reading import check_reading, check_text
 from opd.doctor.renderers import make_renderer
 from opd.doctor.without_torch import transformers_without_torch
 from opd.errors import OpdError
@@ -49,9 +49,9 @@ class Rendered:
 
 @dataclass(kw_only=True)
 class Examined:
-    """All findings, in order, and the prompts shown."""
+    """All checks, in order, and the prompts shown."""
 
-    findings: list[Finding] = field(default_factory=list[Finding])
+    checks: list[Check] = field(default_factory=list[Check])
     rendered: list[Rendered] = field(default_factory=list[Rendered])
     shapes: dict[str, ModelShape] = field(default_factory=dict[str, ModelShape])
     """By section: student, teacher or teachers.NAME."""
@@ -59,21 +59,21 @@ class Examined:
     """In the student's tokens; None where it could not be rendered."""
 
     @property
-    def level(self) -> Level:
-        levels = {finding.level for finding in self.findings}
-        return "red" if "red" in levels else "yellow" if "yellow" in levels else "green"
+    def verdict(self) -> Verdict:
+        """The worst of all."""
+        return worst(self.checks)
 
     def say(self, check: str, text: str, warnings: Iterable[str] = ()) -> None:
         """A green finding, and a yellow one for each warning."""
-        self.findings.append(Finding(level="green", check=check, text=text))
-        self.findings += [Finding(level="yellow", check=check, text=warning) for warning in warnings]
+        self.checks.append(Check(name=check, verdict="green", seen=text))
+        self.checks += [Check(name=check, verdict="yellow", seen=warning) for warning in warnings]
 
     def attempt(self, check: str, step: Callable[[], None]) -> bool:
         """Run one check; its OpdError is a red finding, and False."""
         try:
             step()
         except OpdError as error:
-            self.findings.append(Finding(level="red", check=check, text=str(error)))
+            self.checks.append(Check(name=check, verdict="red", seen=str(error)))
             return False
         return True
 
@@ -92,12 +92,12 @@ def examine(settings: RunSettings) -> Examined:
     """Every check of a recipe whose keys and values are right. A check that needs what another one refused is left out."""
     seen = Examined()
     seen.say("recipe", "keys and values are right", notices(settings))
-    seen.findings += [Finding(level="green", check="recipe", text=f"note: {note}") for note in served_notes(settings)]
+    seen.checks += [Check(name="recipe", verdict="green", seen=f"note: {note}") for note in served_notes(settings)]
     if not seen.attempt("files", lambda: check_paths(settings)):
         return seen
     prompts: list[Prompt] = []
     read = seen.attempt("prompts", lambda: prompts.extend(_prompts(settings, seen)))
-    models = {"student": settings.student, **{teacher_key(n): t for n, t in settings.all_teachers.items()}}
+    models = settings.all_models
     quick = all(stored_shapes(one.model, one.revision) for one in models.values() if one.model)
     with transformers_without_torch() if quick else nullcontext():
         readers: dict[str, _Reader] = {}
@@ -109,19 +109,13 @@ def examine(settings: RunSettings) -> Examined:
         if len(readers) == len(models):
             _compare(settings, seen, readers, prompts if read else [])
     if "student" in seen.shapes and seen.longest_prompt is not None:
-        seen.findings += memory_findings(settings, seen.shapes, seen.longest_prompt, device_memory())
+        seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, device_memory())
     return seen
 
 
 def _prompts(settings: RunSettings, seen: Examined) -> list[Prompt]:
     section, said = settings.prompts, list[str]()
-    columns: dict[str, Any] = {
-        "prompt_column": section.prompt_column,
-        "answer_column": section.answer_column,
-        "response_column": section.response_column,
-        "teacher_column": section.teacher_column,
-        "say": said.append,
-    }
+    columns: dict[str, Any] = {**section.columns, "say": said.append}
     prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
     said += unread_columns(prompts, section.path, f"{section.teacher_prompt} {section.prompt_column}")
     held_out: list[Prompt] = []

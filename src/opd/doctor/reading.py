@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from opd.config.run import RunSettings
+from opd.config.run import RunSettings, teacher_key
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
 from opd.errors import ModelError
@@ -52,11 +52,6 @@ def check_reading(
 def evenly_spaced(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     """LOOKED_AT of the prompts, or all of fewer."""
     return prompts[:: max(1, len(prompts) // LOOKED_AT)][:LOOKED_AT]
-
-
-def teacher_key(name: str) -> str:
-    """The teacher's section in a recipe."""
-    return name if name == "teacher" else f"teachers.{name}"
 
 
 # --- text in, text out ------------------------------------------------------------------------------------------------

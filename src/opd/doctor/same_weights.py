@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from opd.config import Config
+from opd.config.run import teacher_key
 from opd.data.rendering import Renderer
-from opd.doctor.reading import EXCERPT, ReadingModel, evenly_spaced, teacher_key
+from opd.doctor.reading import EXCERPT, ReadingModel, evenly_spaced
 from opd.quantized import entries
 from opd.types import Prompt
 

@@ -8,10 +8,11 @@ from functools import partial
 
 from opd.config import Config, VllmConfig
 from opd.config.rollout import DEFAULT_IMPORTANCE_CAP
+from opd.config.run import teacher_key
 from opd.doctor.check import Check, Examination, failed, run_checks, skipped
 from opd.doctor.device_memory import device_memory
 from opd.doctor.machine import check_machine
-from opd.doctor.memory_findings import memory_findings
+from opd.doctor.memory_checks import memory_checks
 from opd.doctor.model_shape import model_shape
 from opd.doctor.reads import check_template, check_vocabulary
 from opd.errors import DataError, OpdError, VocabularyError
@@ -120,7 +121,9 @@ def _templates(look: FirstLook) -> list[Check]:
         return [skipped("template", "The recipe has no teacher with a tokenizer.")]
     shown_more = parts.config.prompts.teacher_prompt is not None
     return [
-        check_template(parts.renderer, one.renderer, look.prompts_of(name), role=role_of(name), shown_more=shown_more)
+        check_template(
+            parts.renderer, one.renderer, look.prompts_of(name), role=teacher_key(name), shown_more=shown_more
+        )
         for name, one in readers.items()
     ]
 
@@ -128,25 +131,10 @@ def _templates(look: FirstLook) -> list[Check]:
 def _memory(look: FirstLook, limits: Mapping[str, int]) -> list[Check]:
     """The estimate of `opd check`, with the longest of the prompts that are answered."""
     config = look.parts.config
-    models = {"student": config.student, **{role_of(name): one for name, one in config.all_teachers.items()}}
     shapes = {
         role: model_shape(one.model, role, revision=one.revision, trust_remote_code=one.trust_remote_code)
-        for role, one in models.items()
+        for role, one in config.all_models.items()
         if one.model
     }
     longest = max(len(look.parts.renderer.prompt_ids(prompt)) for prompt in look.prompts)
-    return [
-        Check(
-            name="memory",
-            verdict=finding.level,
-            seen=finding.text,
-            why="" if finding.level == "green" else "A run that does not fit ends in its first step, or its second.",
-            mend="" if finding.level == "green" else "train.tokens_per_microbatch, or a key that the estimate names",
-        )
-        for finding in memory_findings(config, shapes, longest, limits)
-    ]
-
-
-def role_of(name: str) -> str:
-    """The teacher's section in a recipe."""
-    return name if name == "teacher" else f"teachers.{name}"
+    return memory_checks(config, shapes, longest, limits)

@@ -299,13 +299,7 @@ class RunComponents:
         """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""
         config, section, given = self.config, self.config.prompts, self._given
         said: list[str] = []
-        columns: dict[str, Any] = {
-            "prompt_column": section.prompt_column,
-            "answer_column": section.answer_column,
-            "response_column": section.response_column,
-            "teacher_column": section.teacher_column,
-            "say": said.append,
-        }
+        columns: dict[str, Any] = {**section.columns, "say": said.append}
         elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
         path, evaluated = section.path, section.eval_path
         self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)

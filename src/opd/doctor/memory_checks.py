@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from opd.config.run import RunSettings
-from opd.doctor.finding import Finding
+from opd.doctor.check import Check
 from opd.doctor.memory import Memory, estimate, largest_microbatch
 from opd.doctor.model_shape import ModelShape
 
@@ -14,30 +14,36 @@ GIB = 1 << 30
 NAMED = 4  # parts of the peak in one line
 
 
-def memory_findings(
+def memory_checks(
     settings: RunSettings, shapes: Mapping[str, ModelShape], prompt_tokens: int, limits: Mapping[str, int]
-) -> list[Finding]:
-    """One finding for each device: red where the estimate is above the device's memory (bytes) by more than its error, yellow where it
+) -> list[Check]:
+    """One check for each device: red where the estimate is above the device's memory (bytes) by more than its error, yellow where it
     is within its error of it. `prompt_tokens` are those of the longest prompt."""
     gpus = sum(name.startswith("cuda") for name in limits)
     found = estimate(settings, shapes, prompt_tokens, gpus=gpus)
     largest = largest_microbatch(settings, shapes, prompt_tokens, limits, gpus=gpus)
-    return [_finding(settings, device, memory, limits.get(device), largest) for device, memory in found.items()]
+    return [_check(settings, device, memory, limits.get(device), largest) for device, memory in found.items()]
 
 
-def _finding(settings: RunSettings, device: str, memory: Memory, limit: int | None, largest: int | None) -> Finding:
+def _check(settings: RunSettings, device: str, memory: Memory, limit: int | None, largest: int | None) -> Check:
     parts = {**memory.always, **memory.phases.get(memory.phase, {})}
     most = sorted(parts.items(), key=lambda part: -part[1])[:NAMED]
     text = f"{device} needs about {_gib(memory.peak)}"
     text += f" in the {memory.phase}" if memory.phase else ""
     text += f" ({', '.join(f'{name} {_gib(size)}' for name, size in most)})"
     if limit is None:
-        return Finding(level="green", check="memory", text=f"{text}; how much there is cannot be told here")
+        return Check(name="memory", verdict="green", seen=f"{text}; how much there is cannot be told here")
     text += f" of {_gib(limit)}"
     if memory.peak < (1 - ERROR) * limit:
-        return Finding(level="green", check="memory", text=text)
-    level = "red" if memory.peak > (1 + ERROR) * limit else "yellow"
-    return Finding(level=level, check="memory", text=f"{text}. {_advice(settings, memory.phase, largest)}")
+        return Check(name="memory", verdict="green", seen=text)
+    verdict = "red" if memory.peak > (1 + ERROR) * limit else "yellow"
+    return Check(
+        name="memory",
+        verdict=verdict,
+        seen=f"{text}. {_advice(settings, memory.phase, largest)}",
+        why="A run that does not fit ends in its first step, or its second.",
+        mend="train.tokens_per_microbatch, or a key that the estimate names",
+    )
 
 
 def _advice(settings: RunSettings, phase: str, largest: int | None) -> str:
