@@ -189,3 +189,20 @@ def test_a_head_that_is_stored_and_tied_counts_once(tmp_path: Path):
     stored = load_file(tmp_path / "model.safetensors")
     save_file({**stored, "lm_head.weight": torch.zeros(13, 32)}, tmp_path / "model.safetensors")
     assert model_shape(str(tmp_path), "student").parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_gpu_that_is_not_here_can_be_asked_about(desk: Path, tmp_path: Path):
+    answer = asked(tmp_path, recipe(desk, "student", "teacher", "texts"), "--gpu-memory", "24")
+    assert answer.code == 0
+    assert "memory      cuda:0 needs about" in answer.out and "of 24.00 GiB" in answer.out
+
+
+def test_a_run_that_such_a_gpu_cannot_hold_is_red(desk: Path, tmp_path: Path):
+    answer = asked(tmp_path, recipe(desk, "student", "teacher", "texts"), "--gpu-memory=0.0001")
+    assert answer.code == 2 and "red     memory      cuda:0 needs" in answer.out
+
+
+@pytest.mark.parametrize("given", ["", "80GB", "24,", "0", "-1", "nan"])
+def test_what_is_no_gpu_memory_is_refused(desk: Path, tmp_path: Path, given: str):
+    answer = asked(tmp_path, recipe(desk, "student", "teacher", "texts"), "--gpu-memory", given)
+    assert answer.code == 2 and "write one number for each" in answer.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,16 +12,20 @@ from opd.errors import ConfigError, OpdError, printable
 if TYPE_CHECKING:
     from opd.doctor.quick import Examined, Rendered
 
-USAGE = "opd check RECIPE.yaml [--section.key value …]"
+USAGE = "opd check RECIPE.yaml [--gpu-memory GIB[,GIB…]] [--section.key value …]"
+GPU_MEMORY = "--gpu-memory"
 HELP = f"""usage: {USAGE}
 
 Checks a recipe before a weight is loaded: keys, files, columns, tokenizers, templates, lengths, sizes, memory. Shows two prompts as each model
 reads them, special tokens included; what only one of two models reads stands in ⟦ ⟧.
 
 Exits with 0 when all is green, with 1 when something is yellow (a run would start, and may not do what is meant), and with 2 when
-something is red (a run would be refused). It takes the arguments of opd train, and starts nothing."""
+something is red (a run would be refused). It takes the arguments of opd train, and starts nothing.
+
+{GPU_MEMORY} 24,24 answers for a machine with two GPUs of 24 GiB, in place of those that are here."""
 COLOURS = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m"}
 PLAIN = "\x1b[0m"
+GIB = 1 << 30
 
 
 def run(args: Sequence[str]) -> int:
@@ -32,12 +37,13 @@ def run(args: Sequence[str]) -> int:
     from opd.doctor.quick import examine
 
     try:
-        recipe, overrides = _read(args)
+        words, gpus = _gpu_memory(args)
+        recipe, overrides = _read(words)
         settings = check(words_of(recipe, overrides))
     except OpdError as error:
         error.exit_code = EXIT_CODES["red"]
         raise
-    examined = examine(settings)
+    examined = examine(settings, gpus=gpus)
     show(examined)
     return EXIT_CODES[examined.verdict]
 
@@ -62,6 +68,29 @@ def _show_prompts(rendered: Sequence[Rendered]) -> None:
         print(f"\nprompt {one.prompt}, as {who} reads it:")
         for line in quoted("", one.text):
             print(printable(line))
+
+
+def _gpu_memory(args: Sequence[str]) -> tuple[list[str], list[int] | None]:
+    """The other arguments, and bytes of every GPU that is asked about; None is the GPUs of this machine."""
+    words, given = list[str](), None
+    rest = iter(args)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == GPU_MEMORY:
+            given = value if equals else next(rest, "")
+        else:
+            words.append(word)
+    if given is None:
+        return words, None
+    try:
+        sizes = [float(size) for size in given.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(0 < size < math.inf for size in sizes):
+        raise ConfigError(
+            f"{GPU_MEMORY}={given!r} is not the memory of GPUs in GiB; write one number for each, e.g. {GPU_MEMORY} 24,24."
+        )
+    return words, [int(size * GIB) for size in sizes]
 
 
 def _read(args: Sequence[str]) -> tuple[str | None, list[str]]:

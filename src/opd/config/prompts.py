@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opd.config.sections import Section
+from opd.errors import require
 
 
 class PromptsConfig(Section, key="prompts"):
@@ -30,17 +31,27 @@ class PromptsConfig(Section, key="prompts"):
     """System message put before chat prompts that have none."""
     teacher_prompt: str | None = None
     """Jinja template of what the teacher reads in place of the prompt; may use any column, e.g. "{{ prompt }} (answer: {{ answer }})"."""
+    user_message: str | None = None
+    """Jinja template of the user's message, over any column, e.g. "{{ question }} Put the final number in \\boxed{}."; every prompt is
+    then a chat with this one message, and prompt_column is not read."""
     shuffle: bool = True
     """A new order every epoch, from the seed."""
     limit: int | None = None
     """Use only the first rows."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.user_message is None or self.prompt_column == "prompt",
+            f"prompts.user_message writes the prompt, so that prompts.prompt_column='{self.prompt_column}' is not read; drop one.",
+        )
+
     @property
-    def columns(self) -> dict[str, str]:
+    def columns(self) -> dict[str, str | None]:
         """The names of the columns, as `load_prompts` takes them."""
         return {
             "prompt_column": self.prompt_column,
             "answer_column": self.answer_column,
             "response_column": self.response_column,
             "teacher_column": self.teacher_column,
+            "user_message": self.user_message,
         }

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from opd.data.messages import content_text
 from opd.data.rendering import Renderer
-from opd.data.values import plain
-from opd.errors import ConfigError, DataError
+from opd.data.row_template import RowTemplate
+from opd.errors import DataError
 from opd.types import Prompt
 
 if TYPE_CHECKING:
@@ -30,17 +30,8 @@ class PrivilegedRenderer(Renderer):
     ) -> None:
         """`template` is Jinja. It sees `prompt` (the text that it replaces), `answer`, `response`, `teacher`, and every other
         column of the row by its name. Raises ConfigError for a template with a syntax error."""
-        from jinja2 import StrictUndefined, TemplateSyntaxError
-        from jinja2.sandbox import SandboxedEnvironment
-
         super().__init__(tokenizer, name=name, chat_template_kwargs=chat_template_kwargs, system=system)
-        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        try:
-            self._template = environment.from_string(template)
-        except TemplateSyntaxError as error:
-            raise ConfigError(
-                f"prompts.teacher_prompt is not a Jinja template: {error}. Write fields of the row as {{{{ answer }}}}."
-            ) from error
+        self._template = RowTemplate(template, key="prompts.teacher_prompt", example="answer")
         self._rewritten: dict[int, tuple[Prompt, Prompt]] = {}
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -65,11 +56,4 @@ class PrivilegedRenderer(Renderer):
 
     def _filled(self, prompt: Prompt, text: str) -> str:
         own = {"answer": prompt.answer, "response": prompt.response, "teacher": prompt.teacher}
-        fields = plain({**prompt.metadata, **own})
-        try:
-            return self._template.render({**fields, "prompt": text})
-        except Exception as error:  # somebody else's template: anything that Python can raise
-            raise DataError(
-                f"prompts.teacher_prompt cannot be filled in for prompt {prompt.index}: {error}. The row has "
-                f"{', '.join(sorted({*fields, 'prompt'}))}; add the field to every row, or guard it with {{% if … is defined %}}."
-            ) from error
+        return self._template.filled({**prompt.metadata, **own, "prompt": text}, f"prompt {prompt.index}")

@@ -12,15 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
 from opd.data.messages import Message, canonical, check_text, content_text, read_arguments, read_messages
+from opd.data.row_template import RowTemplate
 from opd.data.rows import given_rows, lookup, read_rows
 from opd.data.values import is_list, is_mapping, items_of, plain, type_name
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
+
+_PromptParts = tuple[str | None, tuple[Message, ...] | None, tuple[Message, ...]]
+_Asked = Callable[[str, Mapping[str, Any]], _PromptParts]
+"""What reads the prompt of a row, whose place comes first."""
 
 PROMPT_LIKE = (
     "system",
@@ -44,6 +49,7 @@ def load_prompts(
     answer_column: str = "answer",
     response_column: str = "response",
     teacher_column: str = "teacher",
+    user_message: str | None = None,
     split: str = "train",
     limit: int | None = None,
     rows: Iterable[Any] | None = None,
@@ -51,20 +57,25 @@ def load_prompts(
 ) -> list[Prompt]:
     """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
 
-    A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The
-    columns `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns
-    without a role become metadata. `split` chooses among the splits of a data set that has them; `limit` keeps the first rows.
-    `rows` are read in place of a file, and `path` is then their name in messages: objects with these columns, or texts.
-    `say` receives a sentence about each thing that rows hold and prompts do not.
+        A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. The
+        columns `tools`, `documents` and `chat_template_kwargs` go to the chat template. `a.b` names a field of an object. Columns
+    XX chooses among the splits of a data set that has them; `limit` keeps the first rows.
+        `rows` are read in place of a file, and `path` is then their name in messages: objects with these columns, or texts.
+        `say` receives a sentence about each thing that rows hold and prompts do not.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no prompts; use 1 or more, or leave it out for all rows.")
     optional = {"answer": answer_column, "response": response_column, "teacher": teacher_column}
+    asked: _Asked = partial(_read_prompt, column=prompt_column)
+    if user_message is not None:
+        asked = partial(
+            _user_message, template=RowTemplate(user_message, key="prompts.user_message", example="question")
+        )
     source = read_rows(path, split) if rows is None else given_rows(rows, path, prompt_column)
     found: list[_PromptRow] = []
     seen: set[str] = set()
     for index, (place, row) in enumerate(islice(source, limit)):
-        found.append(_read(index, place, row, prompt_column, optional))
+        found.append(_read(index, place, row, asked, prompt_column, optional))
         for column in optional.values():
             seen |= _names(row, column)
     if not found:
@@ -141,9 +152,9 @@ class _PromptRow:
 
 
 def _read(
-    index: int, place: str, row: Mapping[str, Any], prompt_column: str, optional: Mapping[str, str]
+    index: int, place: str, row: Mapping[str, Any], asked: _Asked, prompt_column: str, optional: Mapping[str, str]
 ) -> _PromptRow:
-    text, messages, answered = _read_prompt(place, row, prompt_column)
+    text, messages, answered = asked(place, row)
     found = {role: lookup(row, column) for role, column in optional.items()}
     arguments, errors = read_arguments(row)
     response = _optional_text(_response(found["response"][1]), place, optional["response"])
@@ -165,15 +176,22 @@ def _read(
     )
 
 
-def _read_prompt(
-    place: str, row: Mapping[str, Any], column: str
-) -> tuple[str | None, tuple[Message, ...] | None, tuple[Message, ...]]:
+def _user_message(place: str, row: Mapping[str, Any], template: RowTemplate) -> _PromptParts:
+    text = check_text(template.filled(row, place), place, template.key)
+    if not text.strip():
+        raise DataError(
+            f"{place}: {template.key} gives an empty message, so there is nothing to answer; remove the row."
+        )
+    return None, ({"role": "user", "content": text},), ()
+
+
+def _read_prompt(place: str, row: Mapping[str, Any], column: str) -> _PromptParts:
     """Text, or messages and the assistant's messages after them."""
     there, value = lookup(row, column)
     if not there:
         raise DataError(
             f"{place} has no column {column!r}.{_columns_hint(column, _names(row, column))} "
-            "Set prompt_column to the one that holds the prompt."
+            "Set prompt_column to the one that holds the prompt, or write the user's message with prompts.user_message."
         )
     value = plain(value) if isinstance(value, bytes) else value
     if is_mapping(value) and is_list(value.get("role", value.get("from"))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 MIB = 1 << 20
@@ -12,10 +13,11 @@ QUERY_TIMEOUT_S = 5.0
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def device_memory() -> dict[str, int]:
+def device_memory(gpus: Sequence[int] | None = None) -> dict[str, int]:
     """Bytes by device: what the CPU has free, within the limit of a container, and what every NVIDIA GPU has in all. A device whose
-    memory cannot be told is left out."""
-    found = {f"cuda:{index}": size * MIB for index, size in enumerate(_gpus())}
+    memory cannot be told is left out. `gpus` are taken in place of the GPUs of this machine."""
+    sizes = [size * MIB for size in _gpus()] if gpus is None else gpus
+    found = {f"cuda:{index}": size for index, size in enumerate(sizes)}
     free = _free()
     return found if free is None else {"cpu": free, **found}
 

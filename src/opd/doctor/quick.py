@@ -88,8 +88,9 @@ class _Reader:
     eos: tuple[int, ...]
 
 
-def examine(settings: RunSettings) -> Examined:
-    """Every check of a recipe whose keys and values are right. A check that needs what another one refused is left out."""
+def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Examined:
+    """Every check of a recipe whose keys and values are right. A check that needs what another one refused is left out. `gpus` are
+    bytes of GPUs that a run would have in place of those that are here."""
     seen = Examined()
     seen.say("recipe", "keys and values are right", notices(settings))
     seen.checks += [Check(name="recipe", verdict="green", seen=f"note: {note}") for note in served_notes(settings)]
@@ -109,7 +110,7 @@ def examine(settings: RunSettings) -> Examined:
         if len(readers) == len(models):
             _compare(settings, seen, readers, prompts if read else [])
     if "student" in seen.shapes and seen.longest_prompt is not None:
-        seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, device_memory())
+        seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, device_memory(gpus))
     return seen
 
 
@@ -117,7 +118,9 @@ def _prompts(settings: RunSettings, seen: Examined) -> list[Prompt]:
     section, said = settings.prompts, list[str]()
     columns: dict[str, Any] = {**section.columns, "say": said.append}
     prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
-    said += unread_columns(prompts, section.path, f"{section.teacher_prompt} {section.prompt_column}")
+    said += unread_columns(
+        prompts, section.path, f"{section.teacher_prompt} {section.user_message} {section.prompt_column}"
+    )
     held_out: list[Prompt] = []
     if settings.eval.every > 0 and section.eval_path is not None:
         held_out = load_prompts(section.eval_path, split=section.eval_split, limit=settings.eval.prompts, **columns)

@@ -300,7 +300,7 @@ class RunComponents:
         config, section, given = self.config, self.config.prompts, self._given
         said: list[str] = []
         columns: dict[str, Any] = {**section.columns, "say": said.append}
-        elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
+        elsewhere = f"{section.teacher_prompt} {section.user_message} {section.prompt_column}"
         path, evaluated = section.path, section.eval_path
         self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
         said += unread_columns(self._prompts, path, elsewhere)

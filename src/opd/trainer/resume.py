@@ -90,6 +90,7 @@ EFFECTS: dict[str, Effect] = {
             "prompts.answer_column",
             "prompts.response_column",
             "prompts.teacher_column",
+            "prompts.user_message",
             "prompts.limit",
             "rollout.path",
         ),
