@@ -18,7 +18,7 @@ WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast product endurance browser verl verl-patch vllm all-tests environments chromium check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
+.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -63,6 +63,9 @@ check: $(DEV_READY)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(DEV_READY)  ## the documentation as a site, in build/docs; offline, and a warning is an error
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 coverage: $(DEV_READY)  ## `make test` with the share of lines that it runs, by room; `.venv/bin/coverage report -m` lists the lines left out
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=

@@ -105,6 +105,7 @@ measured on CPUs (`benchmarks/results/memory.md`). On a GPU the estimate has not
 
 For your own recipe, also for a card that you do not have yet:
 
+<!-- not run: tests/cli/test_check_command.py runs it -->
 ```
 opd check recipe.yaml --gpu-memory 24          # GiB of each GPU, e.g. 24,24 for two
 ```

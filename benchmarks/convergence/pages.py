@@ -30,7 +30,7 @@ DRAWN = (
     ("grpo16", "adamw"), ("grpo4_warm", "muon"), ("grpo16", DAMPED), ("reverse_kl", "muon"), ("reverse_kl", NATURAL), ("seq_kd", "muon"),
 )  # fmt: skip
 README = FOLDER / "README.md"
-ROOT_README = ROOT / "README.md"
+SOONER = ROOT / "docs" / "sooner.md"
 START, END = "<!-- written by make evidence -->\n", "<!-- end -->\n"
 LAST = 5  # evaluations whose mean is where a run ended
 
@@ -58,7 +58,7 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     (folder / "tables.md").write_text(text)
     _into_readme(README, text.replace("## ", "### "))
     if headline := _headline(main, across):
-        _into_readme(ROOT_README, headline)
+        _into_readme(SOONER, headline)
     if timed_main == timed and main:
         (folder / "curves.svg").write_text(curves(main, DRAWN, seconds))
     if cells := _map_cells(in_all, everywhere):
@@ -73,7 +73,7 @@ def _into_readme(readme: Path, text: str) -> None:
 
 
 def _headline(main: Sequence[Group], across: Sequence[Comparison]) -> str:
-    """The rows that the project's README quotes: the fewest updates of GRPO to 80 %, and distillation in three measures."""
+    """The rows that docs/sooner.md quotes: the fewest updates of GRPO to 80 %, and distillation in three measures."""
     at_80 = _by_arm(c for c in across if c.level == 80)
     full = [g for g in main if is_rl(g.method) and g.reached(80) == len(g.rows)]
     if not at_80 or not full:

@@ -91,10 +91,10 @@ def test_every_way_to_learn_in_the_recipes_readme_is_valid_and_differs_from_the_
     assert len(seen) == len(rows)
 
 
-def test_the_losses_snippet_in_the_readme_runs():
-    (block,) = re.findall(r"## Losses\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_snippet_of_the_losses_alone_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/losses-alone.md").read_text(), re.S)
     names: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "losses-alone.md", "exec"), names)
     assert names["student_logits"].grad.abs().sum() > 0
 
 
@@ -109,16 +109,16 @@ def test_a_setting_that_would_do_nothing_is_refused():
         config(rollout__off_policy="teacher")
 
 
-def test_the_numbers_of_the_loop_benchmark_in_the_readme_are_those_of_its_results():
+def test_the_numbers_of_the_loop_benchmark_in_the_docs_are_those_of_its_results():
     rows = [
         line
         for line in (ROOT / "benchmarks/results/loop.md").read_text().splitlines()
         if re.match(r"\| (small|wide)", line)
     ]
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/speed.md").read_text()
     for row in rows[:4]:
         cells = [re.sub(r" \[.*?\]", "", cell).strip() for cell in row.strip("|").split("|")][2:]
-        assert " | ".join(cells) in readme, f"README lacks {cells}"
+        assert " | ".join(cells) in page, f"docs/speed.md lacks {cells}"
 
 
 def test_an_override_wins_over_the_recipe_and_leaves_the_rest_alone(tmp_path):
