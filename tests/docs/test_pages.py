@@ -135,8 +135,11 @@ def test_links_inside_the_repository_lead_somewhere(page):
 
 
 def anchors(file: Path) -> set[str]:
-    """GitHub's names of the headings."""
-    heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    """GitHub's names of the headings, also of a file that the page includes."""
+    text = file.read_text(encoding="utf-8")
+    for included in re.findall(r"^```\{include\} (\S+)$", text, flags=re.MULTILINE):
+        text += (file.parent / included).read_text(encoding="utf-8")
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
