@@ -28,7 +28,8 @@ myst_enable_extensions = ["deflist", "dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
+python_maximum_signature_line_length = 90
 nitpicky = False
 suppress_warnings = [
     "misc.highlighting_failure"

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from opd.config.run import RunSettings
 from opd.config.sections import hint_of, section_of, sections_by_name
 
+REQUIRED = "required"
 HEAD = """# Every key of a recipe
 
 `opd train --help` prints the same list. A key is written in the recipe, as `train: {steps: 200}`, or on the command line, as
@@ -59,7 +60,7 @@ def default_of(item: Field[Any]) -> str:
     if value is MISSING and item.default_factory is not MISSING:
         value = item.default_factory()
     if value is MISSING:
-        return "required"
+        return REQUIRED
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -94,7 +95,9 @@ def lines_of(place: str, section: type) -> Iterator[str]:
     for item in keys:
         key = f"{place}.{item.name}".lstrip(".")
         hint = spelled(hint_of(section, item.name))
-        yield f"`{key}` — {hint}; default {default_of(item)}\n: {escaped(said.get(item.name, ''))}\n"
+        default = default_of(item)
+        default = default if default == REQUIRED else f"default {default}"
+        yield f"`{key}` — {hint}; {default}\n: {escaped(said.get(item.name, ''))}\n"
 
 
 def escaped(text: str) -> str:
