@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 
-from benchmarks.convergence.report import Arm, Group, Seconds
+from benchmarks.convergence.report import Arm, Group, Seconds, is_rl
 from benchmarks.convergence.store import Row
 from benchmarks.svg import STYLE, Axis
 
 WIDTH, HEIGHT = 380, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 46
-LEGEND_ROW, LEGEND_COLUMNS = 18, 3
-COLOURS = ("#e5a100", "#bc4c00", "#8b0000", "#54aeff", "#0a3069", "#1a7f37", "#8250df", "#6e7781", "#bf3989")
+LEGEND_ROW, LEGEND_COLUMNS = 18, 2
+COLOURS = ("#e69f00", "#d55e00", "#882255", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#6e7781", "#44aa99")
+"""Told apart also without red or green (Okabe and Ito); methods of reinforcement learning are dashed besides."""
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One arm; every seed is drawn."""
+    """One arm: the median of its seeds, and the range between the lowest and the highest."""
 
     group: Group
     colour: str
+
+    @property
+    def dash(self) -> str:
+        return "stroke-dasharray:6 3" if is_rl(self.group.method) else ""
 
 
 def curves(found: Sequence[Group], arms: Sequence[Arm], seconds: Seconds) -> str:
@@ -36,18 +43,21 @@ def curves(found: Sequence[Group], arms: Sequence[Arm], seconds: Seconds) -> str
         ("CPU seconds", lambda g: seconds[g.cell, g.method, g.optimizer]),
     ]
     legend = math.ceil(len(lines) / LEGEND_COLUMNS) * LEGEND_ROW + 10
+    column = len(measures) * WIDTH / LEGEND_COLUMNS
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(measures) * WIDTH} {HEIGHT + legend}" role="img" '
         'aria-label="Share of the teacher\'s gain against updates, rollouts and CPU seconds">',
         f"<style>{STYLE}</style>",
     ]
+    title = "Share of the teacher's gain: median of the seeds, and the range between the lowest and the highest"
+    out.append(f'<text class="t" x="{LEFT}" y="18">{escape(title)}</text>')
     for i, (name, factor) in enumerate(measures):
         out += [f'<g transform="translate({i * WIDTH},0)">', *_panel(lines, name, factor), "</g>"]
     for i, line in enumerate(lines):
-        x = LEFT + (i % LEGEND_COLUMNS) * WIDTH
+        x = LEFT + (i % LEGEND_COLUMNS) * column
         y = HEIGHT + (i // LEGEND_COLUMNS) * LEGEND_ROW + 8
         out.append(
-            f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" style="stroke:{line.colour};stroke-width:2.5"/>'
+            f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" style="stroke:{line.colour};stroke-width:2.5;{line.dash}"/>'
         )
         out.append(f'<text x="{x + 28}" y="{y}">{escape(line.group.title)}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
@@ -57,7 +67,6 @@ def _panel(lines: Sequence[Line], name: str, factor: Callable[[Group], float]) -
     last = max(factor(line.group) * row.curve.steps[-1] for line in lines for row in line.group.rows)
     first = min(factor(line.group) for line in lines)
     x = Axis(first, last * 1.1, LEFT, WIDTH - RIGHT)
-    yield f'<text class="t" x="{LEFT}" y="18">Share of the teacher\'s gain</text>'
     for tick in x.ticks():
         yield f'<line x1="{x.at(tick):.1f}" x2="{x.at(tick):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         if _leading(tick) in "15" or x.high / x.low < 100:
@@ -67,8 +76,7 @@ def _panel(lines: Sequence[Line], name: str, factor: Callable[[Group], float]) -
         yield f'<text class="s" text-anchor="end" x="{LEFT - 6}" y="{_height(share) + 4:.1f}">{share:g}</text>'
     yield f'<text class="s" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}">{name}</text>'
     for line in lines:
-        for row in line.group.rows:
-            yield _path(row, line.colour, lambda step, g=line.group: x.at(step * factor(g)))
+        yield from _drawn(line, lambda step, g=line.group: x.at(step * factor(g)))
 
 
 def _leading(tick: float) -> str:
@@ -79,12 +87,33 @@ def _height(share: float) -> float:
     return HEIGHT - BOTTOM - max(-0.02, min(1.05, share)) / 1.05 * (HEIGHT - BOTTOM - TOP)
 
 
-def _path(row: Row, colour: str, at: Callable[[float], float]) -> str:
+def _drawn(line: Line, at: Callable[[float], float]) -> Iterable[str]:
+    """The range of the seeds as a band, and their median in front of it."""
+    steps = sorted({step for row in line.group.rows for step in row.curve.steps if step >= 1})
+    shares = [sorted(_share(row, step) for row in line.group.rows) for step in steps]
+    places = [at(step) for step in steps]
+    around = [(px, _height(seeds[0])) for px, seeds in zip(places, shares, strict=True)]
+    around += [(px, _height(seeds[-1])) for px, seeds in reversed(list(zip(places, shares, strict=True)))]
+    middle = [(px, _height(median(seeds))) for px, seeds in zip(places, shares, strict=True)]
+    yield f'<polygon points="{_points(around)}" style="fill:{line.colour};fill-opacity:.15;stroke:none"/>'
+    yield f'<polyline points="{_points(middle)}" style="fill:none;stroke:{line.colour};stroke-width:2;{line.dash}"/>'
+
+
+def _share(row: Row, step: float) -> float:
+    """Share of the teacher's gain that a seed has at a step; after its last measurement it keeps that."""
     base, span = row.number("base_accuracy"), row.number("teacher_accuracy") - row.number("base_accuracy")
-    curve = row.curve
-    points = [(at(s), _height((v - base) / span)) for s, v in zip(curve.steps, curve.values, strict=True) if s >= 1]
-    line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-    return f'<polyline points="{line}" style="fill:none;stroke:{colour};stroke-width:1.3;opacity:.75"/>'
+    steps, values = row.curve.steps, row.curve.values
+    after = bisect_left(steps, step)
+    if after == len(steps):
+        return (values[-1] - base) / span
+    if steps[after] == step or after == 0:
+        return (values[after] - base) / span
+    part = (step - steps[after - 1]) / (steps[after] - steps[after - 1])
+    return (values[after - 1] + part * (values[after] - values[after - 1]) - base) / span
+
+
+def _points(places: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
 
 
 def ratio_map(cells: Sequence[tuple[str, str, str, str, float]]) -> str:
