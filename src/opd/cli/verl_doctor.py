@@ -36,7 +36,7 @@ def examine_words(words: Sequence[str]) -> list[Check]:
     """The checks of a command line of verl. An error in it is a red check."""
     from opd.integrations.verl.dry_run.compose import compose, read_words
     from opd.integrations.verl.dry_run.recipe import doctors_recipe
-    from opd.integrations.verl.plugin.recipe_keys import in_verl_words
+    from opd.integrations.verl.plugin.recipe_keys import as_override, in_verl_words
 
     try:
         config = compose(read_words(words))
@@ -47,8 +47,30 @@ def examine_words(words: Sequence[str]) -> list[Check]:
     except OpdError as error:
         return [failed("config", error)]
     return [
-        replace(one, seen=in_verl_words(one.seen), why=in_verl_words(one.why), mend=in_verl_words(one.mend)) for one in found
+        replace(one, seen=in_verl_words(one.seen), why=in_verl_words(one.why), mend=as_override(one.mend))
+        for one in found
     ]
+
+
+def check_plugin() -> Check:
+    """The check of `opd doctor verl`: whether verl loads the plugin, and has what it relies on."""
+    from opd.integrations.verl.contract.doctor import ask
+
+    code, said = ask()
+    lines = tuple(line for line in said.splitlines() if line.strip())
+    if code == 0:
+        return Check(
+            name="plugin", verdict="green", seen="verl loads the plugin, and has what it relies on.", details=lines
+        )
+    wrong = [line for line in lines if line.startswith(("FAIL", "error"))] or ["opd doctor verl ended with an error"]
+    return Check(
+        name="plugin",
+        verdict="red",
+        seen=f"{wrong[0].removeprefix('FAIL').strip()}.",
+        why="verl hides a plugin that failed to load.",
+        mend="opd doctor verl, which says what is wrong",
+        details=lines,
+    )
 
 
 def _checks(recipe: DoctorsRecipe) -> Iterator[Check]:
@@ -86,14 +108,22 @@ def _base(check: Check) -> str:
 
 
 def _nothing_to_compare(recipe: DoctorsRecipe) -> Iterator[Check]:
-    reason = f"Not on this machine: {'; '.join(recipe.absent)}." if recipe.absent else "opd.rl.distill_weight=0 asks no teacher."
+    reason = (
+        f"Not on this machine: {'; '.join(recipe.absent)}."
+        if recipe.absent
+        else "opd.rl.distill_weight=0 asks no teacher."
+    )
     yield from (skipped(name, reason) for name in ("files", *OF_BOTH, *OF_WEIGHTS))
 
 
 def _files(recipe: DoctorsRecipe, what: str) -> Check:
     assert recipe.settings is not None
     models = ", ".join(f"{role} '{one.model}'" for role, one in recipe.settings.all_models.items() if one.model)
-    prompts = "the prompts are made-up sums, because data.train_files are not here" if recipe.made_up else "the prompts are yours"
+    prompts = (
+        "the prompts are made-up sums, because data.train_files are not here"
+        if recipe.made_up
+        else "the prompts are yours"
+    )
     left = f" Not looked at: {'; '.join(recipe.notes)}." if recipe.notes else ""
     return Check(name="files", verdict="green", seen=f"Read from your own files: {what} of {models}; {prompts}.{left}")
 

@@ -44,9 +44,16 @@ def test_a_rule_that_stops_saves_first_and_says_why(folder: Path):
     assert [step["training/global_step"] for step in done.metrics] == [1, 2]
     share = done.metrics[-1]["actor/opd/truncated"]
     assert share > 0.5
-    said = [line for line in done.log.splitlines() if "GuardStop: stopped after step 2 of 4 by opd.guard.truncated: " in line]
+    said = [
+        line
+        for line in done.log.splitlines()
+        if "GuardStop: stopped after step 2 of 4 by opd.guard.truncated: " in line
+    ]
     assert said, done.log[-4000:]
-    assert f"{share:.0%} of the responses are cut off, and opd.guard.truncated.threshold=0.5 has been passed for 2 steps." in said[0]
+    assert (
+        f"{share:.0%} of the responses are cut off, and opd.guard.truncated.threshold=0.5 has been passed for 2 steps."
+        in said[0]
+    )
     assert "data.max_response_length" in said[0] and "rollout.max_new_tokens" not in said[0]
     assert f"The last values of truncated: {done.metrics[0]['actor/opd/truncated']:.3g}, {share:.3g}." in said[0]
     assert "opd: warning: step 2: opd.guard.truncated: " in done.log

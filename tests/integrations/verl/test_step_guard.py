@@ -44,7 +44,9 @@ def guard(run_dir: Path | None = None, **rules: Any) -> StepGuard:
     return StepGuard(config, None if run_dir is None else str(run_dir))
 
 
-def looks(guarded: StepGuard, steps: int, first: int = 1, score: float | None = 0.5, **changed: float) -> list[list[str]]:
+def looks(
+    guarded: StepGuard, steps: int, first: int = 1, score: float | None = 0.5, **changed: float
+) -> list[list[str]]:
     """The rules that begin, step by step, with these metrics of `actor/opd/`."""
     metrics = RECORDED | {f"actor/opd/{name}": value for name, value in changed.items()}
     return [[one.rule for one in guarded.look(step, metrics, score)] for step in range(first, first + steps)]
@@ -78,7 +80,10 @@ def test_the_loss_is_the_one_that_was_trained_and_clipping_is_that_of_the_policy
 
 def test_a_rewards_fall_is_seen_while_the_kl_falls():
     guarded = guard(reward={"patience": 1})
-    found = [guarded.look(step, RECORDED | {"actor/opd/reverse_kl": 2.0 - step / 50}, 1.0 - step / 60) for step in range(1, 41)]
+    found = [
+        guarded.look(step, RECORDED | {"actor/opd/reverse_kl": 2.0 - step / 50}, 1.0 - step / 60)
+        for step in range(1, 41)
+    ]
     assert [one.rule for began in found for one in began] == ["reward"]
 
 
@@ -112,7 +117,9 @@ def test_no_advice_names_a_key_that_verl_does_not_have():
             assert not re.findall(rf"(?<![\w.])(?:{keys})\b", words), words
 
 
-@pytest.mark.parametrize("words", ["opd.guard.length.threshold", "my_guard.length", "config/guard.length", "a.teacher.model"])
+@pytest.mark.parametrize(
+    "words", ["opd.guard.length.threshold", "my_guard.length", "config/guard.length", "a.teacher.model"]
+)
 def test_a_key_is_prefixed_where_it_begins_alone(words: str):
     assert in_verl_words(words) == words
     assert in_verl_words("raise guard.length.threshold") == "raise opd.guard.length.threshold"
@@ -133,7 +140,9 @@ def test_a_resumed_run_goes_on_with_the_rules_as_they_stood(tmp_path: Path):
     after.save(tmp_path)
     again = guard(**rules)
     again.load(tmp_path)
-    assert looks(again, 1, first=8, repetition=0.9) == [["repetition"]]  # it stopped the run, and has its patience again
+    assert looks(again, 1, first=8, repetition=0.9) == [
+        ["repetition"]
+    ]  # it stopped the run, and has its patience again
     assert [one.rule for one in again.onsets] == ["truncated", "repetition", "repetition"]
 
 
@@ -185,8 +194,11 @@ def test_a_trainer_that_does_not_look_is_told_and_refused_where_a_rule_would_sto
     assert said.startswith("warning: ")
     with pytest.raises(ConfigError, match=r"opd\.guard\.length\.action=stop would never stop this run") as caught:
         check_run(stops, run)
-    (key, value), = advice.items()
-    assert f"trainer.{'v1.' if key == 'trainer_mode' else ''}{key}={str(value).lower() if value is True else value}" in str(caught.value)
+    ((key, value),) = advice.items()
+    assert (
+        f"trainer.{'v1.' if key == 'trainer_mode' else ''}{key}={str(value).lower() if value is True else value}"
+        in str(caught.value)
+    )
     mended = RunFacts(strategy="fsdp2", **advice)
     check_run(stops, mended)
     assert remarks(stops, mended) == ()

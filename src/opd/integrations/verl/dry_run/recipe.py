@@ -1,5 +1,6 @@
 """verl's config as a recipe, as far as the doctor's checks read one: models, prompts, sampling, and the ends of answers."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -88,7 +88,9 @@ def _unguarded(settings: Settings, run: RunFacts) -> str:
         return "opd.guard is looked at by the trainers of verl 0.9 with trainer.use_v1=true, and this run has another; use one of them."
     own = f"opd_{run.trainer_mode}"
     wanted = own if own in GUARDED else GUARDED[0]
-    return f"trainer.v1.trainer_mode={run.trainer_mode} does not look at opd.guard; set trainer.v1.trainer_mode={wanted}."
+    return (
+        f"trainer.v1.trainer_mode={run.trainer_mode} does not look at opd.guard; set trainer.v1.trainer_mode={wanted}."
+    )
 
 
 def _selection(settings: Settings, run: RunFacts) -> Iterator[str]:

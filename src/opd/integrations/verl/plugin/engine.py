@@ -259,7 +259,11 @@ class OpdEngine(LanguageModelEngine):
         self.sums.add_diagnostics({name: v for name, v in found.items() if name != "per_token"}, taught)
         self.sums.add_count("padding_tokens", ~own.known)
         self.sums.add_count("unread_tokens", ~own.followed)
-        if self.compares_sampler and "student_logp" in found and bool((torch.as_tensor(data["temperature"]) == 1).all()):
+        if (
+            self.compares_sampler
+            and "student_logp" in found
+            and bool((torch.as_tensor(data["temperature"]) == 1).all())
+        ):
             assert taught.sampler_logp is not None
             gap = (found["student_logp"] - taught.sampler_logp).abs()
             self.sums.add("sampler_student_gap", gap[taught.known])

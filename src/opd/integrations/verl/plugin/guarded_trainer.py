@@ -78,9 +78,7 @@ class GuardedTrainer(PPOTrainer):
             self.guard.load(self.config.trainer.resume_from_path if is_named else self._checkpoint_folder())
 
     def _checkpoint_folder(self) -> str:
-        return os.path.abspath(
-            os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
-        )
+        return os.path.abspath(os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}"))
 
 
 def _mean_score(batch: Any) -> float | None:

@@ -60,7 +60,9 @@ class MetricSums:
                 here &= tokens.position < end
             self.add(f"reverse_kl_at/{f'{first}-{end - 1}' if end else f'{first}+'}", kl[here])
 
-    def add_responses(self, micro_batch: Any, tokens: ResponseTokens, eos_ids: Collection[int], limit: int | None) -> None:
+    def add_responses(
+        self, micro_batch: Any, tokens: ResponseTokens, eos_ids: Collection[int], limit: int | None
+    ) -> None:
         """Length, repetition and, where the `limit` of a response is known, whether it was cut off there; one number per response.
 
         Responses without a token that counts fill up a batch, and are left out.

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 MODEL, ACTOR, ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("model", "actor", "rollout"))
+WARM_UP = "supervised training on the teacher's answers first"
 PHRASES = {
+    "rollout.lmbda: 0.5 with rollout.off_policy: teacher, to warm up on teacher samples first": WARM_UP,
+    "rollout.lmbda: 0.5 with rollout.off_policy: teacher": WARM_UP,
+    "rollout.stop: strings that end an answer": "prompts that ask for short answers",
+    "; or rollout.stop": "",
+    "teacher.chat_template_kwargs and student.chat_template_kwargs: the same values, unless each format is its model's own": (
+        "data.apply_chat_template_kwargs, by which the student's template writes what the teacher was trained with: the teacher reads the "
+        "student's prompts here"
+    ),
     "a new run with rollout.stop": "a new run with prompts that ask for short answers",
     "train.drop=[truncated]": "raise data.max_response_length",
     "train.drop=[repeating]": "a new run with a larger opd.rl.weight and a reward that counts repetition",
@@ -34,6 +45,12 @@ def in_verl_words(text: str) -> str:
     for key in OWN:
         text = _prefixed(text, key)
     return text
+
+
+def as_override(text: str) -> str:
+    """Advice in which `key: value` of a recipe is an override of verl's."""
+    text = re.sub(r"\b((?:opd|data|actor_rollout_ref)\.[\w.]+): (?=[\[\d])", r"\1=", in_verl_words(text))
+    return re.sub(r"=\[\[[\d, \[\]]*\]\]", lambda found: found[0].replace(" ", ""), text)
 
 
 def _prefixed(text: str, key: str) -> str:

@@ -44,7 +44,9 @@ def register_policy_loss(registry: ModuleType) -> None:
 
 def register_trainers(_package: ModuleType) -> None:
     """Put the trainers that look at opd.guard beside verl's."""
-    with suppress(ImportError):  # verl must load, whatever became of its trainers; get_trainer_cls says that there is none
+    with suppress(
+        ImportError
+    ):  # verl must load, whatever became of its trainers; get_trainer_cls says that there is none
         import opd.integrations.verl.plugin.guarded_trainer  # noqa: F401  # registers itself
 
 

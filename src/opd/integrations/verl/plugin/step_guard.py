@@ -80,7 +80,7 @@ class StepGuard:
 
     def last_values(self, rule: str) -> str:
         """A sentence with what the rule read last; empty for one that reads several metrics."""
-        name = READS.get(rule)
+        name = READS.get(rule, "")
         values = [record.metrics[name] for record in self.steps[-SHOWN_VALUES:] if name in record.metrics]
         return f" The last values of {name}: {', '.join(f'{value:.3g}' for value in values)}." if values else ""
 
