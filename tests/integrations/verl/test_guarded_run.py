@@ -11,7 +11,7 @@ from verl_runs import Done, main_ppo, make_folder
 from opd.integrations.verl.plugin.step_guard import STATE_FILE
 from opd.reporting.guarded import read_onsets
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)  # two runs; alone they take about three minutes]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PATIENCE = 2
 STEPS = 4
 
@@ -37,8 +37,13 @@ def guarded(folder: Path, *more: str) -> Done:
     )
 
 
-def test_a_rule_that_stops_saves_first_and_says_why(folder: Path):
-    done = guarded(folder)
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Done:
+    return guarded(folder)
+
+
+def test_a_rule_that_stops_saves_first_and_says_why(stopped: Done, folder: Path):
+    done = stopped
     assert done.code == 1
     assert [step["training/global_step"] for step in done.metrics] == [1, 2]
     share = done.metrics[-1]["actor/opd/truncated"]
@@ -70,7 +75,9 @@ def test_a_rule_that_stops_saves_first_and_says_why(folder: Path):
     assert (onset.step, onset.rule, onset.action) == (1, "truncated", "stop")
     assert all("perf/throughput" in step for step in done.metrics)  # the last step was logged whole
 
-    # The same command goes on from the checkpoint, with the rule's whole patience again.
+
+def test_the_same_command_goes_on_with_the_rules_whole_patience(stopped: Done, folder: Path):
+    assert stopped.code == 1
     again = guarded(folder, f"trainer.total_training_steps={STEPS + 1}")
     assert again.code == 1
     assert [step["training/global_step"] for step in again.metrics] == [3, 4]
