@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": BELOW_TRAINER,
     "serving": {"", "trainer", "doctor", *BELOW_TRAINER},
     "testing": {"types", "errors", "losses"},
-    "integrations": {"types", "errors", "config", "losses", "kernels", "teachers", "reporting"},
+    "integrations": {"types", "errors", "config", "losses", "kernels", "teachers", "reporting", "trainer"},
     "cli": {"", "trainer", "demo", "serving", "doctor", "integrations", *BELOW_TRAINER},
 }
 

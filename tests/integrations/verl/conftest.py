@@ -10,7 +10,7 @@ import pytest
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before the first import of verl, which settles its device for good
 
-NEEDS_NO_VERL = ("test_settings.py", "test_checks.py", "test_sampling.py")
+NEEDS_NO_VERL = ("test_settings.py", "test_checks.py", "test_sampling.py", "test_step_guard.py")
 collect_ignore = (
     []
     if importlib.util.find_spec("verl")

@@ -35,6 +35,9 @@ SINCE_0_9 = {
     "verl.workers.engine:EngineRegistry.register": "v080 writes into the registry's table",
     "verl.utils.device:get_vendor": "v080 does without vendors",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._update_actor": "0.8's trainer is RayPPOTrainer alone",
+    **dict.fromkeys(
+        [hook.where for hook in BY_PART["guard"]], "0.8's trainer has no registry, and nothing looks at opd.guard there"
+    ),
     "verl.plugin.platform:PlatformBase": "a CPU is found by itself in 0.8",
     "verl.plugin.platform:PlatformRegistry.register": "a CPU is found by itself in 0.8",
     "verl.plugin.platform.platform_manager:_detect_platform_name": "a CPU is found by itself in 0.8",

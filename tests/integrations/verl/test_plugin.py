@@ -88,3 +88,23 @@ def test_verls_registry_gives_the_policy_loss_to_a_process_that_imports_verl_alo
     done = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, timeout=120, env={**os.environ})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "as expected"
+
+
+TRAINERS = """
+import sys
+import verl
+assert "verl.trainer.ppo.v1" not in sys.modules
+from verl.trainer.ppo.v1 import get_trainer_cls
+for mode in ("sync", "colocate_async", "separate_async"):
+    ours, theirs = get_trainer_cls("opd_" + mode), get_trainer_cls(mode)
+    assert issubclass(ours, theirs) and ours is not theirs and ours.mode == mode
+    assert ours.step is not theirs.step and not ours.__abstractmethods__
+print("all there")
+"""
+
+
+def test_verls_registry_gives_the_trainers_with_rules_to_a_process_that_imports_verl_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINERS], capture_output=True, text=True, timeout=120, env={**os.environ}
+    )
+    assert done.stdout.splitlines()[-1:] == ["all there"], done.stderr

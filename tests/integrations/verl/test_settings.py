@@ -10,6 +10,7 @@ import yaml
 
 import opd.integrations.verl.plugin.conf
 from opd.config import HybridConfig
+from opd.config.guard import GuardConfig
 from opd.errors import ConfigError, ObjectiveError
 from opd.integrations.verl.plugin.concept_names import CONCEPT_NAMES
 from opd.integrations.verl.plugin.settings import (
@@ -54,6 +55,9 @@ def test_the_config_group_holds_every_key_and_its_default():
     assert section.pop("prompts") == defaults(PromptsSettings)
     assert section.pop("rl") == defaults(HybridConfig)
     assert section.pop("log") == defaults(LogSettings)
+    guard = section.pop("guard")
+    assert guard.pop("first_steps") == GuardConfig().first_steps
+    assert guard == {name: vars(rule) for name, rule in GuardConfig().rules.items()}
     assert section == {k: v for k, v in defaults(Settings).items() if k != "teacher"}
 
 

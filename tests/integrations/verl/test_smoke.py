@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 from test_smoke_config import ACTOR, CLUSTER
-from verl_world import REWARD, make_prompts
+from verl_world import REWARD, make_near_pair, make_prompts
 
 from opd.errors import OpdError
 from opd.integrations.verl.dry_run.launch import MARK, cpu_environment, first_error, launch
 from opd.integrations.verl.dry_run.smoke import smoke, step_lines
-from opd.testing import CHAT_TEMPLATE, byte_tokenizer, digit_tokenizer, save_model, tiny_causal_lm
+from opd.testing import CHAT_TEMPLATE, digit_tokenizer, save_model, tiny_causal_lm
 
 LOG = """\
 loading
@@ -78,9 +78,7 @@ def test_nothing_that_a_process_started_outlives_it(tmp_path: Path, lives: float
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizers and configs as a user has them, data, and a reward."""
     folder = tmp_path_factory.mktemp("user")
-    for seed, name in enumerate(("student", "teacher")):
-        tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
-        save_model(tiny_causal_lm(tokenizer, architecture="llama", seed=seed, vocab_size=300), tokenizer, folder / name)
+    make_near_pair(folder)
     other = digit_tokenizer(extra="\n", chat_template=CHAT_TEMPLATE)
     save_model(tiny_causal_lm(other, architecture="llama"), other, folder / "other")
     make_prompts(folder / "train.parquet", rows=2048)
@@ -131,6 +129,7 @@ def test_a_cluster_config_runs_its_steps(world: Path, tmp_path: Path):
     assert any(
         line.startswith("student") and "llama, 2 layers of 64, its own tokenizer, 258 tokens" in line for line in lines
     )
+    assert any(line.split()[:2] == ["alignment", "green"] for line in lines)  # the doctor, on the user's own weights
     assert any(line.startswith("opd 0.1.0 (verl 0.9.") and "forward_kl" in line for line in lines)
     assert [line.split(":")[0] for line in lines if line.startswith("step ")] == ["step 1", "step 2"]
     assert lines[-1].startswith("ok: 2 steps in ")
@@ -167,7 +166,7 @@ def test_a_mistake_is_told_before_the_run(
 def test_an_error_in_the_users_reward_is_shown(world: Path):
     words = own_words(world, f"reward.custom_reward_function.path={world}/broken.py")
     done = subprocess.run(command(words), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "KeyError: 'no ground truth here'" in done.stderr
     assert f"raised in {world}/broken.py, line 2" in done.stderr
     assert "full log: " in done.stderr
@@ -179,9 +178,13 @@ def test_the_limit_ends_everything(world: Path, tmp_path: Path):
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     began = time.monotonic()
     done = subprocess.run(
-        command(own_words(world), "--timeout", "45"), capture_output=True, text=True, timeout=200, env=env
+        command(own_words(world), "--timeout", "45", "--no-doctor"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=env,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert time.monotonic() - began < 90
     assert "the limit of 45 s was over" in done.stderr
     (folder,) = tmp_path.glob("opd-smoke-*")

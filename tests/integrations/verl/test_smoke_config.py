@@ -105,6 +105,19 @@ def test_the_cluster_becomes_one_process_on_a_cpu(tmp_path: Path):
     assert ("machine", "4 × 8 × cuda", "one process on the CPU, float32") in done.rows
 
 
+def test_a_rule_that_would_stop_the_run_warns_in_a_dry_run(tmp_path: Path):
+    done, here = replaced(tmp_path, "opd.guard.truncated.action=stop", "opd.guard.length.action=off")
+    assert (here.opd.guard.truncated.action, here.opd.guard.length.action) == ("warn", "off")
+    assert [row[1] for row in done.rows if row[0] == "guard"] == ["opd.guard.truncated.action=stop"]
+
+
+@pytest.mark.parametrize("mode", ["opd_colocate_async", "opd_separate_async"])
+def test_an_asynchronous_trainer_becomes_the_synchronous_one_with_the_same_rules(tmp_path: Path, mode: str):
+    _, here = replaced(tmp_path, f"trainer.v1.trainer_mode={mode}")
+    assert here.trainer.v1.trainer_mode == "opd_sync"
+    assert replaced(tmp_path)[1].trainer.v1.trainer_mode == "opd_sync"
+
+
 def test_what_the_user_said_of_the_objective_stays(tmp_path: Path):
     _, here = replaced(
         tmp_path, "opd.objective.divergence=forward_kl", "opd.rl.weight=0.5", f"{ACTOR}.loss_agg_mode=token-sum"

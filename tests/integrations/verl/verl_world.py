@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd.losses import Objective
 from opd.testing import CHAT_TEMPLATE, byte_tokenizer, save_model, tiny_causal_lm
 
@@ -49,6 +51,22 @@ def make_models(folder: Path) -> Path:
             tokenizer, architecture="llama", seed=seed, initializer_range=0.2, tie=tie, vocab_size=rows
         )
         save_model(model, tokenizer, folder / name)
+    return folder
+
+
+def make_near_pair(folder: Path) -> Path:
+    """`student`, and a `teacher` that is near it: the doctor finds nothing wrong with them, in a context of 16384 tokens."""
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    model = tiny_causal_lm(
+        tokenizer, architecture="llama", seed=0, initializer_range=0.2, vocab_size=300, max_positions=16384
+    )
+    save_model(model, tokenizer, folder / "student")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.add_(0.1 * weight.std() * torch.randn_like(weight))
+    save_model(model, tokenizer, folder / "teacher")
     return folder
 
 

@@ -40,19 +40,20 @@ class Finding:
 
 def run() -> int:
     """Ask a fresh process, print what it says; 0 when everything is in place, 1 otherwise."""
+    code, said = ask()
+    print(said, end="", file=sys.stderr if said.startswith("error: ") else sys.stdout)
+    return code
+
+
+def ask() -> tuple[int, str]:
+    """What a fresh process says: 0 and its lines when everything is in place, otherwise 1."""
     command = [sys.executable, "-m", "opd.integrations.verl.contract.doctor"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        print(
-            f"error: importing verl took more than {TIMEOUT_SECONDS:.0f} s; look at the machine's disk.",
-            file=sys.stderr,
-        )
-        return 1
-    print(done.stdout, end="")
-    if done.returncode not in (0, 1):
-        print(done.stderr[-2000:], end="", file=sys.stderr)
-    return 0 if done.returncode == 0 else 1
+        return 1, f"error: importing verl took more than {TIMEOUT_SECONDS:.0f} s; look at the machine's disk.\n"
+    crashed = done.returncode not in (0, 1)
+    return min(1, abs(done.returncode)), done.stdout + (done.stderr[-2000:] if crashed else "")
 
 
 def findings() -> Iterator[Finding]:

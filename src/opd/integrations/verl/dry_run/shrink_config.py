@@ -141,6 +141,13 @@ TEACHERS = "distillation.teacher_models"
 SERVERS = ("vllm", "sglang", "trtllm")
 OFFLOADS = ("param_offload", "optimizer_offload", "offload_policy")
 PARALLEL_SIZES = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size")
+ASYNCHRONOUS = {
+    "colocate_async": "sync",
+    "separate_async": "sync",
+    "opd_colocate_async": "opd_sync",
+    "opd_separate_async": "opd_sync",
+}
+"""Trainers that need GPUs for rollouts beside the update, and the one that stands in."""
 OWN_FILES = {"hf_config_path": "config_path", "tokenizer_path": "tokenizer_path"}
 """verl's keys beside a model's path, and the fields of a requested model."""
 
@@ -233,13 +240,16 @@ def _machine(changes: ConfigOverrides, folder: Path) -> None:
             changes.set(key, "sdpa")
         if key.endswith(".offload") and value:
             changes.set(key, False)
+        if key.startswith("opd.guard.") and value == "stop":
+            changes.set(key, "warn")
+            changes.row("guard", f"{key}=stop", "warn: short answers of random models break any rule")
     if changes.get(f"{MODEL}.lora_rank") or changes.get(f"{MODEL}.lora.rank"):
         changes.set(f"{MODEL}.lora.merge", True)  # the only weights of an adapter that the rollout here takes
     _teacher_servers(changes)
     mode = changes.get("trainer.v1.trainer_mode")
-    if mode in ("colocate_async", "separate_async"):
-        changes.set("trainer.v1.trainer_mode", "sync")
-        changes.row("trainer", mode, "sync")
+    if mode in ASYNCHRONOUS:
+        changes.set("trainer.v1.trainer_mode", ASYNCHRONOUS[mode])
+        changes.row("trainer", mode, ASYNCHRONOUS[mode])
     nodes, gpus, device = (changes.get(f"trainer.{key}") for key in ("nnodes", "n_gpus_per_node", "device"))
     changes.row("machine", f"{nodes} × {gpus} × {device}", "one process on the CPU, float32")
     changes.row("rollout", changes.get(f"{ROLLOUT}.name"), "transformers")
@@ -265,9 +275,9 @@ def _teacher_servers(changes: ConfigOverrides) -> None:
 
 
 def _data(changes: ConfigOverrides, folder: Path) -> None:
-    train, rows = _readable(changes, "data.train_files")
+    train, rows = readable(changes, "data.train_files")
     if train is None:
-        column, sources = _routes(changes.config)
+        column, sources = data_routes(changes.config)
         prompt_key = changes.get("data.prompt_key")
         path = folder / "prompts.parquet"
         train = [str(make_prompts(path, prompt_key=prompt_key, source_key=column, sources=sources, rows=ROWS))]
@@ -280,7 +290,7 @@ def _data(changes: ConfigOverrides, folder: Path) -> None:
                 "prompts, or a smaller batch."
             )
         here = f"{ROWS} of {rows} prompts" if rows is not None and rows > ROWS else "the same"
-    val, _ = _readable(changes, "data.val_files")
+    val, _ = readable(changes, "data.val_files")
     changes.values |= {"data.train_files": train, "data.val_files": val or train}
     for key in ("data.train_max_samples", "data.val_max_samples"):
         own = changes.get(key)
@@ -289,7 +299,7 @@ def _data(changes: ConfigOverrides, folder: Path) -> None:
     changes.row("prompts", ", ".join(map(str, named)) if OmegaConf.is_list(named) else named, here)
 
 
-def _routes(config: DictConfig) -> tuple[str, list[str]]:
+def data_routes(config: DictConfig) -> tuple[str, list[str]]:
     """The column that says which teacher a sample goes to, and its values."""
     opd = config.get("opd")
     if opd is not None and opd.mixture.kind == "routing":
@@ -300,7 +310,7 @@ def _routes(config: DictConfig) -> tuple[str, list[str]]:
     return "data_source", [DATA_SOURCE]
 
 
-def _readable(changes: ConfigOverrides, key: str) -> tuple[list[str] | None, int | None]:
+def readable(changes: ConfigOverrides, key: str) -> tuple[list[str] | None, int | None]:
     """The data files that a key names, when all are here, and how many rows they have."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -64,6 +64,12 @@ def make_models(requested: Sequence[RequestedModel], folder: Path) -> list[Stand
     return made
 
 
+def why_unreadable(model: RequestedModel) -> str:
+    """The reason why its config and tokenizer are not read from this machine's disk; empty where they are."""
+    found = _read(model)
+    return found if isinstance(found, str) else ""
+
+
 def _read(model: RequestedModel) -> _Known | str:
     """Config and tokenizer, or why not. Only this machine's disk is looked at."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig

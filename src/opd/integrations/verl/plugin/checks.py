@@ -9,6 +9,8 @@ from opd.errors import ConfigError
 from opd.integrations.verl.plugin.settings import Settings, TeacherSettings
 
 STRATEGIES = ("fsdp2", "fsdp")
+GUARDED = ("opd_sync", "opd_colocate_async", "opd_separate_async")
+"""The values of trainer.v1.trainer_mode whose trainers look at opd.guard (`guarded_trainer`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +45,51 @@ class RunFacts:
     top_k: int = -1
     loss_agg_mode: str = "token-mean"
     loss_scale_factor: float | None = None
+    trainer_mode: str | None = GUARDED[0]
+    """trainer.v1.trainer_mode; None in a verl that has no such key."""
+    use_v1: bool = True
 
 
 def check_run(settings: Settings, run: RunFacts) -> None:
     """Raise ConfigError for the first thing in verl's config that this distillation cannot live with."""
-    for check in (_selection, _pool, _engine, _sampled_tokens):
+    for check in (_selection, _pool, _engine, _sampled_tokens, _guard):
         for problem in check(settings, run):
             raise ConfigError(problem)
 
 
 def remarks(settings: Settings, run: RunFacts) -> tuple[str, ...]:
-    """Lines for the log about what is allowed but biased."""
+    """Lines for the log about what is allowed but biased, or not looked at."""
+    unguarded = _unguarded(settings, run)
+    return (*_biased(settings, run), *([f"warning: {unguarded}"] if unguarded else []))
+
+
+def _biased(settings: Settings, run: RunFacts) -> tuple[str, ...]:
     if not _weighs_samples(settings) or run.loss_agg_mode != "token-mean":
         return ()
     return (
         f"actor.loss_agg_mode=token-mean with {_sampled_loss(settings)}: a token's weight, 1 over the mini-batch's response tokens, depends on that "
         "token, so the expected gradient is off by about 1 / (responses of a mini-batch). actor.loss_agg_mode=seq-mean-token-sum-norm with "
         "actor.loss_scale_factor=<data.max_response_length> has no such error.",
+    )
+
+
+def _guard(settings: Settings, run: RunFacts) -> Iterator[str]:
+    stops = [name for name, rule in settings.guard.rules.items() if rule.action == "stop"]
+    unguarded = _unguarded(settings, run)
+    if stops and unguarded:
+        yield f"opd.guard.{stops[0]}.action=stop would never stop this run: {unguarded}"
+
+
+def _unguarded(settings: Settings, run: RunFacts) -> str:
+    """The reason why nothing looks at opd.guard, with what to do; empty where something does, or has no rule."""
+    if not settings.guard.rules or (run.use_v1 and run.trainer_mode in GUARDED):
+        return ""
+    if run.trainer_mode is None or not run.use_v1:
+        return "opd.guard is looked at by the trainers of verl 0.9 with trainer.use_v1=true, and this run has another; use one of them."
+    own = f"opd_{run.trainer_mode}"
+    wanted = own if own in GUARDED else GUARDED[0]
+    return (
+        f"trainer.v1.trainer_mode={run.trainer_mode} does not look at opd.guard; set trainer.v1.trainer_mode={wanted}."
     )
 
 

@@ -69,6 +69,10 @@ class OpdEngine(LanguageModelEngine):
     """None without distillation."""
     updates = 0
     traced = 0
+    last_step = -1
+    """verl's step of the last update, from 0."""
+    compares_sampler = False
+    """In the first update of a step, where samples were drawn from the student's distribution as it is."""
     weights = Weights(0.0, 0.0)
     """Of the update at hand."""
     reads_rows = False
@@ -85,7 +89,7 @@ class OpdEngine(LanguageModelEngine):
         if not isinstance(config, OpdEngineConfig):
             return
         self.settings = config.settings()
-        self.reduction = dict(config.opd_reduction)
+        self.reduction, self.sampling = dict(config.opd_reduction), dict(config.opd_sampling)
         if self.rank == 0:
             print(start_line(self.settings), flush=True)
         if not self.settings.rl.distilled:
@@ -120,6 +124,9 @@ class OpdEngine(LanguageModelEngine):
             metrics["advantage_std"], metrics["distill_std"] = stds = self._measure_stds(data, loss_function)
             self.weights = matched(self.weights, stds)
         self.sums = MetricSums()
+        first, self.last_step = self.lr_scheduler.last_epoch != self.last_step, self.lr_scheduler.last_epoch
+        plain = self.sampling.get("top_p", 1.0) == 1 and self.sampling.get("top_k", -1) <= 0
+        self.compares_sampler = first and plain and "rollout_log_probs" in data
         if self.records is not None:
             self.records.begin(self.lr_scheduler.last_epoch)  # verl's count of the trainer's steps
         output = super().forward_backward_batch(data, loss_function, forward_only)
@@ -162,6 +169,8 @@ class OpdEngine(LanguageModelEngine):
             rows=self.teachers.rows,
         )
         piece = sequence_slice(self, micro_batch, output_args)
+        if not measures:
+            self.sums.add_responses(micro_batch, tokens, self.eos_ids, self.sampling.get("response_length"))
         total, whole, values = self._distil(self.settings, micro_batch, inputs, piece.own(tokens), piece)
         if measures:
             return total, {"model_output": {}, "loss": 0.0, "metrics": {}}
@@ -236,23 +245,31 @@ class OpdEngine(LanguageModelEngine):
             self.spread.add_terms(advantages, gap if as_advantage else diagnostics["per_token"])
             return total, whole, {}
         if distils:
-            self._record(settings.trace, micro_batch["input_ids"], whole, own, taught, diagnostics)
+            self._record(settings.trace, micro_batch, whole, own, taught, diagnostics)
             if records is not None:
                 records.write(micro_batch["input_ids"], own, taught, diagnostics.get("reverse_kl"))
         length = len(micro_batch["input_ids"].values())
         return total, whole, {name: piece.everywhere(value, own, length) for name, value in for_rl.items()}
 
     def _record(
-        self, trace: str | None, ids: Tensor, whole: Tensor, own: ResponseTokens, taught: ResponseTokens, found: Numbers
+        self, trace: str | None, data: Any, whole: Tensor, own: ResponseTokens, taught: ResponseTokens, found: Numbers
     ) -> None:
         """Add the micro-batch to the metrics, and to the trace."""
         self.sums.add_total("loss", whole)
         self.sums.add_diagnostics({name: v for name, v in found.items() if name != "per_token"}, taught)
         self.sums.add_count("padding_tokens", ~own.known)
         self.sums.add_count("unread_tokens", ~own.followed)
+        if (
+            self.compares_sampler
+            and "student_logp" in found
+            and bool((torch.as_tensor(data["temperature"]) == 1).all())
+        ):
+            assert taught.sampler_logp is not None
+            gap = (found["student_logp"] - taught.sampler_logp).abs()
+            self.sums.add("sampler_student_gap", gap[taught.known])
         if trace is not None:
             self.traced += 1
-            write_trace(trace, self.rank, self.traced, ids, taught, found["per_token"])
+            write_trace(trace, self.rank, self.traced, data["input_ids"], taught, found["per_token"])
 
     def _divergence(
         self,

@@ -27,6 +27,8 @@ class OpdEngineConfig(FSDPEngineConfig):
     """The `opd:` section as written."""
     opd_reduction: dict[str, Any] = field(default_factory=dict)
     """loss_agg_mode and loss_scale_factor of the actor."""
+    opd_sampling: dict[str, Any] = field(default_factory=dict)
+    """response_length, top_p and top_k of the rollout."""
 
     def settings(self) -> Settings:
         return parse(self.opd or {})[0]
@@ -76,6 +78,7 @@ class OpdActorConfig(FSDPActorConfig):
         super().validate(n_gpus, train_batch_size, model_config)
         settings, mapped = parse(self.fsdp_config.opd or {})
         parts = [*PARTS, *(("serving", "pool") if settings.is_served else ())]
+        parts += ["guard"] if settings.guard.rules else []
         parts += ["cpu"] if get_device_name() == "cpu" else []
         if contract := check_contract(installed(), parts, anyway=settings.try_verl):
             print(f"opd: {contract}", flush=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import distributed as dist
 from opd.integrations.verl.plugin.alignment import ResponseTokens
 from opd.integrations.verl.plugin.settings import Settings
 from opd.losses import NO_SPREAD
+from opd.trainer.metrics import repetition
 
 OF_THE_TOKEN = ("student_logp", "teacher_logp")
 """Metrics that are about the response token itself, which has to be a token of both models."""
@@ -57,6 +59,29 @@ class MetricSums:
             if end is not None:
                 here &= tokens.position < end
             self.add(f"reverse_kl_at/{f'{first}-{end - 1}' if end else f'{first}+'}", kl[here])
+
+    def add_responses(
+        self, micro_batch: Any, tokens: ResponseTokens, eos_ids: Collection[int], limit: int | None
+    ) -> None:
+        """Length, repetition and, where the `limit` of a response is known, whether it was cut off there; one number per response.
+
+        Responses without a token that counts fill up a batch, and are left out.
+        """
+        offsets = micro_batch["input_ids"].offsets().tolist()
+        values = micro_batch["input_ids"].values()
+        lengths: list[float] = []
+        repeated: list[float] = []
+        cut: list[float] = []
+        sequences, firsts = tokens.sequence_index.tolist(), (tokens.packed_index - tokens.position + 1).tolist()
+        for sequence, first in dict(zip(sequences, firsts, strict=True)).items():
+            ids = values[first : offsets[sequence + 1]].tolist()
+            lengths.append(len(ids))
+            repeated.append(repetition(ids))
+            cut.append(limit is not None and len(ids) >= limit and ids[-1] not in eos_ids)
+        self.add("response_length", torch.tensor(lengths))
+        self.add("repetition", torch.tensor(repeated))
+        if limit is not None:
+            self.add("truncated", torch.tensor(cut, dtype=torch.float64))
 
     def means(self, group: Any) -> dict[str, float]:
         """The means over all ranks of the group. A collective: every rank calls it."""

@@ -7,6 +7,7 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
+from opd.config.guard import GuardConfig
 from opd.config.model import DType
 from opd.config.rl import HybridConfig
 from opd.config.sections import Section, hint_of, parse_section, suggested_keys
@@ -198,6 +199,8 @@ class Settings(_Teachers):
     run_dir: str | None = None
     """Folder for metrics and samples of the run, which opd report reads; None writes nothing. An absolute path that rank 0 can write to."""
     log: LogSettings = field(default_factory=LogSettings)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Rules over the metrics of each step, which the trainers of `guarded_trainer` look at on the driver."""
     sanity_check_every: int = 100
     """Run the sanity check of the teacher's scores every n updates, the first included; 0 switches it off."""
     try_verl: bool = False
@@ -207,6 +210,12 @@ class Settings(_Teachers):
         checked = self.sanity_check_every
         require(checked >= 0, f"opd.sanity_check_every={checked} must be ≥ 0; 0 switches the check off.")
         super().__post_init__()
+        for name, rule in self.guard.rules.items():
+            require(
+                rule.action != "drop",
+                f"opd.guard.{name}.action=drop: verl counts the tokens of a mini-batch before opd sees it, and its own loss reads all of "
+                "them, so that opd leaves no response out. Use warn or stop.",
+            )
         require(
             self.run_dir is None or PurePath(self.run_dir).is_absolute(),
             f"opd.run_dir='{self.run_dir}' is no absolute path, and a worker of Ray runs in a folder of its own; write it from the root.",
