@@ -19,7 +19,8 @@ from opd.cli.measured import (
 )
 from opd.cli.named import KINDS, Named, named
 from opd.cli.options import Command, Given, Option, read
-from opd.errors import ConfigError, RunFolderError, printable
+from opd.cli.places import new_folder
+from opd.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from opd.config import Config
@@ -72,7 +73,7 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError(f"Give one model to evaluate, not {len(given.words)}: {COMMAND.usage}")
     subject = named(given.words[0])
     settings = settings_of(subject, given)
-    out = refuse_taken(given.get("out"))
+    out = None if given.get("out") is None else new_folder(given.get("out"))
     from transformers.utils.logging import disable_progress_bar
 
     from opd.config.whole import whole_config
@@ -117,16 +118,6 @@ def settings_of(subject: Named, given: Given) -> RunSettings:
         load_reward(settings.eval.reward)
     check_paths(settings)
     return settings
-
-
-def refuse_taken(out: str | None) -> Path | None:
-    """The folder to write to. Raises RunFolderError for one that holds something."""
-    if out is None:
-        return None
-    place = Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise RunFolderError(f"'{out}' is there already; give --out a folder that is new or empty.")
-    return place
 
 
 def document_of(subject: Named, config: Config, measured: Measured, notes: Sequence[str]) -> dict[str, Any]:

@@ -30,12 +30,14 @@ GROUPS = {
         "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
     },
     "look at runs": {
+        "runs": "a table of the runs in a folder and below: opd runs [DIR] [--json]",
         "watch": "the report in the browser while the run goes on: opd watch RUN_DIR [--port PORT] [--open]",
         "report": "write report.html of a run folder again, also during the run: opd report RUN_DIR",
         "compare": "two runs or more, or seeds of one recipe, side by side: opd compare RUN RUN … [--out FILE] [--open]",
     },
     "use a model": {
         "eval": "reward, KL to a teacher and length, with intervals: opd eval MODEL|RUN --prompts FILE [--teacher MODEL|URL]",
+        "export": "a checkpoint as a Hugging Face folder: opd export RUN/checkpoints/step-N [--out DIR] [--merge]",
     },
 }
 """Commands by what a person wants, each with a line of help."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opd.config import Config
 from opd.doctor.checks import notices
 from opd.models import is_adapter, load_causal_lm, resolve_device, resolve_dtype
 from opd.reporting.about import write_about
-from opd.reporting.files import write_atomically
+from opd.reporting.files import EVAL_FILE, write_atomically
 from opd.reporting.loading import Loading
-from opd.reporting.record import RunRecorder
+from opd.reporting.record import WALL_CLOCK_PREFIX, RunRecorder
 from opd.tokenizer import load_tokenizer
 from opd.trainer.checkpoint import load_trained_weights
 from opd.trainer.evaluate import Evaluation
@@ -23,6 +24,8 @@ from opd.trainer.launch import Launch, about_run
 from opd.trainer.load_models import GivenModel
 from opd.trainer.records import record_evaluation
 from opd.types import Prompt
+
+Value = TypeVar("Value")
 
 NO_REWARD = "none"
 """In the place of eval.reward: answers are not judged."""
@@ -43,17 +46,15 @@ class Measured:
     """Of the teacher's own answers; None where nobody asked, or where it is no model in this process."""
     warnings: tuple[str, ...]
     judged: bool
-    """False without a reward: `accuracy` then means nothing."""
+    """False without a reward."""
 
-    def numbers(self, evaluation: Evaluation) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        """Metrics and intervals that mean something, without wall-clock times."""
-        kept = [
-            name
-            for name in evaluation.metrics
-            if not name.startswith("time/") and (self.judged or not _of_reward(name))
-        ]
-        intervals = evaluation.intervals
-        return {n: evaluation.metrics[n] for n in kept}, {n: intervals[n] for n in kept if n in intervals}
+    @staticmethod
+    def numbers(evaluation: Evaluation) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Metrics without wall-clock times, and their intervals."""
+        kept = [name for name in evaluation.metrics if not name.startswith(WALL_CLOCK_PREFIX)]
+        return {n: evaluation.metrics[n] for n in kept}, {
+            n: evaluation.intervals[n] for n in kept if n in evaluation.intervals
+        }
 
 
 def ready(
@@ -86,13 +87,13 @@ def measure(config: Config, *, checkpoint: Path | None, teacher_too: bool, loadi
         if teacher_too and parts.teacher is not None and parts.teacher_sampler is not None:
             with parts.teacher.context():
                 teacher = evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
-    usual = notices(config)
+    usual, judged = notices(config), config.eval.reward != NO_REWARD
     return Measured(
         parts=parts,
-        student=student,
-        teacher=teacher,
+        student=student if judged else _without_reward(student),
+        teacher=teacher if judged or teacher is None else _without_reward(teacher),
         warnings=tuple(warning for warning in parts.warnings if warning not in usual),
-        judged=config.eval.reward != NO_REWARD,
+        judged=judged,
     )
 
 
@@ -108,7 +109,7 @@ def write_measured(folder: Path, measured: Measured, document: str) -> None:
         if measured.teacher is not None:
             record_evaluation(run, 0, "teacher", measured.teacher, *measured_by)
     write_about(folder, about_run(config, Launch()))
-    write_atomically(folder / "eval.json", (document + "\n").encode())
+    write_atomically(folder / EVAL_FILE, (document + "\n").encode())
 
 
 def _adapter(config: Config, loading: Loading) -> GivenModel:
@@ -125,5 +126,16 @@ def _adapter(config: Config, loading: Loading) -> GivenModel:
     return GivenModel(model=model, tokenizer=load_tokenizer(section.model, **options))
 
 
-def _of_reward(name: str) -> bool:
-    return name.rpartition("/")[2].startswith("accuracy")
+def _without_reward(evaluation: Evaluation) -> Evaluation:
+    """The evaluation without what the reward in the place of none has said."""
+
+    def rest(values: Mapping[str, Value]) -> dict[str, Value]:
+        return {name: value for name, value in values.items() if not name.rpartition("/")[2].startswith("accuracy")}
+
+    return replace(
+        evaluation,
+        metrics=rest(evaluation.metrics),
+        intervals=rest(evaluation.intervals),
+        per_prompt=rest(evaluation.per_prompt),
+        rollouts=[(rollout, kl, math.nan) for rollout, kl, _ in evaluation.rollouts],
+    )
