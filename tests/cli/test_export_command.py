@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from desks import check_refusal, make_desk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from desks import check_refusal, make_desk
 from opd.cli.main import main
 from opd.models import load_causal_lm
 from opd.testing import CHAT_TEMPLATE

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desks import MAX_CPU_S, answered, check_refusal
 
+from desks import MAX_CPU_S, answered, check_refusal
 from opd.cli.main import main
 from opd.reporting.about import About, write_about, write_state
 from opd.reporting.listing import TAIL_BYTES, read_listed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,8 @@ from opd.models import resolve_dtype, stored_dtype
 from opd.quantized import merged
 from opd.reporting.files import explain_os_errors
 from opd.reporting.loading import Loading
-from opd.seeding import derive_seed
-from opd.trainer.checkpoint import load_trained_weights
 from opd.trainer.lifecycle import save_adapter, write_student
-from opd.trainer.load_models import load_model
-from opd.trainer.student import add_lora
+from opd.trainer.load_trained import load_trained
 
 ADAPTER = "adapter"
 AGAIN = "run opd export again"
@@ -32,12 +30,9 @@ def export_student(
 
     Raises ModelError or RunFolderError; `out` then holds nothing new.
     """
-    section = settings.student
-    loaded = load_model(section, "student", settings.prompts, device="cpu", loading=loading)
+    section = replace(settings.student, device="cpu")
+    loaded = load_trained(replace(settings, student=section), checkpoint, loading)
     model: Any = loaded.model
-    if section.lora is not None:
-        model = add_lora(model, section.lora, seed=derive_seed(settings.seed, 0, "lora"))
-    load_trained_weights(checkpoint, model)
     name = stored_dtype(section.model, section.revision) if dtype == "auto" else dtype
     saved = resolve_dtype(name or "float32", torch.device("cpu"))
     loading.begin(f"writing {out}")

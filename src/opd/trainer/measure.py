@@ -10,18 +10,16 @@ from typing import Any, TypeVar
 
 from opd.config import Config
 from opd.doctor.checks import notices
-from opd.models import is_adapter, load_causal_lm, resolve_device, resolve_dtype
 from opd.reporting.about import write_about
 from opd.reporting.files import EVAL_FILE, write_atomically
 from opd.reporting.loading import Loading
 from opd.reporting.record import WALL_CLOCK_PREFIX, RunRecorder
-from opd.tokenizer import load_tokenizer
 from opd.trainer.checkpoint import load_trained_weights
 from opd.trainer.evaluate import Evaluation
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.launch import Launch, about_run
-from opd.trainer.load_models import GivenModel
+from opd.trainer.load_trained import adapter_student
 from opd.trainer.records import record_evaluation
 from opd.types import Prompt
 
@@ -62,10 +60,7 @@ def ready(
 ) -> RunComponents:
     """The components of a run of this recipe, with a checkpoint's weights in its student. The student may be a LoRA adapter, which a
     run would refuse. `rows` are taken in place of the files of prompts. Raises OpdError as a run would."""
-    section = config.student
-    student = None
-    if checkpoint is None and is_adapter(section.model, section.revision):
-        student = _adapter(config, loading)
+    student = adapter_student(config, loading) if checkpoint is None else None
     given = Given(student=student, rewards={NO_REWARD: unjudged}, prompts=rows, eval_prompts=rows)
     parts = RunComponents(config, given, loading)
     if checkpoint is not None:
@@ -110,20 +105,6 @@ def write_measured(folder: Path, measured: Measured, document: str) -> None:
             record_evaluation(run, 0, "teacher", measured.teacher, *measured_by)
     write_about(folder, about_run(config, Launch()))
     write_atomically(folder / EVAL_FILE, (document + "\n").encode())
-
-
-def _adapter(config: Config, loading: Loading) -> GivenModel:
-    section = config.student
-    device = resolve_device(section.device)
-    dtype = resolve_dtype(section.dtype, device)
-    loading.begin(f"loading adapter '{section.model}' in {str(dtype).removeprefix('torch.')} on {device}")
-    options: Mapping[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    model = load_causal_lm(
-        section.model, dtype=dtype, device=device, attn_implementation=section.attn_implementation, **options
-    )
-    for parameter in model.parameters():  # a student has an optimizer, which takes no step here
-        parameter.requires_grad_(parameter.is_floating_point())
-    return GivenModel(model=model, tokenizer=load_tokenizer(section.model, **options))
 
 
 def _without_reward(evaluation: Evaluation) -> Evaluation:

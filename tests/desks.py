@@ -40,7 +40,12 @@ def answered(folder: Path, *words: str) -> Answer:
     """The answer of `opd WORDS`, run in `folder`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *words], cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
+        [sys.executable, "-c", WATCHED, *words],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
