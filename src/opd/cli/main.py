@@ -38,6 +38,7 @@ GROUPS = {
     "use a model": {
         "eval": "reward, KL to a teacher and length, with intervals: opd eval MODEL|RUN --prompts FILE [--teacher MODEL|URL]",
         "sample": "answers of a model: opd sample MODEL|RUN (--prompt TEXT | --prompts FILE) [-n N] [--temperature X]",
+        "score": "any text, token by token, as two models see it: opd score FILE --student MODEL --teacher MODEL|URL",
         "export": "a checkpoint as a Hugging Face folder: opd export RUN/checkpoints/step-N [--out DIR] [--merge]",
     },
 }

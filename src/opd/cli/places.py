@@ -20,3 +20,14 @@ def _refuse_place_in_a_file(place: Path) -> None:
     above = next((folder for folder in place.parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise RunFolderError(f"'{above}' is a file, so '{place}' cannot be written; give --out another place.")
+
+
+def new_file(name: str, suffix: str) -> Path:
+    """The file of this name. Raises RunFolderError for one that is there, for another suffix, and for a place in a file."""
+    place = Path(name)
+    if place.suffix != suffix:
+        raise RunFolderError(f"'{name}' does not end in {suffix}; give --out a name that does.")
+    if place.exists():
+        raise RunFolderError(f"'{name}' is there already; give --out another name, or remove it.")
+    _refuse_place_in_a_file(place)
+    return place

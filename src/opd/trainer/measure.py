@@ -103,7 +103,7 @@ def write_measured(folder: Path, measured: Measured, document: str) -> None:
         record_evaluation(run, 0, "student", measured.student, *measured_by)
         if measured.teacher is not None:
             record_evaluation(run, 0, "teacher", measured.teacher, *measured_by)
-    write_about(folder, about_run(config, Launch()))
+    write_about(folder, replace(about_run(config, Launch()), data=config.prompts.path))
     write_atomically(folder / EVAL_FILE, (document + "\n").encode())
 
 
