@@ -41,6 +41,9 @@ GROUPS = {
         "score": "any text, token by token, as two models see it: opd score FILE --student MODEL --teacher MODEL|URL",
         "export": "a checkpoint as a Hugging Face folder: opd export RUN/checkpoints/step-N [--out DIR] [--merge]",
     },
+    "this shell": {
+        "completion": "a script that completes commands, options and keys of recipes: opd completion bash|zsh|fish",
+    },
 }
 """Commands by what a person wants, each with a line of help."""
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
