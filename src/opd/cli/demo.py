@@ -17,7 +17,7 @@ USAGE = "opd demo [--resume | --overwrite] [--debug] [--section.key value …]"
 
 def run(args: Sequence[str]) -> int:
     if "-h" in args or "--help" in args:
-        print_help(USAGE)
+        print_help(USAGE, args)
         return 0
     began = time.perf_counter()
     rest = [a for a in args if a not in ("--resume", "--overwrite")]

@@ -17,27 +17,48 @@ from typing import Any
 from opd import __version__
 from opd.errors import OpdError
 
-COMMANDS = {
-    "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
-    "check": "all that can be said of a recipe before a model is loaded: opd check RECIPE.yaml [--section.key value …]",
-    "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
-    "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
-    "report": "write report.html of a run folder again, also during the run: opd report RUN_DIR",
-    "compare": "two runs or more, or seeds of one recipe, side by side: opd compare RUN RUN … [--out FILE] [--open]",
-    "watch": "the report in the browser while the run goes on: opd watch RUN_DIR [--port PORT] [--open]",
-    "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
-    "serve-teacher": "a frozen model for students on other machines: opd serve-teacher MODEL [--host HOST --port PORT …]",
-    "doctor": "can this recipe work on this machine? opd doctor [RECIPE.yaml] [--json]; the verl plugin: opd doctor verl",
+GROUPS = {
+    "before a run": {
+        "demo": "run the whole method on this machine in minutes: opd demo [--overwrite] [--section.key value …]",
+        "check": "all that can be said of a recipe before a model is loaded: opd check RECIPE.yaml [--section.key value …]",
+        "doctor": "can this recipe work on this machine? opd doctor [RECIPE.yaml] [--json]; the verl plugin: opd doctor verl",
+    },
+    "train": {
+        "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
+        "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
+        "serve-teacher": "a frozen model for students on other machines: opd serve-teacher MODEL [--host HOST --port PORT …]",
+        "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",
+    },
+    "look at runs": {
+        "runs": "a table of the runs in a folder and below: opd runs [DIR] [--json]",
+        "watch": "the report in the browser while the run goes on: opd watch RUN_DIR [--port PORT] [--open]",
+        "report": "write report.html of a run folder again, also during the run: opd report RUN_DIR",
+        "compare": "two runs or more, or seeds of one recipe, side by side: opd compare RUN RUN … [--out FILE] [--open]",
+    },
+    "use a model": {
+        "eval": "reward, KL to a teacher and length, with intervals: opd eval MODEL|RUN --prompts FILE [--teacher MODEL|URL]",
+        "sample": "answers of a model: opd sample MODEL|RUN (--prompt TEXT | --prompts FILE) [-n N] [--temperature X]",
+        "score": "any text, token by token, as two models see it: opd score FILE --student MODEL --teacher MODEL|URL",
+        "export": "a checkpoint as a Hugging Face folder: opd export RUN/checkpoints/step-N [--out DIR] [--merge]",
+    },
+    "this shell": {
+        "completion": "a script that completes commands, options and keys of recipes: opd completion bash|zsh|fish",
+    },
 }
+"""Commands by what a person wants, each with a line of help."""
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 RUN_FLAGS = ("--resume", "--overwrite")
 SIGNALLED = 128  # plus the signal's number: the shell's code for a process that a signal ended
 
 
 def help_text() -> str:
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    lines = "\n".join(
+        "\n".join([f"{title}:", *(f"  {name:<{width}}  {text}" for name, text in group.items()), ""])
+        for title, group in GROUPS.items()
+    )
     return (
-        f"opd {__version__}: on-policy distillation of language models\n\nusage: opd COMMAND …\n\n{lines}\n\n"
+        f"opd {__version__}: on-policy distillation of language models\n\nusage: opd COMMAND …\n\n{lines}\n"
         "opd COMMAND --help   all options of a command\n"
         "opd --version        the version\n"
         "--debug              with any command: show the traceback of an error\n"

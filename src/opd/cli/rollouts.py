@@ -16,7 +16,7 @@ USAGE = "opd rollouts RECIPE.yaml [--out DIR] [--overwrite] [--debug] [--section
 
 def run(args: Sequence[str]) -> int:
     if "-h" in args or "--help" in args:
-        print_help(USAGE)
+        print_help(USAGE, args)
         return 0
     out, rest = _out(args)
     recipe, resume, overwrite, words = split_arguments(rest)

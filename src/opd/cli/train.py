@@ -16,7 +16,7 @@ STOPPED_BY_RULE = 3
 
 def run(args: Sequence[str]) -> int:
     if "-h" in args or "--help" in args:
-        print_help(USAGE)
+        print_help(USAGE, args)
         return 0
     recipe, resume, overwrite, overrides = split_arguments(args)
     from opd.cli.banner import show_banner
@@ -57,30 +57,27 @@ def split_arguments(args: Sequence[str]) -> tuple[str | None, bool, bool, list[s
     return recipe, "--resume" in args, "--overwrite" in args, rest
 
 
-def print_help(usage: str) -> None:
-    """Print every section and field with its default, as tyro renders the dataclasses."""
+def print_help(usage: str, args: Sequence[str] = ()) -> None:
+    """Print every section and field with its default, as tyro renders the dataclasses; with a section after --help, that one alone. Raises
+    ConfigError for a section that is none."""
     import tyro
 
-    from opd.config import LoraConfig, PromptsConfig, RunSettings, StudentConfig, TeacherConfig
+    from opd.cli.help_section import asked_for, narrowed, shown_settings
+    from opd.config import RunSettings
 
-    shown = RunSettings(
-        student=StudentConfig(model="-", lora=LoraConfig()),
-        teacher=TeacherConfig(model="-"),
-        teachers={},
-        prompts=PromptsConfig(path="-"),
-    )
-    for section, key in ((shown.student, "model"), (shown.teacher, "model"), (shown.prompts, "path")):
-        object.__setattr__(section, key, tyro.MISSING)  # shown as required
+    section = asked_for(args) if args else None
+    kind, shown = (RunSettings, shown_settings()) if section is None else narrowed(section)
     as_values = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     try:
-        tyro.cli(RunSettings, prog=usage, default=shown, args=["--help"], config=as_values)
+        tyro.cli(kind, prog=usage, default=shown, args=["--help"], config=as_values)
     except SystemExit as ended:
         if ended.code:  # the reader of a pipe has gone
             raise
-        print(MORE_HELP)
+        print(MORE_HELP if section is None else f"All sections: {usage.split(' ')[0]} {usage.split(' ')[1]} --help")
 
 
-MORE_HELP = """--resume      continue the run in run_dir from its last checkpoint; changed settings are printed and kept in history.jsonl
+MORE_HELP = """--help SECTION  the keys of one section, e.g. --help optimizer, --help rollout.vllm
+--resume      continue the run in run_dir from its last checkpoint; changed settings are printed and kept in history.jsonl
 --overwrite   delete the run in run_dir and start again; a link is deleted, its target kept
 --debug       show the traceback of an error
 --student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE

@@ -21,6 +21,7 @@ ABOUT_FILE = "about.json"
 STATE_FILE = "state.json"
 SUMMARY_FILE = "summary.json"
 GUARD_FILE = "guard.json"
+EVAL_FILE = "eval.json"
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
 

@@ -35,7 +35,7 @@ class Header:
 
 def header(about: About | None, state: State | None, config: Mapping[str, Any]) -> Header:
     """From about.json and state.json; of runs that lack them, models and data from the configuration."""
-    about = about or _from_config(config)
+    about = about or from_config(config)
     versions = ", ".join(f"{name} {version}" for name, version in about.versions.items())
     facts = {
         "objective": about.objective,
@@ -100,7 +100,9 @@ def _commit(commit: str) -> str:
     return commit.removesuffix("+")[:12] + changed
 
 
-def _from_config(config: Mapping[str, Any]) -> About:
+def from_config(config: Mapping[str, Any]) -> About:
+    """What the configuration alone says of a run."""
+
     def text(section: str, *keys: str) -> str:
         values = config.get(section)
         found = (values.get(key) for key in keys) if isinstance(values, Mapping) else ()

@@ -38,21 +38,28 @@ class Tile:
     detail: str = ""
 
 
-def write_report(run_dir: str | Path, out: str | Path | None = None, title: str | None = None) -> Path:
+def write_report(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    title: str | None = None,
+    remarks: Sequence[str] | None = None,
+) -> Path:
     """Write the report of a run, finished or not, to `out` (default `<run_dir>/report.html`).
 
-    The page names whatever the folder lacks. Raises `RunFolderError` when the folder is no run folder or cannot be written.
+    The page names whatever the folder lacks; `remarks` take the place of that for records that are of no run. Raises `RunFolderError` when the folder is no run folder or cannot be written.
     """
     folder = Path(run_dir)
     destination = folder / REPORT_FILE if out is None else Path(out)
-    page = report_page(folder, title)
+    page = report_page(folder, title, remarks=remarks)
     with explain_os_errors("create", destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(destination, page.encode("utf-8", "replace"))
     return destination
 
 
-def report_page(run_dir: str | Path, title: str | None = None, *, version: str = "") -> str:
+def report_page(
+    run_dir: str | Path, title: str | None = None, *, version: str = "", remarks: Sequence[str] | None = None
+) -> str:
     """The report of a run as HTML text, which loads itself again while the run goes on. One with a `version` is served: it asks /version
     for news. Raises `RunFolderError` when the folder is no run folder."""
     folder = Path(run_dir)
@@ -68,6 +75,7 @@ def report_page(run_dir: str | Path, title: str | None = None, *, version: str =
         state=read_state(folder),
         onsets=read_onsets(folder),
         version=version,
+        remarks=remarks,
     )
 
 
@@ -83,6 +91,7 @@ def render_report(
     state: State | None = None,
     onsets: Sequence[Onset] = (),
     version: str = "",
+    remarks: Sequence[str] | None = None,
 ) -> str:
     """The page as HTML text."""
     rows = summary_rows(summary or {})
@@ -91,19 +100,20 @@ def render_report(
     groups = chart_groups(curves, rows)
     column_titles, cells = summary_cells(rows)
     found = [*onset_notes(onsets), *summary_notes(summary or {})]
+    told = _notices(metrics, samples, rows, state) if remarks is None else remarks
     steps, saved = sum(record.kind == "step" for record in metrics), parsed(config or "")
     context = {
         "title": title,
         "header": header(about, state, saved),
         "state": None if state is None else {**asdict(state), "alive": state.alive},
-        "subtitle": _subtitle(curves, metrics, None if state else steps),
+        "subtitle": _subtitle(curves, metrics, None if state or remarks is not None else steps),
         "tiles": _tiles(curves, rows, summary or {}, steps),
         "column_titles": column_titles,
         "rows": cells,
         "dotted": [row for row in rows if row.accuracy is not None],
         "groups": groups,
         "axes": [asdict(axis) for axis in axes(curves)],
-        "notices": list(dict.fromkeys([*_notices(metrics, samples, rows, state), *found, *_changes(history)])),
+        "notices": list(dict.fromkeys([*told, *found, *_changes(history)])),
         "config": configuration(config, saved) if config else None,
         "live": bool(version) or (state is not None and state.name in ("loading", "running") and state.alive),
         "version": version,

@@ -60,6 +60,8 @@ class HfSampler:
         self.source: RolloutSource = source
         self.autocast = autocast
         self.policy_version = 0
+        self.watch: Callable[[Sequence[Sequence[int]]], object] | None = None
+        """Called after every token with the responses of the batch so far, as token ids."""
 
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
         """One rollout per prompt, in order. The same weights, prompts and seed give the same rollouts; the global random state is
@@ -133,15 +135,15 @@ class HfSampler:
         rows = [[self.pad_id] * (width - len(p)) + list(p) for p in prompt_ids]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
         recorder = _Recorder(width, entropy=self.record_entropy)
+        criteria = [_StopStrings(self.renderer, self.sampling.stop, width)] if self.sampling.stop else []
+        criteria += [] if self.watch is None else [_Watched(self.watch, width)]
         with _plain_generation_config(self.model), self.autocast():
             output = self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=self._generation_config(),
                 logits_processor=self._processors(recorder),
-                stopping_criteria=StoppingCriteriaList(
-                    [_StopStrings(self.renderer, self.sampling.stop, width)] if self.sampling.stop else []
-                ),
+                stopping_criteria=StoppingCriteriaList(criteria),
             )
         assert isinstance(output, torch.Tensor)
         responses = output[:, width:]
@@ -186,6 +188,18 @@ class _StopStrings(StoppingCriteria):
         texts = [self.renderer.decode(row) for row in input_ids[:, start:].tolist()]
         done = [any(s in text for s in self.stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)
+
+
+class _Watched(StoppingCriteria):
+    """Shows the responses so far to somebody, and stops none."""
+
+    def __init__(self, show: Callable[[Sequence[Sequence[int]]], object], prompt_width: int) -> None:
+        self.show = show
+        self.width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.show(input_ids[:, self.width :].tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _VocabularyMask(LogitsProcessor):

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,39 @@ def version_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def load_trained_weights(path: Path, model: torch.nn.Module, student: Student | None = None) -> None:
+    """Put a checkpoint's weights into the model that it was made of, and its averages into the `student`'s, where it keeps them; no
+    optimizer is read. Raises RunFolderError for a checkpoint that is damaged, or of another model."""
+    ema = None if student is None else student.ema
+    device = str(next(model.parameters()).device)
+    try:
+        weights = load_file(path / "weights.safetensors", device=device)
+        averages = {} if ema is None else load_file(path / "ema.safetensors", device=device)
+    except DAMAGED as error:
+        raise RunFolderError(
+            f"Checkpoint '{path}' cannot be read: {type(error).__name__}: {str(error)[:300]}. The file was cut short or edited; take "
+            "another checkpoint of the run."
+        ) from error
+    _put(weights, model, path, "Keep it in the folder of the run that wrote it, with that run's config.yaml.")
+    if student is not None:
+        _put_averages(averages, student)
+
+
+@torch.no_grad()
+def _put(weights: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path, advice: str) -> None:
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != weights.keys() or any(parameters[n].shape != w.shape for n, w in weights.items()):
+        raise RunFolderError(f"Checkpoint '{path}' is of another model: parameter names or shapes differ. {advice}")
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def _put_averages(averages: Mapping[str, torch.Tensor], student: Student) -> None:
+    for name, average in student.ema.weights().items() if student.ema is not None else ():
+        average.copy_(averages[name])
+
+
 def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
     """Put weights and optimizer back, and return the saved state. Raises RunFolderError when the checkpoint is of another model."""
     try:
@@ -114,16 +148,8 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         raise RunFolderError(
             f"Checkpoint '{path}' has format {written_by}, and this version of opd reads {FORMAT}. Resume with the version that wrote it."
         )
-    parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
-    if parameters.keys() != weights.keys() or any(parameters[n].shape != w.shape for n, w in weights.items()):
-        raise RunFolderError(
-            f"Checkpoint '{path}' is of another model: parameter names or shapes differ. Resume with the recipe it was made with."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-        for name, average in student.ema.weights().items() if student.ema is not None else ():
-            average.copy_(averages[name])
+    _put(weights, student.model, path, "Resume with the recipe it was made with.")
+    _put_averages(averages, student)
     for optimizer, saved in zip(student.optimizers, optimizers, strict=True):
         # The state is the checkpoint's; rates, decays and the like are the recipe's, which may have changed them.
         options = [

@@ -20,14 +20,17 @@ from opd.trainer.details import ViewCollector
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
 from opd.trainer.student import Policy
-from opd.types import Prompt, Rollout, TokenViews
+from opd.types import Prompt, Rollout, TargetKind, TokenViews
 
 Interval = tuple[float, float]
+DISTANCES = ("reverse_kl", "forward_kl")
+"""Distances from the teacher that an evaluation measures, by their names among the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """`accuracy` is the mean reward per sample; `reverse_kl` the mean over samples of a sample's mean per-token reverse KL (nats)."""
+    """`accuracy` is the mean reward per sample; `reverse_kl` and `forward_kl` are means over samples of a sample's mean per token (nats), both
+    at the tokens that the evaluated model drew."""
 
     metrics: dict[str, float]
     intervals: dict[str, Interval]
@@ -67,19 +70,20 @@ class Evaluator:
         adds accuracies at the extra temperatures."""
         began = time.perf_counter()
         rollouts, rewards = self._sample(sampler, self.sampling)
-        kl: list[list[float]] = [[] for _ in rollouts]
+        nats: dict[str, list[list[float]]] = {}
         watch = ViewCollector(rollouts[: self.watched])
         metrics: dict[str, float] = {}
         intervals: dict[str, Interval] = {}
         per_prompt = {"accuracy": self._per_prompt(rewards)}
         self._add("accuracy", rewards, rollouts, metrics, intervals)
         if self.teacher is not None and self.teacher.exact_kind is not None and model is not None:
-            kl = self._reverse_kl(rollouts, model, self.teacher, watch)
-            means = [sum(row) / len(row) for row in kl]
-            self._add("reverse_kl", means, rollouts, metrics, intervals)
-            per_prompt["reverse_kl"] = self._per_prompt(means)
+            nats = self._nats(rollouts, model, self.teacher, watch)
+            for name, rows in nats.items():
+                means = [sum(row) / len(row) for row in rows]
+                self._add(name, means, rollouts, metrics, intervals)
+                per_prompt[name] = self._per_prompt(means)
             for name, member in self.mixed.items():
-                apart = [sum(row) / len(row) for row in self._reverse_kl(rollouts, model, member)]
+                apart = [sum(row) / len(row) for row in self._nats(rollouts, model, member)["reverse_kl"]]
                 key = f"teacher/{name}/reverse_kl"
                 metrics[key], intervals[key] = _mean_over_prompts(apart, self.samples_per_prompt)
         metrics["response_length"] = sum(len(r.response_ids) for r in rollouts) / len(rollouts)
@@ -90,6 +94,7 @@ class Evaluator:
             metrics[name], intervals[name] = _reward_interval(rewards_there, self.samples_per_prompt)
             per_prompt[name] = self._per_prompt(rewards_there)
         metrics["time/eval"] = time.perf_counter() - began
+        kl = nats.get("reverse_kl", [[] for _ in rollouts])
         drawn = list(zip(rollouts, kl, rewards, strict=True))
         return Evaluation(
             metrics=metrics, intervals=intervals, rollouts=drawn, per_prompt=per_prompt, views=watch.found
@@ -121,26 +126,60 @@ class Evaluator:
         scores = self.scorer.score([(r.prompt, r.text) for r in rollouts], [r.finished for r in rollouts])
         return rollouts, list(scores.values)
 
-    @torch.no_grad()
-    def _reverse_kl(
+    def _nats(
         self, rollouts: list[Rollout], model: Policy, teacher: Teacher, watch: ViewCollector | None = None
-    ) -> list[list[float]]:
-        """Per rollout, per response token."""
+    ) -> dict[str, list[list[float]]]:
+        """Each of `DISTANCES`, per rollout, per response token."""
         assert teacher.exact_kind is not None
-        batches = scored_batches(
+        objective = Objective(teacher_logp_floor=self.teacher_logp_floor)
+        metrics = token_metrics(
             rollouts,
+            model,
             teacher,
             teacher.exact_kind,
+            objective,
+            watch,
             layout=self.layout,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_id=self.pad_id,
-            device=model.device,
         )
-        metrics, objective = TokenMetrics(), Objective(teacher_logp_floor=self.teacher_logp_floor)
-        for batch in batches:
-            model.loss(batch, objective, metrics, watch)
-        by_id = {rollout.id: values.tolist() for rollout, values in metrics.per_rollout("reverse_kl")}
-        return [by_id[rollout.id] for rollout in rollouts]
+        found = {name: metrics_by_rollout(metrics, name, rollouts) for name in DISTANCES}
+        return {name: rows for name, rows in found.items() if all(rows)}
+
+
+@torch.no_grad()
+def token_metrics(
+    rollouts: Sequence[Rollout],
+    model: Policy,
+    teacher: Teacher,
+    kind: TargetKind,
+    objective: Objective,
+    watch: ViewCollector | None,
+    *,
+    layout: Layout,
+    tokens_per_microbatch: int,
+    pad_id: int,
+) -> TokenMetrics:
+    """What the loss says of every response token, without a gradient; `watch` takes both models' views."""
+    batches = scored_batches(
+        rollouts,
+        teacher,
+        kind,
+        layout=layout,
+        tokens_per_microbatch=tokens_per_microbatch,
+        pad_id=pad_id,
+        device=model.device,
+    )
+    metrics = TokenMetrics()
+    for batch in batches:
+        model.loss(batch, objective, metrics, watch)
+    return metrics
+
+
+def metrics_by_rollout(metrics: TokenMetrics, name: str, rollouts: Sequence[Rollout]) -> list[list[float]]:
+    """One metric per rollout, per response token, in the order of the rollouts; micro-batches have them by length."""
+    by_id = {rollout.id: values.tolist() for rollout, values in metrics.per_rollout(name)}
+    return [by_id[rollout.id] for rollout in rollouts]
 
 
 def measure_of(*parts: object) -> str:

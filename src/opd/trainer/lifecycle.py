@@ -264,7 +264,7 @@ def save_student(components: RunComponents, folder: RunFolder) -> Any:
     model: Any = components.student.model
     with explain_os_errors("save the student to", folder.student):
         if hasattr(model, "merge_and_unload"):
-            _save_adapter(model, folder.path / "adapter")
+            save_adapter(model, folder.path / "adapter")
             model = merged(model)
         write_student(model, components.loaded.files, folder.student, "continue with --resume")
     return model
@@ -287,7 +287,8 @@ def write_student(model: Any, files: Mapping[str, bytes], place: Path, then: str
         publish(temporary, final)
 
 
-def _save_adapter(model: Any, place: Path) -> None:
+def save_adapter(model: Any, place: Path) -> None:
+    """A peft model's adapters alone, as a folder that is whole or not there."""
     final = behind_link(place)
     temporary = final.with_name(f".writing-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)

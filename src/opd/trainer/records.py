@@ -37,7 +37,7 @@ def record_samples(
         kl = by_id[rollout.id].tolist() if rollout.id in by_id else []  # those that train.drop leaves out have none
         reward = None if rewards is None else rewards[index]
         views, name = out.views.get(rollout.id), names.get(rollout.id)
-        run.sample(_sample(step, "train", "student", rollout, kl, reward, renderer, views, name))
+        run.sample(sample_record(step, "train", "student", rollout, kl, reward, renderer, views, name))
 
 
 def recorded(rollouts: Sequence[Rollout], step: int, config: LogConfig) -> Sequence[Rollout]:
@@ -63,10 +63,10 @@ def record_evaluation(
         views = evaluation.views.get(rollout.id)
         if views is not None and who == "teacher":
             views = replace(views, student=ModelView())
-        run.sample(_sample(step, "eval", who, rollout, kl, reward, renderer, views, names.get(rollout.id)))
+        run.sample(sample_record(step, "eval", who, rollout, kl, reward, renderer, views, names.get(rollout.id)))
 
 
-def _sample(
+def sample_record(
     step: int,
     phase: Literal["train", "eval"],
     who: Literal["student", "teacher"],
@@ -77,6 +77,7 @@ def _sample(
     views: TokenViews | None,
     teacher: str | None,
 ) -> SampleRecord:
+    """A response as a record keeps it, with `kl`, the reverse KL at each of its tokens."""
     prompt, special = renderer.with_special(rollout.prompt_ids)
     return SampleRecord(
         step=step,
