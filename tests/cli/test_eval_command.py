@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desks import check_refusal, make_desk
 
+from desks import check_refusal, make_desk
 from opd.cli.main import main
 from opd.reporting import read_metrics, read_samples
 
