@@ -17,13 +17,14 @@ class PromptsConfig(Section, key="prompts"):
     eval_split: str = "test"
     """Split of a Hugging Face dataset for eval_path."""
     prompt_column: str = "prompt"
-    """Text, or a list of chat messages; a.b names a field inside a column, here and below. The columns tools, documents and
+    """Text, or a list of chat messages; without such a column, messages or conversations (ShareGPT), whose own column system is their
+    system message. a.b names a field inside a column, here and below. The columns tools, documents and
     chat_template_kwargs go to the chat template with the messages, as JSON text where the order of keys or a null matters: parquet
     and datasets keep neither."""
     answer_column: str = "answer"
-    """Reference answer for the reward (optional)."""
+    """Reference answer for the reward (optional); without such a column, reward_model.ground_truth (verl)."""
     response_column: str = "response"
-    """Reference response for off-policy distillation (optional); without it, the last message of the assistant is one."""
+    """Reference response for off-policy distillation (optional); without it, completion (TRL), or the last message of the assistant."""
     teacher_column: str = "teacher"
     """Name of the teacher of each prompt (optional)."""
     system: str | None = None

@@ -114,8 +114,8 @@ def examine(settings: RunSettings) -> Examined:
 
 
 def _prompts(settings: RunSettings, seen: Examined) -> list[Prompt]:
-    section, said = settings.prompts, list[str]()
-    columns: dict[str, Any] = {**section.columns, "say": said.append}
+    section, said, noted = settings.prompts, list[str](), list[str]()
+    columns: dict[str, Any] = {**section.columns, "say": said.append, "note": noted.append}
     prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
     said += unread_columns(prompts, section.path, f"{section.teacher_prompt} {section.prompt_column}")
     held_out: list[Prompt] = []
@@ -123,6 +123,7 @@ def _prompts(settings: RunSettings, seen: Examined) -> list[Prompt]:
         held_out = load_prompts(section.eval_path, split=section.eval_split, limit=settings.eval.prompts, **columns)
     check_rows(settings, prompts, held_out)
     seen.say("prompts", f"{len(prompts):,} to train on, {len(held_out):,} held out", dict.fromkeys(said))
+    seen.checks += [Check(name="prompts", verdict="green", seen=f"note: {note}") for note in dict.fromkeys(noted)]
     return [*prompts, *held_out]
 
 

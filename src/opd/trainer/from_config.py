@@ -142,7 +142,7 @@ class RunComponents:
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
         saved = [] if given.student else saved_notes(config.student, self.loaded.model)
-        self.notes = (*served_notes(config), *saved, *correction_note(config))
+        self.notes = (*dict.fromkeys(self._noted), *served_notes(config), *saved, *correction_note(config))
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
@@ -299,7 +299,8 @@ class RunComponents:
         """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""
         config, section, given = self.config, self.config.prompts, self._given
         said: list[str] = []
-        columns: dict[str, Any] = {**section.columns, "say": said.append}
+        self._noted = list[str]()
+        columns: dict[str, Any] = {**section.columns, "say": said.append, "note": self._noted.append}
         elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
         path, evaluated = section.path, section.eval_path
         self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
