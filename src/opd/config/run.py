@@ -53,6 +53,8 @@ class RunSettings(Section):
         warmup = self.optimizer.warmup_within(self.train.steps)
         self._fill_in(optimizer=replace(self.optimizer, warmup_steps=warmup))
         self._check_teachers()
+        if self.eval.every > 0:
+            self.prompts.check_held_out(self.eval.prompts)
         self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
         part = self.train.token_fraction < 1
         require(

@@ -56,12 +56,14 @@ def load_prompts(
     response_column: str = "response",
     teacher_column: str = "teacher",
     split: str = "train",
+    task: Mapping[str, Any] | None = None,
     limit: int | None = None,
     rows: Iterable[Any] | None = None,
     say: Callable[[str], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
-    """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, or `hub:owner/name[/config]`.
+    """The rows of `path`, in file order: a .jsonl, .json or .parquet file, a `datasets` folder, `hub:owner/name[/config]`, or
+    `reasoning_gym:NAME`, with `task` (size, seed, config, chat).
 
     A prompt is text, or a list of messages with `role` and `content`; a last message of the assistant becomes the response. A row
     that lacks a column of the default name is read as TRL, ShareGPT or verl write it (`OTHER_NAMES`). The text in a column `system`
@@ -73,7 +75,7 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no prompts; use 1 or more, or leave it out for all rows.")
     optional = {"answer": answer_column, "response": response_column, "teacher": teacher_column}
-    source = read_rows(path, split) if rows is None else given_rows(rows, path, prompt_column)
+    source = read_rows(path, split, task) if rows is None else given_rows(rows, path, prompt_column)
     found: list[_PromptRow] = []
     seen: set[str] = set()
     for index, (place, row) in enumerate(islice(source, limit)):

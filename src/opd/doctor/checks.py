@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from opd.config.model import StudentConfig
 from opd.config.rollout import RolloutConfig
 from opd.config.run import RunSettings
+from opd.data.reasoning_gym import COLUMN as TASK_COLUMN
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
 from opd.losses.settings import ObjectiveSettings
@@ -27,7 +28,7 @@ def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt
     if config.rl.rewarded or "correct" in config.train.drop:
         asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
     for key, reward, rows, path in asked:
-        compares = reward in ("exact_match", "numeric_answer") or reward.startswith("regex:")
+        compares = reward in ("exact_match", "numeric_answer", "math_verify") or reward.startswith("regex:")
         missing = next((p for p in rows if p.answer is None), None) if compares else None
         if missing is not None:
             judged = "" if config.rl.rewarded or key == "eval.reward" else ", which train.drop=[correct] asks,"
@@ -35,6 +36,12 @@ def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt
             raise DataError(
                 f"Row {missing.index} of '{path}' has no answer, and {key}={reward}{judged} compares "
                 f"with one. Add an '{config.prompts.answer_column}' column, or set {key} to a function of your own{without}."
+            )
+        missing = next((p for p in rows if TASK_COLUMN not in p.metadata), None) if reward == "reasoning_gym" else None
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{path}' is no task of reasoning-gym, whose verifiers are {key}={reward}. Set prompts.path and "
+                "prompts.eval_path to reasoning_gym:NAME, or take another reward."
             )
     teachers = {p.teacher for p in prompts if p.teacher is not None}
     if len(teachers) > 1 and len(config.all_teachers) == 1:

@@ -300,10 +300,10 @@ class RunComponents:
         config, section, given = self.config, self.config.prompts, self._given
         said: list[str] = []
         self._noted = list[str]()
-        columns: dict[str, Any] = {**section.columns, "say": said.append, "note": self._noted.append}
+        tell: dict[str, Any] = {"say": said.append, "note": self._noted.append}
         elsewhere = f"{section.teacher_prompt} {section.prompt_column}"
         path, evaluated = section.path, section.eval_path
-        self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
+        self._prompts = load_prompts(path, rows=given.prompts, **section.training(), **tell)
         said += unread_columns(self._prompts, path, elsewhere)
         if len(self._prompts) < config.train.prompts_per_step:
             said.append(
@@ -312,8 +312,8 @@ class RunComponents:
             )
         self._held_out = []
         if config.eval.every > 0 and evaluated is not None:
-            options = {"split": section.eval_split, "limit": config.eval.prompts, "rows": given.eval_prompts}
-            self._held_out = load_prompts(evaluated, **options, **columns)
+            options = section.held_out(config.eval.prompts)
+            self._held_out = load_prompts(evaluated, rows=given.eval_prompts, **options, **tell)
         return said
 
     def _evaluator(self) -> Evaluator:

@@ -91,6 +91,10 @@ EFFECTS: dict[str, Effect] = {
             "prompts.response_column",
             "prompts.teacher_column",
             "prompts.limit",
+            "prompts.reasoning_gym.size",
+            "prompts.reasoning_gym.seed",
+            "prompts.reasoning_gym.config",
+            "prompts.reasoning_gym.chat",
             "rollout.path",
         ),
         "inputs",
@@ -100,6 +104,7 @@ EFFECTS: dict[str, Effect] = {
         (
             "prompts.eval_path",
             "prompts.eval_split",
+            "prompts.reasoning_gym.eval_seed",
             "eval.prompts",
             "eval.samples_per_prompt",
             "eval.temperature",
