@@ -12,7 +12,7 @@ from opd.errors import require
 TASK_PREFIX = "reasoning_gym:"
 
 
-class ReasoningGymConfig(Section, key="reasoning_gym"):
+class ReasoningGymConfig(Section, key="prompts.reasoning_gym"):
     """Tasks of reasoning-gym (extra 'reasoning-gym'), for path: reasoning_gym:NAME with eval.reward: reasoning_gym. Row i is made from
     seed + i, so seeds that are close make the same rows."""
 

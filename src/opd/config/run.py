@@ -11,6 +11,7 @@ from opd.config.optimizer import OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import RewardConfig, RlConfig
 from opd.config.rollout import RolloutConfig
+from opd.config.save import SaveConfig
 from opd.config.sections import Section
 from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
@@ -43,6 +44,7 @@ class RunSettings(Section):
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
     run_dir: str = "runs/opd"
     """Folder of this run: resolved config, metrics, samples, checkpoints, student, report."""
     seed: int = 0

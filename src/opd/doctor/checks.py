@@ -166,9 +166,10 @@ def served_notes(config: RunSettings) -> list[str]:
     return found
 
 
-def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
-    """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside."""
-    from opd.models import stored_dtype, stored_kind, switched_off
+def saved_notes(student: StudentConfig, model: PreTrainedModel, saved: str) -> list[str]:
+    """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside. `saved` is
+    save.dtype."""
+    from opd.models import SAVED_DTYPES, stored_dtype, stored_kind, switched_off
 
     name, revision = student.model, student.revision
     found = []
@@ -185,14 +186,17 @@ def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
             "without it."
         )
     trained, stored = str(model.dtype).removeprefix("torch."), stored_dtype(name, revision)
-    if stored in (None, trained):
+    came = stored if stored in SAVED_DTYPES else trained
+    kept = came if saved == "auto" else saved
+    if kept == trained and trained == came:
         return found
+    key = "as it came" if kept == came else f"save.dtype={saved}"
     advice = ""
-    if trained == "float32":  # rounding them back to the checkpoint's dtype could take back the training
-        advice = f" Rounding could undo small updates; what serves it can round, with dtype={stored}."
-    elif stored != "float16":  # which a student cannot be trained in
-        advice = f" student.dtype={stored} trains and saves it in the dtype that it came in."
-    found.append(f"'{name}' came in {stored} and is trained in {trained}, so student/ is saved in {trained}.{advice}")
+    if trained == "float32" and kept != "float32":
+        advice = (
+            " Rounding can undo small updates; save.dtype=float32 keeps them, and what serves the student can round."
+        )
+    found.append(f"'{name}' came in {came} and is trained in {trained}; student/ is saved in {kept} ({key}).{advice}")
     return found
 
 

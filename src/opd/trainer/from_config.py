@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from opd.config import Config, RewardConfig
@@ -17,6 +18,7 @@ from opd.doctor.checks import check_lengths, check_packing, check_rows, check_to
 from opd.doctor.reading import check_reading, check_text
 from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_weights
 from opd.errors import ConfigError
+from opd.models import saved_dtype
 from opd.quantized import check_trainable
 from opd.reporting.loading import Loading
 from opd.rewards import Reward, Scorer, load_reward
@@ -141,8 +143,13 @@ class RunComponents:
         self.fingerprints = self._fingerprints(first_weights)
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
-        saved = [] if given.student else saved_notes(config.student, self.loaded.model)
+        saved = [] if given.student else saved_notes(config.student, self.loaded.model, config.save.dtype)
         self.notes = (*dict.fromkeys(self._noted), *served_notes(config), *saved, *correction_note(config))
+
+    @property
+    def saved_dtype(self) -> torch.dtype | None:
+        """Dtype of the weights in student/; None is that of the model in memory."""
+        return saved_dtype(self.config.save.dtype, self.loaded.stored_dtype)
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
