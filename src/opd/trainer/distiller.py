@@ -95,9 +95,7 @@ class Distiller:
 
         `reward`: a name as in eval.reward, or a function of (prompt, response); the section, for its time limit. Functions may also
         stand in dicts: eval={"reward": f}, rl={"reward": g}.
-
         `sampler`: an object with the methods of `opd.Sampler`, in place of sampling in this process. Evaluations sample in this process.
-
         `callbacks`: called with the record of every step, a dict of its metrics and its number, `step`. `raise opd.Stop("why")` in one
         ends the run after that step: student saved, report written.
         """
