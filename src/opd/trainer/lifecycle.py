@@ -272,5 +272,9 @@ def _sinks(config: Config, folder: RunFolder, start: int | None) -> list[MetricS
     names = ["tensorboard"] if config.log.tensorboard else []
     names += ["wandb"] if config.log.wandb_project else []
     return open_sinks(
-        names, folder.path, resume_step=start, project=config.log.wandb_project or "opd", config=to_dict(config)
+        names,
+        folder.path,
+        resume_step=start,
+        project=config.log.wandb_project or "opd",
+        config=settings_without_secrets(to_dict(config)),
     )
