@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LINEAR_HEAD_TOLERANCE = 1e-3  # relative; float32 rounding stays far under it, soft-caps and scales do not
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SAVED_DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that a trained student can be saved in."""
 OUTPUT_SWITCHES = {
     "output_router_logits": False,
     "output_attentions": False,
@@ -185,6 +187,12 @@ def stored_dtype(name: str, revision: str | None = None) -> str | None:
             if part.get(key):
                 return str(part[key]).removeprefix("torch.")
     return None
+
+
+def saved_dtype(choice: str, stored: str | None) -> torch.dtype | None:
+    """save.dtype for a student that came in the dtype `stored`; None is the one that it is trained in."""
+    name = stored if choice == "auto" else choice
+    return getattr(torch, name) if name in SAVED_DTYPES else None
 
 
 def _stored_config(name: str, revision: str | None) -> dict[str, Any]:

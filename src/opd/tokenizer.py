@@ -32,6 +32,7 @@ OWN_FILES = (
     "*feature_extractor*.json",
 )
 """Files beside weights and config that AutoTokenizer, AutoProcessor and servers such as vLLM read."""
+LOADING_TRACES = ("is_local", "local_files_only")
 CODE_FILES = "*.py"
 PIPELINE = ("model", "normalizer", "pre_tokenizer", "decoder")
 """The parts of a tokenizer.json that determine encoding and decoding."""
@@ -82,7 +83,19 @@ def write_own_files(files: Mapping[str, bytes], folder: Path) -> None:
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        target.write_bytes(_without_traces(content) if name == "tokenizer_config.json" else content)
+
+
+def _without_traces(content: bytes) -> bytes:
+    """A tokenizer_config.json without the keys that transformers writes down of how it was loaded; as it is where there are none."""
+    try:
+        config = json.loads(content)
+    except ValueError:
+        return content
+    if not isinstance(config, dict) or not any(key in config for key in LOADING_TRACES):
+        return content
+    kept = {key: value for key, value in config.items() if key not in LOADING_TRACES}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

@@ -90,6 +90,8 @@ EXTRAS = {
     "pyarrow",
     "tensorboard",
     "wandb",
+    "math_verify",
+    "reasoning_gym",
     "fastapi",
     "starlette",
     "uvicorn",

@@ -56,6 +56,7 @@ def test_every_section_may_be_a_dict_and_is_then_what_a_recipe_makes_of_it():
         "eval": {"extra_temperatures": [0, 0.5]},
         "checkpoint": {"every": 2},
         "log": {"samples": 1},
+        "save": {"dtype": "float32"},
     }
     assert sections.keys() == {f.name for f in dataclasses.fields(Config)} - {"teacher", "run_dir", "seed"}
     made = Config(**sections)

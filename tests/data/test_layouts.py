@@ -58,7 +58,7 @@ def ids(path: str, template=TEMPLATE, **options) -> list[tuple[int, ...]]:
 
 def said(path: str, **options) -> list[str]:
     notes: list[str] = []
-    load_prompts(path, say=notes.append, **options)
+    load_prompts(path, say=notes.append, note=notes.append, **options)
     return notes
 
 
@@ -274,7 +274,7 @@ def test_the_assistants_last_message_becomes_the_response_and_that_is_said(write
 def test_a_response_of_the_rows_own_comes_before_the_last_message_and_that_is_said(write):
     path = write({"prompt": [USER, ANSWER], "response": "other"})
     assert load_prompts(path)[0].response == "other"
-    assert "1 of these answers are left out" in said(path)[1]
+    assert "1 of the assistant's answers after a prompt are left out" in said(path)[1]
 
 
 @pytest.mark.parametrize("turn", [ANSWER, {"from": "gpt", "value": "yo"}])

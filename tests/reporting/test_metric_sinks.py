@@ -8,6 +8,7 @@ import pytest
 
 from opd.errors import ConfigError, MissingDependencyError
 from opd.reporting import RunRecorder, WandbSink, open_sinks
+from opd.reporting.record import SampleRecord
 
 
 def test_tensorboard_holds_the_names_and_values_of_the_log(tmp_path):
@@ -52,6 +53,48 @@ def test_an_unknown_sink_is_refused(tmp_path):
         open_sinks(["mlflow"], tmp_path, resume_step=None)
 
 
+def sample(step: int, response: str, **more) -> SampleRecord:
+    values = {
+        "phase": "train",
+        "who": "student",
+        "prompt": "2|3",
+        "tokens": ["a", "b"],
+        "reverse_kl": [0.5, 1.5],
+        "finished": True,
+    }
+    return SampleRecord(step=step, response=response, **{**values, **more})
+
+
+def test_tensorboard_gets_sampled_answers_as_tables_and_the_recipe_as_hparams(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    sinks = open_sinks(
+        ["tensorboard"], tmp_path, resume_step=None, config={"optimizer": {"lr": 0.5}, "stop": [1], "n": None}
+    )
+    with RunRecorder(tmp_path, resume_step=None, sinks=sinks) as recorder:
+        for one in (sample(0, "<b>1</b>\nx"), sample(0, "y", reward=1.0), sample(3, "z")):
+            recorder.sample(one)
+        recorder.sample(sample(4, "eval", phase="eval", who="teacher"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["tensors"])[1:] == ["samples/eval/teacher", "samples/train/student"]
+    first, second = ((e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("samples/train/student"))
+    assert (first[0], second[0]) == (0, 3)
+    assert first[1].splitlines()[2:] == [
+        r"| 2\|3 | &lt;b&gt;1&lt;/b&gt;<br>x |  |  | 1 | True |",
+        r"| 2\|3 | y |  | 1 | 1 | True |",
+    ]
+    written = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    hparams = written.session_start_info.hparams
+    assert (hparams["optimizer.lr"].number_value, hparams["stop"].string_value, hparams["n"].string_value) == (
+        0.5,
+        "[1]",
+        "None",
+    )
+
+
 class FakeRun:
     id = "abc123"
 
@@ -79,6 +122,7 @@ def wandb(monkeypatch):
         return module.run
 
     module.init = init  # type: ignore[attr-defined]
+    module.Table = lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -97,6 +141,22 @@ def test_wandb_gets_the_step_and_only_finite_values(tmp_path, wandb):
         "id": None,
         "resume": None,
     }
+
+
+def test_wandb_gets_one_table_of_the_answers_of_a_step(tmp_path, wandb):
+    sink = WandbSink(tmp_path / "run", resume_step=None)
+    for one in (sample(0, "x"), sample(0, "y", reward=1.0), sample(5, "z", reverse_kl=None)):
+        sink.sample(one)
+    assert [entry["step"] for entry in wandb.run.logged] == [0]
+    sink.close()
+    first, second = wandb.run.logged
+    assert [
+        (row["response"], row["reward"], row["mean reverse KL (nats)"]) for row in first["samples/train/student"]
+    ] == [
+        ("x", None, 1.0),
+        ("y", 1.0, 1.0),
+    ]
+    assert second["step"] == 5 and second["samples/train/student"][0]["mean reverse KL (nats)"] is None
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_a_new_one_does_not(tmp_path, wandb):

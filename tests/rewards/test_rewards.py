@@ -183,7 +183,10 @@ def test_built_in_names_give_the_functions():
 def test_unknown_names_are_refused_with_what_there_is(spec):
     message = refusal(spec)
     assert f"no reward {spec!r}" in message
-    assert "exact_match, numeric_answer, regex:<pattern>, or package.module:function" in message
+    assert (
+        "exact_match, numeric_answer, math_verify, reasoning_gym, regex:<pattern>, or package.module:function"
+        in message
+    )
 
 
 def test_a_misspelt_name_gets_the_nearest():

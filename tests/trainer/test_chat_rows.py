@@ -55,11 +55,12 @@ def test_recorded_prompts_are_what_each_model_reads_special_tokens_included(fold
 def test_what_rows_hold_and_prompts_do_not_is_said_before_the_run(folder):
     rows = [
         {"prompt": [USER, {"role": "assistant", "content": "4"}]},
-        {"prompt": [USER], "tools": [TOOL], "chat_template_kwargs": {"think": True}, "system": "Be brief."},
+        {"prompt": [USER], "tools": [TOOL], "chat_template_kwargs": {"think": True}, "context": "Rome."},
     ]
-    warnings = "\n".join(RunComponents(recipe(folder, *rows, eval__every=0)).warnings)
-    assert "1 of 2 rows" in warnings and "end with the assistant's answer" in warnings
-    assert "has system, which no prompt holds" in warnings
+    parts = RunComponents(recipe(folder, *rows, eval__every=0))
+    warnings = "\n".join(parts.warnings)
+    assert "1 of 2 rows" in parts.notes[0] and "end with the assistant's answer" in parts.notes[0]
+    assert "has context, which no prompt holds" in warnings
     names = f"student '{folder / 'student'}' and teacher '{folder / 'teacher'}'"
     assert f"rows hold what prompts of {names} do not show" in warnings
     assert "tools (1 row, the first is prompt 1)" in warnings and "chat_template_kwargs.think (1 row" in warnings

@@ -290,35 +290,56 @@ def test_an_adapter_made_of_prompt_vectors_is_refused_as_what_it_is(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("stored", "trained", "said"),
+    ("stored", "trained", "asked", "saved", "said"),
     [
         (
             torch.bfloat16,
             "float32",
-            "came in bfloat16 and is trained in float32, so student/ is saved in float32. Rounding could undo",
+            "auto",
+            torch.bfloat16,
+            "came in bfloat16 and is trained in float32; student/ is saved in bfloat16 (as it came). Rounding can undo small updates; "
+            "save.dtype=float32 keeps them",
         ),
         (
             torch.float16,
             "float32",
-            "came in float16 and is trained in float32, so student/ is saved in float32. Rounding could undo",
+            "float32",
+            torch.float32,
+            "came in float16 and is trained in float32; student/ is saved in float32 (save.dtype=float32).",
         ),
         (
             torch.float32,
             "bfloat16",
-            "so student/ is saved in bfloat16. student.dtype=float32 trains and saves it in the dtype",
+            "auto",
+            torch.float32,
+            "came in float32 and is trained in bfloat16; student/ is saved in float32 (as it came).",
         ),
-        (torch.float32, "float32", None),
-        (torch.bfloat16, "bfloat16", None),
+        (
+            torch.float32,
+            "float32",
+            "bfloat16",
+            torch.bfloat16,
+            "student/ is saved in bfloat16 (save.dtype=bfloat16). Rounding",
+        ),
+        (torch.float32, "float32", "auto", torch.float32, None),
+        (torch.bfloat16, "bfloat16", "auto", torch.bfloat16, None),
     ],
 )
-def test_a_student_saved_in_another_dtype_than_it_came_in_is_announced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: torch.dtype, trained: str, said: str | None
+def test_a_student_trained_or_saved_in_another_dtype_than_it_came_in_is_announced(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stored: torch.dtype,
+    trained: str,
+    asked: str,
+    saved: torch.dtype,
+    said: str | None,
 ):
     model = tiny_causal_lm(byte_tokenizer(), **SMALL).to(stored)
     save_model(model, byte_tokenizer(), tmp_path / "m")
-    student = one_step(tmp_path, tmp_path / "m", tmp_path / "m", student__dtype=trained, log__progress="plain")
+    more = {"student__dtype": trained, "save__dtype": asked, "log__progress": "plain"}
+    student = one_step(tmp_path, tmp_path / "m", tmp_path / "m", **more)
     printed = capsys.readouterr().out
-    assert {tensor.dtype for tensor in load_file(student / "model.safetensors").values()} == {getattr(torch, trained)}
+    assert {tensor.dtype for tensor in load_file(student / "model.safetensors").values()} == {saved}
     assert said in printed if said else "came in" not in printed
 
 

@@ -147,7 +147,7 @@ def test_a_student_has_the_tokenizer_files_of_its_model_unchanged(tmp_path: Path
     student = tmp_path / "run" / "student"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *OWN):
         assert (student / name).read_bytes() == (model / name).read_bytes(), name
-    weights = ("config.json", "generation_config.json", "model.safetensors")
+    weights = ("config.json", "generation_config.json", "model.safetensors", "README.md")
     files = {str(file.relative_to(student)) for file in student.rglob("*") if file.is_file()}
     assert files == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *OWN, *weights}
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])

@@ -11,6 +11,7 @@ from rich.console import Console
 from opd.config import Config
 from opd.reporting.files import REPORT_FILE
 from opd.reporting.summary import summary_notes, summary_rows, summary_table, summary_text
+from opd.trainer.saving import saved_as
 
 
 def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
@@ -25,6 +26,7 @@ def show_result(config: Config, summary: Mapping[str, Any] | None) -> None:
             print(f"note: {note}")
     folder = Path(config.run_dir)
     # Not through the console, which reads brackets as markup and widens tabs.
-    print(f"student: {folder / 'student'}")
+    dtype = saved_as(folder / "student")
+    print(f"student: {folder / 'student'}{f' ({dtype})' if dtype else ''}")
     if (folder / REPORT_FILE).exists():  # a report that could not be written was a warning
         print(f"report:  {folder / REPORT_FILE}")

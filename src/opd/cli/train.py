@@ -38,6 +38,8 @@ def run(args: Sequence[str]) -> int:
     launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced)
     trained = Distiller.from_config(config, launch=launch).train(resume=resume, overwrite=overwrite)
     show_result(config, trained.summary)
+    if trained.hub:
+        print(trained.hub)
     if trained.ended is None or trained.ended.rule is None:
         return 0
     words = [word for word in args if word not in ("--resume", "--overwrite")]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from opd.config.rl import HybridConfig, RewardConfig, RlConfig
     from opd.config.rollout import RolloutConfig
     from opd.config.run import RunSettings
+    from opd.config.save import SaveConfig
     from opd.config.teachers import BaseMixtureConfig, MixtureConfig, TeacherConfig
     from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
     from opd.config.vllm import VllmConfig
@@ -38,6 +39,7 @@ __all__ = [
     "RlConfig",
     "RolloutConfig",
     "RunSettings",
+    "SaveConfig",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
@@ -65,6 +67,7 @@ _HOMES = {
     ),
     "opd.config.rollout": ("RolloutConfig",),
     "opd.config.run": ("RunSettings",),
+    "opd.config.save": ("SaveConfig",),
     "opd.config.teachers": (
         "BaseMixtureConfig",
         "MixtureConfig",

@@ -77,7 +77,7 @@ class StudentConfig(ModelConfig, key="student"):
     """The model that samples and learns."""
 
     dtype: DType = "float32"
-    """Type of the weights, of the optimizer state and of the saved student; float32 with train.autocast is the safe choice."""
+    """Type of the weights and of the optimizer state (save.dtype is that of the saved student); float32 with train.autocast is the safe choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None

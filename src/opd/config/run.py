@@ -11,6 +11,7 @@ from opd.config.optimizer import OptimizerConfig
 from opd.config.prompts import PromptsConfig
 from opd.config.rl import RewardConfig, RlConfig
 from opd.config.rollout import RolloutConfig
+from opd.config.save import SaveConfig
 from opd.config.sections import Section
 from opd.config.teachers import MixtureConfig, TeacherConfig
 from opd.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
@@ -43,6 +44,7 @@ class RunSettings(Section):
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
     run_dir: str = "runs/opd"
     """Folder of this run: resolved config, metrics, samples, checkpoints, student, report."""
     seed: int = 0
@@ -53,6 +55,8 @@ class RunSettings(Section):
         warmup = self.optimizer.warmup_within(self.train.steps)
         self._fill_in(optimizer=replace(self.optimizer, warmup_steps=warmup))
         self._check_teachers()
+        if self.eval.every > 0:
+            self.prompts.check_held_out(self.eval.prompts)
         self.rl.check(self.objective, samples_per_prompt=self.train.samples_per_prompt)
         part = self.train.token_fraction < 1
         require(

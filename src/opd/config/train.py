@@ -57,8 +57,9 @@ class EvalConfig(Section, key="eval"):
     extra_temperatures: tuple[float, ...] = ()
     """More temperatures for the first and the last evaluation: shows whether training did more than sharpen."""
     reward: str = "exact_match"
-    """'exact_match', 'numeric_answer', 'regex:<pattern>', or 'package.module:function' of (prompt, response). A parameter finished, if
-    it has one, is False for a response cut off at the length limit."""
+    """'exact_match', 'numeric_answer', 'math_verify' (extra 'math'), 'reasoning_gym' (for prompts.path: reasoning_gym:NAME),
+    'regex:<pattern>', or 'package.module:function' of (prompt, response). A parameter finished, if it has one, is False for a response
+    cut off at the length limit."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval.every must be 0 (off) or positive, not {self.every}")

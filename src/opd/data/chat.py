@@ -17,6 +17,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from opd.data.messages import TOOL_ARGUMENTS, Message, canonical
+from opd.data.reasoning_gym import COLUMN
 from opd.data.repairs import NONE, REPAIRS, Chat, Leaf, Repair, contains, leaves_of, misread_structures, put, repaired
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
@@ -79,9 +80,12 @@ class ChatTemplate:
         Raises DataError for every failure of the template or of the tokenizer.
         """
         if not self._templates:
+            as_text = (
+                "set prompts.reasoning_gym.chat=false" if COLUMN in prompt.metadata else "write the prompt as text"
+            )
             raise DataError(
                 f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
-                "write the prompt as text, or use an instruction-tuned model's tokenizer."
+                f"{as_text}, or use an instruction-tuned model's tokenizer."
             )
         messages = [canonical(message) for message in prompt.messages or ()]
         if system is not None and messages[0].get("role") != "system":

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from opd.data.reasoning_gym import PREFIX, task_rows
 from opd.data.values import is_list, is_mapping, is_sequence, type_name
 from opd.errors import DataError, MissingDependencyError
 
@@ -28,8 +29,14 @@ Row = tuple[str, Mapping[str, Any]]
 """The place of a row in words, and its columns."""
 
 
-def read_rows(path: str, split: str) -> Iterator[Row]:
-    """The rows of `path`, in file order. Raises DataError for an unreadable file, and for a line that is no object."""
+def read_rows(path: str, split: str, task: Mapping[str, Any] | None = None) -> Iterator[Row]:
+    """The rows of `path`, in file order; `task` are the settings of `reasoning_gym:NAME` (see `task_rows`).
+
+    Raises DataError for an unreadable file, and for a line that is no object.
+    """
+    if path.startswith(PREFIX):
+        made = task_rows(path, **(task or {}))
+        return ((f"row {index} of {path}", row) for index, row in enumerate(made))
     if path.startswith(HUB_PREFIX):
         return _hub_rows(path, split)
     file = Path(path).expanduser()
@@ -44,7 +51,7 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
     raise DataError(
         f"{path} ends in {file.suffix or 'no suffix'!r}, which is not a prompt format; use .jsonl (one JSON object "
         "per line), .json (an array of objects), either with .gz, .parquet, a folder written by datasets' save_to_disk, or "
-        "hub:owner/name."
+        "hub:owner/name, or reasoning_gym:NAME."
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from opd.config.model import StudentConfig
 from opd.config.rollout import RolloutConfig
 from opd.config.run import RunSettings
+from opd.data.reasoning_gym import COLUMN as TASK_COLUMN
 from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError
 from opd.losses.settings import ObjectiveSettings
@@ -27,7 +28,7 @@ def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt
     if config.rl.rewarded or "correct" in config.train.drop:
         asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
     for key, reward, rows, path in asked:
-        compares = reward in ("exact_match", "numeric_answer") or reward.startswith("regex:")
+        compares = reward in ("exact_match", "numeric_answer", "math_verify") or reward.startswith("regex:")
         missing = next((p for p in rows if p.answer is None), None) if compares else None
         if missing is not None:
             judged = "" if config.rl.rewarded or key == "eval.reward" else ", which train.drop=[correct] asks,"
@@ -35,6 +36,12 @@ def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt
             raise DataError(
                 f"Row {missing.index} of '{path}' has no answer, and {key}={reward}{judged} compares "
                 f"with one. Add an '{config.prompts.answer_column}' column, or set {key} to a function of your own{without}."
+            )
+        missing = next((p for p in rows if TASK_COLUMN not in p.metadata), None) if reward == "reasoning_gym" else None
+        if missing is not None:
+            raise DataError(
+                f"Row {missing.index} of '{path}' is no task of reasoning-gym, whose verifiers are {key}={reward}. Set prompts.path and "
+                "prompts.eval_path to reasoning_gym:NAME, or take another reward."
             )
     teachers = {p.teacher for p in prompts if p.teacher is not None}
     if len(teachers) > 1 and len(config.all_teachers) == 1:
@@ -159,9 +166,10 @@ def served_notes(config: RunSettings) -> list[str]:
     return found
 
 
-def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
-    """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside."""
-    from opd.models import stored_dtype, stored_kind, switched_off
+def saved_notes(student: StudentConfig, model: PreTrainedModel, saved: str) -> list[str]:
+    """Notes on how student/ will differ from the checkpoint that the student came from, its trained weights aside. `saved` is
+    save.dtype."""
+    from opd.models import SAVED_DTYPES, stored_dtype, stored_kind, switched_off
 
     name, revision = student.model, student.revision
     found = []
@@ -178,14 +186,17 @@ def saved_notes(student: StudentConfig, model: PreTrainedModel) -> list[str]:
             "without it."
         )
     trained, stored = str(model.dtype).removeprefix("torch."), stored_dtype(name, revision)
-    if stored in (None, trained):
+    came = stored if stored in SAVED_DTYPES else trained
+    kept = came if saved == "auto" else saved
+    if kept == trained and trained == came:
         return found
+    key = "as it came" if kept == came else f"save.dtype={saved}"
     advice = ""
-    if trained == "float32":  # rounding them back to the checkpoint's dtype could take back the training
-        advice = f" Rounding could undo small updates; what serves it can round, with dtype={stored}."
-    elif stored != "float16":  # which a student cannot be trained in
-        advice = f" student.dtype={stored} trains and saves it in the dtype that it came in."
-    found.append(f"'{name}' came in {stored} and is trained in {trained}, so student/ is saved in {trained}.{advice}")
+    if trained == "float32" and kept != "float32":
+        advice = (
+            " Rounding can undo small updates; save.dtype=float32 keeps them, and what serves the student can round."
+        )
+    found.append(f"'{name}' came in {came} and is trained in {trained}; student/ is saved in {kept} ({key}).{advice}")
     return found
 
 

@@ -26,6 +26,7 @@ from opd.doctor.renderers import make_renderer
 from opd.doctor.without_torch import transformers_without_torch
 from opd.errors import OpdError
 from opd.reporting.model_facts import count
+from opd.rewards import load_reward
 from opd.types import Prompt
 
 if TYPE_CHECKING:
@@ -109,23 +110,35 @@ def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Exam
                 seen.attempt("size", lambda r=role, s=section: _size(seen, r, s))
         if len(readers) == len(models):
             _compare(settings, seen, readers, prompts if read else [])
+    seen.attempt("reward", lambda: _rewards(settings, seen))
     if "student" in seen.shapes and seen.longest_prompt is not None:
         seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, device_memory(gpus))
     return seen
 
 
+def _rewards(settings: RunSettings, seen: Examined) -> None:
+    """The rewards can be had; the module of a user's own is imported."""
+    names = [settings.eval.reward] if settings.eval.every > 0 else []
+    if settings.rl.rewarded or "correct" in settings.train.drop:
+        names.append(settings.rl.reward or settings.eval.reward)
+    for name in dict.fromkeys(names):
+        load_reward(name)
+        seen.say("reward", name)
+
+
 def _prompts(settings: RunSettings, seen: Examined) -> list[Prompt]:
-    section, said = settings.prompts, list[str]()
-    columns: dict[str, Any] = {**section.columns, "say": said.append}
-    prompts = load_prompts(section.path, split=section.split, limit=section.limit, **columns)
+    section, said, noted = settings.prompts, list[str](), list[str]()
+    tell: dict[str, Any] = {"say": said.append, "note": noted.append}
+    prompts = load_prompts(section.path, **section.training(), **tell)
     said += unread_columns(
         prompts, section.path, f"{section.teacher_prompt} {section.user_message} {section.prompt_column}"
     )
     held_out: list[Prompt] = []
     if settings.eval.every > 0 and section.eval_path is not None:
-        held_out = load_prompts(section.eval_path, split=section.eval_split, limit=settings.eval.prompts, **columns)
+        held_out = load_prompts(section.eval_path, **section.held_out(settings.eval.prompts), **tell)
     check_rows(settings, prompts, held_out)
     seen.say("prompts", f"{len(prompts):,} to train on, {len(held_out):,} held out", dict.fromkeys(said))
+    seen.checks += [Check(name="prompts", verdict="green", seen=f"note: {note}") for note in dict.fromkeys(noted)]
     return [*prompts, *held_out]
 
 

@@ -34,6 +34,8 @@ class About:
     """Commit of the folder that the recipe is in, with "+" where it has changes that are not committed."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package → version: opd, torch, transformers, …"""
+    hardware: str = ""
+    """Processor, cores, memory and GPUs of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

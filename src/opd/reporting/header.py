@@ -41,6 +41,7 @@ def header(about: About | None, state: State | None, config: Mapping[str, Any]) 
         "objective": about.objective,
         "data": about.data,
         "device": about.device,
+        "hardware": about.hardware,
         "started": moment(about.started),
         "versions": versions,
         "commit": _commit(about.commit),

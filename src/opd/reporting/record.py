@@ -112,6 +112,7 @@ class MetricSink(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None: ...
+    def sample(self, record: SampleRecord) -> None: ...
     def close(self) -> None: ...
 
 
@@ -168,12 +169,12 @@ class RunRecorder:
         """Record one response."""
         assert record.reverse_kl is None or len(record.reverse_kl) == len(record.tokens), "one KL per response token"
         kl = None if record.reverse_kl is None else [float(value) for value in record.reverse_kl]
-        reward = None if record.reward is None else float(record.reward)
-        line = {**asdict(record), "reverse_kl": kl, "reward": reward}
+        line = {**asdict(record), "reverse_kl": kl, "reward": None if record.reward is None else float(record.reward)}
         line["details"] = None if record.details is None else _packed(record.details, len(record.tokens))
         # What is not there takes no room, as in files of older versions.
-        kept = {name: value for name, value in line.items() if name not in LATER or value not in (None, ())}
-        self._samples.append(kept)
+        self._samples.append({k: value for k, value in line.items() if k not in LATER or value not in (None, ())})
+        for sink in self._sinks:
+            sink.sample(record)
 
     def close(self) -> None:
         self._metrics.close()
@@ -232,8 +233,7 @@ class _LineWriter:
                 while unwritten:
                     unwritten = unwritten[os.write(self._file, unwritten) :]
             except OSError:
-                # Half a line left behind would swallow the next one.
-                with suppress(OSError):
+                with suppress(OSError):  # half a line left behind would swallow the next one
                     os.ftruncate(self._file, start)
                 raise
 

@@ -1,7 +1,8 @@
 """Metric sinks for TensorBoard and Weights & Biases; each library is imported only when a recipe names it.
 
 Training metrics keep the name they have in `metrics.jsonl`. Evaluation metrics, which share these names, become
-`eval/student/<name>` and `eval/teacher/<name>`.
+`eval/student/<name>` and `eval/teacher/<name>`. Sampled answers are tables, `samples/train/student` and so on; the recipe is hparams
+or the run's config.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from opd.errors import ConfigError, MissingDependencyError
 from opd.reporting.files import explain_os_errors, write_atomically
-from opd.reporting.record import MetricSink, Who
+from opd.reporting.record import MetricSink, SampleRecord, Who
+from opd.reporting.sample_tables import COLUMNS, SampleTables, markdown
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_run_id"
@@ -35,7 +37,7 @@ def open_sinks(
     sinks: list[MetricSink] = []
     for name in names:
         if name == "tensorboard":
-            sinks.append(TensorBoardSink(run_dir, resume_step=resume_step))
+            sinks.append(TensorBoardSink(run_dir, resume_step=resume_step, config=config))
         elif name == "wandb":
             sinks.append(WandbSink(run_dir, resume_step=resume_step, project=project, config=config))
         else:
@@ -46,15 +48,21 @@ def open_sinks(
 class TensorBoardSink:
     """Writes `<run_dir>/tensorboard`, for `tensorboard --logdir <run_dir>`."""
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None) -> None:
+    def __init__(
+        self, run_dir: str | Path, *, resume_step: int | None, config: Mapping[str, Any] | None = None
+    ) -> None:
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+            from tensorboard.plugins.text.summary_v2 import text_pb
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
             raise _missing("tensorboard") from error
         # The generated protobuf classes are invisible to a type checker.
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
+        self._text_pb: Any = text_pb
+        self._tables = SampleTables()
         folder = Path(run_dir) / TENSORBOARD_FOLDER
         with explain_os_errors("write", folder):
             self._writer = EventFileWriter(str(folder))
@@ -62,6 +70,8 @@ class TensorBoardSink:
             # TensorBoard then hides what the interrupted run wrote at this step and later.
             log = self._events.SessionLog(status=self._events.SessionLog.START)
             self._write(resume_step, session_log=log)
+        elif config:
+            self._write(0, summary=hparams_pb(flat(config)))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._scalars(step, metrics)
@@ -69,8 +79,16 @@ class TensorBoardSink:
     def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None:
         self._scalars(step, _evaluation_names(who, metrics))
 
+    def sample(self, record: SampleRecord) -> None:
+        self._texts(self._tables.add(record))
+
     def close(self) -> None:
+        self._texts(self._tables.take())
         self._writer.close()
+
+    def _texts(self, tables: Mapping[tuple[str, int], list[list[Any]]]) -> None:
+        for (name, step), rows in tables.items():
+            self._write(step, summary=self._text_pb(name, markdown(rows)))
 
     def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
@@ -113,6 +131,8 @@ class WandbSink:
         # Our own step: wandb's refuses to go back, as it must after resuming from an earlier checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._table: Any = getattr(wandb, "Table", None)
+        self._tables = SampleTables()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**_finite(metrics), "step": step})
@@ -120,8 +140,27 @@ class WandbSink:
     def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None:
         self._run.log({**_finite(_evaluation_names(who, metrics)), "step": step})
 
+    def sample(self, record: SampleRecord) -> None:
+        self._log(self._tables.add(record))
+
     def close(self) -> None:
+        self._log(self._tables.take())
         self._run.finish()
+
+    def _log(self, tables: Mapping[tuple[str, int], list[list[Any]]]) -> None:
+        for (name, step), rows in tables.items():
+            self._run.log({name: self._table(columns=list(COLUMNS), data=rows), "step": step})
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    """Dotted key → value; None and lists become text, as TensorBoard's hparams take numbers, texts and truth values alone."""
+    found: dict[str, bool | float | str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found
 
 
 def _evaluation_names(who: Who, metrics: Mapping[str, float]) -> dict[str, float]:

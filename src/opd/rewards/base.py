@@ -14,22 +14,33 @@ from typing import Any, Literal
 from opd.errors import ConfigError, DataError, OpdError
 from opd.rewards.exact import exact_match
 from opd.rewards.limit import TimeLimitError, call_within
+from opd.rewards.math_verify import check_installed, math_verify
 from opd.rewards.numeric import numeric_answer
+from opd.rewards.reasoning_gym import reasoning_gym
 from opd.rewards.regex import regex_answer
 from opd.types import Prompt, Reward
 
 REGEX_PREFIX = "regex:"
-BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "numeric_answer": numeric_answer}
+BUILT_IN: dict[str, Reward] = {
+    "exact_match": exact_match,
+    "numeric_answer": numeric_answer,
+    "math_verify": math_verify,
+    "reasoning_gym": reasoning_gym,
+}
 
 
 def load_reward(spec: str | Reward) -> Reward:
-    """The reward called `exact_match`, `numeric_answer`, `regex:<pattern>` or `package.module:function`; or a function, as it is.
+    """The reward called `exact_match`, `numeric_answer`, `math_verify`, `reasoning_gym`, `regex:<pattern>` or
+    `package.module:function`; or a function, as it is.
 
-    Raises ConfigError, also for a function that cannot be called as a reward.
+    Raises ConfigError, also for a function that cannot be called as a reward, and MissingDependencyError for math_verify without its
+    package.
     """
     if not isinstance(spec, str):
         _check_signature(getattr(spec, "__name__", type(spec).__name__), spec)
         return spec
+    if spec == "math_verify":
+        check_installed()
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     if spec.startswith(REGEX_PREFIX):

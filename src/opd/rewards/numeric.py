@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from opd.errors import DataError
+from opd.rewards.boxes import last_box
 from opd.rewards.exact import required_answer
 from opd.types import Prompt
 
@@ -22,7 +23,6 @@ _NUMBER = re.compile(
     rf"(?:\s?/\s?(?P<denominator>{_UNSIGNED}))?\s?(?P<percent>%)?"
 )
 _LATEX_FRACTION = re.compile(r"(?P<whole>[0-9]+\s*)?\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
 _UNIT = re.compile(
     r"\^\s*\{?\s*\\circ\s*\}?|\\(?:text|textrm|mathrm|mbox|textbf)\s*\{(?P<words>[^{}]*)\}(?:\s*\^\s*(?:\{[^{}]*\}|[0-9]))?"
 )
@@ -65,13 +65,13 @@ def numeric_answer(prompt: Prompt, response: str, finished: bool = True) -> floa
 
 def given_number(text: str) -> Number | None:
     """The number in the last box, or the last number of a text without a box; None without any."""
-    box = _last_box(text)
+    box = last_box(text)
     return last_number(text) if box is None else _number_in_box(box)
 
 
 def marked_number(text: str) -> Number | None:
     """The number that a text marks as its answer before its end; None without a mark."""
-    box = _last_box(text)
+    box = last_box(text)
     if box is not None:
         return _number_in_box(box)
     if _NUMBER.fullmatch(text.strip()):
@@ -79,29 +79,6 @@ def marked_number(text: str) -> Number | None:
     lines = [match for match in _GSM8K.finditer(text) if _NUMBER.fullmatch(match["found"])]
     marks = sorted([*lines, *_ANSWER.finditer(text)], key=lambda match: match.start())
     return last_number(marks[-1]["found"]) if marks else None
-
-
-def _last_box(text: str) -> str | None:
-    """Content of the last closed box that is not empty."""
-    boxes = list(_BOX.finditer(text))
-    closed = _closing_braces(text) if boxes else {}
-    for match in reversed(boxes):
-        held = match["bare"] if match["bare"] is not None else text[match.end() : closed.get(match.end() - 1, 0)]
-        if held.strip():
-            return held
-    return None
-
-
-def _closing_braces(text: str) -> dict[int, int]:
-    """Position of the closing brace by that of its opening brace."""
-    opened: list[int] = []
-    closed = {}
-    for place, character in enumerate(text):
-        if character == "{":
-            opened.append(place)
-        elif character == "}" and opened:
-            closed[opened.pop()] = place
-    return closed
 
 
 def _number_in_box(held: str) -> Number | None:

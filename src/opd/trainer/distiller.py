@@ -20,8 +20,9 @@ from opd.trainer.from_objects import config_and_given
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.keep_rollouts import keep_rollouts
 from opd.trainer.launch import Launch
-from opd.trainer.lifecycle import Run, run_in_folder, write_student
+from opd.trainer.lifecycle import Run, run_in_folder
 from opd.trainer.loop import Callback, take_step
+from opd.trainer.saving import write_student
 
 if TYPE_CHECKING:
     import os
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         RewardConfig,
         RlConfig,
         RolloutConfig,
+        SaveConfig,
         StudentConfig,
         TeacherConfig,
         TrainConfig,
@@ -80,6 +82,7 @@ class Distiller:
         eval: EvalConfig | Section | None = None,
         checkpoint: CheckpointConfig | Section | None = None,
         log: LogConfig | Section | None = None,
+        save: SaveConfig | Section | None = None,
         callbacks: Callback | Sequence[Callback] = (),
         run_dir: str | os.PathLike[str] | None = None,
         seed: int | None = None,
@@ -92,9 +95,7 @@ class Distiller:
 
         `reward`: a name as in eval.reward, or a function of (prompt, response); the section, for its time limit. Functions may also
         stand in dicts: eval={"reward": f}, rl={"reward": g}.
-
         `sampler`: an object with the methods of `opd.Sampler`, in place of sampling in this process. Evaluations sample in this process.
-
         `callbacks`: called with the record of every step, a dict of its metrics and its number, `step`. `raise opd.Stop("why")` in one
         ends the run after that step: student saved, report written.
         """
@@ -116,6 +117,7 @@ class Distiller:
             eval=eval,
             checkpoint=checkpoint,
             log=log,
+            save=save,
             run_dir=run_dir,
             seed=seed,
         )
@@ -231,7 +233,7 @@ class Distiller:
         model: Any = self.components.student.model if self._trained is None else self._trained
         if hasattr(model, "merge_and_unload"):
             model = merged(copy.deepcopy(model))  # the student itself goes on with its adapters
-        write_student(model, self.components.loaded.files, place, "save again")
+        write_student(model, self.components.loaded.files, place, "save again", self.components.saved_dtype)
         return place
 
     def _refuse_after_training(self, what: str) -> None:

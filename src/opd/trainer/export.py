@@ -15,10 +15,9 @@ from opd.models import resolve_dtype, stored_dtype
 from opd.quantized import merged
 from opd.reporting.files import explain_os_errors
 from opd.reporting.loading import Loading
-from opd.trainer.lifecycle import save_adapter, write_student
 from opd.trainer.load_trained import load_trained
+from opd.trainer.saving import ADAPTER_FOLDER, save_adapter, write_student
 
-ADAPTER = "adapter"
 AGAIN = "run opd export again"
 
 
@@ -37,14 +36,14 @@ def export_student(
     saved = resolve_dtype(name or "float32", torch.device("cpu"))
     loading.begin(f"writing {out}")
     if section.lora is None:
-        write_student(model.to(saved), loaded.files, out, AGAIN)
+        write_student(model, loaded.files, out, AGAIN, saved)
         return [out]
     with explain_os_errors("export the adapter to", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(f".adapter-{out.name}")
-        save_adapter(model, beside)
+        save_adapter(model, beside, saved)
         if merge:
-            write_student(merged(model).to(saved), loaded.files, out, AGAIN)
+            write_student(merged(model), loaded.files, out, AGAIN, saved)
         out.mkdir(exist_ok=True)
-        shutil.move(beside, out / ADAPTER)
-    return [out, out / ADAPTER] if merge else [out / ADAPTER]
+        shutil.move(beside, out / ADAPTER_FOLDER)
+    return [out, out / ADAPTER_FOLDER] if merge else [out / ADAPTER_FOLDER]

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from opd.config import Config, RewardConfig
@@ -17,6 +18,7 @@ from opd.doctor.checks import check_lengths, check_packing, check_rows, check_to
 from opd.doctor.reading import check_reading, check_text
 from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_weights
 from opd.errors import ConfigError
+from opd.models import saved_dtype
 from opd.quantized import check_trainable
 from opd.reporting.loading import Loading
 from opd.rewards import Reward, Scorer, load_reward
@@ -141,8 +143,13 @@ class RunComponents:
         self.fingerprints = self._fingerprints(first_weights)
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
-        saved = [] if given.student else saved_notes(config.student, self.loaded.model)
-        self.notes = (*served_notes(config), *saved, *correction_note(config))
+        saved = [] if given.student else saved_notes(config.student, self.loaded.model, config.save.dtype)
+        self.notes = (*dict.fromkeys(self._noted), *served_notes(config), *saved, *correction_note(config))
+
+    @property
+    def saved_dtype(self) -> torch.dtype | None:
+        """Dtype of the weights in student/; None is that of the model in memory."""
+        return saved_dtype(self.config.save.dtype, self.loaded.stored_dtype)
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers
@@ -299,10 +306,11 @@ class RunComponents:
         """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""
         config, section, given = self.config, self.config.prompts, self._given
         said: list[str] = []
-        columns: dict[str, Any] = {**section.columns, "say": said.append}
+        self._noted = list[str]()
+        tell: dict[str, Any] = {"say": said.append, "note": self._noted.append}
         elsewhere = f"{section.teacher_prompt} {section.user_message} {section.prompt_column}"
         path, evaluated = section.path, section.eval_path
-        self._prompts = load_prompts(path, split=section.split, limit=section.limit, rows=given.prompts, **columns)
+        self._prompts = load_prompts(path, rows=given.prompts, **section.training(), **tell)
         said += unread_columns(self._prompts, path, elsewhere)
         if len(self._prompts) < config.train.prompts_per_step:
             said.append(
@@ -311,8 +319,8 @@ class RunComponents:
             )
         self._held_out = []
         if config.eval.every > 0 and evaluated is not None:
-            options = {"split": section.eval_split, "limit": config.eval.prompts, "rows": given.eval_prompts}
-            self._held_out = load_prompts(evaluated, **options, **columns)
+            options = section.held_out(config.eval.prompts)
+            self._held_out = load_prompts(evaluated, rows=given.eval_prompts, **options, **tell)
         return said
 
     def _evaluator(self) -> Evaluator:

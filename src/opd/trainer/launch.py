@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -18,17 +21,19 @@ import torch
 from opd.config import Config
 from opd.config.recipe import to_dict
 from opd.models import resolve_device
+from opd.remote.secrets import without_secrets
 from opd.reporting.about import About
 from opd.reporting.banner import objective_words, teacher_names
 
+CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("opd", "torch", "transformers", "peft", "vllm", "triton")
 GIT_TIMEOUT_S = 5.0
 
 
 def command_line() -> str:
-    """The words that started this process, without the folder of the program."""
+    """The words that started this process, without the folder of the program and without secrets."""
     first, *rest = sys.argv or [""]
-    return shlex.join([Path(first).name, *rest]) if first else ""
+    return shlex.join([Path(first).name, *without_secrets(rest)]) if first else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ def about_run(config: Config, launch: Launch, *, started: str = "") -> About:
         command=launch.command,
         commit=commit_of(launch.folder),
         versions=versions(),
+        hardware=hardware_words(),
     )
 
 
@@ -65,6 +71,27 @@ def device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
+
+
+def hardware_words() -> str:
+    """Such as "AMD EPYC 9654 96-Core Processor, 16 cores, 126 GiB; 8 × NVIDIA H100 80GB HBM3"; cores are those that may be used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = [_processor(), f"{cores} core{'' if cores == 1 else 's'}"]
+    with suppress(OSError, ValueError, AttributeError):  # not every system tells
+        parts.append(f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
+    found = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    cards = [f"{count} × {name}" if count > 1 else name for name, count in found.items()]
+    return "; ".join([", ".join(part for part in parts if part), *cards])
+
+
+def _processor() -> str:
+    """The processor's name; its architecture where Linux does not tell."""
+    try:
+        text = CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.machine()
 
 
 def commit_of(folder: Path) -> str:

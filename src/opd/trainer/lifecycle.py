@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import Config, LogConfig
 from opd.config.recipe import to_dict
 from opd.errors import MissingDependencyError, OpdError, RunFolderError
-from opd.quantized import merged
+from opd.remote.secrets import settings_without_secrets
 from opd.reporting.about import read_about, write_about
 from opd.reporting.banner import banner, show
-from opd.reporting.files import explain_os_errors
 from opd.reporting.guarded import read_onsets, write_onsets
 from opd.reporting.loading import Loading
 from opd.reporting.progress import Progress
@@ -30,8 +27,7 @@ from opd.reporting.record import MetricSink, MetricsRecord, RunRecorder, read_me
 from opd.reporting.report import write_report
 from opd.reporting.sinks import open_sinks
 from opd.reporting.summary import SUMMARY_FILE, write_summary
-from opd.tokenizer import write_own_files
-from opd.trainer.checkpoint import behind_link, checkpoints, load_checkpoint, publish, version_of
+from opd.trainer.checkpoint import checkpoints, load_checkpoint, version_of
 from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.from_config import RunComponents
 from opd.trainer.guard import Guard
@@ -43,6 +39,7 @@ from opd.trainer.resume import continued, described
 from opd.trainer.resume import notes as change_notes
 from opd.trainer.run_folder import RunFolder, open_run
 from opd.trainer.run_state import BeforeTheRun, RunState, why_of
+from opd.trainer.saving import push_student, save_student, write_cards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +55,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     ended: Ended | None = None
     """How it came to end before its last step: by a callback, or by a rule of the section guard."""
+    hub: str = ""
+    """Where save.push_to_hub put the student, or why it is not there; empty where nothing was asked for."""
 
     @property
     def metrics(self) -> list[MetricsRecord]:
@@ -137,9 +136,11 @@ def _train(
             summary = summarize(folder.path, config)
             if summary is not None:
                 write_summary(folder.path / SUMMARY_FILE, summary)
+            write_cards(folder, summary, settings_without_secrets(to_dict(config)))
             state.ended("finished" if ended is None else "stopped", "" if ended is None else ended.why)
+        hub = push_student(folder.student, config.save) if config.save.push_to_hub else ""
         tokenizer = components.loaded.tokenizer
-        return Run(path=folder.path, summary=summary, student=model, tokenizer=tokenizer, ended=ended)
+        return Run(path=folder.path, summary=summary, student=model, tokenizer=tokenizer, ended=ended, hub=hub)
 
 
 def _guard(components: RunComponents, folder: RunFolder, *, resumed: bool) -> Guard:
@@ -258,44 +259,6 @@ def _restore(folder: RunFolder, components: RunComponents) -> int | None:
     return version
 
 
-def save_student(components: RunComponents, folder: RunFolder) -> Any:
-    """The trained student as an ordinary Hugging Face folder, and the model itself; adapters are merged, and kept beside it in
-    adapter/."""
-    model: Any = components.student.model
-    with explain_os_errors("save the student to", folder.student):
-        if hasattr(model, "merge_and_unload"):
-            save_adapter(model, folder.path / "adapter")
-            model = merged(model)
-        write_student(model, components.loaded.files, folder.student, "continue with --resume")
-    return model
-
-
-def write_student(model: Any, files: Mapping[str, bytes], place: Path, then: str) -> None:
-    """Model and tokenizer files as a Hugging Face folder, whole or not at all. Raises RunFolderError on a full disk; `then` is what to
-    do with some space freed."""
-    final = behind_link(place)
-    temporary = final.with_name(f".writing-{final.name}")
-    with explain_os_errors("save the student to", place):
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise RunFolderError(
-                f"Cannot save the student to {place}: {error}. Free some space, then {then}."
-            ) from error
-        write_own_files(files, temporary)
-        publish(temporary, final)
-
-
-def save_adapter(model: Any, place: Path) -> None:
-    """A peft model's adapters alone, as a folder that is whole or not there."""
-    final = behind_link(place)
-    temporary = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    publish(temporary, final)
-
-
 def _check_sinks(log: LogConfig) -> None:
     """Before `begin` removes an old run."""
     for name, wanted in (("tensorboard", log.tensorboard), ("wandb", log.wandb_project)):
@@ -309,5 +272,9 @@ def _sinks(config: Config, folder: RunFolder, start: int | None) -> list[MetricS
     names = ["tensorboard"] if config.log.tensorboard else []
     names += ["wandb"] if config.log.wandb_project else []
     return open_sinks(
-        names, folder.path, resume_step=start, project=config.log.wandb_project or "opd", config=to_dict(config)
+        names,
+        folder.path,
+        resume_step=start,
+        project=config.log.wandb_project or "opd",
+        config=settings_without_secrets(to_dict(config)),
     )

@@ -15,7 +15,7 @@ from opd.config import ModelConfig, PromptsConfig, RolloutConfig, StudentConfig,
 from opd.data.rendering import Renderer, eos_ids
 from opd.doctor.renderers import make_renderer
 from opd.errors import OpdError
-from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype
+from opd.models import load_causal_lm, prepare_causal_lm, resolve_device, resolve_dtype, stored_dtype
 from opd.quantized import quantization_options
 from opd.reporting.loading import Loading
 from opd.reporting.model_facts import model_facts
@@ -46,6 +46,8 @@ class LoadedModel:
     eos: tuple[int, ...]
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The student's own tokenizer and processor files, which its trained form takes along."""
+    stored_dtype: str | None = None
+    """Dtype of the student's weights as they came; None where nothing says it."""
 
     @property
     def pad_id(self) -> int:
@@ -92,12 +94,14 @@ def load_model(
         model, tokenizer = prepare_causal_lm(given.model, role=role, name=config.model), given.tokenizer
     renderer = make_renderer(config, tokenizer, name, prompts, rewrites=role != "student")
     files: Mapping[str, bytes] = {}
+    stored: str | None = None
     if role == "student" and given is None:
         files = own_files(config.model, tokenizer, revision=config.revision, code=config.trust_remote_code)
+        stored = stored_dtype(config.model, config.revision)
     elif role == "student":
         files = saved_files(tokenizer)
     eos = eos_ids(model.generation_config, tokenizer)
-    return LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files)
+    return LoadedModel(model=model, tokenizer=tokenizer, renderer=renderer, eos=eos, files=files, stored_dtype=stored)
 
 
 def _show(
