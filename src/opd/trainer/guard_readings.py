@@ -21,7 +21,8 @@ OFTEN_CUT = 0.5  # of the first responses: the limit is too low, or the student 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a rule compares with its threshold, and the same in words, without a full stop."""
+    """What a rule compares with its threshold, and the same in words, without a full stop. Facts with one are all that there is to say:
+    no number was compared."""
 
     value: float
     facts: str
@@ -43,6 +44,8 @@ class History:
 
     def __init__(self, first_steps: int) -> None:
         self.now: Mapping[str, float] = {}
+        self.canary: Reading | None = None
+        """What was seen of the teachers at the last step; None where nobody looked, or where the run is replayed."""
         self.first_steps = first_steps
         self.losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         """Before the last step."""
@@ -178,6 +181,13 @@ def sampler_gap(history: History) -> Reading | None:
     return None if gap is None else Reading(value=gap, facts=facts.format(gap))
 
 
+def canary(history: History) -> Reading | None:
+    if history.canary is not None:
+        return history.canary
+    apart = history.now.get("canary")
+    return None if apart is None else Reading(value=apart, facts="a teacher gives a fixed text other log-probs than before")
+
+
 def _at_first(value: float, form: str, history: History) -> str:
     return f"against {format(value, form)} in the first {history.first_steps} steps"
 
@@ -197,5 +207,6 @@ READINGS: dict[str, Callable[[History], Reading | None]] = {
     "reward": reward,
     "clipped": clipped,
     "sampler_gap": sampler_gap,
+    "canary": canary,
 }
 """By the name of the rule; None where the metrics cannot say, or not yet."""
