@@ -54,10 +54,12 @@ class RepetitionRule(DropRule, key="guard.repetition"):
 
 
 class LengthRule(WatchRule, key="guard.length"):
-    """Responses that grow or shrink. A student that was cut off at first and learns to end does not break it."""
+    """Responses that grow or shrink, and not towards the length of the teacher's own. A student that was cut off at first and learns to
+    end does not break it."""
 
     threshold: float = 4.0
-    """Factor between the mean length and that of the first steps, in either direction."""
+    """Factor between the mean length and that of the first steps, in either direction; where the teacher was evaluated, also that of its
+    own answers."""
 
 
 class EosProbRule(WatchRule, key="guard.eos_prob"):

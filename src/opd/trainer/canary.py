@@ -92,7 +92,8 @@ class Canary:
         """The worst that is seen of the teachers whose turn it is."""
         seen: list[Reading] = []
         for one in self._watched:
-            quiet = not one.started and not one.in_turn(step)  # a resumed run has the metrics of one that was not stopped
+            # A resumed run has the metrics of one that was not stopped.
+            quiet = isinstance(one.member, CachedTeacher) or not (one.started or one.in_turn(step))
             if one.due(step) or (self._broken and one.started):
                 reading = one.look()
                 seen += [] if quiet and reading.value < self.rule.threshold else [reading]

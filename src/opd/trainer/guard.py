@@ -48,6 +48,10 @@ class Guard:
         self.onsets += began
         return began
 
+    def compare_with(self, teacher: Mapping[str, float]) -> None:
+        """Take the evaluation of the teacher's own answers, before the first step."""
+        self._history.teacher = teacher
+
     def before_update(self, step: int, canary: Reading) -> Onset:
         """The onset of a teacher that moved, for which this step's update is left out."""
         onset = self._onset("canary", step, canary)
@@ -65,6 +69,10 @@ class Guard:
 
         A rule with action=stop that had ended the run, and one that the run knew nothing of, has its whole patience again.
         """
+        records = list(records)
+        for record in records:
+            if record.kind == "eval" and record.who == "teacher":
+                self.compare_with(record.metrics)
         steps = [record for record in records if record.kind == "step"]
         for record in steps:
             self._look(record.step, record.metrics)

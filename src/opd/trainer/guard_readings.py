@@ -46,6 +46,8 @@ class History:
         self.now: Mapping[str, float] = {}
         self.canary: Reading | None = None
         """What was seen of the teachers at the last step; None where nobody looked, or where the run is replayed."""
+        self.teacher: Mapping[str, float] = {}
+        """The evaluation of the teacher's own answers; empty where it was not evaluated."""
         self.first_steps = first_steps
         self.losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         """Before the last step."""
@@ -112,7 +114,12 @@ def length(history: History) -> Reading | None:
         return None
     learns_to_end = now < first and (history.first("truncated") or 0.0) >= OFTEN_CUT
     value = 1.0 if learns_to_end else max(now / first, first / now)
-    return Reading(value=value, facts=f"responses have {now:.4g} tokens, {_at_first(first, '.4g', history)}")
+    facts = f"responses have {now:.4g} tokens, {_at_first(first, '.4g', history)}"
+    teacher = history.teacher.get("response_length")
+    if not teacher or history.teacher.get("truncated", 0.0) >= OFTEN_CUT:  # a limit is no length
+        return Reading(value=value, facts=facts)
+    value = min(value, max(now / teacher, teacher / now))
+    return Reading(value=value, facts=f"{facts}; the teacher's own have {teacher:.4g}")
 
 
 def eos_prob(history: History) -> Reading | None:

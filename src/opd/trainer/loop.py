@@ -238,6 +238,7 @@ class TrainingLoop:
                 with self.stop.at_once(), parts.teacher.context():
                     teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
                 record_evaluation(self.run, version, "teacher", teacher, *measured)
+                self.guard.compare_with(teacher.metrics)
         self.state.running(version, evaluated=True)
         reached = student.metrics
         apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""
