@@ -71,7 +71,14 @@ def test_a_rule_that_stops_the_demo_ends_it_with_code_three_and_the_command_that
         model = tiny_causal_lm(tokenizer, max_positions=MAX_POSITIONS, hidden=32, layers=1, seed=len(name))
         save_model(model, tokenizer, tmp_path / "here" / name)
     quick = ["--train.steps", "4", "--eval.every", "0", "--run_dir", "here", "--log.progress", "off"]
-    rule = ["--guard.truncated.action", "stop", "--guard.truncated.patience", "1", "--guard.truncated.threshold", "0.01"]
+    rule = [
+        "--guard.truncated.action",
+        "stop",
+        "--guard.truncated.patience",
+        "1",
+        "--guard.truncated.threshold",
+        "0.01",
+    ]
     words = [*quick, *rule]
     assert main(["demo", *words]) == 3
     last = capsys.readouterr().err.strip().splitlines()[-1]

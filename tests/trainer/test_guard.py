@@ -99,7 +99,9 @@ def test_shorter_responses_are_no_fault_of_a_student_that_was_cut_off_at_first()
 
 def test_a_length_that_is_the_teachers_own_is_no_fault():
     grows = rows("response_length", [10.0] * 5 + [50.0] * 9)
-    teacher, cut, far = ({"response_length": length, "truncated": cut} for length, cut in ((60, 0), (60, 0.5), (240, 0)))
+    teacher, cut, far = (
+        {"response_length": length, "truncated": cut} for length, cut in ((60, 0), (60, 0.5), (240, 0))
+    )
     assert looked_at(Guard(recipe()), grows) == [(9, "length")]
     for own, expected in ((teacher, []), (cut, [(9, "length")]), (far, [(9, "length")])):
         guard = Guard(recipe())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from opd.teachers.probe import plain_ids
 from opd.teachers.server import RemoteTeacher
 from opd.trainer.guard_advice import causes
 from opd.trainer.guard_readings import Reading
-from opd.types import AnyTarget, DenseTarget, HiddenTarget, Prompt, Rollout, TopKTarget
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, Prompt, Rollout, SampledTarget, TopKTarget
 
 T = TypeVar("T")
 GREEDY = 8  # tokens of the teacher's own answer, where it is surest of itself
@@ -288,7 +288,8 @@ def _token_logp(teacher: LocalTeacher | ExactServerTeacher, text: Rollout, targe
     ids = torch.tensor(text.response_ids)
     if isinstance(target, HiddenTarget | DenseTarget):
         return sampled_logp(target, ids, teacher.vocabulary).float()
-    found = target.sampled_logp if isinstance(target, TopKTarget) else getattr(target, "teacher_logp")  # noqa: B009
+    found = target.sampled_logp if isinstance(target, TopKTarget) else cast("SampledTarget", target).teacher_logp
+    assert found is not None
     return found.float().cpu()
 
 

@@ -192,7 +192,11 @@ def canary(history: History) -> Reading | None:
     if history.canary is not None:
         return history.canary
     apart = history.now.get("canary")
-    return None if apart is None else Reading(value=apart, facts="a teacher gives a fixed text other log-probs than before")
+    return (
+        None
+        if apart is None
+        else Reading(value=apart, facts="a teacher gives a fixed text other log-probs than before")
+    )
 
 
 def _at_first(value: float, form: str, history: History) -> str:
