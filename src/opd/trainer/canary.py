@@ -235,6 +235,11 @@ class _Probed(_Watched):
     teacher: RemoteTeacher
     _faults = 0
 
+    @property
+    def started(self) -> bool:
+        """It was asked when it was connected."""
+        return self.teacher.probe is not None
+
     def taken_over(self) -> None:
         self.teacher.canary_every = 0
 
