@@ -107,5 +107,9 @@ class ServerError(OpdError):
     """A server that is not there, does not answer in time, or gives answers that cannot be used."""
 
 
+class ServerChangedError(ServerError):
+    """A server holds another model than at the start of the run."""
+
+
 class MissingDependencyError(OpdError, ImportError):
     """An optional dependency that the recipe needs and that is not installed."""

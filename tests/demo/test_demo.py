@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from opd.cli.main import main
+from opd.demo.prepare import MAX_POSITIONS
 from opd.demo.recipe import recipe_path
 from opd.demo.task import DIGITS, WRONG, draw, spoil
+from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 
 
 def demo(folder, *arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
@@ -57,6 +61,31 @@ def test_the_demo_trains_with_the_recipe_in_the_repository(tmp_path):
     assert "divergence: reverse_kl" in recipe_path().read_text()
     second = demo(tmp_path, *arguments, "--overwrite")
     assert second.returncode == 0 and "kept from an earlier run" in second.stdout
+
+
+def test_a_rule_that_stops_the_demo_ends_it_with_code_three_and_the_command_that_goes_on(tmp_path, capsys, monkeypatch):
+    """Models that know nothing stand where an earlier demo would have left its own, and never end their answers."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = digit_tokenizer()
+    for name in ("teacher", "base"):
+        model = tiny_causal_lm(tokenizer, max_positions=MAX_POSITIONS, hidden=32, layers=1, seed=len(name))
+        save_model(model, tokenizer, tmp_path / "here" / name)
+    quick = ["--train.steps", "4", "--eval.every", "0", "--run_dir", "here", "--log.progress", "off"]
+    rule = [
+        "--guard.truncated.action",
+        "stop",
+        "--guard.truncated.patience",
+        "1",
+        "--guard.truncated.threshold",
+        "0.01",
+    ]
+    words = [*quick, *rule]
+    assert main(["demo", *words]) == 3
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("stopped by guard.truncated: ")
+    command = shlex.split(last.partition("Continue with: ")[2])
+    assert command == ["opd", "demo", *words, "--resume"]
+    assert main([*command[1:], "--guard.truncated.action", "off"]) == 0
 
 
 def test_spoiling_hits_each_digit_with_its_own_probability():

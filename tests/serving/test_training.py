@@ -136,7 +136,6 @@ def test_a_server_that_is_not_there_is_named(world: Path, tmp_path: Path):
     ("more", "said"),
     [
         ({"teacher__served_model": "x"}, "teacher.served_model is not read with teacher.api=opd"),
-        ({"teacher__canary_every": 3}, "teacher.canary_every is not read with teacher.api=opd"),
         ({"teacher__dtype": "float16"}, "no dtype in which hidden states travel"),
         ({"teacher__load_options": {"quantization": "torchao-int8"}}, "give it to opd serve-teacher"),
         ({"rollout__lmbda": 0.5, "rollout__off_policy": "teacher"}, "only scores"),

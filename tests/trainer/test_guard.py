@@ -97,6 +97,39 @@ def test_shorter_responses_are_no_fault_of_a_student_that_was_cut_off_at_first()
     assert looked_at(Guard(recipe()), collapses) == [(9, "length")]
 
 
+def test_a_length_that_is_the_teachers_own_is_no_fault():
+    grows = rows("response_length", [10.0] * 5 + [50.0] * 9)
+    teacher, cut, far = (
+        {"response_length": length, "truncated": cut} for length, cut in ((60, 0), (60, 0.5), (240, 0))
+    )
+    assert looked_at(Guard(recipe()), grows) == [(9, "length")]
+    for own, expected in ((teacher, []), (cut, [(9, "length")]), (far, [(9, "length")])):
+        guard = Guard(recipe())
+        guard.compare_with(own)
+        assert looked_at(guard, grows) == expected, own
+    assert "against 10 in the first 5 steps; the teacher's own have 240, and" in guard.onsets[0].text
+
+
+def test_the_teachers_length_is_that_of_its_evaluation_in_a_resumed_run_too():
+    records = [MetricsRecord(kind="eval", step=0, who="teacher", metrics={"response_length": 50.0})]
+    records += [MetricsRecord(kind="eval", step=0, who="student", metrics={"response_length": 10.0})]
+    records += [MetricsRecord(kind="step", step=s, metrics={"response_length": 10.0}) for s in range(5)]
+    guard = Guard(recipe())
+    guard.replay(records, [])
+    assert [guard.look(step, {"response_length": 50.0}) for step in range(5, 15)] == [[]] * 10
+    guard = Guard(recipe())
+    guard.replay(records[1:], [])
+    assert [o.rule for step in range(5, 15) for o in guard.look(step, {"response_length": 50.0})] == ["length"]
+
+
+def test_a_run_tells_its_rules_how_long_the_teachers_answers_are(world, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Guard, "compare_with", lambda _self, metrics: told.append(metrics["response_length"]))
+    train(build(merge({}, settings(world, tmp_path / "run", train__steps=1, eval__every=100))))
+    (record,) = (r for r in read_metrics(tmp_path / "run") if r.kind == "eval" and r.who == "teacher")
+    assert told == [record.metrics["response_length"]]
+
+
 def test_a_low_entropy_is_no_fault_where_the_teacher_is_as_sure_or_comes_nearer():
     fall = [1.0] * 5 + [0.01] * 9
     assert looked_at(Guard(recipe()), rows("student_entropy", fall, teacher_entropy=0.011)) == []
@@ -164,13 +197,14 @@ def test_a_limit_that_was_enough_at_first_is_not_the_likeliest_cause_of_cut_resp
 
 def test_every_rule_has_a_number_and_three_causes_with_keys_that_can_be_changed():
     names = {item.name for item in fields(GuardConfig)} - {"first_steps"}
-    assert names == READINGS.keys() == CAUSES.keys() - {"truncated later"}
+    assert names == READINGS.keys() == CAUSES.keys() - {"truncated later", "canary served"}
     known = whole_keys()
     for cause in [cause for three in CAUSES.values() for cause in three]:
         named = re.findall(r"\b(?:[a-z_]+\.)+[a-z_]+\b", cause)
         assert named and all(key in known for key in named), cause
         if "new run" not in cause:
-            assert all(EFFECTS[table_key(key)] in ("none", "later") for key in named), cause
+            same = ("none", "later", "inputs")  # inputs: the same content from another place
+            assert all(EFFECTS[table_key(key)] in same for key in named), cause
 
 
 @pytest.mark.parametrize(
@@ -240,6 +274,24 @@ def test_a_student_that_starts_to_repeat_is_said_once_and_the_report_shows_it(wo
     assert (onset.step, onset.rule, onset.action) == (9, "repetition", "warn") and onset.value > 0.5
     assert "Step 9: guard.repetition: " in (tmp_path / "run" / "report.html").read_text()
     assert run.ended is None and len(run.metrics) == 14
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_student_that_starts_to_repeat_at_step_thirty_is_said_within_the_patience_and_not_before(
+    world, tmp_path, action
+):
+    """29 healthy steps, which learn; the damage is done by the update of the 30th (number 29), so step 30 is the first that repeats."""
+    rules = {f"guard__{name}__action": "off" for name in ("truncated", "length", "eos_prob", "entropy", "loss")}
+    more = {"guard__repetition__action": action, "rollout__max_new_tokens": 24, "optimizer__lr": 1e-3}
+    values = settings(world, tmp_path / "run", **(QUICK | {"checkpoint__every": 0} | rules | more))
+    distiller = Distiller.from_config(build(merge({}, values | {"train.steps": 36})))
+    distiller.callbacks = (starts_to_repeat(distiller, after=29),)
+    run = distiller.train()
+    shares = [record.metrics["repetition"] for record in run.metrics]
+    assert max(shares[:30]) < 0.25 < 0.5 < shares[30], "it is healthy, and then it is not"
+    assert [(onset.rule, onset.step) for onset in read_onsets(run.path)] == [("repetition", 32)]
+    assert len(run.metrics) == (33 if action == "stop" else 36)
+    assert (run.ended is not None and run.ended.rule == "repetition") == (action == "stop")
 
 
 def test_a_rule_that_drops_leaves_the_responses_out_from_the_next_step_on(world, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from opd.cli.train import print_help
+from opd.cli.train import exit_code, print_help
 from opd.config.recipe import check, merge, parse_overrides, read_recipe
 from opd.demo.recipe import recipe_path
 from opd.errors import ConfigError
@@ -40,8 +40,8 @@ def run(args: Sequence[str]) -> int:
     from opd.demo.prepare import prepare
     from opd.reporting.files import SUMMARY_FILE
     from opd.reporting.summary import write_summary
+    from opd.trainer.distiller import Distiller
     from opd.trainer.launch import Launch
-    from opd.trainer.run import train
     from opd.trainer.run_folder import open_run
     from opd.trainer.run_state import write_report_or_warn
 
@@ -49,10 +49,12 @@ def run(args: Sequence[str]) -> int:
     with open_run(config, resume=resume, overwrite=overwrite):
         prepare(folder, seed=config.seed, say=partial(print, flush=True))
     prepared = time.perf_counter() - began
-    summary = train(config, resume=resume, overwrite=overwrite, launch=Launch(folder=recipe_path().parent))
+    launch = Launch(folder=recipe_path().parent)
+    trained = Distiller.from_config(config, launch=launch).train(resume=resume, overwrite=overwrite)
+    summary = trained.summary
     if summary is not None:
         summary |= {"preparation_seconds": prepared, "seconds": time.perf_counter() - began}
         write_summary(folder / SUMMARY_FILE, summary)
         write_report_or_warn(folder, lambda text, _: print(f"warning: {text}"))
     show_result(config, summary)
-    return 0
+    return exit_code(trained.ended, "demo", args)

@@ -6,8 +6,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opd.trainer.loop import Ended
 
 USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
 STOPPED_BY_RULE = 3
@@ -40,10 +44,15 @@ def run(args: Sequence[str]) -> int:
     show_result(config, trained.summary)
     if trained.hub:
         print(trained.hub)
-    if trained.ended is None or trained.ended.rule is None:
+    return exit_code(trained.ended, "train", args)
+
+
+def exit_code(ended: Ended | None, command: str, args: Sequence[str]) -> int:
+    """0, or what says that a rule ended the run; then the command that goes on is printed."""
+    if ended is None or ended.rule is None:
         return 0
     words = [word for word in args if word not in ("--resume", "--overwrite")]
-    print(f"{trained.ended.why} Continue with: {shlex.join(['opd', 'train', *words, '--resume'])}", file=sys.stderr)
+    print(f"{ended.why} Continue with: {shlex.join(['opd', command, *words, '--resume'])}", file=sys.stderr)
     return STOPPED_BY_RULE
 
 

@@ -54,10 +54,12 @@ class RepetitionRule(DropRule, key="guard.repetition"):
 
 
 class LengthRule(WatchRule, key="guard.length"):
-    """Responses that grow or shrink. A student that was cut off at first and learns to end does not break it."""
+    """Responses that grow or shrink, and not towards the length of the teacher's own. A student that was cut off at first and learns to
+    end does not break it."""
 
     threshold: float = 4.0
-    """Factor between the mean length and that of the first steps, in either direction."""
+    """Factor between the mean length and that of the first steps, in either direction; where the teacher was evaluated, also that of its
+    own answers."""
 
 
 class EosProbRule(WatchRule, key="guard.eos_prob"):
@@ -108,6 +110,19 @@ class SamplerGapRule(WatchRule, key="guard.sampler_gap"):
     """Steps in a row until the rule acts."""
 
 
+class CanaryRule(WatchRule, key="guard.canary"):
+    """A teacher that is no longer what it was: weights lost in a sleep, another model behind the address, scores shifted by one. It is
+    looked at every teacher.canary_every steps and after every fault of its server, between its scores and the update. A teacher that is
+    the student, or its moving average, moves by design and is not watched."""
+
+    threshold: float = 0.1
+    """Mean distance (nats) of the log-probs of a fixed text from those of the start."""
+    patience: int = 1
+    """Looks in a row until the rule acts; after a broken one, every step is looked at."""
+    action: Literal["off", "warn", "stop"] = "stop"
+    """stop ends the run before an update with such scores; warn says it once per onset, and trains on."""
+
+
 class GuardConfig(Section, key="guard"):
     """Rules that watch the metrics of a run while it goes on."""
 
@@ -131,6 +146,8 @@ class GuardConfig(Section, key="guard"):
     """Too many tokens are clipped, capped or clamped."""
     sampler_gap: SamplerGapRule = field(default_factory=SamplerGapRule)
     """Sampler and trainer disagree about the same tokens."""
+    canary: CanaryRule = field(default_factory=CanaryRule)
+    """A teacher is no longer what it was at the start."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "first_steps")

@@ -17,7 +17,7 @@ from opd.remote.address import CHAT_CANNOT_SCORE, parse_addresses
 from opd.remote.keys import check_variable
 
 ServerApi = Literal["vllm", "sglang", "openai", "opd"]
-ASKED = ("served_model", "api_key_env", "concurrency", "timeout", "deadline", "canary_every", "api")
+ASKED = ("served_model", "api_key_env", "concurrency", "timeout", "deadline", "api")
 """Keys that say how a server is asked."""
 LOADED = ("device", "dtype", "attn_implementation", "offload")
 """Keys that say how a model is loaded into this process."""
@@ -45,7 +45,7 @@ class TeacherConfig(ModelConfig, key="teacher"):
     deadline: float = 600.0
     """Seconds after which rollouts that no server could score, tried again and again, stop the run."""
     canary_every: int = 10
-    """Steps between checks that a server still gives a fixed text the log-probs of the start; 0 checks at the start alone."""
+    """Steps between looks whether it still gives a fixed text the log-probs of the start (guard.canary); 0 looks at the start alone."""
     source: Literal["model", "adapter_off", "ema", "student"] = "model"
     """Self-distillation: the student without its adapter, the moving average of its weights, or the student as it is at every step,
     each of them best with prompts.teacher_prompt, which shows the teacher more than the student sees."""
@@ -170,7 +170,7 @@ class TeacherConfig(ModelConfig, key="teacher"):
 
     def _check_exact_server(self, changed: Sequence[str]) -> None:
         """The keys that `opd serve-teacher` and its client do not read."""
-        idle = [name for name in changed if name in ("served_model", "canary_every", "attn_implementation", "offload")]
+        idle = [name for name in changed if name in ("served_model", "attn_implementation", "offload")]
         require(
             not idle,
             f"teacher.{idle and idle[0]} is not read with teacher.api=opd: opd serve-teacher holds one model, loads it itself, and names it "

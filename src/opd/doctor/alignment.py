@@ -13,7 +13,7 @@ from opd.doctor.check import Check, Number
 from opd.errors import OpdError
 from opd.losses import to_logp
 from opd.teachers.base import Teacher
-from opd.types import DenseTarget, HiddenTarget, Rollout, SampledTarget, TargetKind, TopKTarget
+from opd.types import AnyTarget, DenseTarget, HiddenTarget, Rollout, SampledTarget, TargetKind, TopKTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,11 +82,14 @@ Problem = tuple[str, str, str]
 class Scores:
     """A teacher's say about some answers, as log-probs of any token at any row."""
 
-    def __init__(self, teacher: Teacher, answers: Sequence[Rollout]) -> None:
+    def __init__(
+        self, teacher: Teacher, answers: Sequence[Rollout], targets: Sequence[AnyTarget] | None = None
+    ) -> None:
+        """`targets` are what the teacher has said already; by default it is asked. Raises OpdError for a target of another length."""
         self.vocabulary = teacher.vocabulary.size - len(teacher.vocabulary.invalid_ids)
         self.answers = answers
-        kind = scoring_kind(teacher)
-        self.targets = [_flat(teacher, target) for target in teacher.score(answers, kind)]
+        said = teacher.score(answers, scoring_kind(teacher)) if targets is None else targets
+        self.targets = [_flat(teacher, target) for target in said]
         for answer, target in zip(answers, self.targets, strict=True):
             if len(target) != len(answer.response_ids):
                 raise OpdError(

@@ -40,6 +40,8 @@ class Server:
     """It failed since it last proved that it is what it was."""
     answers: int = 0
     """Questions that it answered."""
+    faults: int = 0
+    """Questions that it failed to answer."""
 
     @property
     def out(self) -> bool:
@@ -54,7 +56,7 @@ class Server:
         self.failures, self.answers = 0, self.answers + 1
 
     def failed(self, now: float, fault: str) -> None:
-        self.failures += 1
+        self.failures, self.faults = self.failures + 1, self.faults + 1
         self.last_fault, self.suspect = fault, True
         if self.out:
             exponent = min(self.failures - self.patience.failures, 16)

@@ -12,12 +12,12 @@ import anyio
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_random_exponential
 
-from opd.errors import ServerError
+from opd.errors import ServerChangedError, ServerError
 from opd.remote.address import Address, parse_addresses, warnings_of
 from opd.remote.background import Background
 from opd.remote.breaker import Breaker, Patience, Server
 from opd.remote.keys import ApiKey
-from opd.remote.questions import Answer, BadAnswer, Question, RefusedError, Request, words_of
+from opd.remote.questions import Answer, BadAnswer, ChangedAnswer, Question, RefusedError, Request, words_of
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10.0  # a host that does not even take the connection is not slow but away
@@ -29,10 +29,12 @@ SHORTEST_TRY_S = 0.05
 class _Fault(Exception):
     """Something that may be better the next time."""
 
-    def __init__(self, what: str, *, refusal: bool = False, wait: float = 0.0) -> None:
+    def __init__(self, what: str, *, refusal: bool = False, changed: bool = False, wait: float = 0.0) -> None:
         super().__init__(what)
         self.refusal = refusal
         """The server answered, and the answer is an error or cannot be used."""
+        self.changed = changed
+        """The answer is another model's."""
         self.wait = wait
         """Seconds that the server asks for."""
 
@@ -84,6 +86,11 @@ class ServerPool:
     def answers(self) -> dict[str, int]:
         """Questions that each server has answered."""
         return {str(server.address): server.answers for server in self._breaker.servers}
+
+    @property
+    def faults(self) -> int:
+        """Failures of all servers so far; while it stands still, no server can have gone and come back unseen."""
+        return sum(server.faults for server in self._breaker.servers)
 
     def __repr__(self) -> str:
         return f"ServerPool({', '.join(map(str, self.addresses))})"
@@ -164,7 +171,8 @@ class ServerPool:
                 server.suspect = False
             result = await self._read(question, await self._answer(server, question.request, tries.left))
         except BadAnswer as error:
-            raise self._failed(server, tries, _Fault(f"it gave {error}", refusal=True)) from None
+            changed = isinstance(error, ChangedAnswer)
+            raise self._failed(server, tries, _Fault(f"it gave {error}", refusal=True, changed=changed)) from None
         except _Fault as fault:
             raise self._failed(server, tries, fault) from None
         finally:
@@ -285,7 +293,8 @@ class ServerPool:
         look = f"See whether the server runs (curl {first}/health) and what its log says"
         if tries.last is not None and tries.last.refusal:
             look = "The server's log may say why"
-        raise ServerError(
+        kind = ServerChangedError if tries.last is not None and tries.last.changed else ServerError
+        raise kind(
             f"{self.section}.url: no usable answer to {tries.request.path} {when}. The last: {shown}. {look}; where answers just take "
             f"long, raise {self.section}.timeout and {self.section}.deadline."
         ) from None

@@ -56,6 +56,10 @@ class BadAnswer(Exception):
     does not help. The text goes on after "it gave"."""
 
 
+class ChangedAnswer(BadAnswer):
+    """An answer of another model than that of the start."""
+
+
 class RefusedError(ServerError):
     """A server's refusal (4xx), in its own words; asking again would not help."""
 

@@ -16,6 +16,7 @@ from opd.data.rendering import Renderer
 from opd.errors import DataError, ObjectiveError
 from opd.kernels import linear_logits
 from opd.losses import DEFAULT_TOP_K, Objective
+from opd.remote.address import Address
 from opd.remote.pool import ServerPool
 from opd.remote.questions import Answer, BadAnswer, Question, Request, neighbours
 from opd.teachers.hidden_wire import Receipt, digest_of, read_answer, read_metadata, tensors_digest
@@ -113,8 +114,18 @@ class ExactServerTeacher:
         """One target per rollout, in order. Raises ServerError where a rollout cannot be scored or the model is another one, and
         DataError for a rollout that is longer than the server reads."""
         kind = kind or self.kind
+        questions = [self._question(group, kind) for group in self._requests(self._rows(rollouts))]
+        return [target for group in self.pool.ask_all(questions) for target in self._targets(group, kind)]
+
+    def score_each(self, rollouts: Sequence[Rollout], kind: TargetKind) -> dict[Address, list[Target]]:
+        """The targets of every server that is in use, of rollouts that fit in one request. Raises as `score` does."""
+        answers = self.pool.ask_each(self._question(self._rows(rollouts), kind), resting=False)
+        return {server: self._targets(group, kind) for server, group in answers.items()}
+
+    def _rows(self, rollouts: Sequence[Rollout]) -> list[Row]:
+        """As they are sent. Raises DataError for one that is longer than the server reads."""
         prompts = [self.prompt_ids(rollout.prompt) for rollout in rollouts]
-        rows = [
+        rows: list[Row] = [
             {
                 "id": f"{next(self._numbers)}",
                 "prompt": list(prompt),
@@ -123,8 +134,7 @@ class ExactServerTeacher:
             for prompt, rollout in zip(prompts, rollouts, strict=True)
         ]
         self._check_context(rows, rollouts)
-        questions = [self._question(group, kind) for group in self._requests(rows)]
-        return [target for group in self.pool.ask_all(questions) for target in self._targets(group, kind)]
+        return rows
 
     def logits(self, target: HiddenTarget) -> Tensor:
         """Teacher logits of a hidden target, in float32, −inf outside the common vocabulary."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.errors import ServerError, VocabularyError
 from opd.remote.address import CHAT_CANNOT_SCORE, Address
 from opd.remote.pool import ServerPool
-from opd.remote.questions import Answer, BadAnswer, Question, RefusedError, Request
+from opd.remote.questions import Answer, BadAnswer, ChangedAnswer, Question, RefusedError, Request
 from opd.teachers.dialects import Dialect
 from opd.teachers.row_scores import Row, RowScores, row_scores
 from opd.teachers.vocabulary import VocabularyMatch
@@ -37,7 +37,7 @@ class ServedModel:
 
 def probe_rows(tokenizer: PreTrainedTokenizerBase, vocabulary: VocabularyMatch, context: int | None) -> list[Row]:
     """Rows of a fixed text that differ in their last token alone; `context` is in tokens."""
-    plain = _plain_ids(tokenizer, vocabulary)
+    plain = plain_ids(tokenizer, vocabulary)
     known = set(plain)
     text = [token for token in _ids(tokenizer, TEXT) if token in known]
     spread = [plain[(2 * place + 1) * len(plain) // (2 * SPREAD)] for place in range(SPREAD)]
@@ -106,6 +106,11 @@ class Probe:
         assert self.pool.admission is not None
         self.pool.ask_each(self.pool.admission, resting=False)
 
+    def now(self) -> dict[Address, torch.Tensor]:
+        """Log-probs (nats) [tokens] that every server in use gives the fixed text now; `first.sampled_logp` are those of the start."""
+        answers = self.pool.ask_each(self._question(self._read), resting=False)
+        return {server: scores[0].sampled_logp for server, scores in answers.items()}
+
     @property
     def fingerprint(self) -> str:
         """The fixed text's log-probs, for a run that is resumed."""
@@ -120,7 +125,7 @@ class Probe:
         assert self.first is not None
         apart = drift(self.first, self._read(answer)[0])
         if apart > DRIFT:
-            raise BadAnswer(
+            raise ChangedAnswer(
                 f"other log-probs to a fixed text than at the start (mean {apart:.2f} nats apart): its weights were changed, or lost in "
                 "a sleep; load them again"
             )
@@ -180,7 +185,7 @@ class Probe:
 
     def _detokenized(self) -> None:
         """The same for ids from all over the vocabulary, where the server has /detokenize."""
-        plain = _plain_ids(self.tokenizer, self.vocabulary)
+        plain = plain_ids(self.tokenizer, self.vocabulary)
         ids = plain[:: max(1, len(plain) // 64)]
         request = Request(path="/detokenize", json={"model": self.model, "tokens": ids})
         try:
@@ -207,7 +212,7 @@ def same_fingerprint(one: str, other: str) -> bool:
     return len(a) == len(b) and sum(abs(x - y) for x, y in zip(a, b, strict=True)) <= DRIFT * len(a)
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: VocabularyMatch) -> list[int]:
+def plain_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: VocabularyMatch) -> list[int]:
     """The ids that are text: a special one may stand for an image."""
     left_out = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids, *vocabulary.invalid_ids}
     return [token for token in range(vocabulary.size) if token not in left_out] or list(range(vocabulary.size))

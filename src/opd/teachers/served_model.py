@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from opd.errors import ServerError
+from opd.errors import ServerChangedError, ServerError
 from opd.remote.address import Address
 from opd.remote.pool import ServerPool
 from opd.remote.questions import Answer, BadAnswer, Question, Request
@@ -48,10 +48,10 @@ class ServedModel:
     limits: RequestLimits
 
     def check_identity(self, identity: str, server: Address, section: str) -> None:
-        """Raise ServerError for an answer of another model than that of the start."""
+        """Raise ServerChangedError for an answer of another model than that of the start."""
         if identity == self.identity:
             return
-        raise ServerError(
+        raise ServerChangedError(
             f"{section}.url: {server} serves another model than at the start of the run (or in another dtype, or with another tokenizer), "
             f"so its targets would be another teacher's. Serve {self.name} ({self.dtype}) there again, and go on with --resume."
         )

@@ -30,6 +30,7 @@ from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
 from opd.teachers.cache import KeptScores
 from opd.teachers.local import LocalTeacher
+from opd.trainer.canary import Canary
 from opd.trainer.draws import Draws
 from opd.trainer.evaluate import Evaluator, measure_of
 from opd.trainer.fingerprints import (
@@ -85,6 +86,8 @@ class RunComponents:
     scorer: StepScorer
     teacher: Teacher | None
     """None where the student learns from a reward alone."""
+    canary: Canary
+    """Sees a teacher that is no longer what it was."""
     teacher_sampler: AdjustableSampler | None
     """The teacher on its own rendering of the prompts, for evaluations."""
     teacher_policy: Policy | None
@@ -170,6 +173,7 @@ class RunComponents:
             pad_id=self.pad_id,
             device=self.student.device,
         )
+        self.canary = Canary(config, teachers.members, self._prompts)
         self.sampler = self._sampler(self._kept_rollouts() or self._given.sampler or self.student_sampler)
         self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id)
         self.teacher_policy = teachers.policy()

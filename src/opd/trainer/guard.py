@@ -10,7 +10,7 @@ from opd.config import Config
 from opd.reporting.guarded import GuardAction, Onset
 from opd.reporting.record import MetricsRecord
 from opd.trainer.guard_advice import causes
-from opd.trainer.guard_readings import OF_LENGTH, READINGS, History
+from opd.trainer.guard_readings import OF_LENGTH, READINGS, History, Reading
 
 DROPS = {"truncated": "truncated", "repetition": "repeating"}
 """What action=drop of a rule leaves out, in the words of train.drop."""
@@ -42,11 +42,21 @@ class Guard:
         self._history = History(config.guard.first_steps)
         self._standing = {name: _Standing() for name in self.rules}
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> list[Onset]:
-        """The rules whose patience this step ends."""
-        began = self._look(step, metrics)
+    def look(self, step: int, metrics: Mapping[str, float], canary: Reading | None = None) -> list[Onset]:
+        """The rules whose patience this step ends; `canary` is what was seen of the teachers."""
+        began = self._look(step, metrics, canary)
         self.onsets += began
         return began
+
+    def compare_with(self, teacher: Mapping[str, float]) -> None:
+        """Take the evaluation of the teacher's own answers, before the first step."""
+        self._history.teacher = teacher
+
+    def before_update(self, step: int, canary: Reading) -> Onset:
+        """The onset of a teacher that moved, for which this step's update is left out."""
+        onset = self._onset("canary", step, canary)
+        self.onsets.append(onset)
+        return onset
 
     @property
     def dropping(self) -> frozenset[str]:
@@ -59,21 +69,27 @@ class Guard:
 
         A rule with action=stop that had ended the run, and one that the run knew nothing of, has its whole patience again.
         """
+        records = list(records)
+        for record in records:
+            if record.kind == "eval" and record.who == "teacher":
+                self.compare_with(record.metrics)
         steps = [record for record in records if record.kind == "step"]
         for record in steps:
             self._look(record.step, record.metrics)
         seen = steps[-1].step if steps else -1
-        self.onsets = [onset for onset in onsets if onset.step <= seen]
+        # A teacher that moved was seen before the step could be taken.
+        self.onsets = [one for one in onsets if one.step <= seen + (one.rule == "canary")]
         told = {onset.rule for onset in self.onsets}
         for name, standing in self._standing.items():
             if standing.acts and (self.rules[name].action == "stop" or name not in told):
                 self._standing[name] = _Standing()
 
-    def _look(self, step: int, metrics: Mapping[str, float]) -> list[Onset]:
+    def _look(self, step: int, metrics: Mapping[str, float], canary: Reading | None = None) -> list[Onset]:
         rollout = self.config.rollout
         if rollout.horizon(step, self.config.train.steps) < rollout.max_new_tokens:
             metrics = {name: value for name, value in metrics.items() if name not in OF_LENGTH}
         self._history.add(metrics)
+        self._history.canary = canary
         return [onset for name in self.rules if (onset := self._judge(name, step)) is not None]
 
     def _judge(self, name: str, step: int) -> Onset | None:
@@ -89,8 +105,14 @@ class Guard:
         if standing.acts or standing.broken < rule.patience:
             return None
         standing.acts = True
+        return self._onset(name, step, reading)
+
+    def _onset(self, name: str, step: int, reading: Reading) -> Onset:
+        rule = self.rules[name]
         steps = "" if rule.patience == 1 else f" for {rule.patience} steps"
-        facts = f"{reading.facts}, and guard.{name}.threshold={rule.threshold:g} has been passed{steps}."
+        facts = reading.facts
+        if not facts.endswith("."):
+            facts += f", and guard.{name}.threshold={rule.threshold:g} has been passed{steps}."
         action = cast("GuardAction", rule.action)
         advice = causes(reading.causes or name, 3 if action == "stop" else 1)
         if action == "drop":

@@ -56,6 +56,16 @@ CAUSES: dict[str, tuple[str, str, str]] = {
         "the student itself computes in lower precision (train.autocast=none)",
         "samples are older than the weights (a new run with rollout.ahead=0)",
     ),
+    "canary": (
+        "something in this process writes to the teacher's weights, such as a callback (give it a copy: a new run with teacher.model)",
+        "the teacher is meant to move (a new run with teacher.source=ema, or guard.canary.action=off)",
+        "weights were damaged on the way between devices (teacher.offload=false)",
+    ),
+    "canary served": (
+        "the server lost its weights in a sleep, or was started again without them (start it again as it was, at teacher.url)",
+        "another model answers at that address or under that name (teacher.url, teacher.served_model)",
+        "a server of another kind or version answers (teacher.api)",
+    ),
 }
 """By the rule, or by what Reading.causes says. A key without "a new run" may change on --resume."""
 

@@ -21,7 +21,8 @@ OFTEN_CUT = 0.5  # of the first responses: the limit is too low, or the student 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a rule compares with its threshold, and the same in words, without a full stop."""
+    """What a rule compares with its threshold, and the same in words, without a full stop. Facts with one are all that there is to say:
+    no number was compared."""
 
     value: float
     facts: str
@@ -43,6 +44,10 @@ class History:
 
     def __init__(self, first_steps: int) -> None:
         self.now: Mapping[str, float] = {}
+        self.canary: Reading | None = None
+        """What was seen of the teachers at the last step; None where nobody looked, or where the run is replayed."""
+        self.teacher: Mapping[str, float] = {}
+        """The evaluation of the teacher's own answers; empty where it was not evaluated."""
         self.first_steps = first_steps
         self.losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         """Before the last step."""
@@ -109,7 +114,12 @@ def length(history: History) -> Reading | None:
         return None
     learns_to_end = now < first and (history.first("truncated") or 0.0) >= OFTEN_CUT
     value = 1.0 if learns_to_end else max(now / first, first / now)
-    return Reading(value=value, facts=f"responses have {now:.4g} tokens, {_at_first(first, '.4g', history)}")
+    facts = f"responses have {now:.4g} tokens, {_at_first(first, '.4g', history)}"
+    teacher = history.teacher.get("response_length")
+    if not teacher or history.teacher.get("truncated", 0.0) >= OFTEN_CUT:  # a limit is no length
+        return Reading(value=value, facts=facts)
+    value = min(value, max(now / teacher, teacher / now))
+    return Reading(value=value, facts=f"{facts}; the teacher's own have {teacher:.4g}")
 
 
 def eos_prob(history: History) -> Reading | None:
@@ -178,6 +188,17 @@ def sampler_gap(history: History) -> Reading | None:
     return None if gap is None else Reading(value=gap, facts=facts.format(gap))
 
 
+def canary(history: History) -> Reading | None:
+    if history.canary is not None:
+        return history.canary
+    apart = history.now.get("canary")
+    return (
+        None
+        if apart is None
+        else Reading(value=apart, facts="a teacher gives a fixed text other log-probs than before")
+    )
+
+
 def _at_first(value: float, form: str, history: History) -> str:
     return f"against {format(value, form)} in the first {history.first_steps} steps"
 
@@ -197,5 +218,6 @@ READINGS: dict[str, Callable[[History], Reading | None]] = {
     "reward": reward,
     "clipped": clipped,
     "sampler_gap": sampler_gap,
+    "canary": canary,
 }
 """By the name of the rule; None where the metrics cannot say, or not yet."""

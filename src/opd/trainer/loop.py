@@ -13,10 +13,12 @@ from opd.reporting.findings import cut_off
 from opd.reporting.guarded import Onset, write_onsets
 from opd.reporting.progress import Progress, TrainingPhase
 from opd.reporting.record import RunRecorder, read_metrics
+from opd.trainer.canary import TeacherMoved
 from opd.trainer.checkpoint import checkpoints, save_checkpoint, version_of
 from opd.trainer.drop import no_update
 from opd.trainer.from_config import RunComponents
 from opd.trainer.guard import Guard
+from opd.trainer.guard_readings import Reading
 from opd.trainer.guardrails import TORCH_ERRORS, explain, memory_advice
 from opd.trainer.interrupts import Interrupted, Stop, StopRequest
 from opd.trainer.records import nothing_to_gain, record_evaluation, record_samples, recorded
@@ -38,6 +40,8 @@ class Step:
     scored: Scored
     out: LossOutput
     metrics: dict[str, float]
+    canary: Reading | None = None
+    """What was seen of the teachers; None where nobody looked."""
 
 
 def take_step(
@@ -47,7 +51,7 @@ def take_step(
     before_update: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Step:
     """Rollouts, their targets, one update; the sampler has the weights from before still. `announce` is told each phase as it begins;
-    `before_update` is entered around everything that moves no weight."""
+    `before_update` is entered around everything that moves no weight. Raises TeacherMovedError in the place of an update."""
     student, draws = components.student, components.draws
     clock = Clock(announce)
     with before_update():
@@ -55,7 +59,7 @@ def take_step(
             rollouts = draws.take(step)
             staleness = draws.staleness(rollouts, student.version)
         with clock.phase("teacher"):
-            scored = components.scorer.score(rollouts, step)
+            scored, canary = components.canary.scored(lambda: components.scorer.score(rollouts, step), step)
     correction = components.correction
     with clock.phase("update"):
         scored = scored if correction is None else correction.corrected(student, scored)
@@ -63,8 +67,9 @@ def take_step(
         out = student.update(scored.batches, scored.objective, watched) if scored.batches else no_update(student)
     if correction is not None:
         correction.check({**out.metrics, **scored.metrics})
-    metrics = {**out.metrics, **scored.metrics, **staleness, **clock.times(out)}
-    return Step(rollouts=rollouts, scored=scored, out=out, metrics=metrics)
+    seen = {} if canary is None else {"canary": canary.value}
+    metrics = {**out.metrics, **scored.metrics, **staleness, **seen, **clock.times(out)}
+    return Step(rollouts=rollouts, scored=scored, out=out, metrics=metrics, canary=canary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,10 @@ class TrainingLoop:
         self.state.running(student.version)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
-            done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
+            try:
+                done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
+            except TeacherMoved as moved:
+                return self._without_update(step, moved.reading)
             broken = self._record(step, done)
             with self.saved_on_error():
                 draws.load(student)  # the next rollouts are on-policy again
@@ -142,7 +150,7 @@ class TrainingLoop:
         every = self.config.log.show_samples
         if every and step % every == 0:
             show_sample(self.progress, step, done.rollouts, out, scored.rewards, self.components.renderer)
-        broken = self.guard.look(step, done.metrics)
+        broken = self.guard.look(step, done.metrics, done.canary)
         for onset in broken:
             self.progress.message(f"warning: step {step + 1}: {onset.text}")
         if broken:
@@ -150,6 +158,16 @@ class TrainingLoop:
         parts.scorer.drop_also(self.guard.dropping)
         self.state.running(step + 1)
         return broken
+
+    def _without_update(self, step: int, canary: Reading) -> Ended:
+        """The end that a teacher makes which is no longer what it was: nothing is evaluated against it."""
+        onset = self.guard.before_update(step, canary)
+        self.progress.message(f"warning: before step {step + 1}: {onset.text}")
+        write_onsets(self.folder.path, self.guard.onsets)
+        done = checkpoints(self.folder.checkpoints)
+        if not done or version_of(done[-1]) < self.components.student.version:
+            self.save()
+        return Ended(why=f"stopped by guard.{onset.rule}: {onset.facts}", rule=onset.rule)
 
     def _call_back(self, record: dict[str, float]) -> str | None:
         """Call every callback; the reason when one ends the run. Raises DataError for one that fails."""
@@ -220,6 +238,7 @@ class TrainingLoop:
                 with self.stop.at_once(), parts.teacher.context():
                     teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
                 record_evaluation(self.run, version, "teacher", teacher, *measured)
+                self.guard.compare_with(teacher.metrics)
         self.state.running(version, evaluated=True)
         reached = student.metrics
         apart = f", reverse KL {reached['reverse_kl']:.4f}" if "reverse_kl" in reached else ""

@@ -56,7 +56,7 @@ EFFECTS: dict[str, Effect] = {
             "guard.first_steps",
             *(
                 f"guard.{rule}.{key}"
-                for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap")
+                for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap", "canary")
                 for key in ("threshold", "patience", "action")
             ),
             "eval.every",
