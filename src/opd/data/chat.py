@@ -78,10 +78,11 @@ class ChatTemplate:
 
         Raises DataError for every failure of the template or of the tokenizer.
         """
-        if not self._templates:
+        if not self._templates and "chat_template" not in self.arguments:
             raise DataError(
-                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
-                "write the prompt as text, or use an instruction-tuned model's tokenizer."
+                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template, as is usual for a base "
+                "model; write the prompts as text, or put the chat template of an instruction-tuned model of its family into its folder, as "
+                "chat_template.jinja."
             )
         messages = [canonical(message) for message in prompt.messages or ()]
         if system is not None and messages[0].get("role") != "system":
