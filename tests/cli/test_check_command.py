@@ -189,3 +189,20 @@ def test_a_head_that_is_stored_and_tied_counts_once(tmp_path: Path):
     stored = load_file(tmp_path / "model.safetensors")
     save_file({**stored, "lm_head.weight": torch.zeros(13, 32)}, tmp_path / "model.safetensors")
     assert model_shape(str(tmp_path), "student").parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_an_adapter_has_the_size_of_its_base_and_its_own(desk: Path, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = tiny_causal_lm(13, **SIZES)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    own = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "base_model_name_or_path": str(desk / "teacher")}))
+    data = recipe(desk, "student", str(tmp_path / "adapter"), "texts")
+    (said,) = [text for text in texts_of(data, "green") if text.startswith("size: teacher")]
+    assert f"an adapter of {own / 1000:.1f}k parameters on '{desk / 'teacher'}', which has 9.7k parameters" in said
+    assert asked(tmp_path, data).torch is False
+    file.write_text(json.dumps({**facts, "base_model_name_or_path": "./gone"}))
+    assert any("is an adapter of './gone'" in text for text in texts_of(data, "red"))
