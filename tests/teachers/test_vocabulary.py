@@ -64,7 +64,7 @@ def test_an_added_token_that_the_two_spell_differently_is_masked_and_named_in_a_
 @pytest.mark.parametrize("ends", [([258], [257]), ([257], [258])])
 def test_added_tokens_spelt_differently_are_refused_where_a_model_would_be_left_without_an_end(ends):
     tokenizers = byte_tokenizer(extra_tokens=["<think>"]), byte_tokenizer(extra_tokens=["<tool>"])
-    with pytest.raises(VocabularyError, match="so no answer could end. Give the student the teacher's tokenizer"):
+    with pytest.raises(VocabularyError, match=r"so no answer could end\. Give the student the teacher's tokenizer"):
         check(*tokenizers, student_eos=ends[0], teacher_eos=ends[1])
 
 

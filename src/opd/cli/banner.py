@@ -31,6 +31,7 @@ def show_checks(settings: RunSettings) -> frozenset[str]:
 
     import opd.tokenizer  # noqa: F401
     from opd.doctor.quick import examine
+    from opd.reporting.banner import show
 
     began = time.process_time()
     checks = examine(settings).checks
@@ -40,7 +41,10 @@ def show_checks(settings: RunSettings) -> frozenset[str]:
         raise ConfigError("\n".join(refused))
     doubted = [one.seen for one in checks if one.verdict in ("yellow", "red")]
     count = f"{len(doubted)} warning{'' if len(doubted) == 1 else 's'}" if doubted else "no warning"
-    print(f"{'check':<10}{len(checks)} findings, {count}; {seconds:.1f} s of CPU time; opd check shows them all")
+    show(
+        [("check", f"{len(checks)} findings, {count}; {seconds:.1f} s of CPU time; opd check shows them all")],
+        sys.stdout,
+    )
     for text in doubted:
         print(f"warning: {printable(text)}")
     sys.stdout.flush()
