@@ -155,15 +155,13 @@ def test_a_base_model_takes_the_template_that_is_put_into_its_folder(prompts: Pa
     assert found(given, "template", "green") == ["all models read the same text"]
 
 
-def test_a_text_that_begins_as_advised_is_no_warning_and_twice_is_one(prompts: Path):
+def test_a_text_that_begins_as_advised_is_no_warning(prompts: Path):
     pair = ("Meta-Llama-3-8B", "Meta-Llama-3-8B-Instruct")
     assert any(
         "without '<|begin_of_text|>'" in text for text in found(look(*pair, prompts / "texts.jsonl"), "template")
     )
     mended = found(look(*pair, prompts / "with_bos.jsonl"), "template")
     assert not any("begin_of_text" in text for text in mended)
-    doubled = found(look("Llama-3.2-1B", "Llama-3.2-1B-Instruct", prompts / "with_bos.jsonl"), "template")
-    assert any("prompts of the student begin with '<|begin_of_text|>' twice" in text for text in doubled)
 
 
 def test_a_date_that_is_set_as_advised_stays(prompts: Path):
