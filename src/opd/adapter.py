@@ -37,6 +37,15 @@ def base_of(name: str) -> str | None:
         raise ModelError(f"'{file}' cannot be read: {error}. Get the adapter's folder again.") from error
 
 
+def check_base(base: str, name: str, role: str) -> None:
+    """Raise ModelError where the base that an adapter names is a folder that is not there."""
+    if not Path(base).is_dir() and is_path(base):
+        raise ModelError(
+            f"The {role} '{name}' is an adapter of '{base}' (base_model_name_or_path in its adapter_config.json), and there is no such "
+            f"folder. Put the base's path there, or give {role}.model a merged folder (peft's merge_and_unload)."
+        )
+
+
 def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The base with the adapter in it, and the names of weights missing from the files. `options` go to from_pretrained.
 
@@ -68,11 +77,7 @@ def load_adapter(name: str, *, revision: str | None, role: str, **options: Any) 
 
 
 def _load_base(base: str, name: str, role: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    if not Path(base).is_dir() and is_path(base):
-        raise ModelError(
-            f"The {role} '{name}' is an adapter of '{base}' (base_model_name_or_path in its adapter_config.json), and there is no such "
-            f"folder. Put the base's path there, or give {role}.model a merged folder (peft's merge_and_unload)."
-        )
+    check_base(base, name, role)
     model, loading = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)  # pyright: ignore[reportGeneralTypeIssues]
     return model, sorted(loading["missing_keys"])
 

@@ -34,8 +34,8 @@ OWN_FILES = (
 """Files beside weights and config that AutoTokenizer, AutoProcessor and servers such as vLLM read."""
 LOADING_TRACES = ("is_local", "local_files_only")
 CODE_FILES = "*.py"
-PIPELINE = ("model", "normalizer", "pre_tokenizer", "decoder")
-"""The parts of a tokenizer.json that determine encoding and decoding."""
+SMALL_PARTS = ("normalizer", "pre_tokenizer", "decoder")
+"""The parts of a tokenizer.json that determine encoding and decoding, besides its model."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -56,7 +56,7 @@ def load_tokenizer(
         file = _folder(name, revision, ("tokenizer.json",)) / "tokenizer.json"
         if _is_remade(tokenizer) and file.is_file():
             filed = Tokenizer.from_file(str(file))
-            if _pipeline(filed) != _pipeline(tokenizer.backend_tokenizer):
+            if not _same_pipeline(filed, tokenizer.backend_tokenizer):
                 return _as_filed(name, revision, tokenizer, filed)
         return tokenizer
     except UNREADABLE as error:
@@ -115,9 +115,22 @@ def _is_remade(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _pipeline(tokenizer: Tokenizer) -> list[object]:
-    parts = json.loads(tokenizer.to_str())
-    return [parts[name] for name in PIPELINE]
+def _same_pipeline(one: Tokenizer, other: Tokenizer) -> bool:
+    """Do they encode and decode alike? The model, whose merges take long to compare, comes last."""
+    if any(_part(one, name) != _part(other, name) for name in SMALL_PARTS):
+        return False
+    return one.model.__getstate__() == other.model.__getstate__()
+
+
+def _part(tokenizer: Tokenizer, name: str) -> object:
+    part = getattr(tokenizer, name)
+    read = None if part is None else json.loads(part.__getstate__())
+    if name == "decoder" and read == {**(read or {}), "type": "ByteLevel"}:
+        return "ByteLevel"  # its options are read by pre-tokenizers alone
+    for piece in [read, *((read or {}).get("pretokenizers") or ())]:
+        if piece:
+            piece.pop("trim_offsets", None)  # decides which characters a token is said to stand for, not which token
+    return read
 
 
 def _as_filed(

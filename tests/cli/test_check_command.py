@@ -206,3 +206,20 @@ def test_a_run_that_such_a_gpu_cannot_hold_is_red(desk: Path, tmp_path: Path):
 def test_what_is_no_gpu_memory_is_refused(desk: Path, tmp_path: Path, given: str):
     answer = asked(tmp_path, recipe(desk, "student", "teacher", "texts"), "--gpu-memory", given)
     assert answer.code == 2 and "write one number for each" in answer.err
+
+
+def test_an_adapter_has_the_size_of_its_base_and_its_own(desk: Path, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = tiny_causal_lm(13, **SIZES)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    own = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "base_model_name_or_path": str(desk / "teacher")}))
+    data = recipe(desk, "student", str(tmp_path / "adapter"), "texts")
+    (said,) = [text for text in texts_of(data, "green") if text.startswith("size: teacher")]
+    assert f"an adapter of {own / 1000:.1f}k parameters on '{desk / 'teacher'}', which has 9.7k parameters" in said
+    assert asked(tmp_path, data).torch is False
+    file.write_text(json.dumps({**facts, "base_model_name_or_path": "./gone"}))
+    assert any("is an adapter of './gone'" in text for text in texts_of(data, "red"))

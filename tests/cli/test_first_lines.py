@@ -83,6 +83,9 @@ def test_the_banner_comes_before_torch_is_imported(world, tmp_path):
     imported = next(number for number, line in enumerate(lines) if line.startswith("IMPORTS"))
     assert [line.split()[0] for line in lines[:imported]] == ["opd", "student", "teacher", "loss", "prompts", "step"]
     rest = [line for line in lines[imported:] if not line.startswith("IMPORTS")]
+    assert re.fullmatch(
+        r"check     \d+ findings, no warning; 0\.\d s of CPU time; opd check shows them all", rest.pop(0)
+    )
     assert rest[0] == f"loading student '{world}/student' in float32 on cpu"
     assert re.fullmatch(r"  prompt │ \d+>", rest[1])
     assert rest[2] == f"loading teacher '{world}/teacher' in float32 on cpu"
@@ -94,7 +97,7 @@ def test_the_banner_comes_before_torch_is_imported(world, tmp_path):
 @pytest.mark.serial
 def test_the_banner_is_there_in_under_a_second(world, tmp_path):
     """In seconds of CPU time, which other processes cannot take away: the wall clock of a machine to itself is the same."""
-    code = "import resource; from opd.cli.banner import show_banner; show_banner(None, {}); print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+    code = "import resource; from opd.cli.banner import show_banner; from opd.config.recipe import check, words_of; show_banner(check(words_of(None, {}))); print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
     _, *overrides = words(world, tmp_path / "run")
     spent = float(in_pipe("-c", code.replace("{}", repr(overrides))).splitlines()[-1])
     assert spent < 1.0
@@ -125,3 +128,17 @@ def test_no_banner_where_nothing_is_to_be_shown_or_the_recipe_is_wrong(world, tm
     wrong = [sys.executable, "-c", NOTE_TORCH, *words(world, tmp_path / "run", train__stepz=3)]
     done = subprocess.run(wrong, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
     assert done.returncode == 1 and "Unknown key 'train.stepz'" in done.stderr and "student" not in done.stdout
+
+
+def test_the_banner_has_the_yellow_checks_once_and_a_red_one_refuses_the_run(world, tmp_path):
+    warning = "warning: prompts.eval_path is not set, so nothing is evaluated"
+    argv = words(world, tmp_path / "run", eval__every=3)
+    at = argv.index("--prompts.eval_path")
+    shown = in_pipe("-m", "opd.cli.main", *argv[:at], *argv[at + 2 :])
+    assert shown.count(warning) == 1
+    assert shown.index("check     ") < shown.index(warning) < shown.index("loading student")
+    argv = [sys.executable, "-m", "opd.cli.main", *words(world, tmp_path / "other", rollout__max_new_tokens=100_000)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
+    assert done.returncode == 1 and "loading student" not in done.stdout
+    assert re.match(r"error: prompt \d+ has \d+ tokens; with max_new_tokens=100000", done.stderr), done.stderr
+    assert not (tmp_path / "other").exists()

@@ -54,9 +54,18 @@ def test_at_most_five_differing_ids_are_shown():
     assert "5 is" not in str(error.value)
 
 
-def test_difference_in_added_tokens_is_found():
-    with pytest.raises(VocabularyError, match="258 is '<think>' to the student and '<tool>' to the teacher"):
-        check(byte_tokenizer(extra_tokens=["<think>"]), byte_tokenizer(extra_tokens=["<tool>"]))
+def test_an_added_token_that_the_two_spell_differently_is_masked_and_named_in_a_warning():
+    tokenizers = byte_tokenizer(extra_tokens=["<think>", "<a>"]), byte_tokenizer(extra_tokens=["<tool>", "<a>"])
+    match = check(*tokenizers, student_eos=[257], teacher_eos=[257, 258])
+    assert "258 is '<think>' to the student and '<tool>' to the teacher" in match.warnings[0]
+    assert (match.size, match.invalid_ids, len(match.warnings)) == (260, (258,), 1)
+
+
+@pytest.mark.parametrize("ends", [([258], [257]), ([257], [258])])
+def test_added_tokens_spelt_differently_are_refused_where_a_model_would_be_left_without_an_end(ends):
+    tokenizers = byte_tokenizer(extra_tokens=["<think>"]), byte_tokenizer(extra_tokens=["<tool>"])
+    with pytest.raises(VocabularyError, match=r"so no answer could end\. Give the student the teacher's tokenizer"):
+        check(*tokenizers, student_eos=ends[0], teacher_eos=ends[1])
 
 
 def test_tokens_of_the_student_alone_are_refused():
@@ -109,7 +118,7 @@ def test_an_unused_added_token_without_a_row_is_left_out_with_a_warning():
     match = check(student, teacher, student_rows=258, teacher_rows=320)
     assert match.size == 258
     assert "student 'small' has 258 vocabulary rows, and no row for 1 token" in match.warnings[0]
-    assert "258 '<image>'" in match.warnings[1]
+    assert "258 '<image>'" in match.warnings[0] and len(match.warnings) == 1  # named once
 
 
 def test_a_padding_token_added_without_resizing_is_refused():

@@ -1,79 +1,51 @@
-"""The banner of `opd train`, from the words of the recipe: torch, which takes seconds to import, is not there yet."""
+"""The banner of `opd train`: what the recipe says, before torch is imported, and then what `opd check` finds in it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
-from typing import Any, cast
+import time
 
 from opd import __version__
-from opd.config.model import StudentConfig
-from opd.config.prompts import PromptsConfig
-from opd.config.rollout import RolloutConfig
-from opd.config.train import EvalConfig, LogConfig, TrainConfig
-from opd.config.words import merge, read_recipe, scalar
-from opd.errors import OpdError
+from opd.config.recipe import to_dict
+from opd.config.run import RunSettings
+from opd.errors import ConfigError, printable
 
-SECTIONS = {
-    "student": StudentConfig,
-    "prompts": PromptsConfig,
-    "rollout": RolloutConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "log": LogConfig,
-}
-WORDS = ("model", "path", "eval_path", "run_dir", "revision", "progress")
-"""Keys whose value is taken word for word."""
-RUN_DIR = "runs/opd"
+ESTIMATES = ("memory", "size")
+"""Checks whose red is an estimate, or the want of one: it is shown, and refuses no run."""
 
 
-def show_banner(recipe: str | None, overrides: Sequence[str]) -> bool:
-    """Print the banner; False, and nothing printed, for a recipe that is wrong, which reading it in full will explain."""
-    try:
-        settings = settings_of(recipe, overrides)
-        if settings["log"]["progress"] == "off":
-            return False
-        from opd.reporting.banner import banner, show
-
-        lines = banner(settings, __version__)
-    except (OpdError, OSError, KeyError, TypeError, ValueError, AttributeError):
+def show_banner(settings: RunSettings) -> bool:
+    """Print the banner, from a recipe that was read and checked; False where log.progress=off, and nothing is printed."""
+    if settings.log.progress == "off":
         return False
-    show(lines, sys.stdout)
+    from opd.reporting.banner import banner, show
+
+    show(banner(to_dict(settings), __version__), sys.stdout)
     return True
 
 
-def settings_of(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The recipe as nested mappings, with the defaults of the sections that need no torch. Raises KeyError for a key that these lack;
-    nothing else is checked."""
-    words = merge(read_recipe(recipe) if recipe else {}, _overrides(overrides))
-    for name, section in SECTIONS.items():
-        unknown = set(words.get(name) or {}) - {item.name for item in fields(cast(Any, section))}
-        if unknown:
-            raise KeyError(*unknown)
-    filled = {name: {**_defaults(section), **(words.get(name) or {})} for name, section in SECTIONS.items()}
-    return {"run_dir": RUN_DIR, **words, **filled}
+def show_checks(settings: RunSettings) -> frozenset[str]:
+    """Print what `opd check` finds, a line for every yellow check, and return these warnings. Raises ConfigError with the words of the
+    red ones: such a run would be refused later, or would go wrong."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # noqa: F401  # the run needs their seconds anyway
 
+    import opd.tokenizer  # noqa: F401
+    from opd.doctor.quick import examine
+    from opd.reporting.banner import show
 
-def _overrides(words: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    index = 0
-    while index < len(words):
-        name, equals, value = words[index].partition("=")
-        index += 1
-        values = [value] if equals else []
-        while not equals and index < len(words) and not words[index].startswith("--"):
-            values.append(words[index])
-            index += 1
-        key = name[2:].replace("-", "_")
-        read = [value if key.rpartition(".")[2] in WORDS else scalar(value) for value in values]
-        found[key] = read[0] if len(read) == 1 else read
-    return found
-
-
-def _defaults(section: type) -> Mapping[str, Any]:
-    return {
-        item.name: item.default_factory() if item.default_factory is not MISSING else item.default
-        for item in fields(cast(Any, section))
-        if item.default is not MISSING or item.default_factory is not MISSING
-    }
+    began = time.process_time()
+    checks = examine(settings).checks
+    seconds = time.process_time() - began
+    refused = [one.seen for one in checks if one.verdict == "red" and one.name not in ESTIMATES]
+    if refused:
+        raise ConfigError("\n".join(refused))
+    doubted = [one.seen for one in checks if one.verdict in ("yellow", "red")]
+    count = f"{len(doubted)} warning{'' if len(doubted) == 1 else 's'}" if doubted else "no warning"
+    show(
+        [("check", f"{len(checks)} findings, {count}; {seconds:.1f} s of CPU time; opd check shows them all")],
+        sys.stdout,
+    )
+    for text in doubted:
+        print(f"warning: {printable(text)}")
+    sys.stdout.flush()
+    return frozenset(doubted)

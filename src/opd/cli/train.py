@@ -23,13 +23,16 @@ def run(args: Sequence[str]) -> int:
         print_help(USAGE, args)
         return 0
     recipe, resume, overwrite, overrides = split_arguments(args)
-    from opd.cli.banner import show_banner
+    from opd.cli.banner import show_banner, show_checks
     from opd.config.recipe import check, words_of
     from opd.doctor.paths import check_paths
 
     settings = check(words_of(recipe, overrides))
     check_paths(settings)  # before torch, which takes seconds to import
-    announced = show_banner(recipe, overrides)
+    announced = show_banner(settings)
+    import torch  # noqa: F401  # so that transformers is imported with it
+
+    said = show_checks(settings) if announced else frozenset[str]()
     from transformers.utils.logging import disable_progress_bar
 
     from opd.cli.show import show_result
@@ -39,7 +42,7 @@ def run(args: Sequence[str]) -> int:
 
     disable_progress_bar()  # loading and saving take a moment; downloads keep theirs
     config = whole_config(settings)
-    launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced)
+    launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced, said=said)
     trained = Distiller.from_config(config, launch=launch).train(resume=resume, overwrite=overwrite)
     show_result(config, trained.summary)
     if trained.hub:

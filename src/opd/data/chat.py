@@ -79,13 +79,14 @@ class ChatTemplate:
 
         Raises DataError for every failure of the template or of the tokenizer.
         """
-        if not self._templates:
+        if not self._templates and "chat_template" not in self.arguments:
             as_text = (
-                "set prompts.reasoning_gym.chat=false" if COLUMN in prompt.metadata else "write the prompt as text"
+                "set prompts.reasoning_gym.chat=false" if COLUMN in prompt.metadata else "write the prompts as text"
             )
             raise DataError(
-                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template; "
-                f"{as_text}, or use an instruction-tuned model's tokenizer."
+                f"prompt {prompt.index} is a list of messages, but the tokenizer of {self.name} has no chat template, as is usual for a base "
+                f"model; {as_text}, or put the chat template of an instruction-tuned model of its family into its folder, as "
+                "chat_template.jinja."
             )
         messages = [canonical(message) for message in prompt.messages or ()]
         if system is not None and messages[0].get("role") != "system":

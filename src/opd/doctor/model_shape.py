@@ -1,5 +1,5 @@
-"""The sizes of a model, from its config and the headers of its files. No weight is read. Without such headers, the parameters are counted
-on the meta device, which takes torch."""
+"""The sizes of a model, from its config and the headers of its files. No weight is read. Without such headers, the config of a
+well-known model says them; others are counted on the meta device, which takes torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from opd.doctor.config_shapes import config_shapes
 from opd.errors import ModelError
-from opd.reporting.model_facts import folder_of, weight_shapes
+from opd.reporting.model_facts import CONFIG, adapter_base, folder_of, read_json, weight_shapes
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "wpe.weight", "word_embeddings.weight", "embed_in.weight", HEAD)
@@ -54,6 +55,16 @@ class ModelShape:
         }
 
 
+def is_quick(name: str, revision: str | None = None) -> bool:
+    """True where `model_shape` of the model needs no torch: its weights are on this disk, or its config says it all."""
+    base = adapter_base(name)
+    name, revision = (name, revision) if base is None else (base, None)
+    folder = folder_of(name, revision)
+    if folder is None:
+        return False
+    return bool(stored_shapes(name, revision) or config_shapes(read_json(folder / CONFIG)))
+
+
 def stored_shapes(name: str, revision: str | None = None) -> Mapping[str, tuple[int, ...]]:
     """Shapes of the weights in the model's files; empty where there are none on this disk, or where they are packed."""
     folder = folder_of(name, revision)
@@ -62,11 +73,17 @@ def stored_shapes(name: str, revision: str | None = None) -> Mapping[str, tuple[
 
 
 def model_shape(name: str, role: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """The sizes of a local folder or a hub name. Raises ModelError for a config that cannot be read, or has no such sizes."""
+    """The sizes of a local folder or a hub name; of an adapter's folder, those of its base. Raises ModelError for a config that cannot
+    be read, or has no such sizes."""
     from transformers import AutoConfig
 
+    from opd.adapter import check_base
     from opd.load_errors import UNREADABLE, load_failure
 
+    base = adapter_base(name)
+    if base is not None:
+        check_base(base, name, role)
+        name, revision = base, None
     try:
         whole: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
@@ -76,7 +93,7 @@ def model_shape(name: str, role: str, *, revision: str | None = None, trust_remo
     stored = {} if config is not whole else dict(stored_shapes(name, revision))
     if tied:
         stored = {name: shape for name, shape in stored.items() if name != HEAD}
-    weights = stored or _on_meta_device(whole)
+    weights = stored or (config_shapes(config.to_dict()) if config is whole else {}) or _on_meta_device(whole)
     size = _stored_bytes(name, revision) if stored else 0
     try:
         return shape_of(config, weights, stored_bytes=size)

@@ -14,12 +14,15 @@ from typing import Any, Protocol
 from opd.config.run import RunSettings, teacher_key
 from opd.data.privileged import PrivilegedRenderer
 from opd.data.rendering import Renderer
+from opd.doctor.prompt_starts import check_starts
 from opd.errors import ModelError
 from opd.types import Prompt
 
 LOOKED_AT = 256  # prompts, evenly spaced: what is wrong with a tokenizer or a template shows in every one of them
 MAX_LOST = 0.05  # of the characters. Spaces alone are a sixth of English; a rare character that a vocabulary lacks stays far below
 EXCERPT = 60
+MODES = ("enable_thinking", "thinking", "reasoning_effort")
+"""Arguments of well-known templates that decide whether and how much a model thinks."""
 ANSWER = "The answer is 42."  # in a conversation that is only rendered
 
 
@@ -44,6 +47,8 @@ def check_reading(
         if config.all_teachers[name].source == "model":
             found += check_text(side.renderer, teacher_key(name), prompts)
     found += _untemplated(config, prompts, student.renderer, {teacher_key(n): s.renderer for n, s in teachers.items()})
+    readers = {"student": student.renderer, **{teacher_key(name): side.renderer for name, side in teachers.items()}}
+    found += check_starts(some, readers, system=config.prompts.system)
     for name, side in teachers.items():
         found += _different_modes(student.renderer, side.renderer, teacher_key(name), some)
     return found
@@ -161,7 +166,7 @@ def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: S
     if mine and mine.keys() == theirs.keys():
         return []
     single = list(_one_sided(student, teacher, role))
-    advice = single[0].advice if single else "Where an argument decides it, set it for both in chat_template_kwargs."
+    advice = single[0].advice if single else _mode_advice(student, teacher)
     for prompt in prompts:
         ends = _end(student, prompt), _end(teacher, prompt)
         if ends[0] is None or ends[1] is None or ends[0].opening == ends[1].opening:
@@ -180,6 +185,18 @@ def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: S
                     f"prompts keep to {left_out!r} (prompt {prompt.index}). {one.advice}"
                 ]
     return []
+
+
+def _mode_advice(student: Renderer, teacher: Renderer) -> str:
+    """The way to the same ending where neither side has an argument for it."""
+    sources = [str(one.tokenizer.chat_template) for one in (student, teacher)]
+    name = next((name for name in MODES if any(re.search(rf"\b{name}\b", source) for source in sources)), None)
+    if name is not None:
+        return f"Set chat_template_kwargs.{name} for both."
+    return (
+        "No argument of the templates decides it. Where it is not meant, put the teacher's template into the student's folder, as "
+        "chat_template.jinja, if the student knows its special tokens."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

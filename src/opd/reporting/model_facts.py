@@ -6,11 +6,13 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 50_000_000  # bytes; a longer one is no header
@@ -25,9 +27,12 @@ class ModelFacts:
     parameters: int = 0
     dtype: str = ""
     vocabulary: int = 0
+    adapter_of: str = ""
+    """The base of an adapter, whose facts the others are."""
 
     def __str__(self) -> str:
-        parts = [f"{count(self.parameters)} parameters" if self.parameters else "", self.dtype]
+        parts = [f"adapter of {self.adapter_of}" if self.adapter_of else ""]
+        parts += [f"{count(self.parameters)} parameters" if self.parameters else "", self.dtype]
         parts.append(f"vocabulary {self.vocabulary:,}" if self.vocabulary else "")
         return ", ".join(part for part in parts if part)
 
@@ -50,7 +55,10 @@ def model_facts(name: str, revision: str | None = None) -> ModelFacts:
     folder = folder_of(name, revision)
     if folder is None:
         return ModelFacts()
-    config = _json(folder / CONFIG)
+    base = adapter_base(name)
+    if base is not None:
+        return replace(model_facts(base) if base != name else ModelFacts(), here=True, adapter_of=base)
+    config = read_json(folder / CONFIG)
     config = {**config, **(config.get("text_config") or {})}  # of a multimodal model
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     vocabulary = config.get("vocab_size")
@@ -86,7 +94,8 @@ def folder_of(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in this file; empty where it is missing or broken."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -96,7 +105,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def weight_shapes(folder: Path) -> dict[str, StoredTensor]:
     """Every weight by name, from the headers of the safetensors files; empty where one is missing or broken."""
-    shards = sorted(set(_json(folder / INDEX).get("weight_map", {}).values())) or [WEIGHTS]
+    shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values())) or [WEIGHTS]
     found: dict[str, StoredTensor] = {}
     try:
         for shard in shards:
@@ -104,6 +113,25 @@ def weight_shapes(folder: Path) -> dict[str, StoredTensor]:
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
         return {}
     return found
+
+
+def adapter_base(name: str) -> str | None:
+    """The base that a local adapter folder names; None for a whole model, and for a hub name."""
+    folder = Path(name)
+    base = (
+        None
+        if not name or (folder / CONFIG).exists()
+        else read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    )
+    return base if isinstance(base, str) and base else None
+
+
+def adapter_parameters(folder: Path) -> int:
+    """Parameters of an adapter's own file; 0 where it cannot be read."""
+    try:
+        return sum(math.prod(tensor.shape) for tensor in _in_file(folder / ADAPTER_WEIGHTS).values())
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def _counted(folder: Path) -> int:

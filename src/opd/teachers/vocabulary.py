@@ -76,16 +76,27 @@ def check_vocabularies(
 
     Rows are those of each model's output layer. Token strings are compared id by id, added tokens included. A token that
     only the student has is refused, because the teacher cannot score it; a token that only the teacher has is masked
-    and named in a warning. EOS ids are those that each model's generation config stops at; leave both out to skip them.
+    and named in a warning. So is an added token that the two spell differently, as between releases of Llama 3, as long
+    as both models keep an end. EOS ids are those that each model's generation config stops at; leave both out to skip them.
     """
     student_label, teacher_label = f"student {student_name!r}", f"teacher {teacher_name!r}"
     warnings: list[str] = []
     student = _tokens_with_a_row(student_tokenizer, student_rows, student_label, warnings)
     teacher = _tokens_with_a_row(teacher_tokenizer, teacher_rows, teacher_label, warnings)
     if student != teacher:
-        _refuse_differing_strings(student, teacher, student_label, teacher_label)
+        renamed = _renamed_tokens(student, teacher, student_tokenizer, teacher_tokenizer)
+        _refuse_differing_strings(student, teacher, student_label, teacher_label, renamed)
+        if renamed:
+            warnings.append(
+                _mask_renamed(student, teacher, student_label, teacher_label, renamed, (student_eos, teacher_eos))
+            )
+            student, teacher = ({i: t for i, t in side.items() if i not in renamed} for side in (student, teacher))
+            student_eos, teacher_eos = set(student_eos) - renamed, set(teacher_eos) - renamed
         _refuse_student_only_tokens(student, teacher, student_label, teacher_label)
-        extra = sorted(teacher.keys() - student.keys())
+        rowless = (
+            student_tokenizer.added_tokens_decoder.keys() - renamed
+        )  # named in a warning already, where they have no row
+        extra = sorted(teacher.keys() - student.keys() - rowless)
         if extra:
             warnings.append(
                 f"{teacher_label} has {_count(extra)} that {student_label} lacks: {_shown(extra, teacher)}. "
@@ -121,22 +132,63 @@ def _tokens_with_a_row(
     return {token_id: token for token_id, token in tokens.items() if token_id < rows}
 
 
+def _renamed_tokens(
+    student: Mapping[int, str],
+    teacher: Mapping[int, str],
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> set[int]:
+    """Ids of added tokens, such as <|eot_id|>, that the two spell differently. Text is never made of them."""
+    added = student_tokenizer.added_tokens_decoder.keys() & teacher_tokenizer.added_tokens_decoder.keys()
+    return {i for i in added & student.keys() & teacher.keys() if student[i] != teacher[i]}
+
+
 def _refuse_differing_strings(
-    student: Mapping[int, str], teacher: Mapping[int, str], student_label: str, teacher_label: str
+    student: Mapping[int, str],
+    teacher: Mapping[int, str],
+    student_label: str,
+    teacher_label: str,
+    renamed: Collection[int],
 ) -> None:
     shared = student.keys() & teacher.keys()
-    differing = sorted(token_id for token_id in shared if student[token_id] != teacher[token_id])
+    differing = sorted(i for i in shared if student[i] != teacher[i] and i not in renamed)
     if not differing:
         return
-    examples = "; ".join(
-        f"{token_id} is {student[token_id]!r} to the student and {teacher[token_id]!r} to the teacher"
-        for token_id in differing[:MAX_SHOWN]
-    )
     raise VocabularyError(
         f"{student_label} and {teacher_label} do not read the same token ids: {len(differing)} of {len(shared)} "
-        f"shared ids differ. The first: {examples}. The teacher would score other tokens than the student sampled; "
-        "use a student and a teacher of one model family, with one tokenizer."
+        f"shared ids differ. The first: {_both_names(differing, student, teacher)}. The teacher would score other tokens than the "
+        "student sampled; use a student and a teacher of one model family, with one tokenizer."
     )
+
+
+def _mask_renamed(
+    student: Mapping[int, str],
+    teacher: Mapping[int, str],
+    student_label: str,
+    teacher_label: str,
+    renamed: Collection[int],
+    ends: tuple[Collection[int], Collection[int]],
+) -> str:
+    """The warning that these added tokens are masked. Raises VocabularyError where a model would be left without an end."""
+    where = (
+        f"{student_label} and {teacher_label} share every token of text and spell {_count(renamed, 'added token')} differently: "
+        f"{_both_names(sorted(renamed), student, teacher)}."
+    )
+    for label, own in zip((student_label, teacher_label), ends, strict=True):
+        if own and not set(own) - set(renamed):
+            raise VocabularyError(
+                f"{where} All ends of {label} are among them, so no answer could end. Give the student the teacher's "
+                "tokenizer: copy tokenizer.json and tokenizer_config.json of the teacher into a copy of the student's "
+                'folder, with the teacher\'s "eos_token_id" in its generation_config.json.'
+            )
+    return f"{where} These ids are masked on both sides, so no answer holds them and nothing is learnt about them."
+
+
+def _both_names(ids: Sequence[int], student: Mapping[int, str], teacher: Mapping[int, str]) -> str:
+    return "; ".join(
+        f"{token_id} is {student[token_id]!r} to the student and {teacher[token_id]!r} to the teacher"
+        for token_id in ids[:MAX_SHOWN]
+    ) + ("; …" if len(ids) > MAX_SHOWN else "")
 
 
 def _refuse_student_only_tokens(
@@ -173,13 +225,13 @@ def _compare_ends(
     if not set(teacher_ends) - set(student_ends):
         return [f"{where} The teacher may never end a response at a token that only the student stops at."]
     return [
-        f"{where} A student that learns to end as the teacher does would run on to the length limit; add the teacher's "
-        "ids to eos_token_id in the student's generation_config.json."
+        f"{where} A student that learns to end as the teacher does would run on to the length limit; write "
+        f'"eos_token_id": {sorted({*student_ends, *teacher_ends} & student.keys())} in the student\'s generation_config.json.'
     ]
 
 
-def _count(ids: Collection[int]) -> str:
-    return "1 token" if len(ids) == 1 else f"{len(ids)} tokens"
+def _count(ids: Collection[int], noun: str = "token") -> str:
+    return f"1 {noun}" if len(ids) == 1 else f"{len(ids)} {noun}s"
 
 
 def _shown(ids: Iterable[int], tokens: Mapping[int, str]) -> str:

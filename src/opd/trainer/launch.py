@@ -45,6 +45,8 @@ class Launch:
     """The recipe's folder, whose commit says what was run."""
     announced: bool = False
     """The banner has been printed."""
+    said: frozenset[str] = frozenset()
+    """Warnings that were printed with it."""
 
 
 def about_run(config: Config, launch: Launch, *, started: str = "") -> About:

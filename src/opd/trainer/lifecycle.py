@@ -117,7 +117,7 @@ def _train(
         with _told(state, stop):
             with recorder as run, progress:
                 _write_about(config, folder, launch, state, resumed=start is not None)
-                warnings = [f"warning: {warning}" for warning in components.warnings]
+                warnings = [f"warning: {warning}" for warning in components.warnings if warning not in launch.said]
                 for line in [*warnings, *(f"note: {note}" for note in components.notes), *notes, *resumed]:
                     progress.message(line)
                 guard = _guard(components, folder, resumed=start is not None)
