@@ -92,6 +92,8 @@ class LogConfig(Section, key="log"):
     """Also write TensorBoard events (extra 'tensorboard')."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (extra 'wandb')."""
+    trackio_project: str | None = None
+    """Also log to this Trackio project (extra 'trackio'), on this disk; trackio show opens it."""
     samples_every: int = 10
     """Keep some rollouts with what both models said at each token every n steps."""
     samples: int = 4

@@ -109,6 +109,8 @@ def needed_packages(config: Config) -> dict[str, tuple[str, str]]:
         needed["tensorboard"] = ("log.tensorboard", "pip install 'opd[tensorboard]'")
     if config.log.wandb_project is not None:
         needed["wandb"] = ("log.wandb_project", "pip install 'opd[wandb]'")
+    if config.log.trackio_project is not None:
+        needed["trackio"] = ("log.trackio_project", "pip install 'opd[trackio]'")
     if config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocate":
         needed["vllm"] = ("rollout.engine=vllm", "pip install vllm")
     for key, section in {"student": config.student, **config.all_teachers}.items():

@@ -1,4 +1,4 @@
-"""Metric sinks for TensorBoard and Weights & Biases; each library is imported only when a recipe names it.
+"""Metric sinks for TensorBoard, Weights & Biases and Trackio; each library is imported only when a recipe names it.
 
 Training metrics keep the name they have in `metrics.jsonl`. Evaluation metrics, which share these names, become
 `eval/student/<name>` and `eval/teacher/<name>`. Sampled answers are tables, `samples/train/student` and so on; the recipe is hparams
@@ -27,21 +27,26 @@ def open_sinks(
     run_dir: str | Path,
     *,
     resume_step: int | None,
-    project: str = "opd",
+    projects: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[MetricSink]:
-    """The sinks called `names` ("tensorboard", "wandb"), for a `RunRecorder`.
+    """The sinks called `names` ("tensorboard", "wandb", "trackio"), for a `RunRecorder`. `projects` are those of the last two by name.
 
     Raises `ConfigError` for another name and `MissingDependencyError` for a library that is not installed.
     """
     sinks: list[MetricSink] = []
     for name in names:
+        project = (projects or {}).get(name, "opd")
         if name == "tensorboard":
             sinks.append(TensorBoardSink(run_dir, resume_step=resume_step, config=config))
         elif name == "wandb":
             sinks.append(WandbSink(run_dir, resume_step=resume_step, project=project, config=config))
+        elif name == "trackio":
+            from opd.reporting.trackio_sink import TrackioSink
+
+            sinks.append(TrackioSink(run_dir, resume_step=resume_step, project=project, config=config))
         else:
-            raise ConfigError(f"There is no metric sink {name!r}. Choose from 'tensorboard' and 'wandb'.")
+            raise ConfigError(f"There is no metric sink {name!r}. Choose from 'tensorboard', 'wandb' and 'trackio'.")
     return sinks
 
 
@@ -57,7 +62,7 @@ class TensorBoardSink:
             from tensorboard.plugins.text.summary_v2 import text_pb
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise _missing("tensorboard") from error
+            raise missing_sink("tensorboard") from error
         # The generated protobuf classes are invisible to a type checker.
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
@@ -77,7 +82,7 @@ class TensorBoardSink:
         self._scalars(step, metrics)
 
     def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None:
-        self._scalars(step, _evaluation_names(who, metrics))
+        self._scalars(step, evaluation_names(who, metrics))
 
     def sample(self, record: SampleRecord) -> None:
         self._texts(self._tables.add(record))
@@ -113,7 +118,7 @@ class WandbSink:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise _missing("wandb") from error
+            raise missing_sink("wandb") from error
         folder = Path(run_dir)
         id_file = folder / WANDB_ID_FILE
         with explain_os_errors("read", id_file):
@@ -135,10 +140,10 @@ class WandbSink:
         self._tables = SampleTables()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({**_finite(metrics), "step": step})
+        self._run.log({**finite(metrics), "step": step})
 
     def evaluation(self, step: int, who: Who, metrics: Mapping[str, float]) -> None:
-        self._run.log({**_finite(_evaluation_names(who, metrics)), "step": step})
+        self._run.log({**finite(evaluation_names(who, metrics)), "step": step})
 
     def sample(self, record: SampleRecord) -> None:
         self._log(self._tables.add(record))
@@ -163,15 +168,15 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | floa
     return found
 
 
-def _evaluation_names(who: Who, metrics: Mapping[str, float]) -> dict[str, float]:
+def evaluation_names(who: Who, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"eval/{who}/{name}": value for name, value in metrics.items()}
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _missing(extra: str) -> MissingDependencyError:
+def missing_sink(extra: str) -> MissingDependencyError:
     return MissingDependencyError(
         f"The recipe asks for the metric sink '{extra}', but {extra} is not installed. "
         f"Install it with pip install 'opd[{extra}]', or leave the sink out of the recipe."

@@ -261,7 +261,11 @@ def _restore(folder: RunFolder, components: RunComponents) -> int | None:
 
 def _check_sinks(log: LogConfig) -> None:
     """Before `begin` removes an old run."""
-    for name, wanted in (("tensorboard", log.tensorboard), ("wandb", log.wandb_project)):
+    for name, wanted in (
+        ("tensorboard", log.tensorboard),
+        ("wandb", log.wandb_project),
+        ("trackio", log.trackio_project),
+    ):
         if wanted and importlib.util.find_spec(name) is None:
             raise MissingDependencyError(
                 f"The recipe logs to {name}, which is not installed: pip install 'opd[{name}]', or leave it out of the log section."
@@ -270,11 +274,12 @@ def _check_sinks(log: LogConfig) -> None:
 
 def _sinks(config: Config, folder: RunFolder, start: int | None) -> list[MetricSink]:
     names = ["tensorboard"] if config.log.tensorboard else []
-    names += ["wandb"] if config.log.wandb_project else []
+    found = {"wandb": config.log.wandb_project, "trackio": config.log.trackio_project}
+    projects = {name: project for name, project in found.items() if project}
     return open_sinks(
-        names,
+        [*names, *projects],
         folder.path,
         resume_step=start,
-        project=config.log.wandb_project or "opd",
+        projects=projects,
         config=settings_without_secrets(to_dict(config)),
     )

@@ -66,6 +66,7 @@ EFFECTS: dict[str, Effect] = {
             "log.progress",
             "log.tensorboard",
             "log.wandb_project",
+            "log.trackio_project",
             "log.samples_every",
             "log.samples",
             "log.show_samples",
