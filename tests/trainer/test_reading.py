@@ -63,7 +63,7 @@ def test_a_thinking_mode_on_one_side_only_is_shown_and_the_advice_mends_it(tmp_p
 def test_two_templates_that_end_a_prompt_differently_are_shown_without_any_argument(tmp_path: Path):
     student, teacher = model(tmp_path / "s", CHAT_TEMPLATE), model(tmp_path / "t", ALWAYS, seed=1)
     (found,) = warnings(tmp_path, student, teacher)
-    assert ENDS.format("", "<think>\\n") in found and "set it for both in chat_template_kwargs" in found
+    assert ENDS.format("", "<think>\\n") in found and "No argument of the templates decides it" in found
     (found,) = warnings(
         tmp_path, student, None, teachers__big__model=teacher, teachers__old__model=student, mixture__kind="loss"
     )

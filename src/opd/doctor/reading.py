@@ -166,11 +166,11 @@ def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: S
     if mine and mine.keys() == theirs.keys():
         return []
     single = list(_one_sided(student, teacher, role))
-    advice = single[0].advice if single else _mode_advice(student, teacher)
     for prompt in prompts:
         ends = _end(student, prompt), _end(teacher, prompt)
         if ends[0] is None or ends[1] is None or ends[0].opening == ends[1].opening:
             continue
+        advice = single[0].advice if single else _mode_advice(student, teacher, role, prompt)
         return [
             f"student and {role} read prompts that end differently: the student's with {ends[0].text!r}, the teacher's with "
             f"{ends[1].text!r} (prompt {prompt.index}). The teacher then scores answers that it was asked for in another way, such as with "
@@ -187,16 +187,35 @@ def _different_modes(student: Renderer, teacher: Renderer, role: str, prompts: S
     return []
 
 
-def _mode_advice(student: Renderer, teacher: Renderer) -> str:
-    """The way to the same ending where neither side has an argument for it."""
-    sources = [str(one.tokenizer.chat_template) for one in (student, teacher)]
-    name = next((name for name in MODES if any(re.search(rf"\b{name}\b", source) for source in sources)), None)
-    if name is not None:
-        return f"Set chat_template_kwargs.{name} for both."
+def _mode_advice(student: Renderer, teacher: Renderer, role: str, prompt: Prompt) -> str:
+    """The way to the same ending where no argument of one side alone is the reason."""
+    sides = {"student": student, role: teacher}
+    sources = {where: str(one.tokenizer.chat_template) for where, one in sides.items()}
+    for name in MODES:
+        reads = [where for where, source in sources.items() if re.search(rf"\b{name}\b", source)]
+        if len(reads) == len(sides):
+            return f"Set chat_template_kwargs.{name} for both."
+        for where in reads:
+            (other,) = (one for key, one in sides.items() if key != where)
+            if (change := _matching(sides[where], name, other, prompt)) is not None:
+                return change.format(key=f"{where}.chat_template_kwargs.{name}")
     return (
         "No argument of the templates decides it. Where it is not meant, put the teacher's template into the student's folder, as "
         "chat_template.jinja, if the student knows its special tokens."
     )
+
+
+def _matching(giver: Renderer, name: str, other: Renderer, prompt: Prompt) -> str | None:
+    """What to do with an argument that one side alone reads, so that its prompt ends as the other side's does; None where no value of
+    it does that."""
+    wanted, kept = _end(other, prompt), {k: v for k, v in giver.chat_template_kwargs.items() if k != name}
+    changes = {"Drop {key}.": kept} if name in giver.chat_template_kwargs else {}
+    changes |= {f"Set {{key}}={json.dumps(value)}.": {**kept, name: value} for value in (True, False)}
+    for words, arguments in changes.items():
+        ended = _end(_bare(giver, arguments), _as_read(giver, prompt))
+        if wanted is not None and ended is not None and ended.opening == wanted.opening:
+            return words
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
