@@ -188,7 +188,10 @@ def test_a_teacher_that_overflows_stops_the_run_before_the_weights_change(user: 
     weights = load_file(teacher / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
-    outcome = user.train(teacher__model=teacher)
+    canary = user.train(teacher__model=teacher)
+    canary.refuses("the teacher", "log-probs that are NaN or infinite", "The weights were not changed", "opd doctor")
+    assert not any(name.startswith(("checkpoints", "student")) for name in user.files())
+    outcome = user.train("--overwrite", "--guard.canary.action=off", teacher__model=teacher)
     outcome.refuses("The loss is", "at response token", "sample for prompt", "The weights were not changed", "NaN")
     assert not any(name.startswith(("checkpoints", "student")) for name in user.files())
 
@@ -202,7 +205,9 @@ def test_a_loss_that_turns_bad_in_mid_run_leaves_the_last_checkpoint_to_resume_f
     hidden = LocalTeacher._hidden
     with monkeypatch.context() as patch:
         patch.setattr(LocalTeacher, "_hidden", lambda *args: hidden(*args) * torch.nan)
-        user.train("--resume").refuses("The loss is nan", "sample for prompt", "The weights were not changed")
+        user.train("--resume").refuses("log-probs that are NaN or infinite", "The weights were not changed")
+        off = user.train("--resume", "--guard.canary.action=off")
+        off.refuses("The loss is nan", "sample for prompt", "The weights were not changed")
     kept = ("checkpoints", "student")
     assert {n: c for n, c in user.files().items() if n.startswith(kept)} == {
         n: c for n, c in before.items() if n.startswith(kept)

@@ -63,7 +63,7 @@ def test_a_prompt_the_tokenizer_cannot_spell_is_named(user: User):
 
 def test_chat_messages_without_a_chat_template_are_refused(user: User):
     path = user.writes_prompts({"prompt": [{"role": "user", "content": "12>"}]})
-    user.train(prompts__path=path).refuses("list of messages", "no chat template", "write the prompt as text")
+    user.train(prompts__path=path).refuses("list of messages", "no chat template", "write the prompts as text")
 
 
 def test_a_system_message_has_no_place_in_plain_text(user: User):

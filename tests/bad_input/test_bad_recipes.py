@@ -7,7 +7,7 @@ from opd_user import WRONG_COMMAND_LINE, User
 
 
 def test_an_unknown_command_is_answered_with_the_nearest_one(user: User):
-    user.opd("trian").refuses("no command 'trian'", "Did you mean 'train'?", "demo, report", code=WRONG_COMMAND_LINE)
+    user.opd("trian").refuses("no command 'trian'", "Did you mean 'train'?", "demo, check", code=WRONG_COMMAND_LINE)
 
 
 def test_no_command_shows_the_commands(user: User):

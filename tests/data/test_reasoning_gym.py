@@ -74,7 +74,7 @@ def test_a_misspelt_task_and_a_wrong_setting_are_refused():
 @needs_it
 def test_a_tokenizer_without_a_chat_template_gets_the_key_that_makes_text():
     renderer = Renderer(byte_tokenizer(), name="student 'm'")
-    with pytest.raises(DataError, match=r"no chat template; set prompts.reasoning_gym.chat=false, or use"):
+    with pytest.raises(DataError, match=r"no chat template.*set prompts.reasoning_gym.chat=false, or put"):
         renderer.prompt_ids(load_prompts(PATH)[0])
     assert renderer.prompt_ids(load_prompts(PATH, task={"chat": False})[0])
 

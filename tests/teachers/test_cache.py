@@ -47,7 +47,7 @@ def run(world: Path, run_dir: Path, **more: object) -> list[dict[str, float]]:
 
 def numbers(run_dir: Path) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in record.metrics.items() if not k.startswith(("time/", "teacher/cache_"))}
+        {k: v for k, v in record.metrics.items() if not k.startswith(("time/", "teacher/cache_", "canary"))}
         for record in read_metrics(run_dir)
     ]
 
@@ -243,7 +243,7 @@ def test_several_teachers_share_a_folder(world, tmp_path, scored, mixture):
             eval={"every": 0},
         )
         taken = [distiller.step() for _ in range(3)]
-        return [{k: v for k, v in m.items() if not k.startswith(("time/", "teacher/cache_"))} for m in taken]
+        return [{k: v for k, v in m.items() if not k.startswith(("time/", "teacher/cache_", "canary"))} for m in taken]
 
     plain = steps()
     first = steps(cache=str(tmp_path / "cache"))

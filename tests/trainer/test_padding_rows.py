@@ -114,5 +114,5 @@ def test_an_evaluation_reads_it_as_any_other(config: Config):
         sampling=Sampling(max_new_tokens=9), extra_temperatures=(), layout="right_padded", tokens_per_microbatch=9999, pad_id=256, seed=0,
         measure="own",
     )  # fmt: skip
-    rows = evaluator._reverse_kl(rollouts(teacher, position=3), student, teacher)
+    rows = evaluator._nats(rollouts(teacher, position=3), student, teacher)["reverse_kl"]
     assert [len(row) for row in rows] == [9, 6] and all(value >= 0 for row in rows for value in row)

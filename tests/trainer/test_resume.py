@@ -85,7 +85,7 @@ def run_in_fork(values: dict[str, object], *, die_at: str | None) -> int:
 
 
 def _arm(point: str) -> None:
-    from opd.trainer import checkpoint, lifecycle
+    from opd.trainer import checkpoint, saving
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -112,7 +112,7 @@ def _arm(point: str) -> None:
     elif point == "half of the checkpoint written":
         checkpoint.torch.save = on_second_checkpoint_after(torch.save)
     elif point == "student saved, not yet renamed":
-        lifecycle.publish = die
+        saving.publish = die
     elif point == "between update and record":
         from opd.reporting.record import RunRecorder
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from opd.config import Config, TeacherConfig
 from opd.config.run import teacher_key
 from opd.doctor.alignment import SHIFTED, Scores, scoring_kind
-from opd.errors import OpdError, ServerChangedError
+from opd.errors import ModelError, OpdError, ServerChangedError
 from opd.teachers.base import Teacher
 from opd.teachers.cache import CachedTeacher
 from opd.teachers.exact_server import ExactServerTeacher
@@ -146,11 +146,30 @@ class _Watched:
     def look(self) -> Reading:
         if not self.started:
             self.first = self._ask()
+            self._check_first()
         readings = [self._judged(server, said) for server, said in self._ask().items()]
         return max(readings, key=lambda reading: reading.value)
 
     def _came_back(self) -> bool:
         return False
+
+    def _check_first(self) -> None:
+        """Raise ModelError where there is nothing that later looks could be compared with."""
+        for server, said in self.first.items():
+            if bool(said.logp.isfinite().all()):
+                continue
+            look = (
+                "Look at the server's log"
+                if server
+                else f"opd doctor names a damaged weight; try {self.role}.dtype=float32"
+            )
+            raise ModelError(
+                f"{self._who(server)} gives a fixed text log-probs that are NaN or infinite, before any step of this run, so its weights are "
+                f"damaged, or overflow in their dtype. The weights were not changed. {look}."
+            )
+
+    def _who(self, server: str) -> str:
+        return f"{self.role}.url: {server}" if server else f"the teacher '{self.teacher.name}'"
 
     def _ask(self) -> dict[str, Said]:
         raise NotImplementedError
@@ -158,8 +177,10 @@ class _Watched:
     def _judged(self, server: str, now: Said) -> Reading:
         first = self.first.get(server) or next(iter(self.first.values()))
         apart, what = compare(first, now, self.teacher.vocabulary.size - len(self.teacher.vocabulary.invalid_ids))
-        who = f"{self.role}.url: {server}" if server else f"the teacher '{self.teacher.name}'"
-        facts = f"{who} gives a fixed text log-probs that are {apart:.3g} nats (mean) from those of the start of the run: {what}"
+        moved = f"that are {apart:.3g} nats (mean) from those of the start of the run: {what}"
+        if not bool(now.logp.isfinite().all()):
+            moved = f"that are not those of the start of the run: {what}"
+        facts = f"{self._who(server)} gives a fixed text log-probs {moved}"
         return Reading(value=apart, facts=facts, causes="canary served" if server else "canary")
 
 

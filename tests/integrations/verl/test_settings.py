@@ -57,7 +57,8 @@ def test_the_config_group_holds_every_key_and_its_default():
     assert section.pop("log") == defaults(LogSettings)
     guard = section.pop("guard")
     assert guard.pop("first_steps") == GuardConfig().first_steps
-    assert guard == {name: vars(rule) for name, rule in GuardConfig().rules.items()}
+    assert guard.pop("canary") == {**vars(GuardConfig().canary), "action": "off"}
+    assert guard == {name: vars(rule) for name, rule in GuardConfig().rules.items() if name != "canary"}
     assert section == {k: v for k, v in defaults(Settings).items() if k != "teacher"}
 
 

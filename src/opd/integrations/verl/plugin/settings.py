@@ -7,7 +7,7 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
-from opd.config.guard import GuardConfig
+from opd.config.guard import CanaryRule, GuardConfig
 from opd.config.model import DType
 from opd.config.rl import HybridConfig
 from opd.config.sections import Section, hint_of, parse_section, suggested_keys
@@ -182,6 +182,21 @@ class PromptsSettings(Section, key="prompts"):
     """With mixture.kind=routing: the field of a sample that names its teacher."""
 
 
+class DriverGuardConfig(GuardConfig, key="guard"):
+    """The rules of a recipe that read metrics of a step."""
+
+    canary: CanaryRule = field(default_factory=lambda: CanaryRule(action="off"))
+    """Off: sanity_check_every looks at the teacher in verl."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.canary.action == "off",
+            f"opd.guard.canary.action={self.canary.action}: the driver has no teacher to look at, and in verl opd.sanity_check_every does that "
+            "in the workers. Set it, and drop opd.guard.canary.",
+        )
+
+
 class Settings(_Teachers):
     """The section `opd`, as `+opd=default` and its overrides make it."""
 
@@ -199,7 +214,7 @@ class Settings(_Teachers):
     run_dir: str | None = None
     """Folder for metrics and samples of the run, which opd report reads; None writes nothing. An absolute path that rank 0 can write to."""
     log: LogSettings = field(default_factory=LogSettings)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    guard: DriverGuardConfig = field(default_factory=DriverGuardConfig)
     """Rules over the metrics of each step, which the trainers of `guarded_trainer` look at on the driver."""
     sanity_check_every: int = 100
     """Run the sanity check of the teacher's scores every n updates, the first included; 0 switches it off."""
