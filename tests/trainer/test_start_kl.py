@@ -108,7 +108,7 @@ def test_a_run_is_the_same_with_it_and_without_and_resumes_with_it(world: Path, 
 
 
 def test_the_rule_speaks_once_while_the_student_stays_away_and_only_where_it_is_on(world: Path, tmp_path: Path):
-    apart = [{"start_kl": value} if step % 10 == 0 else {} for step, value in enumerate([9.9] * 20 + [10.1] * 40)]
+    apart = [{"start_kl": value} if step % 10 == 0 else {} for step, value in enumerate([2.9] * 20 + [3.1] * 40)]
     assert looked_at(Guard(recipe(**ON)), apart) == [(20, "start_kl")]
     assert looked_at(Guard(recipe()), apart) == []
     train(build(merge({}, settings(world, tmp_path / "off", **QUICK, train__steps=1))))

@@ -58,7 +58,15 @@ class FirstLook:
     @cached_property
     def student_answers(self) -> list[Rollout]:
         """One answer to each prompt, as training draws them."""
-        return self._draw(self.parts.student_sampler, self.prompts)
+        began = time.perf_counter()
+        answers = self._draw(self.parts.student_sampler, self.prompts)
+        self._drawn_in = time.perf_counter() - began
+        return answers
+
+    def _of_a_step(self, seconds: float) -> float:
+        """Seconds for all responses of a step, from those for the student's answers here: more than it takes where larger batches pay."""
+        train = self.config.train
+        return seconds * train.prompts_per_step * train.samples_per_prompt / len(self.student_answers)
 
     @cached_property
     def teacher_answers(self) -> list[Rollout] | None:
@@ -238,6 +246,8 @@ class FirstLook:
             self.config.rollout.max_new_tokens,
             self._warm_up,
         )
+        drawn = {"rollouts of a step, about (s)": self._of_a_step(self._drawn_in)}
+        lengths = replace(lengths, numbers={**lengths.numbers, **drawn})
         return [self._distance(), lengths, self._task()]
 
     @torch.no_grad()
@@ -249,7 +259,7 @@ class FirstLook:
         if kind is None:
             kind, objective = parts.teachers.kind, self.config.objective
         assert kind is not None
-        train, metrics = self.config.train, TokenMetrics()
+        train, metrics, began = self.config.train, TokenMetrics(), time.perf_counter()
         with memory_advice("eval"):
             batches = scored_batches(
                 self.student_answers,
@@ -266,7 +276,9 @@ class FirstLook:
         columns = {
             name: [float(values.mean()) for _, values in metrics.per_rollout(name) if len(values)] for name in names
         }
-        return check_distance(Distance(**columns), self._warm_up)
+        found = check_distance(Distance(**columns), self._warm_up)
+        scored = {"scores of a step, about (s)": self._of_a_step(time.perf_counter() - began)}
+        return replace(found, numbers={**found.numbers, **scored})
 
     def _task(self) -> Check:
         if self._unasked is not None:
