@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from doctor.pairs import (
 )
 from opd.doctor.check import Check
 from opd.testing import digit_tokenizer, save_model
-from opd.trainer.examine import examine, in_process
+from opd.trainer.examine import examine, examine_parts, in_process
+from opd.trainer.from_config import RunComponents
 from opd.types import Prompt
 
 
@@ -48,6 +51,21 @@ def test_a_healthy_pair_has_no_red_and_the_numbers_of_its_tables(tmp_path: Path)
     mean, low, high = found["start/distance"].numbers["reverse KL"]
     assert 0 < low < mean < high
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_step_will_take_grows_with_its_responses(tmp_path: Path):
+    keys = (("start/lengths", "rollouts of a step, about (s)"), ("start/distance", "scores of a step, about (s)"))
+    parts = RunComponents(config_of(write_pair(tmp_path, answering(0.2), answering(0.95))))
+    few, many = (by_name(examine_parts(replaced, 4)) for replaced in (parts, times_100(parts)))
+    for name, key in keys:
+        seconds = [found[name].numbers[key] for found in (few, many)]
+        assert 0 < seconds[0] < 60 and seconds[1] > 5 * seconds[0], seconds  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+
+
+def times_100(parts: RunComponents) -> RunComponents:
+    more = copy.copy(parts)
+    more.config = replace(parts.config, train=replace(parts.config.train, prompts_per_step=800))
+    return more
 
 
 def test_a_teacher_that_is_worse_than_its_student_is_red(tmp_path: Path):

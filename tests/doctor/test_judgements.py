@@ -10,7 +10,7 @@ import pytest
 from opd.doctor.check import Check
 from opd.doctor.reward import check_reward
 from opd.doctor.start import Answers, Distance, check_distance, check_lengths, check_task
-from opd.doctor.stop_mass import check_stop_mass
+from opd.doctor.stop_mass import Ends, check_stop_mass
 
 
 def reward(**more: Any) -> Check:
@@ -79,8 +79,12 @@ def test_rewards_that_are_no_pass_or_fail_are_compared_by_their_mean():
 
 
 def ends(student: dict[int, float], teacher: dict[int, float], **more: Any) -> Check:
-    options: dict[str, Any] = {"student_eos": [7, 8], "teacher_eos": [7, 8], "ends": 5, "truncated": 0.0}
-    return check_stop_mass(student, teacher, tokens={7: "<a>", 8: "<b>"}, **options | more)
+    return check_stop_mass(at_ends(student, teacher, **more), truncated=0.0)
+
+
+def at_ends(student: dict[int, float], teacher: dict[int, float], **more: Any) -> Ends:
+    options: dict[str, Any] = {"student_eos": [7, 8], "teacher_eos": [7, 8], "count": 5, "tokens": {7: "<a>", 8: "<b>"}}
+    return Ends(student=student, teacher=teacher, **options | more)
 
 
 @pytest.mark.parametrize(

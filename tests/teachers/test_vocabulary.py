@@ -68,6 +68,54 @@ def test_added_tokens_spelt_differently_are_refused_where_a_model_would_be_left_
         check(*tokenizers, student_eos=ends[0], teacher_eos=ends[1])
 
 
+def test_a_renamed_end_is_refused_too_where_nobody_says_at_which_ids_the_models_stop():
+    first, second = byte_tokenizer(extra_tokens=["<a>"]), byte_tokenizer(extra_tokens=["<b>"])
+    assert check(first, second).size == 258
+    first.eos_token = "<a>"
+    with pytest.raises(VocabularyError, match="All ends of student 'small' are among them"):
+        check(first, second)
+
+
+def with_added(text: str, *, special: bool, also: str = "<a>"):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=special), AddedToken(also, special=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("names", "special", "taken"),
+    [
+        (("<think>", "<tool>"), (True, True), True),
+        (("<think>", "<tool>"), (False, True), False),
+        (("<think>", "<tool>"), (True, False), False),
+        (("<think>", "<tool>"), (False, False), False),
+        (("<unused7>", "<reserved_3>"), (False, False), True),
+        (("<unused7>", "<think>"), (False, True), True),
+        (("<unused7>", "<think>"), (False, False), False),
+    ],
+)
+def test_a_differing_added_token_is_masked_only_where_it_is_special_or_reserved_to_both(names, special, taken):
+    student, teacher = (with_added(name, special=one) for name, one in zip(names, special, strict=True))
+    if taken:
+        assert check(student, teacher).invalid_ids == (258,)
+        return
+    with pytest.raises(VocabularyError) as error:
+        check(student, teacher)
+    message = str(error.value)
+    assert "share every token of text and spell 1 added token differently." in message
+    assert (
+        f"Text can hold those that are not special to both: 258 is {names[0]!r} to the student and {names[1]!r} to the teacher"
+        in message
+    )
+    assert "copy tokenizer.json and tokenizer_config.json of the teacher" in message
+
+
+def test_an_ordinary_added_token_is_named_beside_the_special_ones_that_differ_too():
+    with pytest.raises(VocabularyError, match="spell 2 added tokens differently") as error:
+        check(with_added("<think>", special=False, also="<c>"), with_added("<tool>", special=False, also="<d>"))
+    assert "<c>" not in str(error.value)
+
+
 def test_tokens_of_the_student_alone_are_refused():
     with pytest.raises(
         VocabularyError, match=r"student 'small' has 1 token that teacher 'big' lacks: 258 '<think>'\. .*cannot score"

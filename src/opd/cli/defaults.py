@@ -11,7 +11,8 @@ import opd
 FILES = ("config/*.py", "losses/settings.py")
 DROPPING = ("guard.truncated.", "guard.repetition.")
 WATCHING = tuple(
-    f"guard.{rule}." for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap", "canary")
+    f"guard.{rule}."
+    for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap", "canary", "start_kl")
 )
 PLACES = {
     "RunSettings": ("",),

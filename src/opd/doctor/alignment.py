@@ -36,7 +36,9 @@ def scoring_kind(teacher: Teacher) -> TargetKind:
     """The kind of target that tells most of this teacher's distribution."""
     if teacher.exact_kind is not None:
         return teacher.exact_kind
-    return "top_k" if "top_k" in teacher.supplies else "sampled"
+    # A server that is bound to send sampled tokens alone may refuse to send more.
+    bound = getattr(teacher, "kind", None)
+    return "top_k" if "top_k" in teacher.supplies and bound != "sampled" else "sampled"
 
 
 def check_alignment(

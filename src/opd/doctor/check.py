@@ -9,6 +9,11 @@ from typing import Literal
 from opd.errors import OpdError
 
 Verdict = Literal["green", "yellow", "red", "skipped"]
+FROM_TEACHER = "rollout.lmbda: 0.5 with rollout.off_policy: teacher"
+"""The key that mixes a teacher's own answers into the student's, for a teacher in this process."""
+FROM_DATA = "rollout.lmbda: 0.5 with rollout.off_policy: dataset and answers of the teacher in the column prompts.response_column"
+"""The same for a teacher behind a server."""
+
 Number = float | int | str | None | Sequence[float]
 """What a check looked at. Of an estimate with an interval: the estimate, the lower end, the upper end."""
 

@@ -23,7 +23,7 @@ def check_starts(prompts: Sequence[Prompt], readers: Mapping[str, Renderer], *, 
     """Warnings about the first tokens of the prompts; `readers` are by role, the student first. `system` is prompts.system."""
     texts = [prompt for prompt in prompts if prompt.messages is None]
     chats = [prompt for prompt in prompts if prompt.messages is not None]
-    found = _twice(prompts, readers) or _without(texts, readers)
+    found = _without(texts, readers)
     if chats:
         found += _dates(chats[0], readers)
     if system is None:
@@ -37,18 +37,6 @@ def _role(prompt: Prompt) -> str:
 
 
 # --- the beginning of text ----------------------------------------------------------------------------------------------
-
-
-def _twice(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:
-    for role, reader in readers.items():
-        bos: Any = reader.tokenizer.bos_token_id
-        doubled = next((p for p in prompts if bos is not None and reader.prompt_ids(p)[:2] == (bos, bos)), None)
-        if doubled is not None:
-            return [
-                f"prompts of the {role} begin with {reader.tokenizer.bos_token!r} twice (prompt {doubled.index}): the row holds one, and the "
-                "tokenizer writes one itself. Leave it out of the rows."
-            ]
-    return []
 
 
 def _without(texts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:

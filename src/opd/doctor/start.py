@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd.doctor.check import Check, Number, Verdict
+from opd.doctor.check import FROM_TEACHER, Check, Number, Verdict
 from opd.reporting.findings import MANY_CUT
 from opd.reporting.intervals import mean_interval, paired_share_interval, wilson_interval
 
@@ -47,8 +47,9 @@ def estimate(values: Sequence[float]) -> tuple[float, float, float]:
     return (statistics.fmean(values), *mean_interval(values))
 
 
-def check_distance(distance: Distance) -> Check:
-    """Initial reverse and forward KL, overlap and entropies, with intervals."""
+def check_distance(distance: Distance, warm_up: str = FROM_TEACHER) -> Check:
+    """Initial reverse and forward KL, overlap and entropies, with intervals. `warm_up`, here and below, is the key that mixes the
+    teacher's answers into the student's."""
     measured = {
         "reverse KL": distance.reverse_kl,
         "forward KL": distance.forward_kl,
@@ -65,12 +66,12 @@ def check_distance(distance: Distance) -> Check:
             seen=f"The models share {shared:.0%} of their likeliest tokens, which is below {LOW_OVERLAP:.0%}.",
             numbers=numbers,
             why="On answers that the teacher would never have begun, it says little about how to go on.",
-            mend="rollout.lmbda: 0.5 with rollout.off_policy: teacher, to warm up on teacher samples first",
+            mend=f"{warm_up}, to warm up on teacher samples first",
         )
     return Check(name="start/distance", verdict="green", seen="The models are near enough to start.", numbers=numbers)
 
 
-def check_lengths(student: Answers, teacher: Answers | None, max_new_tokens: int) -> Check:
+def check_lengths(student: Answers, teacher: Answers | None, max_new_tokens: int, warm_up: str = FROM_TEACHER) -> Check:
     """Truncated share, mean length and repetition of the student's answers, beside the teacher's where it can draw any."""
     numbers: dict[str, Number] = {
         "cut off": student.truncated,
@@ -79,12 +80,12 @@ def check_lengths(student: Answers, teacher: Answers | None, max_new_tokens: int
     }
     if teacher is not None:
         numbers |= {"teacher cut off": teacher.truncated, "teacher's mean length": teacher.mean_length}
-    verdict, seen, mend = _lengths(student, teacher, max_new_tokens)
+    verdict, seen, mend = _lengths(student, teacher, max_new_tokens, warm_up)
     why = "A cut answer cannot be right by its end, and does not teach the student to end." if mend else ""
     return Check(name="start/lengths", verdict=verdict, seen=seen, numbers=numbers, why=why, mend=mend)
 
 
-def _lengths(student: Answers, teacher: Answers | None, limit: int) -> tuple[Verdict, str, str]:
+def _lengths(student: Answers, teacher: Answers | None, limit: int, warm_up: str) -> tuple[Verdict, str, str]:
     severe: Verdict = "red" if student.truncated >= NEARLY_ALL else "yellow"
     share = f"{student.truncated:.0%}"
     if student.truncated >= MANY_CUT and teacher is not None and teacher.truncated <= SELDOM:
@@ -92,7 +93,7 @@ def _lengths(student: Answers, teacher: Answers | None, limit: int) -> tuple[Ver
             severe,
             f"The student never ends: {share} of its answers are cut off at rollout.max_new_tokens={limit}, and {teacher.truncated:.0%} of "
             "the teacher's.",
-            "rollout.lmbda: 0.5 with rollout.off_policy: teacher, which shows the student answers that end; or rollout.stop",
+            f"{warm_up}, which shows the student answers that end; or rollout.stop",
         )
     if student.truncated >= MANY_CUT:
         return (
@@ -104,7 +105,7 @@ def _lengths(student: Answers, teacher: Answers | None, limit: int) -> tuple[Ver
         return (
             "yellow",
             f"The student repeats itself: {student.repetition:.0%} of its 4-grams occurred before in the same answer.",
-            "rollout.lmbda: 0.5 with rollout.off_policy: teacher, or an instruction-tuned student.model",
+            f"{warm_up}, or an instruction-tuned student.model",
         )
     return "green", "Answers end by themselves.", ""
 

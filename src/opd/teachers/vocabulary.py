@@ -6,6 +6,7 @@ embeddings may differ: released models pad them (151 936 rows and 152 064 rows o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 5
 """Tokens spelt out in one message."""
+RESERVED = re.compile(r"reserved|unused|place.?holder", re.IGNORECASE)
+"""Names of added tokens that a release leaves free for a later one."""
+COPY_TOKENIZER = (
+    "Give the student the teacher's tokenizer: copy tokenizer.json and tokenizer_config.json of the teacher into a copy of the student's "
+    'folder, with the teacher\'s "eos_token_id" in its generation_config.json.'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +83,9 @@ def check_vocabularies(
 
     Rows are those of each model's output layer. Token strings are compared id by id, added tokens included. A token that
     only the student has is refused, because the teacher cannot score it; a token that only the teacher has is masked
-    and named in a warning. So is an added token that the two spell differently, as between releases of Llama 3, as long
-    as both models keep an end. EOS ids are those that each model's generation config stops at; leave both out to skip them.
+    and named in a warning. So is a special or reserved token that the two spell differently, as between releases of
+    Llama 3, as long as both models keep an end; an ordinary one is refused. EOS ids are those that each model's generation
+    config stops at; without them, the ends of the two are not compared.
     """
     student_label, teacher_label = f"student {student_name!r}", f"teacher {teacher_name!r}"
     warnings: list[str] = []
@@ -85,11 +93,11 @@ def check_vocabularies(
     teacher = _tokens_with_a_row(teacher_tokenizer, teacher_rows, teacher_label, warnings)
     if student != teacher:
         renamed = _renamed_tokens(student, teacher, student_tokenizer, teacher_tokenizer)
-        _refuse_differing_strings(student, teacher, student_label, teacher_label, renamed)
+        added = student_tokenizer.added_tokens_decoder.keys() & teacher_tokenizer.added_tokens_decoder.keys()
+        _refuse_differing_strings(student, teacher, student_label, teacher_label, renamed, added)
         if renamed:
-            warnings.append(
-                _mask_renamed(student, teacher, student_label, teacher_label, renamed, (student_eos, teacher_eos))
-            )
+            ends = (student_eos or _own_end(student_tokenizer), teacher_eos or _own_end(teacher_tokenizer))
+            warnings.append(_mask_renamed(student, teacher, student_label, teacher_label, renamed, ends))
             student, teacher = ({i: t for i, t in side.items() if i not in renamed} for side in (student, teacher))
             student_eos, teacher_eos = set(student_eos) - renamed, set(teacher_eos) - renamed
         _refuse_student_only_tokens(student, teacher, student_label, teacher_label)
@@ -138,9 +146,20 @@ def _renamed_tokens(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> set[int]:
-    """Ids of added tokens, such as <|eot_id|>, that the two spell differently. Text is never made of them."""
-    added = student_tokenizer.added_tokens_decoder.keys() & teacher_tokenizer.added_tokens_decoder.keys()
-    return {i for i in added & student.keys() & teacher.keys() if student[i] != teacher[i]}
+    """Ids that the two spell differently and that are special or reserved to both, such as <|eot_id|>: text is never made of them."""
+    unspoken = _unspoken(student_tokenizer) & _unspoken(teacher_tokenizer)
+    return {i for i in unspoken & student.keys() & teacher.keys() if student[i] != teacher[i]}
+
+
+def _own_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    end = tokenizer.eos_token_id
+    return (end,) if isinstance(end, int) else ()
+
+
+def _unspoken(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the added tokens that are special or reserved."""
+    added = tokenizer.added_tokens_decoder
+    return {i for i, token in added.items() if token.special or RESERVED.search(token.content)}
 
 
 def _refuse_differing_strings(
@@ -149,11 +168,19 @@ def _refuse_differing_strings(
     student_label: str,
     teacher_label: str,
     renamed: Collection[int],
+    added: Collection[int],
 ) -> None:
+    """`added` are the ids of tokens that both tokenizers add to those of text."""
     shared = student.keys() & teacher.keys()
     differing = sorted(i for i in shared if student[i] != teacher[i] and i not in renamed)
     if not differing:
         return
+    if set(differing) <= set(added):
+        everywhere = sorted({*differing, *renamed})
+        raise VocabularyError(
+            f"{student_label} and {teacher_label} share every token of text and spell {_count(everywhere, 'added token')} differently. "
+            f"Text can hold those that are not special to both: {_both_names(differing, student, teacher)}. {COPY_TOKENIZER}"
+        )
     raise VocabularyError(
         f"{student_label} and {teacher_label} do not read the same token ids: {len(differing)} of {len(shared)} "
         f"shared ids differ. The first: {_both_names(differing, student, teacher)}. The teacher would score other tokens than the "
@@ -177,9 +204,7 @@ def _mask_renamed(
     for label, own in zip((student_label, teacher_label), ends, strict=True):
         if own and not set(own) - set(renamed):
             raise VocabularyError(
-                f"{where} All ends of {label} are among them, so no answer could end. Give the student the teacher's "
-                "tokenizer: copy tokenizer.json and tokenizer_config.json of the teacher into a copy of the student's "
-                'folder, with the teacher\'s "eos_token_id" in its generation_config.json.'
+                f"{where} All ends of {label} are among them, so no answer could end. {COPY_TOKENIZER}"
             )
     return f"{where} These ids are masked on both sides, so no answer holds them and nothing is learnt about them."
 

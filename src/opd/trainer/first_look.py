@@ -11,22 +11,26 @@ from functools import cached_property
 import torch
 
 from opd.data.pack import pack
-from opd.doctor.alignment import check_alignment
-from opd.doctor.check import Check, skipped
+from opd.doctor.alignment import check_alignment, scoring_kind
+from opd.doctor.check import FROM_DATA, FROM_TEACHER, Check, skipped
+from opd.doctor.ends import EndMass, end_mass
 from opd.doctor.reward import check_reward
 from opd.doctor.start import COOLER, Answers, Distance, check_distance, check_lengths, check_task
-from opd.doctor.stop_mass import check_stop_mass
+from opd.doctor.stop_mass import Ends, check_stop_mass, check_student_ends
+from opd.errors import ServerError
 from opd.losses import Objective
 from opd.rewards import Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, draw
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
+from opd.teachers.exact_server import ExactServerTeacher
+from opd.teachers.server import RemoteTeacher
 from opd.trainer.from_config import RunComponents
 from opd.trainer.guardrails import memory_advice
 from opd.trainer.load_models import make_sampler, sampling_of
 from opd.trainer.metrics import TokenMetrics, repetition
 from opd.trainer.scoring import scored_batches
-from opd.types import Batch, DenseTarget, HiddenTarget, Prompt, Rollout
+from opd.types import Batch, Prompt, Rollout
 
 ALIGNED_PROMPTS = 4
 ALIGNED_TOKENS = 32
@@ -54,18 +58,43 @@ class FirstLook:
     @cached_property
     def student_answers(self) -> list[Rollout]:
         """One answer to each prompt, as training draws them."""
-        return self._draw(self.parts.student_sampler, self.prompts)
+        began = time.perf_counter()
+        answers = self._draw(self.parts.student_sampler, self.prompts)
+        self._drawn_in = time.perf_counter() - began
+        return answers
+
+    def _of_a_step(self, seconds: float) -> float:
+        """Seconds for all responses of a step, from those for the student's answers here: more than it takes where larger batches pay."""
+        train = self.config.train
+        return seconds * train.prompts_per_step * train.samples_per_prompt / len(self.student_answers)
 
     @cached_property
     def teacher_answers(self) -> list[Rollout] | None:
         """The teacher's answers to the same prompts, with the student's rendering of them; None for a teacher that draws none."""
         sampler = self._teacher_sampler
-        return None if sampler is None else self._draw(sampler, self.prompts)
+        if sampler is None:
+            return None
+        try:
+            return self._draw(sampler, self.prompts)
+        except ServerError as error:
+            self._silent = f"The teacher's server wrote no answers: {error}"
+            return None
+
+    @cached_property
+    def _silent(self) -> str:
+        """The reason why no answers of the teacher are looked at."""
+        if any(isinstance(one, ExactServerTeacher) for one in self.parts.teachers.served.values()):
+            return "Not looked at, because opd serve-teacher scores answers and writes none."
+        return "Not looked at, because the teacher draws no answers of its own here."
 
     @cached_property
     def _teacher_sampler(self) -> AdjustableSampler | None:
         parts = self.parts
-        return parts.teachers.sampler(self.config.rollout, parts.pad_id, student=parts.loaded)
+        return parts.teachers.sampler(self.config.rollout, parts.pad_id, student=parts.loaded, servers=True)
+
+    @property
+    def _warm_up(self) -> str:
+        return FROM_DATA if self.parts.teachers.served else FROM_TEACHER
 
     def _draw(self, sampler: Sampler, prompts: Sequence[Prompt], samples: int = 1) -> list[Rollout]:
         with memory_advice("rollout"):
@@ -134,40 +163,72 @@ class FirstLook:
 
     @torch.no_grad()
     def stop_mass(self) -> list[Check]:
-        """One check for each teacher whose whole distribution is known."""
-        answers, teachers = self.teacher_answers, self.parts.teachers
-        if answers is None:
-            return [skipped("stop mass", "The teacher draws no answers of its own here, so their ends are not known.")]
+        """The ends of each teacher's answers; and those of the student's, where a server knows a part of the distribution or writes no
+        answers."""
+        teachers = self.parts.teachers
         if not teachers.members:
             return [skipped("stop mass", "The recipe has no teacher.")]
-        return [
-            self._stop_mass(name, teacher, [a for a in answers if self._asks(name, a)])
-            for name, teacher in teachers.members.items()
-        ]
+        found = []
+        for name, teacher in teachers.members.items():
+            suffix = "" if name == "teacher" else f"/{name}"
+            found.append(self._stop_mass(name, teacher, f"stop mass{suffix}"))
+            if name not in teachers.loaded:
+                ends = self._ends(name, teacher, [a for a in self.student_answers if self._asks(name, a)])
+                found.append(check_student_ends(ends, name=f"student's ends{suffix}"))
+        return found
 
     def _asks(self, name: str, answer: Rollout) -> bool:
         return self._choice is None or self._choice(answer.prompt).get(name, 0.0) > 0
 
-    def _stop_mass(self, name: str, teacher: Teacher, answers: Sequence[Rollout]) -> Check:
-        parts, theirs = self.parts, self.parts.teachers.loaded[name].eos
-        ids = [i for i in dict.fromkeys((*parts.loaded.eos, *theirs)) if i < teacher.vocabulary.size]
+    def _stop_mass(self, name: str, teacher: Teacher, title: str) -> Check:
+        if self.teacher_answers is None:
+            return skipped(title, self._silent)
+        answers = [a for a in self.teacher_answers if self._asks(name, a)]
+        truncated = sum(not a.finished for a in answers) / max(1, len(answers))
+        return check_stop_mass(self._ends(name, teacher, answers), truncated=truncated, name=title)
+
+    def _ends(self, name: str, teacher: Teacher, answers: Sequence[Rollout]) -> Ends:
+        """Where these answers end, as both models see it."""
+        parts, (declared, seen) = self.parts, self._teacher_eos(name, teacher)
+        ids = [i for i in dict.fromkeys((*parts.loaded.eos, *declared, *seen)) if i < teacher.vocabulary.size]
         ended = [a for a in answers if a.finished and a.response_ids[-1] in ids]
-        student, taught = dict.fromkeys(ids, 0.0), dict.fromkeys(ids, 0.0)
+        student, nothing = [0.0] * len(ids), (0.0,) * len(ids)
+        taught = EndMass(least=nothing, most=nothing)
+        kind = scoring_kind(teacher)
         if ended:
             with memory_advice("teacher"):
-                student = dict(zip(ids, self._student_ends(ended, ids), strict=True))
-                taught = dict(zip(ids, _teacher_ends(teacher, ended, ids), strict=True))
-        return check_stop_mass(
-            student,
-            taught,
+                student = self._student_ends(ended, ids)
+                taught = end_mass(teacher, ended, ids, kind)
+        objective = parts.config.objective
+        return Ends(
+            student=dict(zip(ids, student, strict=True)),
+            teacher=dict(zip(ids, taught.least, strict=True)),
+            most=dict(zip(ids, taught.most, strict=True)),
+            told=getattr(teacher, "top_k", 0) if kind == "top_k" else 0,
             tokens={i: parts.renderer.token_strings([i])[0] for i in ids},
+            count=len(ended),
             student_eos=parts.loaded.eos,
-            teacher_eos=theirs,
-            ends=len(ended),
-            truncated=sum(not a.finished for a in answers) / max(1, len(answers)),
-            groups=parts.config.objective.eos_groups,
-            name="stop mass" if name == "teacher" else f"stop mass/{name}",
+            teacher_eos=declared,
+            groups=objective.eos_groups,
+            groupable=objective.support == "full",
+            warm_up=self._warm_up,
         )
+
+    def _teacher_eos(self, name: str, teacher: Teacher) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that a teacher declares as ends, and those that nothing declares and its answers or its tokenizer show."""
+        teachers = self.parts.teachers
+        served = teachers.served.get(name)
+        if name in teachers.loaded:
+            return teachers.loaded[name].eos, ()
+        if isinstance(served, ExactServerTeacher):
+            return served.served.eos_ids, ()
+        if not isinstance(served, RemoteTeacher):
+            return (), ()
+        own = served.renderer.tokenizer.eos_token_id
+        known = [own] if isinstance(own, int) else []
+        if not self.config.rollout.stop:  # a stop string ends answers at any token
+            known += [a.response_ids[-1] for a in self.teacher_answers or [] if a.finished and self._asks(name, a)]
+        return (), tuple(known)
 
     def _student_ends(self, ended: Sequence[Rollout], ids: Sequence[int]) -> list[float]:
         last = [torch.arange(len(a.response_ids)) == len(a.response_ids) - 1 for a in ended]
@@ -180,8 +241,13 @@ class FirstLook:
         """Distance, lengths and the task's reward."""
         student, teacher = self.student_answers, self.teacher_answers
         lengths = check_lengths(
-            _counts(student), None if not teacher else _counts(teacher), self.config.rollout.max_new_tokens
+            _counts(student),
+            None if not teacher else _counts(teacher),
+            self.config.rollout.max_new_tokens,
+            self._warm_up,
         )
+        drawn = {"rollouts of a step, about (s)": self._of_a_step(self._drawn_in)}
+        lengths = replace(lengths, numbers={**lengths.numbers, **drawn})
         return [self._distance(), lengths, self._task()]
 
     @torch.no_grad()
@@ -193,7 +259,7 @@ class FirstLook:
         if kind is None:
             kind, objective = parts.teachers.kind, self.config.objective
         assert kind is not None
-        train, metrics = self.config.train, TokenMetrics()
+        train, metrics, began = self.config.train, TokenMetrics(), time.perf_counter()
         with memory_advice("eval"):
             batches = scored_batches(
                 self.student_answers,
@@ -210,14 +276,16 @@ class FirstLook:
         columns = {
             name: [float(values.mean()) for _, values in metrics.per_rollout(name) if len(values)] for name in names
         }
-        return check_distance(Distance(**columns))
+        found = check_distance(Distance(**columns), self._warm_up)
+        scored = {"scores of a step, about (s)": self._of_a_step(time.perf_counter() - began)}
+        return replace(found, numbers={**found.numbers, **scored})
 
     def _task(self) -> Check:
         if self._unasked is not None:
             return skipped("start/task", self._unasked)
         student, teacher = self._rewards
         if not teacher:
-            return skipped("start/task", "The teacher draws no answers of its own here, so its reward is not known.")
+            return skipped("start/task", self._silent)
         return check_task(student, teacher, reward=self._reward_name, cooler=self._cooler_rewards)
 
     @cached_property
@@ -258,7 +326,7 @@ class FirstLook:
         """The student's answers and the teacher's, none where it draws none."""
         if self._task_prompts is self.prompts:
             return self.student_answers, self.teacher_answers or []
-        sampler = self._teacher_sampler
+        sampler = None if self.teacher_answers is None else self._teacher_sampler
         theirs = [] if sampler is None else self._draw(sampler, self._task_prompts)
         return self._draw(self.parts.student_sampler, self._task_prompts), theirs
 
@@ -315,16 +383,3 @@ def _counts(answers: Sequence[Rollout]) -> Answers:
         mean_length=statistics.fmean(len(a.response_ids) for a in answers),
         repetition=statistics.fmean(repetition(a.response_ids) for a in answers),
     )
-
-
-def _teacher_ends(teacher: Teacher, ended: Sequence[Rollout], ids: Sequence[int]) -> list[float]:
-    """The teacher's mean probability of each id at the last token of these answers."""
-    rows = []
-    for target in teacher.score(ended, teacher.exact_kind or "dense"):
-        if isinstance(target, HiddenTarget):
-            logits = teacher.logits(replace(target, hidden=target.hidden[-1:]))
-        else:
-            assert isinstance(target, DenseTarget)
-            logits = target.logits[-1:]
-        rows.append(logits.float().softmax(-1)[:, ids].cpu())
-    return torch.cat(rows).mean(0).tolist()

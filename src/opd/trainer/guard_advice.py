@@ -56,6 +56,11 @@ CAUSES: dict[str, tuple[str, str, str]] = {
         "the student itself computes in lower precision (train.autocast=none)",
         "samples are older than the weights (a new run with rollout.ahead=0)",
     ),
+    "start_kl": (
+        SMALLER_STEPS,
+        "the teacher is that far from the student (raise guard.start_kl.threshold)",
+        "the reward has no counterweight (a new run with rl.reference_kl, or a smaller rl.weight)",
+    ),
     "canary": (
         "something in this process writes to the teacher's weights, such as a callback (give it a copy: a new run with teacher.model)",
         "the teacher is meant to move (a new run with teacher.source=ema, or guard.canary.action=off)",

@@ -53,6 +53,8 @@ class History:
         """Before the last step."""
         self.best: RewardWindow | None = None
         """Of the windows that ended before the last one began."""
+        self.start_kl: float | None = None
+        """Of the last look: not every step has one."""
         self._first: dict[str, list[float]] = {}
         self._rewards: deque[tuple[float, float]] = deque(maxlen=2 * REWARD_WINDOW)
 
@@ -61,6 +63,7 @@ class History:
         if "loss" in self.now:
             self.losses.append(self.now["loss"])
         self.now = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.start_kl = self.now.get("start_kl", self.start_kl)
         for name, value in self.now.items():
             seen = self._first.setdefault(name, [])
             if len(seen) < self.first_steps:
@@ -199,6 +202,12 @@ def canary(history: History) -> Reading | None:
     )
 
 
+def start_kl(history: History) -> Reading | None:
+    apart = history.start_kl
+    facts = "the student is {:.3g} nats per token from what it was before training"
+    return None if apart is None else Reading(value=apart, facts=facts.format(apart))
+
+
 def _at_first(value: float, form: str, history: History) -> str:
     return f"against {format(value, form)} in the first {history.first_steps} steps"
 
@@ -219,5 +228,6 @@ READINGS: dict[str, Callable[[History], Reading | None]] = {
     "clipped": clipped,
     "sampler_gap": sampler_gap,
     "canary": canary,
+    "start_kl": start_kl,
 }
 """By the name of the rule; None where the metrics cannot say, or not yet."""

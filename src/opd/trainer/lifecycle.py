@@ -40,6 +40,7 @@ from opd.trainer.resume import notes as change_notes
 from opd.trainer.run_folder import RunFolder, open_run
 from opd.trainer.run_state import BeforeTheRun, RunState, why_of
 from opd.trainer.saving import push_student, save_student, write_cards
+from opd.trainer.start_kl import start_kl_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,7 @@ def _train(
                     guard=guard,
                     stop=stop,
                     callbacks=callbacks,
+                    start_kl=start_kl_of(components, folder.path),
                 )
                 ended = _run_steps(loop, components, progress)
             model = save_student(components, folder)

@@ -26,6 +26,7 @@ from opd.trainer.run_folder import RunFolder
 from opd.trainer.run_state import RunState
 from opd.trainer.scoring import Scored
 from opd.trainer.show_sample import show_sample
+from opd.trainer.start_kl import StartKl
 from opd.types import LossOutput, Rollout
 
 Callback = Callable[[dict[str, float]], object]
@@ -49,9 +50,10 @@ def take_step(
     step: int,
     announce: Callable[[TrainingPhase], object] = lambda _phase: None,
     before_update: Callable[[], AbstractContextManager[None]] = nullcontext,
+    start_kl: StartKl | None = None,
 ) -> Step:
     """Rollouts, their targets, one update; the sampler has the weights from before still. `announce` is told each phase as it begins;
-    `before_update` is entered around everything that moves no weight. Raises TeacherMovedError in the place of an update."""
+    `before_update` is entered around everything that moves no weight, and `start_kl` asked before one does. Raises TeacherMovedError in the place of an update."""
     student, draws = components.student, components.draws
     clock = Clock(announce)
     with before_update():
@@ -60,6 +62,7 @@ def take_step(
             staleness = draws.staleness(rollouts, student.version)
         with clock.phase("teacher"):
             scored, canary = components.canary.scored(lambda: components.scorer.score(rollouts, step), step)
+        moved = None if start_kl is None else start_kl.measure(student, rollouts)
     correction = components.correction
     with clock.phase("update"):
         scored = scored if correction is None else correction.corrected(student, scored)
@@ -68,6 +71,7 @@ def take_step(
     if correction is not None:
         correction.check({**out.metrics, **scored.metrics})
     seen = {} if canary is None else {"canary": canary.value}
+    seen |= {} if moved is None else {"start_kl": moved}
     metrics = {**out.metrics, **scored.metrics, **staleness, **seen, **clock.times(out)}
     return Step(rollouts=rollouts, scored=scored, out=out, metrics=metrics, canary=canary)
 
@@ -101,6 +105,8 @@ class TrainingLoop:
     guard: Guard
     stop: StopRequest = field(default_factory=StopRequest)
     callbacks: Sequence[Callback] = ()
+    start_kl: StartKl | None = None
+    """Measures how far the student has moved; None where guard.start_kl is off."""
 
     @property
     def config(self) -> Config:
@@ -117,7 +123,7 @@ class TrainingLoop:
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
             try:
-                done = take_step(self.components, step, self.progress.phase, self.saved_on_error)
+                done = take_step(self.components, step, self.progress.phase, self.saved_on_error, self.start_kl)
             except TeacherMoved as moved:
                 return self._without_update(step, moved.reading)
             broken = self._record(step, done)

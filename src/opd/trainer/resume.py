@@ -56,7 +56,17 @@ EFFECTS: dict[str, Effect] = {
             "guard.first_steps",
             *(
                 f"guard.{rule}.{key}"
-                for rule in ("length", "eos_prob", "entropy", "loss", "reward", "clipped", "sampler_gap", "canary")
+                for rule in (
+                    "length",
+                    "eos_prob",
+                    "entropy",
+                    "loss",
+                    "reward",
+                    "clipped",
+                    "sampler_gap",
+                    "canary",
+                    "start_kl",
+                )
                 for key in ("threshold", "patience", "action")
             ),
             "eval.every",

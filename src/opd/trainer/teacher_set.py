@@ -18,6 +18,7 @@ from opd.reporting.loading import Loading
 from opd.samplers.base import AdjustableSampler
 from opd.samplers.kept import TARGETS
 from opd.samplers.off_policy import RoutedSampler
+from opd.samplers.served import ServedSampler
 from opd.teachers.base import Teacher
 from opd.teachers.cache import CachedTeacher, KeptScores
 from opd.teachers.ema import Ema
@@ -27,7 +28,7 @@ from opd.teachers.local import LocalTeacher, on_device_meanwhile
 from opd.teachers.server import RemoteTeacher
 from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
-from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
+from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler, sampling_of
 from opd.trainer.served import ServedTeacher, serve
 from opd.trainer.student import Policy
 from opd.types import Prompt, TargetKind
@@ -57,12 +58,11 @@ class TeacherSet:
     """Counts the scores that are kept; None where no teacher keeps any."""
 
     def sampler(
-        self, rollout: RolloutConfig, pad_id: int, student: LoadedModel | None = None
+        self, rollout: RolloutConfig, pad_id: int, student: LoadedModel | None = None, *, servers: bool = False
     ) -> AdjustableSampler | None:
         """Draws the teacher's own answers; of several teachers, each prompt's own, or one drawn by its weights. With `student`, the
-        rollouts hold the student's rendering of the prompt. None where a teacher is no model in this process."""
-        if self.loaded.keys() != self.members.keys():
-            return None
+        rollouts hold the student's rendering of the prompt. None where a teacher is no model in this process; with `servers`, one
+        behind an inference server will do."""
         samplers: dict[str, AdjustableSampler] = {
             name: make_sampler(
                 rollout,
@@ -75,6 +75,12 @@ class TeacherSet:
             )
             for name, loaded in self.loaded.items()
         }
+        if servers and student is not None:
+            for name, one in self.served.items():
+                if isinstance(one, RemoteTeacher):
+                    samplers[name] = ServedSampler(one, sampling_of(rollout), student.renderer)
+        if samplers.keys() != self.members.keys():
+            return None
         return (
             next(iter(samplers.values()), None)
             if self.ensemble is None
