@@ -7,7 +7,7 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
-from opd.config.guard import CanaryRule, GuardConfig
+from opd.config.guard import CanaryRule, GuardConfig, StartKlRule
 from opd.config.model import DType
 from opd.config.rl import HybridConfig
 from opd.config.sections import Section, hint_of, parse_section, suggested_keys
@@ -187,6 +187,8 @@ class DriverGuardConfig(GuardConfig, key="guard"):
 
     canary: CanaryRule = field(default_factory=lambda: CanaryRule(action="off"))
     """Off: sanity_check_every looks at the teacher in verl."""
+    start_kl: StartKlRule = field(default_factory=StartKlRule)
+    """Off: verl measures the KL to its reference model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,6 +196,11 @@ class DriverGuardConfig(GuardConfig, key="guard"):
             self.canary.action == "off",
             f"opd.guard.canary.action={self.canary.action}: the driver has no teacher to look at, and in verl opd.sanity_check_every does that "
             "in the workers. Set it, and drop opd.guard.canary.",
+        )
+        require(
+            self.start_kl.action == "off",
+            f"opd.guard.start_kl.action={self.start_kl.action}: the driver has no student to measure, and verl records the KL to its reference "
+            "model with actor_rollout_ref.actor.use_kl_loss=True. Drop opd.guard.start_kl.",
         )
 
 
