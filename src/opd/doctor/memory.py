@@ -29,7 +29,7 @@ GPU_STORE_BYTES = 2375 << 20
 MAX_CHUNK = 8192
 MINIMAL_CHUNK = 1024
 CHUNK_BUFFERS = 2  # logits of student and teacher
-SAMPLING_BUFFERS = 4  # of [rows, vocabulary] in float32: the logits, their copy, the last step's, the probabilities
+SAMPLING_BUFFERS = 4  # of [rows, vocabulary] in float32: the logits, their copy, the probabilities, the answer
 SOLVER_VECTORS = 6  # of the natural gradient: gradient, solution, residual, direction, product, preconditioned residual
 
 

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from opd.data.rendering import Renderer
 from opd.models import context_length
 from opd.samplers.base import SampledStudent, Sampling, response_end
-from opd.seeding import derive_seed, seeded
+from opd.samplers.drawing import Draw, uniform_numbers
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
 
@@ -96,8 +96,9 @@ class HfSampler:
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
-            with seeded(derive_seed(seed, start, "generate"), self.model.device):
-                drawn = self._generate([prompt_ids[i] for i in members])
+            greedy = self.sampling.temperature == 0
+            uniforms = None if greedy else uniform_numbers(seed, members, self.sampling.max_new_tokens)
+            drawn = self._generate([prompt_ids[i] for i in members], uniforms)
             for i, (response, logp, entropy) in zip(members, drawn, strict=True):
                 rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp, entropy)
         return [rollouts[i] for i in range(len(prompts))]
@@ -128,41 +129,37 @@ class HfSampler:
         )
 
     @torch.no_grad()
-    def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float], list[float]]]:
+    def _generate(
+        self, prompt_ids: Sequence[tuple[int, ...]], uniforms: torch.Tensor | None
+    ) -> list[tuple[list[int], list[float], list[float]]]:
         """Per row: token ids, their log-probs, and the entropies where they are recorded."""
         device = self.model.device
         width = max(map(len, prompt_ids))
         rows = [[self.pad_id] * (width - len(p)) + list(p) for p in prompt_ids]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
-        recorder = _Recorder(width, entropy=self.record_entropy)
+        draw = Draw(None if uniforms is None else uniforms.to(device), entropy=self.record_entropy)
         criteria = [_StopStrings(self.renderer, self.sampling.stop, width)] if self.sampling.stop else []
         criteria += [] if self.watch is None else [_Watched(self.watch, width)]
         with _plain_generation_config(self.model), self.autocast():
-            output = self.model.generate(  # pyright: ignore[reportCallIssue]
+            self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=self._generation_config(),
-                logits_processor=self._processors(recorder),
+                logits_processor=self._processors(draw),
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
-        assert isinstance(output, torch.Tensor)
-        responses = output[:, width:]
-        logp = recorder.finish(output).tolist()
-        entropy = recorder.entropies().tolist() if self.record_entropy else [[] for _ in logp]
-        return list(zip(responses.tolist(), logp, entropy, strict=True))
+        return list(zip(*draw.columns(), strict=True))
 
     def _generation_config(self) -> GenerationConfig:
-        # The warpers in _processors do all of it, so that the recorder sees the result.
-        greedy = self.sampling.temperature == 0
-        switched_off = {} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        # The processors do all of it, and the last one draws: what is left to `generate` is to take the largest score.
         return GenerationConfig(
-            **switched_off,
+            do_sample=False,
             max_new_tokens=self.sampling.max_new_tokens,
             eos_token_id=list(self.eos_ids),
             pad_token_id=self.pad_id,
         )
 
-    def _processors(self, recorder: _Recorder) -> LogitsProcessorList:
+    def _processors(self, draw: Draw) -> LogitsProcessorList:
         processors = LogitsProcessorList([_VocabularyMask(self.vocabulary)])
         if self.sampling.temperature not in (0, 1):
             processors.append(TemperatureLogitsWarper(float(self.sampling.temperature)))
@@ -170,7 +167,7 @@ class HfSampler:
             processors.append(TopKLogitsWarper(self.sampling.top_k))
         if self.sampling.top_p < 1:
             processors.append(TopPLogitsWarper(self.sampling.top_p))
-        processors.append(recorder)
+        processors.append(draw)
         return processors
 
 
@@ -215,39 +212,6 @@ class _VocabularyMask(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.size :] = -torch.inf
         return scores.index_fill_(-1, self.invalid.to(scores.device), -torch.inf)
-
-
-class _Recorder(LogitsProcessor):
-    """Log-prob of every sampled token, without keeping a [steps, rows, vocab] stack: step t's distribution is looked up when step
-    t + 1 shows which token was drawn."""
-
-    def __init__(self, prompt_width: int, *, entropy: bool = False) -> None:
-        self.width = prompt_width
-        self.entropy = entropy
-        self.entropy_columns: list[torch.Tensor] = []
-        self.last: torch.Tensor | None = None
-        self.columns: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._take(input_ids)
-        self.last = scores
-        if self.entropy:
-            self.entropy_columns.append(torch.special.entr(scores.float().softmax(-1)).sum(-1))
-        return scores
-
-    def _take(self, ids: torch.Tensor) -> None:
-        if self.last is not None:
-            drawn = ids[:, self.width + len(self.columns)].unsqueeze(-1)
-            scores = self.last.float()
-            self.columns.append(scores.gather(-1, drawn).squeeze(-1) - scores.logsumexp(-1))
-
-    def entropies(self) -> torch.Tensor:
-        """[rows, steps], nats."""
-        return torch.stack(self.entropy_columns, dim=1)
-
-    def finish(self, ids: torch.Tensor) -> torch.Tensor:
-        self._take(ids)
-        return torch.stack(self.columns, dim=1)
 
 
 @contextmanager
