@@ -8,20 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from opd.data.rendering import Renderer
 from opd.models import context_length
 from opd.samplers.base import SampledStudent, Sampling, response_end
 from opd.samplers.drawing import Draw, uniform_numbers
+from opd.samplers.generation import Generator, Row
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
 
@@ -128,36 +122,20 @@ class HfSampler:
             text=self.renderer.decode(kept),
         )
 
-    @torch.no_grad()
-    def _generate(
-        self, prompt_ids: Sequence[tuple[int, ...]], uniforms: torch.Tensor | None
-    ) -> list[tuple[list[int], list[float], list[float]]]:
-        """Per row: token ids, their log-probs, and the entropies where they are recorded."""
-        device = self.model.device
-        width = max(map(len, prompt_ids))
-        rows = [[self.pad_id] * (width - len(p)) + list(p) for p in prompt_ids]
-        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
-        draw = Draw(None if uniforms is None else uniforms.to(device), entropy=self.record_entropy)
-        criteria = [_StopStrings(self.renderer, self.sampling.stop, width)] if self.sampling.stop else []
-        criteria += [] if self.watch is None else [_Watched(self.watch, width)]
-        with _plain_generation_config(self.model), self.autocast():
-            self.model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=self._generation_config(),
-                logits_processor=self._processors(draw),
-                stopping_criteria=StoppingCriteriaList(criteria),
-            )
-        return list(zip(*draw.columns(), strict=True))
-
-    def _generation_config(self) -> GenerationConfig:
-        # The processors do all of it, and the last one draws: what is left to `generate` is to take the largest score.
-        return GenerationConfig(
-            do_sample=False,
+    def _generate(self, prompt_ids: Sequence[tuple[int, ...]], uniforms: torch.Tensor | None) -> list[Row]:
+        stop = self.sampling.stop
+        generator = Generator(
+            model=self.model,
             max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=list(self.eos_ids),
-            pad_token_id=self.pad_id,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            processors=self._processors,
+            stopped=_StopStrings(self.renderer, stop) if stop else None,
+            show=self.watch,
+            entropy=self.record_entropy,
         )
+        with _plain_generation_config(self.model), self.autocast():
+            return generator.rows(prompt_ids, uniforms)
 
     def _processors(self, draw: Draw) -> LogitsProcessorList:
         processors = LogitsProcessorList([_VocabularyMask(self.vocabulary)])
@@ -171,32 +149,18 @@ class HfSampler:
         return processors
 
 
-class _StopStrings(StoppingCriteria):
-    """A row is done when a stop string appears in its response. A token may hold one byte, so that many tokens are looked back at."""
+class _StopStrings:
+    """Says in which rows a stop string appears in the response. A token may hold one byte, so that many tokens are looked back at."""
 
-    def __init__(self, renderer: Renderer, stop: Sequence[str], prompt_width: int) -> None:
+    def __init__(self, renderer: Renderer, stop: Sequence[str]) -> None:
         self.renderer = renderer
         self.stop = tuple(stop)
-        self.width = prompt_width
         self.window = max(len(s.encode()) for s in stop) + 4  # 4: the longest UTF-8 character, cut at the window's edge
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        start = max(self.width, input_ids.shape[1] - self.window)
-        texts = [self.renderer.decode(row) for row in input_ids[:, start:].tolist()]
-        done = [any(s in text for s in self.stop) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-
-class _Watched(StoppingCriteria):
-    """Shows the responses so far to somebody, and stops none."""
-
-    def __init__(self, show: Callable[[Sequence[Sequence[int]]], object], prompt_width: int) -> None:
-        self.show = show
-        self.width = prompt_width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.show(input_ids[:, self.width :].tolist())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    def __call__(self, ids: torch.Tensor, prompt_width: int) -> list[bool]:
+        start = max(prompt_width, ids.shape[1] - self.window)
+        texts = [self.renderer.decode(row) for row in ids[:, start:].tolist()]
+        return [any(s in text for s in self.stop) for text in texts]
 
 
 class _VocabularyMask(LogitsProcessor):
