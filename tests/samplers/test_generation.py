@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from opd.data.rendering import Renderer
 from opd.samplers import generation
 from opd.samplers.base import Sampling, draw
-from opd.samplers.generation import selectable_cache
 from opd.samplers.hf import HfSampler
+from opd.samplers.key_values import GROUPED, selectable_cache
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import digit_tokenizer
 from opd.types import Prompt, Rollout
@@ -27,10 +27,11 @@ SAMPLINGS = ({}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}, {"stop": ("7", 
 
 
 def sampler_of(model: PreTrainedModel, *, entropy: bool = False, **sampling: Any) -> HfSampler:
+    settings: dict[str, Any] = {"max_new_tokens": 16} | sampling
     return HfSampler(
         model,
         Renderer(digit_tokenizer(), name="student"),
-        Sampling(**({"max_new_tokens": 16} | sampling)),
+        Sampling(**settings),
         eos_ids=(EOS,),
         pad_id=PAD,
         vocabulary=VocabularyMatch(size=13),
@@ -48,7 +49,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def plainly(sample: Callable[[], list[Rollout]]) -> list[Rollout]:
     """The same with one call of `generate`, to whose cache nobody has access."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "selectable_cache", lambda _: None)
+        patch.setattr(generation, "selectable_cache", lambda *_: None)
         return sample()
 
 
@@ -88,8 +89,8 @@ def test_every_kind_of_model_draws_the_same_with_and_without(kind: str):
 
 
 def test_rows_can_be_taken_out_of_keys_and_values_alone():
-    assert all(selectable_cache(tiny(kind, 13)) is not None for kind in APART)
-    assert not any(selectable_cache(tiny(kind, 13)) for kind in MIXING)
+    assert all(selectable_cache(tiny(kind, 13), 9) is not None for kind in APART)
+    assert not any(selectable_cache(tiny(kind, 13), 9) for kind in MIXING)
 
 
 @pytest.mark.usefixtures("eager")
@@ -111,6 +112,14 @@ def test_samples_of_a_prompt_share_its_reading_and_are_apart():
     seen = shapes_seen(model, lambda: rollouts.extend(draw(sampler_of(model), PROMPTS[:2], 8, seed=1)))
     assert seen[0] == (2, 3) and seen[1][1] == 1
     assert len({r.response_ids for r in rollouts[:8]}) > 4
+
+
+def test_sampling_attends_in_groups_and_training_as_before():
+    model = tiny("llama", 13, initializer_range=0.3)
+    seen: set[str] = set()
+    model.register_forward_pre_hook(lambda *_: seen.add(model.config._attn_implementation))  # pyright: ignore[reportArgumentType]
+    sampler_of(model).sample(PROMPTS, seed=1)
+    assert seen == {GROUPED} and model.config._attn_implementation == "sdpa"
 
 
 def test_rows_stay_where_leaving_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPatch):

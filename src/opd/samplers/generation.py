@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from opd.samplers.drawing import Draw
+from opd.samplers.key_values import grouped_attention, selectable_cache
 
 CALL_COST = 5e8  # floating-point operations in the time that one more call of `generate` takes on a CPU, about 5 ms
 LEAVING_SHARE = {"cpu": 1 / 8}
@@ -49,10 +47,11 @@ class Generator:
         """One row per prompt, padding behind its end included. `uniforms` are [rows, max_new_tokens]; None takes the likeliest
         tokens. Raises NonFiniteError where nothing can be drawn."""
         batch = _Batch(self, prompt_ids, uniforms)
-        if batch.cache is not None and len(batch.unique) < len(prompt_ids):
-            batch.read_prompts_once()
-        while batch.goes_on:
-            batch.generate()
+        with grouped_attention(self.model):
+            if batch.cache is not None and len(batch.unique) < len(prompt_ids):
+                batch.read_prompts_once()
+            while batch.goes_on:
+                batch.generate()
         return batch.found
 
     def config(self, max_new_tokens: int) -> GenerationConfig:
@@ -77,12 +76,13 @@ class _Batch:
         self.unique = list(dict.fromkeys(prompt_ids))
         self.device = generator.model.device
         self.uniforms = None if uniforms is None else uniforms.to(self.device)
-        self.cache = None if generator.show else selectable_cache(generator.model)
+        self.width = max(map(len, prompt_ids))
+        most = self.width + generator.max_new_tokens
+        self.cache = None if generator.show else selectable_cache(generator.model, most)
         self.found: list[Row] = [([], [], []) for _ in prompt_ids]
         self.active = list(range(len(prompt_ids)))
         self.steps = 0
         self.token_cost = 2 * sum(p.numel() for p in generator.model.parameters())
-        self.width = max(map(len, prompt_ids))
         self.ids, self.mask = self._padded(prompt_ids)
 
     @property
@@ -206,14 +206,3 @@ class _Shown(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: object = None, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.show(input_ids[:, self.width :].tolist())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def selectable_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """An empty cache of keys and values from which rows can be taken out; None for models that keep something else."""
-    inner: Any = model  # peft's own forward takes whatever the model's takes
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if model.config.is_encoder_decoder or "past_key_values" not in signature(inner.forward).parameters:
-        return None
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    kinds = {type(layer) for layer in cache.layers}
-    return cache if kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else None
