@@ -225,6 +225,46 @@ def test_the_largest_micro_batch_fits_and_one_more_sequence_does_not():
     assert memory.largest_microbatch(run, shapes, 3, {}) == 28  # nothing limits it
 
 
+def test_a_micro_batch_that_is_left_open_has_1_gib_of_activations_on_a_cpu():
+    open_run = settings(train__tokens_per_microbatch=None)
+    smol = ModelShape(
+        weights={},
+        layers=30,
+        hidden=576,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        intermediate=1536,
+        vocabulary=49152,
+        gated=True,
+    )
+    tokens = memory.microbatch_tokens(open_run, smol, gpu=False)
+    assert 512 < tokens < 1024 and tokens % 64 == 0
+    needed = memory.activation_bytes(smol, tokens, 4, 4, checkpointing=False)
+    assert (1 << 30) * 0.9 < needed <= 1 << 30 < memory.activation_bytes(smol, tokens + 64, 4, 4, checkpointing=False)
+    wide = replace(smol, hidden=4096, intermediate=16384)
+    assert memory.microbatch_tokens(open_run, wide, gpu=False) == 512
+    assert (
+        memory.microbatch_tokens(open_run, SHAPE, gpu=False)
+        == memory.microbatch_tokens(open_run, smol, gpu=True)
+        == 8192
+    )
+    chosen = settings(train__tokens_per_microbatch=21)
+    assert memory.microbatch_tokens(chosen, wide, gpu=False) == memory.microbatch_tokens(chosen, wide, gpu=True) == 21
+
+
+def test_the_estimate_is_of_the_micro_batch_that_is_taken():
+    """400 rollouts of a wide model are several micro-batches on a CPU, and a larger one that would just fit is no advice."""
+    wide = replace(SHAPE, layers=40, intermediate=8000)
+    run = settings(train__tokens_per_microbatch=None, train__samples_per_prompt=200)
+    shapes = {"student": wide, "teacher": SHAPE}
+    tokens = memory.microbatch_tokens(run, wide, gpu=False)
+    found = memory.estimate(run, shapes, 3)["cpu"].phases["update"]["activations"]
+    assert found == memory.activation_bytes(wide, tokens // 7 * 7, 4, 4, checkpointing=False)
+    (check,) = memory_checks(run, shapes, 3, {"cpu": int(1.1 * memory.estimate(run, shapes, 3)["cpu"].peak)})
+    assert "It is close; a smaller train.tokens_per_microbatch" in check.seen
+
+
 def test_the_shape_of_a_config_is_that_of_the_model():
     model = tiny_causal_lm(13, architecture="gpt2", hidden=16, layers=2, heads=4)
     weights = {name: tuple(p.shape) for name, p in model.named_parameters()}

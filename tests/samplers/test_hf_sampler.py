@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 
@@ -10,7 +11,7 @@ import torch
 
 from opd.data.pack import layout_sequences
 from opd.data.rendering import Renderer
-from opd.errors import DataError
+from opd.errors import DataError, NonFiniteError
 from opd.models import response_logits
 from opd.samplers.base import Sampling
 from opd.samplers.hf import HfSampler
@@ -118,8 +119,6 @@ def test_padding_rows_and_holes_are_never_sampled(model):
 
 def always(model, token_ids: list[int]):
     """A model that answers with these tokens, one after the other, whatever came before."""
-    import copy
-
     scripted = copy.deepcopy(model)
     start: list[int] = []
 
@@ -164,6 +163,23 @@ def test_greedy_takes_the_likeliest_token_and_has_no_sampler_log_probs(model):
     (rollout,) = sampler_of(model, temperature=0.0).sample(PROMPTS[:1], seed=0)
     assert rollout.sampler_logp is None
     assert list(rollout.response_ids) == plain_logp(model, rollout).argmax(-1).tolist()
+
+
+def test_a_model_of_nans_is_not_sampled_from(model):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3] = math.nan
+    with pytest.raises(NonFiniteError, match=r"(?s)probabilities are NaN.*Lower optimizer.lr"):
+        sampler_of(broken).sample(PROMPTS, seed=0)
+
+
+def test_a_rollout_does_not_depend_on_the_batch_that_it_is_drawn_in(model):
+    """Its uniform numbers are its own, so that only rounding is left of rollout.batch_size."""
+    sampler = sampler_of(model)
+    before = sampler.sample(PROMPTS, seed=1)
+    for sampler.batch_size in (1, 2, 100):
+        again = sampler.sample(PROMPTS, seed=1)
+        assert [r.response_ids for r in again] == [r.response_ids for r in before]
+    assert [r.response_ids for r in sampler.sample(PROMPTS[:2], seed=1)] == [r.response_ids for r in before[:2]]
 
 
 def test_no_gradient_flows_through_sampling(model):

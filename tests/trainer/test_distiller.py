@@ -145,7 +145,8 @@ def test_steps_one_by_one_are_the_steps_of_a_run_and_need_no_folder(world, tmp_p
     monkeypatch.chdir(tmp_path)
     run = of_names(world, tmp_path / "run").train()
     expected = [row for row in numbers(run) if "loss" in row]
-    distiller = of_objects(world, tmp_path / "none")
+    many = {"every": 2, "prompts": 40, "samples_per_prompt": 10}  # so that two evaluations tell four steps from chance
+    distiller = of_objects(world, tmp_path / "none", eval=many)
     before = distiller.evaluate()
     records = [distiller.step() for _ in range(4)]
     for record, row in zip(records, expected, strict=True):

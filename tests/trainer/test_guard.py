@@ -352,7 +352,7 @@ def test_a_rule_that_would_stop_after_the_last_step_lets_the_run_finish(world, t
 
 def test_a_run_with_a_rule_in_force_resumes_bit_for_bit(world, tmp_path):
     """The rule drops from step 5 on; the checkpoint is of six updates."""
-    rule = {"action": "drop", "patience": 3, "threshold": 0.2}
+    rule = {"action": "drop", "patience": 5, "threshold": 0.1}
     more = QUICK | {"train__steps": 8, "rollout__max_new_tokens": 8, "guard__truncated": rule}
     train(build(merge({}, settings(world, tmp_path / "whole", **more))))
     values = settings(world, tmp_path / "run", **more)

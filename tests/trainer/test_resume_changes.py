@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_resume import assert_same_run
 from transformers import AutoTokenizer
@@ -82,6 +83,19 @@ def test_what_costs_only_memory_ends_at_the_same_weights(world, tmp_path, change
     ours, theirs = weights(tmp_path / "changed"), weights(tmp_path / "whole")
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_micro_batch_that_is_left_open_is_written_down_and_stays(world, tmp_path):
+    """Its number is that of the machine and the model, and a resumed run rounds as it did."""
+    values = quick(world, tmp_path) | {"train.tokens_per_microbatch": None}
+    stop_after(values, 2)
+    file = tmp_path / "config.yaml"
+    assert yaml.safe_load(file.read_text())["train"]["tokens_per_microbatch"] == 8192
+    file.write_text(file.read_text().replace("tokens_per_microbatch: 8192", "tokens_per_microbatch: 20"))
+    run(values, resume=True)
+    assert yaml.safe_load(file.read_text())["train"]["tokens_per_microbatch"] == 20
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert "train.tokens_per_microbatch" not in history[-1]["changed"]
 
 
 def test_a_longer_run_with_a_constant_rate_is_the_run_that_was_long_from_the_start(world, tmp_path):

@@ -9,6 +9,8 @@ from opd.config.rules import at_least
 from opd.config.sections import Section
 from opd.errors import require
 
+GPU_MICROBATCH = 8192
+
 
 class TrainConfig(Section, key="train"):
     """The size and shape of a step. One step is one batch of rollouts and one optimizer update."""
@@ -19,9 +21,10 @@ class TrainConfig(Section, key="train"):
     """Prompts drawn per step."""
     samples_per_prompt: int = 4
     """Rollouts per prompt."""
-    tokens_per_microbatch: int = 8192
+    tokens_per_microbatch: int | None = None
     """Tokens (padding included) of one forward and backward pass; gradients accumulate over the micro-batches of a step. What grows
-    with it is the student's activations: the loss takes logits in chunks of its own."""
+    with it is the student's activations: the loss takes logits in chunks of its own. None is 8192 on a GPU; on a CPU, where small
+    batches cost little time, as many from 512 to 8192 as have 1 GiB of activations. A run's config.yaml says the number."""
     token_fraction: float = 1.0
     """Train on this share of a step's response tokens, those where the student was least sure (highest entropy, arXiv 2506.01939).
     The others cost no product with an output layer."""
@@ -38,8 +41,15 @@ class TrainConfig(Section, key="train"):
     """Memory of the loss: 'fast' holds the logits of one chunk of tokens; 'minimal' a few MiB beside the gradients, and computes the
     logits twice. It takes one teacher and a KL, JSD or skewed KL over the whole vocabulary, top-k, or sampled log-probs."""
 
+    @property
+    def microbatch(self) -> int:
+        """Tokens of a micro-batch: those of a GPU where the recipe leaves them open, and nobody has settled them yet."""
+        return self.tokens_per_microbatch or GPU_MICROBATCH
+
     def __post_init__(self) -> None:
-        at_least(1, self, "steps", "prompts_per_step", "samples_per_prompt", "tokens_per_microbatch")
+        at_least(1, self, "steps", "prompts_per_step", "samples_per_prompt")
+        if self.tokens_per_microbatch is not None:
+            at_least(1, self, "tokens_per_microbatch")
         require(0 < self.token_fraction <= 1, f"train.token_fraction must lie in (0, 1], not {self.token_fraction}")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from opd.config.model import LoadOptionsConfig
 from opd.config.run import RunSettings, teacher_key
+from opd.config.train import GPU_MICROBATCH
 from opd.doctor.model_shape import ModelShape
 
 FLOAT32 = 4
@@ -29,7 +30,9 @@ GPU_STORE_BYTES = 2375 << 20
 MAX_CHUNK = 8192
 MINIMAL_CHUNK = 1024
 CHUNK_BUFFERS = 2  # logits of student and teacher
-SAMPLING_BUFFERS = 4  # of [rows, vocabulary] in float32: the logits, their copy, the last step's, the probabilities
+SAMPLING_BUFFERS = 4  # of [rows, vocabulary] in float32: the logits, their copy, the probabilities, the answer
+CPU_MICROBATCH_BYTES = 1 << 30  # activations of a micro-batch on a CPU, where the recipe leaves its tokens open
+LEAST_CPU_MICROBATCH = 512
 SOLVER_VECTORS = 6  # of the natural gradient: gradient, solution, residual, direction, product, preconditioned residual
 
 
@@ -164,6 +167,21 @@ def loss_bytes(shape: ModelShape, tokens: int, products: int, *, gpu: bool, mini
     return logits + store + head + 2 * tokens * shape.hidden * FLOAT32
 
 
+def student_device(settings: RunSettings, gpus: int) -> str:
+    """Such as cpu or cuda:0, on a machine with so many GPUs."""
+    return _device(settings.student.device, gpus)
+
+
+def microbatch_tokens(settings: RunSettings, shape: ModelShape, *, gpu: bool) -> int:
+    """train.tokens_per_microbatch, or what stands for None with a student of these sizes."""
+    if gpu or settings.train.tokens_per_microbatch is not None:
+        return settings.train.microbatch
+    size = _size(settings.student.dtype, gpu=False)
+    products = 2 if settings.train.autocast == "bfloat16" else size
+    token = activation_bytes(shape, 1, size, products, checkpointing=settings.student.gradient_checkpointing)
+    return max(LEAST_CPU_MICROBATCH, min(GPU_MICROBATCH, CPU_MICROBATCH_BYTES // token // 64 * 64))
+
+
 def step_sizes(settings: RunSettings, prompt_tokens: int) -> StepSizes:
     """The longest that a step of this recipe can have."""
     train = settings.train
@@ -179,7 +197,7 @@ def estimate(
 ) -> dict[str, Memory]:
     """Memory of every device by name; `shapes` are those of student, teacher or teachers.NAME, as far as they are in this process.
     `prompt_tokens` are those of the longest prompt, `gpus` says how many there are."""
-    own = _device(settings.student.device, gpus)
+    own = student_device(settings, gpus)
     found = {own: _student_memory(settings, shapes["student"], prompt_tokens, gpu=own != "cpu")}
     for name, teacher in settings.all_teachers.items():
         shape = shapes.get(teacher_key(name))
@@ -250,7 +268,7 @@ def _student_memory(settings: RunSettings, shape: ModelShape, prompt_tokens: int
 def _update(
     settings: RunSettings, shape: ModelShape, sizes: StepSizes, size: int, products: int, gradients: int, *, gpu: bool
 ) -> dict[str, int]:
-    rows = sizes.rows_in(settings.train.tokens_per_microbatch)
+    rows = sizes.rows_in(microbatch_tokens(settings, shape, gpu=gpu))
     checkpointing = settings.student.gradient_checkpointing
     minimal, trains_head = settings.train.loss_memory == "minimal", settings.student.lora is None
     activations = activation_bytes(shape, rows * sizes.length, size, products, checkpointing=checkpointing)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from opd.config.run import RunSettings
 from opd.doctor.check import Check
-from opd.doctor.memory import Memory, estimate, largest_microbatch
+from opd.doctor.memory import Memory, estimate, largest_microbatch, microbatch_tokens, student_device
 from opd.doctor.model_shape import ModelShape
 
 ERROR = 0.15  # of the estimate, on CPU runs (benchmarks/results/memory.md)
@@ -22,10 +22,13 @@ def memory_checks(
     gpus = sum(name.startswith("cuda") for name in limits)
     found = estimate(settings, shapes, prompt_tokens, gpus=gpus)
     largest = largest_microbatch(settings, shapes, prompt_tokens, limits, gpus=gpus)
-    return [_check(settings, device, memory, limits.get(device), largest) for device, memory in found.items()]
+    taken = microbatch_tokens(settings, shapes["student"], gpu=student_device(settings, gpus) != "cpu")
+    return [_check(settings, device, memory, limits.get(device), largest, taken) for device, memory in found.items()]
 
 
-def _check(settings: RunSettings, device: str, memory: Memory, limit: int | None, largest: int | None) -> Check:
+def _check(
+    settings: RunSettings, device: str, memory: Memory, limit: int | None, largest: int | None, taken: int
+) -> Check:
     parts = {**memory.always, **memory.phases.get(memory.phase, {})}
     most = sorted(parts.items(), key=lambda part: -part[1])[:NAMED]
     text = f"{device} needs about {_gib(memory.peak)}"
@@ -40,19 +43,19 @@ def _check(settings: RunSettings, device: str, memory: Memory, limit: int | None
     return Check(
         name="memory",
         verdict=verdict,
-        seen=f"{text}. {_advice(settings, memory.phase, largest)}",
+        seen=f"{text}. {_advice(settings, memory.phase, largest, taken)}",
         why="A run that does not fit ends in its first step, or its second.",
         mend="train.tokens_per_microbatch, or a key that the estimate names",
     )
 
 
-def _advice(settings: RunSettings, phase: str, largest: int | None) -> str:
+def _advice(settings: RunSettings, phase: str, largest: int | None, taken: int) -> str:
     others = "student.gradient_checkpointing=true, train.autocast=bfloat16, student.lora.rank=32, teacher.offload=true or smaller models"
     if phase == "rollout":
         return f"Lower rollout.batch_size={settings.rollout.batch_size}, or use {others}."
     if largest is None:
         return f"No train.tokens_per_microbatch is small enough; use {others}."
-    if largest < settings.train.tokens_per_microbatch:
+    if largest < taken:
         return f"The largest train.tokens_per_microbatch that fits is {largest}; or use {others}."
     return f"It is close; a smaller train.tokens_per_microbatch leaves room, or use {others}."
 

@@ -19,8 +19,8 @@ PRESENT = "present"
 """Shown for a section that is not there by default, such as student.lora."""
 ALWAYS = ("teacher",)
 """Sections without a default that nearly every recipe has."""
-PLACES = ("run_dir",)
-"""Keys that say where a run is kept, and nothing of what it does."""
+PLACES = ("run_dir", "train.tokens_per_microbatch")
+"""Keys that say where a run is kept, or what its machine has room for, and nothing of what it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

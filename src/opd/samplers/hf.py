@@ -8,20 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from opd.data.rendering import Renderer
 from opd.models import context_length
 from opd.samplers.base import SampledStudent, Sampling, response_end
-from opd.seeding import derive_seed, seeded
+from opd.samplers.drawing import Draw, uniform_numbers
+from opd.samplers.generation import Generator, Row
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
 
@@ -96,8 +90,9 @@ class HfSampler:
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
-            with seeded(derive_seed(seed, start, "generate"), self.model.device):
-                drawn = self._generate([prompt_ids[i] for i in members])
+            greedy = self.sampling.temperature == 0
+            uniforms = None if greedy else uniform_numbers(seed, members, self.sampling.max_new_tokens)
+            drawn = self._generate([prompt_ids[i] for i in members], uniforms)
             for i, (response, logp, entropy) in zip(members, drawn, strict=True):
                 rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp, entropy)
         return [rollouts[i] for i in range(len(prompts))]
@@ -127,42 +122,22 @@ class HfSampler:
             text=self.renderer.decode(kept),
         )
 
-    @torch.no_grad()
-    def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float], list[float]]]:
-        """Per row: token ids, their log-probs, and the entropies where they are recorded."""
-        device = self.model.device
-        width = max(map(len, prompt_ids))
-        rows = [[self.pad_id] * (width - len(p)) + list(p) for p in prompt_ids]
-        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
-        recorder = _Recorder(width, entropy=self.record_entropy)
-        criteria = [_StopStrings(self.renderer, self.sampling.stop, width)] if self.sampling.stop else []
-        criteria += [] if self.watch is None else [_Watched(self.watch, width)]
-        with _plain_generation_config(self.model), self.autocast():
-            output = self.model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=self._generation_config(),
-                logits_processor=self._processors(recorder),
-                stopping_criteria=StoppingCriteriaList(criteria),
-            )
-        assert isinstance(output, torch.Tensor)
-        responses = output[:, width:]
-        logp = recorder.finish(output).tolist()
-        entropy = recorder.entropies().tolist() if self.record_entropy else [[] for _ in logp]
-        return list(zip(responses.tolist(), logp, entropy, strict=True))
-
-    def _generation_config(self) -> GenerationConfig:
-        # The warpers in _processors do all of it, so that the recorder sees the result.
-        greedy = self.sampling.temperature == 0
-        switched_off = {} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        return GenerationConfig(
-            **switched_off,
+    def _generate(self, prompt_ids: Sequence[tuple[int, ...]], uniforms: torch.Tensor | None) -> list[Row]:
+        stop = self.sampling.stop
+        generator = Generator(
+            model=self.model,
             max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=list(self.eos_ids),
-            pad_token_id=self.pad_id,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            processors=self._processors,
+            stopped=_StopStrings(self.renderer, stop) if stop else None,
+            show=self.watch,
+            entropy=self.record_entropy,
         )
+        with _plain_generation_config(self.model), self.autocast():
+            return generator.rows(prompt_ids, uniforms)
 
-    def _processors(self, recorder: _Recorder) -> LogitsProcessorList:
+    def _processors(self, draw: Draw) -> LogitsProcessorList:
         processors = LogitsProcessorList([_VocabularyMask(self.vocabulary)])
         if self.sampling.temperature not in (0, 1):
             processors.append(TemperatureLogitsWarper(float(self.sampling.temperature)))
@@ -170,36 +145,22 @@ class HfSampler:
             processors.append(TopKLogitsWarper(self.sampling.top_k))
         if self.sampling.top_p < 1:
             processors.append(TopPLogitsWarper(self.sampling.top_p))
-        processors.append(recorder)
+        processors.append(draw)
         return processors
 
 
-class _StopStrings(StoppingCriteria):
-    """A row is done when a stop string appears in its response. A token may hold one byte, so that many tokens are looked back at."""
+class _StopStrings:
+    """Says in which rows a stop string appears in the response. A token may hold one byte, so that many tokens are looked back at."""
 
-    def __init__(self, renderer: Renderer, stop: Sequence[str], prompt_width: int) -> None:
+    def __init__(self, renderer: Renderer, stop: Sequence[str]) -> None:
         self.renderer = renderer
         self.stop = tuple(stop)
-        self.width = prompt_width
         self.window = max(len(s.encode()) for s in stop) + 4  # 4: the longest UTF-8 character, cut at the window's edge
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        start = max(self.width, input_ids.shape[1] - self.window)
-        texts = [self.renderer.decode(row) for row in input_ids[:, start:].tolist()]
-        done = [any(s in text for s in self.stop) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-
-class _Watched(StoppingCriteria):
-    """Shows the responses so far to somebody, and stops none."""
-
-    def __init__(self, show: Callable[[Sequence[Sequence[int]]], object], prompt_width: int) -> None:
-        self.show = show
-        self.width = prompt_width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.show(input_ids[:, self.width :].tolist())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    def __call__(self, ids: torch.Tensor, prompt_width: int) -> list[bool]:
+        start = max(prompt_width, ids.shape[1] - self.window)
+        texts = [self.renderer.decode(row) for row in ids[:, start:].tolist()]
+        return [any(s in text for s in self.stop) for text in texts]
 
 
 class _VocabularyMask(LogitsProcessor):
@@ -215,39 +176,6 @@ class _VocabularyMask(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.size :] = -torch.inf
         return scores.index_fill_(-1, self.invalid.to(scores.device), -torch.inf)
-
-
-class _Recorder(LogitsProcessor):
-    """Log-prob of every sampled token, without keeping a [steps, rows, vocab] stack: step t's distribution is looked up when step
-    t + 1 shows which token was drawn."""
-
-    def __init__(self, prompt_width: int, *, entropy: bool = False) -> None:
-        self.width = prompt_width
-        self.entropy = entropy
-        self.entropy_columns: list[torch.Tensor] = []
-        self.last: torch.Tensor | None = None
-        self.columns: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._take(input_ids)
-        self.last = scores
-        if self.entropy:
-            self.entropy_columns.append(torch.special.entr(scores.float().softmax(-1)).sum(-1))
-        return scores
-
-    def _take(self, ids: torch.Tensor) -> None:
-        if self.last is not None:
-            drawn = ids[:, self.width + len(self.columns)].unsqueeze(-1)
-            scores = self.last.float()
-            self.columns.append(scores.gather(-1, drawn).squeeze(-1) - scores.logsumexp(-1))
-
-    def entropies(self) -> torch.Tensor:
-        """[rows, steps], nats."""
-        return torch.stack(self.entropy_columns, dim=1)
-
-    def finish(self, ids: torch.Tensor) -> torch.Tensor:
-        self._take(ids)
-        return torch.stack(self.columns, dim=1)
 
 
 @contextmanager

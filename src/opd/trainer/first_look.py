@@ -155,7 +155,7 @@ class FirstLook:
             answers,
             None,
             layout=train.layout,
-            tokens_per_microbatch=train.tokens_per_microbatch,
+            tokens_per_microbatch=train.microbatch,
             pad_id=self.parts.pad_id,
             device=self.parts.student.device,
             keep=keep,
@@ -266,7 +266,7 @@ class FirstLook:
                 teacher,
                 kind,
                 layout=train.layout,
-                tokens_per_microbatch=train.tokens_per_microbatch,
+                tokens_per_microbatch=train.microbatch,
                 pad_id=parts.pad_id,
                 device=parts.student.device,
             )

@@ -15,6 +15,8 @@ from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
 from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes, served_notes
+from opd.doctor.memory import microbatch_tokens
+from opd.doctor.model_shape import shape_of
 from opd.doctor.reading import check_reading, check_text
 from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_weights
 from opd.errors import ConfigError
@@ -125,6 +127,7 @@ class RunComponents:
             loading=loading,
             shown=first,
         )
+        self.config = config = _with_microbatch(config, self.loaded.model)
         self.renderer, self.pad_id = self.loaded.renderer, self.loaded.pad_id
         # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
         said += check_text(self.renderer, "student", everything)
@@ -297,7 +300,7 @@ class RunComponents:
                 vocabulary=self._teachers.vocabulary,
                 pad_id=self.pad_id,
                 name="the reference",
-                tokens_per_batch=config.train.tokens_per_microbatch,
+                tokens_per_batch=config.train.microbatch,
                 layout=config.train.layout,
             )
         return Reinforcement(config.rl, self._training_reward(), reference=reference)
@@ -344,7 +347,7 @@ class RunComponents:
             sampling=sampling,
             extra_temperatures=section.extra_temperatures,
             layout=config.train.layout,
-            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            tokens_per_microbatch=config.train.microbatch,
             pad_id=self.pad_id,
             seed=config.seed,
         )
@@ -361,3 +364,14 @@ class RunComponents:
                 f"student.lora.target_modules='{lora.target_modules}' does not fit {type(model).__name__}: {error} "
                 "Use all-linear, or names such as q_proj,v_proj."
             ) from error
+
+
+def _with_microbatch(config: Config, student: PreTrainedModel) -> Config:
+    """The recipe with the micro-batch that is taken where it leaves that open."""
+    shapes = {name: tuple(p.shape) for name, p in student.named_parameters()}
+    try:
+        shape = shape_of(student.config.get_text_config(), shapes)
+    except (AttributeError, TypeError):  # a config that does not say how large its layers are
+        return replace(config, train=replace(config.train, tokens_per_microbatch=config.train.microbatch))
+    tokens = microbatch_tokens(config, shape, gpu=student.device.type != "cpu")
+    return replace(config, train=replace(config.train, tokens_per_microbatch=tokens))

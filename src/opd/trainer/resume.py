@@ -297,8 +297,12 @@ def described(changes: Mapping[str, Change]) -> str:
 
 
 def continued(config: Config, changes: Mapping[str, Change]) -> tuple[Config, Mapping[str, Change]]:
-    """The recipe to go on with, and how it differs: a warm-up that nobody chose stays that of the first start when the run grows,
-    because to begin it again would take the rate back."""
+    """The recipe to go on with, and how it differs: a micro-batch that the recipe leaves open stays, for the same rounding. A warm-up
+    that nobody chose stays that of the first start when the run grows, because to begin it again would take the rate back."""
+    tokens, left_open = changes.get("train.tokens_per_microbatch", (None, 0))
+    if left_open is None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, tokens_per_microbatch=tokens))
+        changes = {name: change for name, change in changes.items() if name != "train.tokens_per_microbatch"}
     key = "optimizer.warmup_steps"
     if "train.steps" not in changes or key not in changes:
         return config, changes

@@ -101,7 +101,7 @@ class StepScorer:
         self._drop = self._always_dropped = frozenset[str](train.drop)
         self.layout = {
             "layout": train.layout,
-            "tokens_per_microbatch": train.tokens_per_microbatch,
+            "tokens_per_microbatch": train.microbatch,
             "pad_id": pad_id,
             "reduction": objective.reduction,
             "global_count": objective.fixed_count,
