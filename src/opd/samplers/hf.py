@@ -20,7 +20,9 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from opd.data.rendering import Renderer
 from opd.models import context_length
+from opd.ranks import ALONE, Ranks
 from opd.samplers.base import SampledStudent, Sampling, response_end
+from opd.samplers.split import Share, parts_of
 from opd.seeding import derive_seed, seeded
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
@@ -44,9 +46,11 @@ class HfSampler:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
         model_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         record_entropy: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher. `model_context` is
+        """With several `ranks` each draws a share, and every one has all rollouts. `student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher. `model_context` is
         entered around every use (it moves an offloaded model to its device, or disables an adapter)."""
+        self.ranks = ranks
         self.model_context = model_context
         self.record_entropy = record_entropy
         self.model = model
@@ -93,14 +97,15 @@ class HfSampler:
             prompt_ids.append(ids)
         # Neighbours in length share a batch, so that short prompts do not pay for long ones.
         order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
-        rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.batch_size):
-            members = order[start : start + self.batch_size]
-            with seeded(derive_seed(seed, start, "generate"), self.model.device):
-                drawn = self._generate([prompt_ids[i] for i in members])
-            for i, (response, logp, entropy) in zip(members, drawn, strict=True):
-                rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp, entropy)
-        return [rollouts[i] for i in range(len(prompts))]
+        drawn: dict[int, tuple[list[int], list[float], list[float]]] = {}
+        for part in parts_of(len(order), self.batch_size, self.ranks):
+            members = order[part.start : part.stop]
+            share = Share(part, derive_seed(seed, part.batch.start, "generate"), self.model.device)
+            with seeded(share.seed, self.model.device):
+                drawn |= zip(members, self._generate([prompt_ids[i] for i in members], share), strict=True)
+        for part in self.ranks.gather(drawn):
+            drawn |= part
+        return [self._rollout(prompts[i], prompt_ids[i], *drawn[i]) for i in range(len(prompts))]
 
     def _rollout(
         self,
@@ -128,7 +133,9 @@ class HfSampler:
         )
 
     @torch.no_grad()
-    def _generate(self, prompt_ids: Sequence[tuple[int, ...]]) -> list[tuple[list[int], list[float], list[float]]]:
+    def _generate(
+        self, prompt_ids: Sequence[tuple[int, ...]], share: Share
+    ) -> list[tuple[list[int], list[float], list[float]]]:
         """Per row: token ids, their log-probs, and the entropies where they are recorded."""
         device = self.model.device
         width = max(map(len, prompt_ids))
@@ -142,7 +149,7 @@ class HfSampler:
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=self._generation_config(),
-                logits_processor=self._processors(recorder),
+                logits_processor=self._processors(recorder, share),
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
         assert isinstance(output, torch.Tensor)
@@ -162,7 +169,7 @@ class HfSampler:
             pad_token_id=self.pad_id,
         )
 
-    def _processors(self, recorder: _Recorder) -> LogitsProcessorList:
+    def _processors(self, recorder: _Recorder, share: Share) -> LogitsProcessorList:
         processors = LogitsProcessorList([_VocabularyMask(self.vocabulary)])
         if self.sampling.temperature not in (0, 1):
             processors.append(TemperatureLogitsWarper(float(self.sampling.temperature)))
@@ -171,6 +178,8 @@ class HfSampler:
         if self.sampling.top_p < 1:
             processors.append(TopPLogitsWarper(self.sampling.top_p))
         processors.append(recorder)
+        if share.partial and self.sampling.temperature != 0:
+            processors.append(share)
         return processors
 
 
