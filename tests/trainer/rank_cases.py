@@ -156,4 +156,4 @@ def in_forks(world: int, folder: Path, out: Path) -> bool:
 
 if __name__ == "__main__":
     school, results = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.exit(not all([in_forks(int(world), school, results / f"{world}.pt") for world in sys.argv[3:]]))
+    sys.exit(not all(in_forks(int(world), school, results / f"{world}.pt") for world in sys.argv[3:]))

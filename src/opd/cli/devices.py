@@ -75,16 +75,18 @@ def launch(count: int, words: Sequence[str]) -> int:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     until: float | None = None
     told: set[int] = set()
+    killed = False
     while any(process.poll() is None for process in ranks):
         for rank, process in enumerate(ranks):
             if process.returncode is None or rank in told:
                 continue
             told.add(rank)
             until = until or time.monotonic() + GRACE_S
-            if process.returncode < 0:
+            if process.returncode < 0 and not killed:
                 name = signal.Signals(-process.returncode).name
                 print(f"error: rank {rank} was ended by {name}; the others end.", file=sys.stderr, flush=True)
         if until is not None and time.monotonic() > until:
+            killed = True
             for process in ranks:
                 with suppress(ProcessLookupError):
                     process.kill()

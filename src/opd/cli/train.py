@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from opd.cli.devices import launch, split_devices, started_elsewhere
 from opd.errors import ConfigError
-from opd.ranks import Ranks, session
+from opd.ranks import Ranks, ranks_of, session
 
 if TYPE_CHECKING:
     from opd.trainer.loop import Ended
@@ -26,15 +26,15 @@ def run(args: Sequence[str]) -> int:
         print_help(USAGE, args)
         return 0
     devices, words = split_devices(args)
+    if started_elsewhere(os.environ) and len(words) < len(args):
+        raise ConfigError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes, and --devices would start more. Drop --devices, or start without "
+            "torchrun: opd train recipe.yaml --devices N."
+        )
+    if devices > 1 and ranks_of(os.environ)[1] == 1:
+        _check_recipe(words, devices)
+        return launch(devices, args)
     with session() as ranks:
-        if devices > 1 and ranks.alone:
-            _check_recipe(words, devices)
-            return launch(devices, args)
-        if started_elsewhere(os.environ) and len(words) < len(args):
-            raise ConfigError(
-                f"torchrun has started {ranks.world} processes, and --devices would start more. Drop --devices, or start without torchrun: "
-                "opd train recipe.yaml --devices N."
-            )
         return _train(words, args, ranks)
 
 
