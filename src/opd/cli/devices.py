@@ -76,7 +76,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     until: float | None = None
     told: set[int] = set()
     killed = False
-    while any(process.poll() is None for process in ranks):
+    while None in [process.poll() for process in ranks]:
         for rank, process in enumerate(ranks):
             if process.returncode is None or rank in told:
                 continue
