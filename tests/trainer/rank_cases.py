@@ -75,6 +75,7 @@ def recipe(folder: Path, case: dict[str, object]) -> Any:
         "optimizer__max_grad_norm": 0.0,
         "optimizer__warmup_steps": 0,
         "eval__prompts": 6,
+        "prompts__shuffle": False,
     } | case
     several = more.pop("teachers", False)
     values = settings(folder, folder / "run", **more)
