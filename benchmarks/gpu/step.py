@@ -27,9 +27,10 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer
 from opd.trainer import student as student_module
+from opd.trainer.lora import add_lora
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
-from opd.trainer.student import Student, add_lora
+from opd.trainer.student import Student
 from opd.types import Batch, Prompt, Rollout
 
 VOCAB = 151_936

@@ -111,5 +111,9 @@ class ServerChangedError(ServerError):
     """A server holds another model than at the start of the run."""
 
 
+class RankError(OpdError):
+    """A process of several that train together has ended."""
+
+
 class MissingDependencyError(OpdError, ImportError):
     """An optional dependency that the recipe needs and that is not installed."""

@@ -16,7 +16,7 @@ import opd
 
 SOURCE = Path(opd.__file__).parent
 
-GROUND = {"errors", "types", "seeding", "durable"}
+GROUND = {"errors", "types", "seeding", "durable", "ranks"}
 ROOMS = {"teachers", "samplers", "rewards", "data", "reporting", "optim"}
 BELOW_TRAINER = {
     "config",
@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"errors"},
     "seeding": set(),
     "durable": set(),
+    "ranks": {"errors"},
+    "__main__": {"cli"},
     "folders": {"errors"},
     "load_errors": set(),
     "losses": {"types", "errors"},
@@ -76,6 +78,8 @@ CROSS_EDGES = {
     ("samplers", "seeding"): "samples are a pure function of the seed",
     ("samplers", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
     ("optim", "config"): "an optimizer is built from its section",
+    ("samplers", "ranks"): "ranks divide a batch of prompts",
+    ("teachers", "ranks"): "means over the rollouts of all ranks",
     ("demo", "testing"): "the demo's models are the tiny ones",
     ("integrations", "data"): "samples of a run are recorded as text",
     ("integrations", "testing"): "the stand-ins of a dry run are tiny models",

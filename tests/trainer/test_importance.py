@@ -41,7 +41,7 @@ def scored(objective: Hybrid, **more: Any) -> Scored:
         id=0,
     )
     batches = pack([rollout], None, layout="packed", tokens_per_microbatch=100, pad_id=0, **more)
-    return Scored(batches=Batches(batches), objective=objective, metrics={})
+    return Scored(batches=Batches(batches), objective=objective, trained_on=2, metrics={})
 
 
 def corrected(objective: Hybrid, cap: float = 2.0, **more: Any) -> Scored:

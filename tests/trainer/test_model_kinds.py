@@ -28,9 +28,10 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, random_logits, random_rollout, save_model, tiny_causal_lm
 from opd.trainer.evaluate import _mean_over_prompts, _reward_interval
 from opd.trainer.from_config import RunComponents
+from opd.trainer.lora import add_lora
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.run import train
-from opd.trainer.student import Policy, Student, add_lora
+from opd.trainer.student import Policy, Student
 from opd.types import DenseTarget, Prompt
 from worlds import settings
 

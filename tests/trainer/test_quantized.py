@@ -21,7 +21,7 @@ from opd.quantized import METHODS, merged_plain, quantization_options, written_o
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer import train
 from opd.trainer.load_models import load_model
-from opd.trainer.student import add_lora
+from opd.trainer.lora import add_lora
 from worlds import make_world, settings
 
 pytestmark = pytest.mark.timeout(300)

@@ -19,7 +19,7 @@ zsh    echo 'source <(opd completion zsh)' >> ~/.zshrc        (after compinit)
 fish   opd completion fish > ~/.config/fish/completions/opd.fish""",
 )
 WITHOUT_TABLE: Mapping[str, tuple[str, ...]] = {
-    "train": ("--resume", "--overwrite"),
+    "train": ("--resume", "--overwrite", "--devices"),
     "demo": ("--resume", "--overwrite"),
     "rollouts": ("--out", "--overwrite"),
     "check": (),

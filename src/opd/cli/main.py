@@ -24,7 +24,7 @@ GROUPS = {
         "doctor": "can this recipe work on this machine? opd doctor [RECIPE.yaml] [--json]; the verl plugin: opd doctor verl",
     },
     "train": {
-        "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--section.key value …]",
+        "train": "distil a student: opd train RECIPE.yaml [--resume | --overwrite] [--devices N] [--section.key value …]",
         "rollouts": "draw and score the student's rollouts once, to train on them: opd rollouts RECIPE.yaml --out DIR",
         "serve-teacher": "a frozen model for students on other machines: opd serve-teacher MODEL [--host HOST --port PORT …]",
         "verl": "try a verl config on this machine's CPU: opd verl smoke [--steps N] [--timeout S] <verl overrides>",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opd.cli.devices import launch, split_devices, started_elsewhere
 from opd.errors import ConfigError
+from opd.ranks import Ranks, ranks_of, session
 
 if TYPE_CHECKING:
     from opd.trainer.loop import Ended
 
-USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--debug] [--section.key value …]"
+USAGE = "opd train RECIPE.yaml [--resume | --overwrite] [--devices N] [--debug] [--section.key value …]"
 STOPPED_BY_RULE = 3
 """Exit code of a run that a rule of the section guard ended; its checkpoint, student and report are there."""
 
@@ -22,14 +25,43 @@ def run(args: Sequence[str]) -> int:
     if "-h" in args or "--help" in args:
         print_help(USAGE, args)
         return 0
-    recipe, resume, overwrite, overrides = split_arguments(args)
+    devices, words = split_devices(args)
+    if started_elsewhere(os.environ) and len(words) < len(args):
+        raise ConfigError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes, and --devices would start more. Drop --devices, or start without "
+            "torchrun: opd train recipe.yaml --devices N."
+        )
+    if devices > 1 and ranks_of(os.environ)[1] == 1:
+        _check_recipe(words, devices)
+        return launch(devices, args)
+    with session() as ranks:
+        return _train(words, args, ranks)
+
+
+def _check_recipe(words: Sequence[str], devices: int) -> None:
+    """Refuse, before a process is started, what can be refused without torch."""
+    from opd.config.ranks import check_ranks
+    from opd.config.recipe import check, words_of
+    from opd.doctor.paths import check_paths
+
+    recipe, _, _, overrides = split_arguments(words)
+    settings = check(words_of(recipe, overrides))
+    check_ranks(settings, devices)
+    check_paths(settings)
+
+
+def _train(words: Sequence[str], args: Sequence[str], ranks: Ranks) -> int:
+    """Train on the recipe of `words`, as one of `ranks`. Only rank 0 returns, and only it prints."""
+    recipe, resume, overwrite, overrides = split_arguments(words)
     from opd.cli.banner import show_banner, show_checks
+    from opd.config.ranks import check_ranks
     from opd.config.recipe import check, words_of
     from opd.doctor.paths import check_paths
 
     settings = check(words_of(recipe, overrides))
+    check_ranks(settings, ranks.world)
     check_paths(settings)  # before torch, which takes seconds to import
-    announced = show_banner(settings)
+    announced = ranks.first and show_banner(settings)
     import torch  # noqa: F401  # so that transformers is imported with it
 
     said = show_checks(settings) if announced else frozenset[str]()
@@ -38,12 +70,17 @@ def run(args: Sequence[str]) -> int:
     from opd.cli.show import show_result
     from opd.config.whole import whole_config
     from opd.trainer.distiller import Distiller
+    from opd.trainer.follow import check_together, follow
     from opd.trainer.launch import Launch
 
     disable_progress_bar()  # loading and saving take a moment; downloads keep theirs
+    if not ranks.alone:
+        check_together(settings, ranks)
+    if not ranks.first:
+        follow(ranks)
     config = whole_config(settings)
-    launch = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced, said=said)
-    trained = Distiller.from_config(config, launch=launch).train(resume=resume, overwrite=overwrite)
+    start = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced, said=said)
+    trained = Distiller.from_config(config, launch=start, ranks=ranks).train(resume=resume, overwrite=overwrite)
     show_result(config, trained.summary)
     if trained.hub:
         print(trained.hub)
@@ -93,6 +130,7 @@ def print_help(usage: str, args: Sequence[str] = ()) -> None:
 MORE_HELP = """--help SECTION  the keys of one section, e.g. --help optimizer, --help rollout.vllm
 --resume      continue the run in run_dir from its last checkpoint; changed settings are printed and kept in history.jsonl
 --overwrite   delete the run in run_dir and start again; a link is deleted, its target kept
+--devices N   train in N processes, one for each GPU of this machine, as torchrun --nproc-per-node N -m opd train does
 --debug       show the traceback of an error
 --student.chat_template_kwargs.NAME VALUE, --teacher.chat_template_kwargs.NAME VALUE
               arguments of each model's chat template, e.g. --student.chat_template_kwargs.enable_thinking false

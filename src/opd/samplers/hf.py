@@ -13,9 +13,11 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from opd.data.rendering import Renderer
 from opd.models import context_length
+from opd.ranks import ALONE, Ranks
 from opd.samplers.base import SampledStudent, Sampling, response_end
 from opd.samplers.drawing import Draw, uniform_numbers
 from opd.samplers.generation import Generator, Row
+from opd.samplers.split import parts_of
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.types import Prompt, Rollout, RolloutSource
 
@@ -38,9 +40,11 @@ class HfSampler:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
         model_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         record_entropy: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher. `model_context` is
+        """With several `ranks` each draws a share, and every one has all rollouts. `student_renderer` renders the prompt kept in the rollout when the model that samples is the teacher. `model_context` is
         entered around every use (it moves an offloaded model to its device, or disables an adapter)."""
+        self.ranks = ranks
         self.model_context = model_context
         self.record_entropy = record_entropy
         self.model = model
@@ -87,15 +91,15 @@ class HfSampler:
             prompt_ids.append(ids)
         # Neighbours in length share a batch, so that short prompts do not pay for long ones.
         order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
-        rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.batch_size):
-            members = order[start : start + self.batch_size]
-            greedy = self.sampling.temperature == 0
+        drawn: dict[int, Row] = {}
+        greedy = self.sampling.temperature == 0
+        for part in parts_of(len(order), self.batch_size, self.ranks):
+            members = order[part.start : part.stop]
             uniforms = None if greedy else uniform_numbers(seed, members, self.sampling.max_new_tokens)
-            drawn = self._generate([prompt_ids[i] for i in members], uniforms)
-            for i, (response, logp, entropy) in zip(members, drawn, strict=True):
-                rollouts[i] = self._rollout(prompts[i], prompt_ids[i], response, logp, entropy)
-        return [rollouts[i] for i in range(len(prompts))]
+            drawn |= zip(members, self._generate([prompt_ids[i] for i in members], uniforms), strict=True)
+        for others in self.ranks.gather(drawn):
+            drawn |= others
+        return [self._rollout(prompts[i], prompt_ids[i], *drawn[i]) for i in range(len(prompts))]
 
     def _rollout(
         self,

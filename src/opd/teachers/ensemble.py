@@ -12,6 +12,7 @@ import torch
 from opd.data.rows import lookup
 from opd.errors import DataError, ObjectiveError
 from opd.losses import WEIGHT_SUM_TOLERANCE, Objective
+from opd.ranks import ALONE, Ranks
 from opd.teachers.base import Teacher
 from opd.teachers.local import sampled_logp
 from opd.teachers.vocabulary import VocabularyMatch
@@ -165,20 +166,22 @@ class Ensemble:
         """Nothing to do: members take turns, and each enters its own."""
         return nullcontext()
 
-    def member_metrics(self, rollouts: Sequence[Rollout], batches: Sequence[Batch]) -> dict[str, float]:
+    def member_metrics(
+        self, rollouts: Sequence[Rollout], batches: Sequence[Batch] | None, ranks: Ranks = ALONE
+    ) -> dict[str, float]:
         """Per-member metrics: token share (routing) or mean mixture weight, plus a reverse-KL estimate for mixtures whose targets are in
-        `batches`. With routing, the update itself measures each member."""
+        the `batches` of every rank (None: of none). With routing, the update itself measures each member."""
         if self.mixture == "routing":
             tokens, groups = sum(len(r.response_ids) for r in rollouts), self.groups(rollouts)
             own = {n: sum(len(rollouts[i].response_ids) for i in groups.get(n, ())) for n in self.members}
             return {f"teacher/{name}/share": count / tokens for name, count in own.items()}
         given = [self.weights_of(r.prompt) for r in rollouts]
         found = {f"teacher/{n}/weight": sum(w[i] for w in given) / len(given) for i, n in enumerate(self.members)}
-        for index, name in enumerate(self.members if batches else ()):
-            found |= self._distance(index, name, batches)
+        for index, name in enumerate(() if batches is None else self.members):
+            found |= self._distance(index, name, batches or (), ranks)
         return found
 
-    def _distance(self, index: int, name: str, batches: Sequence[Batch]) -> dict[str, float]:
+    def _distance(self, index: int, name: str, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
         """Mean log-prob (nats) that a member gives the sampled tokens, at one product with its head; and, where the sampler's is
         known, their difference, which estimates the reverse KL to that member."""
         logps, gaps = [], []
@@ -188,6 +191,9 @@ class Ensemble:
             logps.append(logp)
             if batch.sampler_logp is not None:
                 gaps.append(batch.sampler_logp - logp)
+        parts = ranks.gather(([logp.cpu().numpy() for logp in logps], [gap.cpu().numpy() for gap in gaps]))
+        if not ranks.alone:
+            logps, gaps = ([torch.from_numpy(one) for part in parts for one in part[kind]] for kind in (0, 1))
         found = {f"teacher/{name}/teacher_logp": float(torch.cat(logps).mean())}
         if len(gaps) == len(logps):
             found[f"teacher/{name}/reverse_kl_estimate"] = float(torch.cat(gaps).mean())

@@ -14,6 +14,7 @@ from opd.config import Config, TeacherConfig
 from opd.config.run import teacher_key
 from opd.doctor.alignment import SHIFTED, Scores, scoring_kind
 from opd.errors import ModelError, OpdError, ServerChangedError
+from opd.ranks import ALONE, Ranks
 from opd.teachers.base import Teacher
 from opd.teachers.cache import CachedTeacher
 from opd.teachers.exact_server import ExactServerTeacher
@@ -55,8 +56,11 @@ class Canary:
     """Looks at every frozen teacher of a run: models in this process and behind servers. Teachers of another class are not looked at,
     since what they would say to a text that nobody sampled is not known."""
 
-    def __init__(self, config: Config, members: Mapping[str, Teacher], prompts: Sequence[Prompt]) -> None:
-        """Nothing is asked yet."""
+    def __init__(
+        self, config: Config, members: Mapping[str, Teacher], prompts: Sequence[Prompt], ranks: Ranks = ALONE
+    ) -> None:
+        """Nothing is asked yet. Every rank looks at its own copy of a teacher, and all hear of the worst."""
+        self.ranks = ranks
         self.rule = config.guard.canary
         self._watched: list[_Watched] = []
         self._broken = 0
@@ -82,7 +86,7 @@ class Canary:
             found = score()
             reading = self._look(step)
         except ServerChangedError as error:
-            if self.rule.action != "stop":
+            if self.rule.action != "stop" or not self.ranks.alone:
                 raise  # there are no scores to go on with
             reading = Reading(value=self.rule.threshold, facts=str(error), causes="canary served")
             raise TeacherMoved(reading) from error
@@ -97,6 +101,7 @@ class Canary:
             if one.due(step) or (self._broken and one.started):
                 reading = one.look()
                 seen += [] if quiet and reading.value < self.rule.threshold else [reading]
+        seen = [reading for found in self.ranks.gather(seen) for reading in found]
         if not seen:
             return None
         worst = max(seen, key=lambda reading: reading.value)

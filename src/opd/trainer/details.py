@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from opd.kernels.views import by_sequence
+from opd.ranks import Ranks
 from opd.teachers.base import Teacher
 from opd.types import Batch, ModelView, Rollout, TokenViews
 
@@ -31,6 +32,13 @@ class ViewCollector:
         chosen = torch.tensor(members, device=batch.sequence_index.device)
         rows = torch.isin(batch.sequence_index, chosen).nonzero().squeeze(-1)
         return rows if len(rows) else None
+
+    def of_all(self, ranks: Ranks) -> Mapping[int, TokenViews]:
+        """By `Rollout.id`, the views that any rank has taken."""
+        whole: dict[int, TokenViews] = {}
+        for found in ranks.gather(self.found):
+            whole |= found
+        return whole
 
     def add(self, batch: Batch, rows: torch.Tensor, views: Views) -> None:
         """Take the views of those rows of the batch."""

@@ -14,6 +14,7 @@ from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
 from opd.quantized import merged
+from opd.ranks import ALONE, Ranks
 from opd.reporting.loading import Loading
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.from_objects import config_and_given
@@ -130,8 +131,10 @@ class Distiller:
         *,
         callbacks: Callback | Sequence[Callback] = (),
         launch: Launch | None = None,
+        ranks: Ranks = ALONE,
     ) -> Distiller:
-        """A Distiller of a recipe: a Config, or the dict that would make one. `launch` is what about.json will say of how it started."""
+        """A Distiller of a recipe: a Config, or the dict that would make one. `launch` is what about.json will say of how it started;
+        `ranks` are processes that train together, of which this is rank 0."""
         if isinstance(config, Mapping):
             config = build(config)
         if not isinstance(config, Config):
@@ -140,7 +143,7 @@ class Distiller:
                 "opd.config.recipe.load(PATH)."
             )
         distiller = cls.__new__(cls)
-        distiller._set_up(config, Given(), callbacks)
+        distiller._set_up(config, Given(ranks=ranks), callbacks)
         distiller._launch = launch or distiller._launch
         return distiller
 
@@ -164,6 +167,7 @@ class Distiller:
 
     def _build(self, config: Config, loading: Loading | None = None) -> RunComponents:
         if self._components is None:
+            self._given.ranks.gather(config)
             self._components = RunComponents(config, self._given, loading)
         return self._components
 
@@ -187,6 +191,7 @@ class Distiller:
             overwrite=overwrite,
             callbacks=self.callbacks,
             launch=self._launch,
+            ranks=self._given.ranks,
         )
         self._trained = run.student
         return run

@@ -11,6 +11,7 @@ import torch
 
 from opd.data.pack import Layout
 from opd.losses import Objective
+from opd.ranks import ALONE, Ranks
 from opd.reporting.intervals import mean_interval, wilson_interval
 from opd.rewards import Scorer
 from opd.samplers.base import AdjustableSampler, Sampling, draw
@@ -60,6 +61,8 @@ class Evaluator:
     tokens_per_microbatch: int
     pad_id: int
     seed: int
+    ranks: Ranks = ALONE
+    """They divide the prompts; every one has the whole evaluation."""
     watched: int = 0
     """Number of rollouts, the first ones, whose views are kept."""
     measure: str
@@ -96,9 +99,8 @@ class Evaluator:
         metrics["time/eval"] = time.perf_counter() - began
         kl = nats.get("reverse_kl", [[] for _ in rollouts])
         drawn = list(zip(rollouts, kl, rewards, strict=True))
-        return Evaluation(
-            metrics=metrics, intervals=intervals, rollouts=drawn, per_prompt=per_prompt, views=watch.found
-        )
+        views = watch.of_all(self.ranks)
+        return Evaluation(metrics=metrics, intervals=intervals, rollouts=drawn, per_prompt=per_prompt, views=views)
 
     def _per_prompt(self, values: list[float]) -> list[float]:
         return _means_of_groups(values, self.samples_per_prompt)
@@ -132,8 +134,9 @@ class Evaluator:
         """Each of `DISTANCES`, per rollout, per response token."""
         assert teacher.exact_kind is not None
         objective = Objective(teacher_logp_floor=self.teacher_logp_floor)
+        mine = self.ranks.share([len(r.prompt_ids) + len(r.response_ids) for r in rollouts])
         metrics = token_metrics(
-            rollouts,
+            [rollouts[i] for i in mine],
             model,
             teacher,
             teacher.exact_kind,
@@ -143,6 +146,7 @@ class Evaluator:
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_id=self.pad_id,
         )
+        metrics = metrics.of_all(self.ranks)
         found = {name: metrics_by_rollout(metrics, name, rollouts) for name in DISTANCES}
         return {name: rows for name, rows in found.items() if all(rows)}
 

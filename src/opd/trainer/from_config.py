@@ -22,6 +22,7 @@ from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_wei
 from opd.errors import ConfigError
 from opd.models import saved_dtype
 from opd.quantized import check_trainable
+from opd.ranks import ALONE, Ranks
 from opd.reporting.loading import Loading
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
@@ -43,12 +44,14 @@ from opd.trainer.fingerprints import (
 )
 from opd.trainer.importance import EngineCorrection, correction_note, engine_correction
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
+from opd.trainer.lora import add_lora
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.rollout_engine import make_vllm_sampler
 from opd.trainer.scoring import StepScorer
 from opd.trainer.served import check_context, served_fingerprints
-from opd.trainer.student import Policy, Student, add_lora, no_teacher
+from opd.trainer.student import Policy, Student, no_teacher
 from opd.trainer.teacher_set import TeacherSet, build_teachers
+from opd.trainer.together import FirstRankScorer, check_same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,16 @@ class Given:
     sampler: Sampler | None = None
     draws_kept: bool = False
     """Rollouts are drawn that rollout.source=cached will take."""
+    ranks: Ranks = ALONE
+    """The processes that train together."""
 
     def reward(self, name: str, config: RewardConfig) -> Scorer:
         """The reward of this name or description, called as the recipe says. Raises ConfigError."""
-        return Scorer(
-            reward=self.rewards.get(name) or load_reward(name), timeout=config.timeout, on_error=config.on_error
+        return FirstRankScorer(
+            reward=self.rewards.get(name) or load_reward(name),
+            timeout=config.timeout,
+            on_error=config.on_error,
+            ranks=self.ranks,
         )
 
 
@@ -76,6 +84,8 @@ class RunComponents:
     """Everything a run needs: loaded in the order in which it can be refused, checked against each other, and connected."""
 
     config: Config
+    ranks: Ranks
+    """The processes that train together; they have the same components."""
     student: Student
     sampler: Sampler
     """Draws the rollouts of training."""
@@ -112,6 +122,7 @@ class RunComponents:
         """Raises the OpdError of whatever does not fit; nothing has been trained by then. `loading` is told what is loaded."""
         self.config = config
         self._given = given = given or Given()
+        self.ranks = given.ranks
         said = self._load_prompts()
         everything = [*self._prompts, *self._held_out]
         check_rows(config, self._prompts, self._held_out)
@@ -147,6 +158,7 @@ class RunComponents:
         said += check_agreement(config, everything, self.loaded, readers, first_weights)
         said += left_out_notices(one.renderer.chat for one in (self.loaded, *readers.values()))
         self.fingerprints = self._fingerprints(first_weights)
+        check_same(self.ranks, self.fingerprints, "Ranks that train together have loaded other inputs")
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
         saved = [] if given.student else saved_notes(config.student, self.loaded.model, config.save.dtype)
@@ -175,10 +187,11 @@ class RunComponents:
             rewards=self._training_reward() if "correct" in config.train.drop else None,
             pad_id=self.pad_id,
             device=self.student.device,
+            ranks=self.ranks,
         )
-        self.canary = Canary(config, teachers.members, self._prompts)
+        self.canary = Canary(config, teachers.members, self._prompts, self.ranks)
         self.sampler = self._sampler(self._kept_rollouts() or self._given.sampler or self.student_sampler)
-        self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id)
+        self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id, ranks=self.ranks)
         self.teacher_policy = teachers.policy()
         order = derive_seed(config.seed, 0, "prompts")
         self.schedule = PromptSchedule(self._prompts, seed=order, shuffle=config.prompts.shuffle)
@@ -205,6 +218,7 @@ class RunComponents:
             model=self._model,
             autocast=self.student.autocast,
             record_entropy=config.train.token_fraction < 1,
+            ranks=self.ranks,
         )
 
     def _student(self) -> Student:
@@ -224,6 +238,7 @@ class RunComponents:
             and rollout.source == "live",
             teacher_logits=no_teacher if teacher is None else teacher.logits,
             ema=self._teachers.ema,
+            ranks=self.ranks,
         )
 
     def _sampler(self, on_policy: Sampler) -> Sampler:
@@ -233,7 +248,7 @@ class RunComponents:
             return on_policy
         off_policy: Sampler | None = DatasetResponses(loaded.renderer, rollout.max_new_tokens, eos_ids=loaded.eos)
         if rollout.off_policy == "teacher":
-            off_policy = self._teachers.sampler(rollout, loaded.pad_id, student=loaded)
+            off_policy = self._teachers.sampler(rollout, loaded.pad_id, student=loaded, ranks=self.ranks)
         if off_policy is None:
             raise ConfigError(
                 "rollout.off_policy=teacher draws samples from the teacher, and a teacher object of your own is no model that could draw "
@@ -303,7 +318,7 @@ class RunComponents:
                 tokens_per_batch=config.train.microbatch,
                 layout=config.train.layout,
             )
-        return Reinforcement(config.rl, self._training_reward(), reference=reference)
+        return Reinforcement(config.rl, self._training_reward(), reference=reference, ranks=self.ranks)
 
     def _training_reward(self) -> Scorer:
         config = self.config
@@ -350,6 +365,7 @@ class RunComponents:
             tokens_per_microbatch=config.train.microbatch,
             pad_id=self.pad_id,
             seed=config.seed,
+            ranks=self.ranks,
         )
 
     def _trainable(self) -> PreTrainedModel:

@@ -50,17 +50,24 @@ def check_loss(per_token: torch.Tensor, batch: Batch, objective: Objective) -> N
     )
 
 
-def check_gradient(batches: Sequence[Batch], is_finite: Callable[[Batch], bool]) -> None:
-    """The gradient is known to be bad: raises NonFiniteError naming the first sample whose own gradient is."""
+def bad_gradient(batches: Sequence[Batch], is_finite: Callable[[Batch], bool]) -> str | None:
+    """The gradient is known to be bad: the first sample, in words, whose own gradient is; None where that of every one is finite."""
     for batch in batches:
         for index, rollout in enumerate(batch.rollouts):
             if not is_finite(one_rollout(batch, index)):
-                raise NonFiniteError(
-                    f"The loss is finite but its gradient is not, first in {_describe(rollout)}. The weights were not changed. "
-                    "Lower optimizer.lr or use train.autocast=none, and resume from the last checkpoint; or drop the sample and begin a "
-                    "new run."
-                )
-    raise NonFiniteError(
+                return _describe(rollout)
+    return None
+
+
+def gradient_error(sample: str | None) -> NonFiniteError:
+    """The error for a gradient that is not finite, by what `bad_gradient` found."""
+    if sample is not None:
+        return NonFiniteError(
+            f"The loss is finite but its gradient is not, first in {sample}. The weights were not changed. "
+            "Lower optimizer.lr or use train.autocast=none, and resume from the last checkpoint; or drop the sample and begin a "
+            "new run."
+        )
+    return NonFiniteError(
         "The gradient of the batch is not finite though that of every sample is: the sum overflowed. The weights were not "
         "changed. Use float32 weights (student.dtype=float32) or smaller steps."
     )

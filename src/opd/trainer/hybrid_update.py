@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from opd.losses import NO_SPREAD, Hybrid, TokenLoss, combine_advantages
+from opd.ranks import ALONE, Ranks
 from opd.types import Batch
 
 LossOf = Callable[[Batch, Hybrid], tuple[torch.Tensor, TokenLoss]]
@@ -25,18 +26,18 @@ class Preview:
 
 
 @torch.no_grad()
-def preview(loss_of: LossOf, batches: Sequence[Batch], hybrid: Hybrid) -> Preview:
+def preview(loss_of: LossOf, batches: Sequence[Batch], hybrid: Hybrid, ranks: Ranks = ALONE) -> Preview:
     """The distillation term over the whole batch, before the update: its spread, and the advantages that it delivers.
 
-    The spread is that of all micro-batches together, so that how they are cut changes nothing.
+    The spread is that of all micro-batches of all ranks together, so that how they are cut changes nothing.
     """
     # Seen from the student itself the ratio is 1 and cannot be clipped: the loss is −advantage.
     alone = Hybrid(distill=replace(hybrid.distill, clip_range=None))
     # Whole logits are not kept: `batches` may make them anew when they are used.
     losses = [(replace(batch, target=None), loss_of(replace(batch, sampler_logp=None), alone)[1]) for batch in batches]
     counted = [batch.token_weights != 0 for batch, _ in losses]
-    distill = _spread([out.loss[kept] for (_, out), kept in zip(losses, counted, strict=True)])
-    rl = _spread([_advantages(batch)[kept] for (batch, _), kept in zip(losses, counted, strict=True)])
+    distill = _spread([out.loss[kept] for (_, out), kept in zip(losses, counted, strict=True)], ranks)
+    rl = _spread([_advantages(batch)[kept] for (batch, _), kept in zip(losses, counted, strict=True)], ranks)
     metrics = {"rl/advantage_std": rl, "rl/distill_std": distill}
     if hybrid.combine == "losses":
         objective = replace(
@@ -79,6 +80,7 @@ def _divisor(spread: float) -> float:
     return spread if spread > NO_SPREAD else 1.0
 
 
-def _spread(parts: Sequence[torch.Tensor]) -> float:
-    values = torch.cat([part.double() for part in parts])
+def _spread(parts: Sequence[torch.Tensor], ranks: Ranks) -> float:
+    own = torch.cat([part.double() for part in parts] or [torch.empty(0, dtype=torch.float64)])
+    values = own if ranks.alone else torch.cat([torch.from_numpy(v) for v in ranks.gather(own.cpu().numpy())])
     return float(values.std(correction=0)) if len(values) else 0.0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_S = 5.0  # torchrun sends its processes the signal that a terminal has sent them already
 LEFT_TO_PYTHON = (signal.SIG_DFL, signal.default_int_handler)
 """Handlers that are replaced, beside those that say so by an attribute `gives_way`, which is the command line's. A program's own
 handler, and an ignored signal (nohup), stay."""
@@ -49,8 +51,11 @@ class StopRequest:
     Outside `whole_steps`, and inside `at_once`, the first signal raises Interrupted where it arrives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, echo_s: float = 0.0) -> None:
+        """A second signal within `echo_s` seconds is taken for the first one's echo."""
+        self.echo_s = echo_s
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         self.second = False
         self._at_once = True
         self._before: dict[signal.Signals, Any] = {}
@@ -69,9 +74,11 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
+            if time.monotonic() - self._since < self.echo_s:
+                return
             self.second = True
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.signal, self._since = signal.Signals(number), time.monotonic()
         if self._at_once:
             raise Interrupted
         # Not print: this may be in the middle of one.

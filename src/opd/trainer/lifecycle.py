@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config, LogConfig
 from opd.config.recipe import to_dict
 from opd.errors import MissingDependencyError, OpdError, RunFolderError
+from opd.ranks import ALONE, Ranks
 from opd.remote.secrets import settings_without_secrets
 from opd.reporting.about import read_about, write_about
 from opd.reporting.banner import banner, show
@@ -31,7 +32,7 @@ from opd.trainer.checkpoint import checkpoints, load_checkpoint, version_of
 from opd.trainer.fingerprints import check_same_inputs
 from opd.trainer.from_config import RunComponents
 from opd.trainer.guard import Guard
-from opd.trainer.interrupts import RunStopped, StopRequest
+from opd.trainer.interrupts import ECHO_S, RunStopped, StopRequest
 from opd.trainer.launch import Launch, about_run, memory_words, versions
 from opd.trainer.loop import Callback, Ended, TrainingLoop
 from opd.trainer.records import summarize
@@ -77,9 +78,14 @@ def run_in_folder(
     overwrite: bool,
     callbacks: Sequence[Callback] = (),
     launch: Launch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
-    """Train in `config.run_dir`, which is checked before anything is built. Raises OpdError, and RunStopped after a signal."""
-    with StopRequest() as stop, open_run(config, resume=resume, overwrite=overwrite) as folder:
+    """Train in `config.run_dir`, which is checked before anything is built. Raises OpdError, and RunStopped after a signal. `ranks` are
+    processes that train together, of which this is rank 0."""
+    with (
+        StopRequest(echo_s=0.0 if ranks.alone else ECHO_S) as stop,
+        open_run(config, resume=resume, overwrite=overwrite) as folder,
+    ):
         launch, before = launch or Launch(), BeforeTheRun(folder.path, replaces=overwrite and bool(folder.taken_by()))
         try:
             config, folder.changes = continued(config, folder.changes)
@@ -90,6 +96,7 @@ def run_in_folder(
             with Loading(enabled=config.log.progress) as loading:
                 components = build(config, loading)
                 start = _restore(folder, components) if resume else None
+                ranks.gather(None if start is None else checkpoints(folder.checkpoints)[-1])
             resumed = _resumed(folder, start, config) if resume else []
             return _train(components, folder, stop, callbacks, start, resumed, launch)
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from opd.seeding import derive_seed
 from opd.tokenizer import load_tokenizer
 from opd.trainer.checkpoint import load_trained_weights
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model
-from opd.trainer.student import add_lora
+from opd.trainer.lora import add_lora
 
 
 def load_trained(settings: RunSettings, checkpoint: Path | None, loading: Loading) -> LoadedModel:

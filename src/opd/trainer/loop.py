@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from opd.config import Config
-from opd.errors import DataError, OpdError, OutOfMemoryError, ServerError
+from opd.errors import DataError, OpdError, OutOfMemoryError, RankError, ServerError
 from opd.reporting.findings import cut_off
 from opd.reporting.guarded import Onset, write_onsets
 from opd.reporting.progress import Progress, TrainingPhase
@@ -27,6 +27,7 @@ from opd.trainer.run_state import RunState
 from opd.trainer.scoring import Scored
 from opd.trainer.show_sample import show_sample
 from opd.trainer.start_kl import StartKl
+from opd.trainer.together import Evaluate, TakeStep
 from opd.types import LossOutput, Rollout
 
 Callback = Callable[[dict[str, float]], object]
@@ -67,7 +68,7 @@ def take_step(
     with clock.phase("update"):
         scored = scored if correction is None else correction.corrected(student, scored)
         watched = recorded(rollouts, step, components.config.log)
-        out = student.update(scored.batches, scored.objective, watched) if scored.batches else no_update(student)
+        out = student.update(scored.batches, scored.objective, watched) if scored.trained_on else no_update(student)
     if correction is not None:
         correction.check({**out.metrics, **scored.metrics})
     seen = {} if canary is None else {"canary": canary.value}
@@ -122,6 +123,7 @@ class TrainingLoop:
         self.state.running(student.version)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
+            self.components.ranks.gather(TakeStep(step=step, dropping=frozenset(self.guard.dropping)))
             try:
                 done = take_step(self.components, step, self.progress.phase, self.saved_on_error, self.start_kl)
             except TeacherMoved as moved:
@@ -196,11 +198,11 @@ class TrainingLoop:
 
     @contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Saves what was trained before a signal, a failing reward or server, or exhausted memory ends the run where no weight moves, so
+        """Saves what was trained before a signal, a failing reward or server, a lost rank, or exhausted memory ends the run where no weight moves, so
         that it resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
         try:
             yield
-        except (Interrupted, DataError, OutOfMemoryError, ServerError):
+        except (Interrupted, DataError, OutOfMemoryError, RankError, ServerError):
             done = checkpoints(self.folder.checkpoints)
             if self.components.student.version > (version_of(done[-1]) if done else 0):
                 self.save()
@@ -226,22 +228,31 @@ class TrainingLoop:
         elif evaluation_due(self.config, version) and not any(r.who == "student" and r.step == version for r in done):
             self.evaluate(first=False)
 
+    @contextmanager
+    def _cut_short(self) -> Iterator[None]:
+        self.stop.check()
+        with self.stop.at_once() if self.components.ranks.alone else nullcontext():
+            yield
+
     def evaluate(self, *, first: bool, last: bool = False) -> None:
-        """Held-out evaluation of the student, and of the teacher before the first step. A signal cuts it short: no weight moves."""
+        """Held-out evaluation of the student, and of the teacher before the first step. A signal cuts it short, but for several ranks, which
+        answer each other: no weight moves."""
         parts, progress, config = self.components, self.progress, self.config
         if parts.evaluator is None:
             return
         version = parts.student.version
         with memory_advice("eval"):
             progress.phase("eval")
-            with self.stop.at_once():
+            with self._cut_short():
                 extra = first or last or version == config.train.steps
+                parts.ranks.gather(Evaluate(who="student", extra=extra))
                 student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
             measured = (parts.renderer, config.log, parts.evaluator.measure, parts.teacher)
             record_evaluation(self.run, version, "student", student, *measured)
             teacher = None
             if first and parts.teacher is not None and parts.teacher_sampler is not None:
-                with self.stop.at_once(), parts.teacher.context():
+                with self._cut_short(), parts.teacher.context():
+                    parts.ranks.gather(Evaluate(who="teacher", extra=True))
                     teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
                 record_evaluation(self.run, version, "teacher", teacher, *measured)
                 self.guard.compare_with(teacher.metrics)

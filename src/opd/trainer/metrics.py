@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from opd.losses import TokenLoss
+from opd.ranks import Ranks
 from opd.types import Batch, Rollout
 
 POLICY_MEANS = ("policy_loss", "clipped")
@@ -46,6 +47,20 @@ class TokenMetrics:
         self._values.extend(
             {name: column[i] for name, column in zip(values, columns, strict=True)} for i in range(len(sizes))
         )
+
+    def of_all(self, ranks: Ranks) -> TokenMetrics:
+        """Those of the micro-batches of every rank."""
+        if ranks.alone:
+            return self
+        whole = TokenMetrics(plain_sampling=self._plain_sampling)
+        # As numpy arrays: a tensor that is a view would take its whole storage along.
+        values = [{name: value.numpy() for name, value in one.items()} for one in self._values]
+        for rollouts, theirs, clamped, partial in ranks.gather((self._rollouts, values, self._clamped, self._partial)):
+            whole._rollouts += rollouts
+            whole._values += [{name: torch.from_numpy(value) for name, value in one.items()} for one in theirs]
+            whole._clamped += clamped
+            whole._partial |= partial
+        return whole
 
     def per_rollout(self, name: str) -> list[tuple[Rollout, torch.Tensor]]:
         """The per-token values of one metric beside their rollouts; empty where the target could not tell, or not for every token."""

@@ -10,6 +10,7 @@ import torch
 
 from opd.config import RlConfig
 from opd.losses import group_relative_advantage, leave_one_out_advantage
+from opd.ranks import ALONE, Ranks
 from opd.rewards import Scorer
 from opd.teachers.base import Teacher
 from opd.types import Rollout, SampledTarget
@@ -34,10 +35,11 @@ class Advantages:
 class Reinforcement:
     """Turns rewards into advantages: the comparison within a group, and the penalty for leaving the reference, if there is one."""
 
-    def __init__(self, config: RlConfig, scorer: Scorer, *, reference: Teacher | None) -> None:
+    def __init__(self, config: RlConfig, scorer: Scorer, *, reference: Teacher | None, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.scorer = scorer
         self.reference = reference
+        self.ranks = ranks
 
     def advantages(self, rollouts: Sequence[Rollout]) -> Advantages:
         """Rewards are compared among the rollouts of one `group`."""
@@ -65,7 +67,8 @@ class Reinforcement:
             torch.full((len(r.response_ids),), float(a)) for r, a in zip(rollouts, per_sequence.tolist(), strict=True)
         ]
         if self.reference is not None:
-            gaps = self._gaps(rollouts, self.reference)
+            reference, costs = self.reference, [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+            gaps = self.ranks.each(costs, lambda mine: self._gaps([rollouts[i] for i in mine], reference))
             metrics["rl/reference_kl"] = float(torch.cat(gaps).mean())
             per_token = [a - self.config.reference_kl * gap for a, gap in zip(per_token, gaps, strict=True)]
         return Advantages(per_token=tuple(per_token), rewards=scores.values, metrics=metrics, notes=tuple(notes))

@@ -53,6 +53,7 @@ EFFECTS: dict[str, Effect] = {
             "train.tokens_per_microbatch",
             "train.layout",
             "train.loss_memory",
+            "train.parallel",
             "guard.first_steps",
             *(
                 f"guard.{rule}.{key}"

@@ -14,6 +14,7 @@ from opd.config import RlConfig, TrainConfig
 from opd.data.pack import concatenate, count_of, pack, with_target
 from opd.errors import DataError, OpdError
 from opd.losses import Hybrid, Objective
+from opd.ranks import ALONE, Ranks
 from opd.rewards import Scorer
 from opd.teachers.base import Teacher
 from opd.teachers.cache import KeptScores
@@ -58,10 +59,12 @@ class Batches(Sequence[Batch]):
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One step's micro-batches, and what their update minimises."""
+    """One step's micro-batches (of this rank, where there are several), and what their update minimises."""
 
     batches: Batches
     objective: Hybrid
+    trained_on: int
+    """Rollouts of all ranks that the loss sees."""
     rewards: tuple[float, ...] | None = None
     """In the order of the rollouts."""
     metrics: dict[str, float]
@@ -86,6 +89,7 @@ class StepScorer:
         rewards: Scorer | None = None,
         pad_id: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`kind` is the one that the teacher's `bind_objective` settled; `ensemble` is the teacher itself where it is several, whose
         weights may move from step to step; `kept` counts what of theirs is kept; `rewards` are for train.drop where
@@ -98,6 +102,7 @@ class StepScorer:
         self.kept = kept
         self.reinforcement = reinforcement
         self.rewards = rewards
+        self.ranks = ranks
         self._drop = self._always_dropped = frozenset[str](train.drop)
         self.layout = {
             "layout": train.layout,
@@ -142,7 +147,14 @@ class StepScorer:
             rollouts = [rollouts[i] for i in dropped.left]
             per_token = None if per_token is None else [per_token[i] for i in dropped.left]
         batches = self._batches(rollouts, step, objective, per_token, metrics) if rollouts else Batches(())
-        return Scored(batches=batches, objective=objective, rewards=rewards, metrics=metrics, notes=tuple(notes))
+        return Scored(
+            batches=batches,
+            objective=objective,
+            trained_on=len(rollouts),
+            rewards=rewards,
+            metrics=metrics,
+            notes=tuple(notes),
+        )
 
     def _batches(
         self,
@@ -158,21 +170,35 @@ class StepScorer:
         if readable is not None:
             metrics["unheard_tokens"] = float(sum(int((~tokens).sum()) for tokens in readable))
             keep = readable if keep is None else [one & other for one, other in zip(keep, readable, strict=True)]
-        layout = {**self.layout, "advantages": advantages, "keep": keep}
+        count = count_of(rollouts, self.layout["reduction"], keep)
+        mine = self.ranks.share([len(r.prompt_ids) + len(r.response_ids) for r in rollouts])
+        layout = {
+            **self.layout,
+            "global_count": self.layout["global_count"] or count,
+            "advantages": None if advantages is None else [advantages[i] for i in mine],
+            "keep": None if keep is None else [keep[i] for i in mine],
+        }
         if objective.distill_weight == 0.0:
-            return Batches(pack(rollouts, None, **layout))
-        return self._taught(rollouts, step, layout, metrics)
+            return Batches(pack([rollouts[i] for i in mine], None, **layout))
+        return self._taught(rollouts, mine, step, layout, metrics)
 
     def _taught(
-        self, rollouts: Sequence[Rollout], step: int, layout: Mapping[str, Any], metrics: dict[str, float]
+        self,
+        rollouts: Sequence[Rollout],
+        mine: Sequence[int],
+        step: int,
+        layout: Mapping[str, Any],
+        metrics: dict[str, float],
     ) -> Batches:
-        """Micro-batches with the teacher's targets; the metrics of an ensemble's members are put into `metrics`."""
+        """Micro-batches of this rank's rollouts with the teacher's targets; the metrics of an ensemble's members, over all rollouts, are
+        put into `metrics`."""
         assert self.teacher is not None and self.kind is not None
+        own = [rollouts[i] for i in mine]
         if self.ensemble is None:
-            return scored_batches(rollouts, self.teacher, self.kind, **layout)
+            return scored_batches(own, self.teacher, self.kind, **layout)
         ensemble = self.ensemble.at(step)
-        batches = scored_batches(rollouts, ensemble, self.kind, shares=ensemble.shares, **layout)
-        metrics |= ensemble.member_metrics(rollouts, () if batches.lazy else batches)
+        batches = scored_batches(own, ensemble, self.kind, shares=ensemble.shares, ranks=self.ranks, **layout)
+        metrics |= ensemble.member_metrics(rollouts, None if batches.lazy else batches, self.ranks)
         return batches
 
 
@@ -212,6 +238,7 @@ def scored_batches(
     kind: TargetKind,
     *,
     shares: Mapping[str, float] | None = None,
+    ranks: Ranks = ALONE,
     advantages: Sequence[torch.Tensor] | None = None,
     keep: Sequence[torch.Tensor] | None = None,
     **layout: Any,
@@ -220,11 +247,11 @@ def scored_batches(
     once; whole logits are scored when their micro-batch is used, and not kept.
 
     Rollouts of different groups share no micro-batch. `shares` are what each group's tokens weigh in sum, among the groups that have
-    any.
+    any on any rank: with shares, every rank has to ask.
     """
     if layout.get("global_count") is None:
         layout["global_count"] = count_of(rollouts, layout.get("reduction", "token_mean"), keep)
-    targets = None if kind == "dense" else _targets(teacher, rollouts, kind)
+    targets = None if kind == "dense" or not rollouts else _targets(teacher, rollouts, kind)
     batches: list[Batch] = []
     packed: dict[str, list[Batch]] = {}
     for name, members in teacher.groups(rollouts).items():
@@ -235,9 +262,10 @@ def scored_batches(
             keep=None if keep is None else [keep[i] for i in members],
             **layout,
         )
+    sums = {} if shares is None else _sums(packed, ranks)
     for name, group in packed.items():
         group = [dataclasses.replace(b, response_ids=teacher.vocabulary.with_stand_ins(b.response_ids)) for b in group]
-        batches += group if shares is None else _weighed(group, _factor(name, packed, shares))
+        batches += group if shares is None else _weighed(group, _factor(name, sums, shares))
     return Batches(batches, scored_by=teacher if kind == "dense" else None)
 
 
@@ -251,9 +279,17 @@ def _targets(teacher: Teacher, rollouts: Sequence[Rollout], kind: TargetKind) ->
     return targets
 
 
-def _factor(name: str, packed: Mapping[str, Sequence[Batch]], shares: Mapping[str, float]) -> float:
+def _sums(packed: Mapping[str, Sequence[Batch]], ranks: Ranks) -> dict[str, float]:
+    """The sum of every group's token weights, over all ranks."""
+    whole: dict[str, float] = {}
+    own = {n: sum(float(b.token_weights.double().sum()) for b in group) for n, group in packed.items()}
+    for sums in ranks.gather(own):
+        whole = {n: whole.get(n, 0.0) + sums.get(n, 0.0) for n in {**whole, **sums}}
+    return whole
+
+
+def _factor(name: str, sums: Mapping[str, float], shares: Mapping[str, float]) -> float:
     """Factor of a group's token weights that gives them their share of the sum of all; 0 for a share of 0, even alone."""
-    sums = {n: sum(float(b.token_weights.double().sum()) for b in group) for n, group in packed.items()}
     present = sum(shares[n] for n, own in sums.items() if own > 0)
     return shares[name] / present * sum(sums.values()) / sums[name] if present and sums[name] else 0.0
 

@@ -128,7 +128,7 @@ def start_kl_of(components: RunComponents, folder: Path) -> StartKl | None:
             rollouts,
             None,
             layout=train.layout,
-            tokens_per_microbatch=train.tokens_per_microbatch,
+            tokens_per_microbatch=train.microbatch,
             pad_id=components.pad_id,
             device=components.student.device,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
-from opd.errors import ConfigError, MissingDependencyError
 from opd.kernels import (
     Memory,
     PolicyTerm,
@@ -28,18 +27,15 @@ from opd.kernels.spec import select_target
 from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
 from opd.models import linear_head, output_layer, response_hidden, response_logits
 from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
-from opd.seeding import seeded
+from opd.ranks import ALONE, Ranks
 from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.details import ViewCollector
-from opd.trainer.guardrails import check_gradient, check_loss
+from opd.trainer.guardrails import bad_gradient, check_loss, gradient_error
 from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
 from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, Rollout, TeacherMixture
-
-if TYPE_CHECKING:
-    from opd.config import LoraConfig
 
 LOG_PROB_CHUNK = 1024  # tokens whose logits are there at once
 
@@ -225,7 +221,9 @@ class Student(Policy):
         gradient_checkpointing: bool = False,
         plain_sampling: bool = False,
         ema: Ema | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """With several `ranks` each updates on its own micro-batches, and all take the same step."""
         super().__init__(
             disable_dropout(model),
             vocabulary=vocabulary,
@@ -240,6 +238,7 @@ class Student(Policy):
         """0 does not clip."""
         self.plain_sampling = plain_sampling
         self.ema = ema
+        self.ranks = ranks
         self.version = 0
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -251,14 +250,14 @@ class Student(Policy):
     def update(
         self, batches: Sequence[Batch], objective: Objective | Hybrid, watched: Sequence[Rollout] = ()
     ) -> LossOutput:
-        """One optimizer step. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before. The views of
+        """One optimizer step on the micro-batches of all ranks. On a NaN or infinite loss or gradient it raises, and weights and optimizer are as before. The views of
         `watched` rollouts are of the weights before the step."""
         watch = ViewCollector(watched)
         metrics = TokenMetrics(plain_sampling=self.plain_sampling)
         numbers: dict[str, float] = {}
         hybrid, during = as_hybrid(objective), metrics
         if hybrid.needs_preview:
-            seen = preview(partial(self.token_loss, watch=watch), batches, hybrid)
+            seen = preview(partial(self.token_loss, watch=watch), batches, hybrid, self.ranks)
             batches, objective, numbers = seen.batches, seen.objective, seen.metrics
             if hybrid.combine == "advantages":  # the update itself sees no teacher
                 for batch, out in seen.losses:
@@ -274,18 +273,23 @@ class Student(Policy):
                 total += loss.item()
                 seen_batches.append(replace(batch, target=None))
         self._unscale(up or 1.0)
+        self.ranks.sum_gradients(self.parameters())
+        total = sum(self.ranks.gather(total))
         norm = self.gradient_norm()
         if not norm.isfinite():
             self._explain_gradient(batches, objective)
         if self.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters(), self.max_grad_norm, norm)
+        views, everything = watch.of_all(self.ranks), metrics.of_all(self.ranks)
+        means = everything.summary()
+        updated = means if during is metrics else during.of_all(self.ranks).summary()
         numbers |= self._step(seen_batches, hybrid.distill.student_temperature)
-        policy = {name: value for name, value in during.summary().items() if name in POLICY_MEANS}
+        policy = {name: value for name, value in updated.items() if name in POLICY_MEANS}
         return LossOutput(
             loss=total,
-            metrics={"loss": total, **metrics.summary(), **policy, **numbers, "grad_norm": norm.item()},
-            per_token=metrics.per_rollout("reverse_kl"),
-            views=watch.found,
+            metrics={"loss": total, **means, **policy, **numbers, "grad_norm": norm.item()},
+            per_token=everything.per_rollout("reverse_kl"),
+            views=views,
         )
 
     def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:
@@ -331,7 +335,7 @@ class Student(Policy):
         """Global 2-norm of the gradient."""
         return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
-    def _explain_gradient(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> None:
+    def _explain_gradient(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> NoReturn:
         """The gradient of the whole batch is not finite: find the first sample whose own gradient is not, and raise."""
 
         def gradient_is_finite(batch: Batch) -> bool:
@@ -341,9 +345,10 @@ class Student(Policy):
             return bool(self.gradient_norm().isfinite())
 
         try:
-            check_gradient(batches, gradient_is_finite)
+            sample = bad_gradient(batches, gradient_is_finite)
         finally:
             self.zero_grad()
+        raise gradient_error(next((one for one in self.ranks.gather(sample) if one is not None), None))
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -368,33 +373,3 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
     return model
-
-
-def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PreTrainedModel:
-    """The model with trainable low-rank adapters and everything else frozen; their first weights are a function of the seed.
-
-    Raises MissingDependencyError without peft, and ConfigError for adapters on tied embeddings: merging one end would change the other.
-    """
-    try:
-        from peft import LoraConfig as PeftLora
-        from peft import get_peft_model
-    except ImportError:
-        raise MissingDependencyError(
-            "student.lora needs peft, which is not installed: pip install 'opd[peft]'."
-        ) from None
-    targets = config.target_modules
-    names: str | list[str] = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    assert config.alpha is not None  # the config fills it in
-    lora = PeftLora(
-        r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = ends[1] is not None and ends[0].weight is ends[1].weight
-    with seeded(seed, model.device):
-        adapted = get_peft_model(model, lora)
-    if tied and any(getattr(module, "base_layer", None) in ends for module in adapted.modules()):
-        raise ConfigError(
-            f"student.lora.target_modules='{targets}' puts adapters on the embeddings or the head, which share one matrix in this "
-            "model: merged into it, they would change both ends. Leave them out, e.g. student.lora.target_modules=all-linear."
-        )
-    return adapted  # pyright: ignore[reportReturnType]

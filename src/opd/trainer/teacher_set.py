@@ -14,6 +14,7 @@ from opd.config import Config, RolloutConfig, TeacherConfig
 from opd.doctor.renderers import make_renderer
 from opd.errors import ConfigError, ObjectiveError
 from opd.models import resolve_device, vocabulary_rows
+from opd.ranks import ALONE, Ranks
 from opd.reporting.loading import Loading
 from opd.samplers.base import AdjustableSampler
 from opd.samplers.kept import TARGETS
@@ -58,7 +59,13 @@ class TeacherSet:
     """Counts the scores that are kept; None where no teacher keeps any."""
 
     def sampler(
-        self, rollout: RolloutConfig, pad_id: int, student: LoadedModel | None = None, *, servers: bool = False
+        self,
+        rollout: RolloutConfig,
+        pad_id: int,
+        student: LoadedModel | None = None,
+        ranks: Ranks = ALONE,
+        *,
+        servers: bool = False,
     ) -> AdjustableSampler | None:
         """Draws the teacher's own answers; of several teachers, each prompt's own, or one drawn by its weights. With `student`, the
         rollouts hold the student's rendering of the prompt. None where a teacher is no model in this process; with `servers`, one
@@ -72,6 +79,7 @@ class TeacherSet:
                 source="teacher",
                 student_renderer=None if student is None else student.renderer,
                 model_context=self.members[name].context,
+                ranks=ranks,
             )
             for name, loaded in self.loaded.items()
         }

@@ -59,7 +59,9 @@ def test_the_config_group_holds_every_key_and_its_default():
     assert guard.pop("first_steps") == GuardConfig().first_steps
     assert guard.pop("canary") == {**vars(GuardConfig().canary), "action": "off"}
     assert guard.pop("start_kl") == vars(GuardConfig().start_kl)
-    assert guard == {name: vars(rule) for name, rule in GuardConfig().rules.items() if name not in ("canary", "start_kl")}
+    assert guard == {
+        name: vars(rule) for name, rule in GuardConfig().rules.items() if name not in ("canary", "start_kl")
+    }
     assert section == {k: v for k, v in defaults(Settings).items() if k != "teacher"}
 
 

@@ -1,0 +1,160 @@
+"""Run as a program: three steps of every case in as many ranks as it is told, and what rank 0 has seen of them in a file for each.
+
+usage: rank_cases.py SCHOOL RESULTS 1 2 4
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.config.recipe import build, merge
+from opd.ranks import STARTED_BY, Ranks, session
+from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
+from opd.trainer.from_config import Given, RunComponents
+from opd.trainer.loop import take_step
+from worlds import make_world, settings
+
+torch.set_num_threads(1)
+STEPS = 3
+NAMES = ("even", "odd")
+RL = {"rl__weight": 1.0, "rl__reward": "worlds:first_digit", "train__samples_per_prompt": 4}
+K1 = {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"}
+TRAINED = {"full": {}, "adapters": {"student__lora__rank": 4}}
+LAYOUTS = {"padded": {}, "packed": {"train__layout": "packed", "rollout__batch_size": 5}}
+LEARNT: dict[str, dict[str, object]] = {
+    "reverse KL": {},
+    "top-k": {"objective__support": "teacher_top_k", "objective__top_k": 4, "teacher__supply": "top_k"},
+    "hybrid": {**RL, "rl__scale": "match"},
+    "two teachers": {"teachers": True, "mixture__balance_tokens": True, "mixture__weights": {"even": 0.3, "odd": 0.7}},
+}
+MUON = "muon"
+MORE: dict[str, dict[str, object]] = {
+    "a mixture": {"teachers": True, "mixture__kind": "probability"},
+    "whole logits": {"teacher__supply": "dense"},
+    "advantages with a reference": {**RL, **K1, "rl__combine": "advantages", "rl__reference_kl": 0.1},
+    "the mean of sequences": {"objective__reduction": "sequence_mean", "train__drop": ["truncated"]},
+    "tokens of high entropy": {"train__token_fraction": 0.3, "rollout__top_p": 0.9},
+    MUON: {"optimizer__name": "muon"},
+    "the teacher's samples": {"rollout__lmbda": 0.5, "rollout__off_policy": "teacher", "rollout__temperature": 0.7},
+    "an average of the student": {
+        "teacher__model": "",
+        "teacher__source": "ema",
+        "objective__teacher_temperature": 0.7,
+        "optimizer__max_grad_norm": 0.01,
+    },
+}
+CASES: dict[str, dict[str, object]] = {
+    f"{trained}, {layout}, {learnt}": {**TRAINED[trained], **LAYOUTS[layout], **LEARNT[learnt]}
+    for trained, layout, learnt in itertools.product(TRAINED, LAYOUTS, LEARNT)
+} | MORE
+
+
+def make_school(folder: Path) -> Path:
+    """A student, a teacher, and two more teachers, of whom every prompt names one."""
+    make_world(folder)
+    tokenizer = digit_tokenizer()
+    for name, hidden, seed in (("even", 32, 5), ("odd", 48, 6)):
+        model = tiny_causal_lm(tokenizer, hidden=hidden, layers=1, max_positions=64, seed=seed, initializer_range=0.4)
+        save_model(model, tokenizer, folder / name)
+    rows = [{"prompt": f"{i * 7919 % 10 ** (1 + i % 4)}>", "answer": str(i), "who": NAMES[i % 2]} for i in range(40)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def recipe(folder: Path, case: dict[str, object]) -> Any:
+    more = {
+        "train__steps": STEPS,
+        "optimizer__max_grad_norm": 0.0,
+        "optimizer__warmup_steps": 0,
+        "eval__prompts": 6,
+        "prompts__shuffle": False,
+    } | case
+    several = more.pop("teachers", False)
+    values = settings(folder, folder / "run", **more)
+    if several:
+        del values["teacher.model"]
+        values |= {"prompts.teacher_column": "who"}
+        values |= {f"teachers.{name}.model": str(folder / name) for name in NAMES}
+    return build(merge({}, values))
+
+
+def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]:
+    """Rollouts, metrics and gradients of the steps, the weights after them, and an evaluation."""
+    parts = RunComponents(recipe(folder, case), Given(ranks=ranks))
+    student, steps = parts.student, []
+    named = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
+    gradients: list[dict[str, torch.Tensor]] = []
+    step_of = student._step
+
+    def watched(batches: Any, temperature: float) -> dict[str, float]:
+        gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        return step_of(batches, temperature)
+
+    student._step = watched  # pyright: ignore[reportAttributeAccessIssue]  # looks, and goes on
+    parts.draws.load(student)
+    for step in range(STEPS):
+        done = take_step(parts, step)
+        parts.draws.load(student)
+        steps.append(
+            {
+                "rollouts": [(r.id, r.group, r.prompt.index, r.response_ids, r.text) for r in done.rollouts],
+                "logp": [r.sampler_logp for r in done.rollouts],
+                "metrics": {name: value for name, value in done.metrics.items() if not name.startswith("time/")},
+                "views": sorted(done.out.views),
+                "per_token": {rollout.id: kl.tolist() for rollout, kl in done.out.per_token},
+            }
+        )
+    assert parts.evaluator is not None
+    evaluation = parts.evaluator.run(parts.student_sampler, student, extra=False)
+    measured = {name: value for name, value in evaluation.metrics.items() if not name.startswith("time/")}
+    weights = {name: p.detach().clone() for name, p in named.items()}
+    return {"steps": steps, "gradients": gradients, "weights": weights, "evaluation": measured}
+
+
+def as_rank(folder: Path, out: Path) -> None:
+    with session() as ranks:
+        found = {name: taken(folder, case, ranks) for name, case in CASES.items()}
+        everywhere = ranks.gather([one["weights"] for one in found.values()])
+        apart = [
+            name
+            for theirs in everywhere
+            for name, own, other in zip(found, everywhere[0], theirs, strict=True)
+            if any(not torch.equal(own[key], other[key]) for key in own)
+        ]
+        torch.save({"cases": found, "apart": apart}, out)
+
+
+def in_forks(world: int, folder: Path, out: Path) -> bool:
+    """Everything is imported once, and every rank is a fork; True where all ended well."""
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({name: str(value) for name, value in own.items()}, **{STARTED_BY: f"{out}.store"})
+        code = 1
+        try:
+            as_rank(folder, out)
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * world
+
+
+if __name__ == "__main__":
+    school, results = Path(sys.argv[1]), Path(sys.argv[2])
+    sys.exit(not all(in_forks(int(world), school, results / f"{world}.pt") for world in sys.argv[3:]))
