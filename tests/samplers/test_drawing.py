@@ -49,6 +49,11 @@ def test_the_smallest_and_the_largest_number_draw_the_first_and_the_last_token_w
     assert drawn(probabilities, [0.0, LARGEST]) == [positive[0], positive[-1]]
 
 
+def test_a_number_on_a_boundary_belongs_to_the_token_behind_it():
+    quarters = torch.tensor([0.25, 0.0, 0.25, 0.5])
+    assert drawn(quarters, [0.0, 0.25 - 1e-12, 0.25, 0.5 - 1e-12, 0.5, LARGEST]) == [0, 0, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize("token", [0, 1, 255, 256, 511, 512, 700])
 def test_a_distribution_on_one_token_has_one_outcome(token: int):
     alone = torch.zeros(701)
