@@ -123,9 +123,12 @@ class TrainingLoop:
         self.state.running(student.version)
         self.evaluate_if_missing()
         for step in range(student.version, config.train.steps):
-            self.components.ranks.gather(TakeStep(step=step, dropping=frozenset(self.guard.dropping)))
             try:
+                self.components.ranks.gather(TakeStep(step=step, dropping=frozenset(self.guard.dropping)))
                 done = take_step(self.components, step, self.progress.phase, self.saved_on_error, self.start_kl)
+            except RankError:  # ranks ask each other nothing once weights move
+                self._save_reached()
+                raise
             except TeacherMoved as moved:
                 return self._without_update(step, moved.reading)
             broken = self._record(step, done)
@@ -198,15 +201,19 @@ class TrainingLoop:
 
     @contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Saves what was trained before a signal, a failing reward or server, a lost rank, or exhausted memory ends the run where no weight moves, so
-        that it resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
+        """Saves what was trained before a signal, a failing reward or server, a lost rank, or exhausted memory ends the run where no
+        weight moves, so that it resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
         try:
             yield
         except (Interrupted, DataError, OutOfMemoryError, RankError, ServerError):
-            done = checkpoints(self.folder.checkpoints)
-            if self.components.student.version > (version_of(done[-1]) if done else 0):
-                self.save()
+            self._save_reached()
             raise
+
+    def _save_reached(self) -> None:
+        """Write a checkpoint, unless the newest one has these updates."""
+        done = checkpoints(self.folder.checkpoints)
+        if self.components.student.version > (version_of(done[-1]) if done else 0):
+            self.save()
 
     def save(self) -> None:
         """Write a checkpoint."""
