@@ -99,6 +99,10 @@ class NonFiniteError(OpdError):
     """A NaN or infinite loss or gradient; the weights are unchanged."""
 
 
+class UndrawableError(NonFiniteError):
+    """Next-token probabilities that are NaN or infinite, so that nothing can be drawn from them."""
+
+
 class OutOfMemoryError(OpdError):
     """A phase of the step did not fit in memory."""
 

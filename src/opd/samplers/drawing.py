@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
-from opd.errors import NonFiniteError
+from opd.errors import UndrawableError
 from opd.seeding import derive_seed
 
 BLOCK = 256  # tokens whose probabilities are summed before the sums are accumulated
@@ -91,10 +91,10 @@ class Draw(LogitsProcessor):
 
     def columns(self) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
         """Tokens, their log-probs and the entropies in nats, each [rows][steps]; no entropies where they are not asked for. Raises
-        NonFiniteError where a distribution was not one."""
+        UndrawableError where a distribution was not one."""
         logp = torch.stack(self.logp, 1)
         if not bool(logp.isfinite().all()):
-            raise NonFiniteError(
+            raise UndrawableError(
                 "A model's next-token probabilities are NaN or infinite, so nothing can be sampled from it. The weights on disk were "
                 "not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
             )

@@ -45,7 +45,7 @@ class Generator:
     @torch.no_grad()
     def rows(self, prompt_ids: Sequence[tuple[int, ...]], uniforms: torch.Tensor | None) -> list[Row]:
         """One row per prompt, padding behind its end included. `uniforms` are [rows, max_new_tokens]; None takes the likeliest
-        tokens. Raises NonFiniteError where nothing can be drawn."""
+        tokens. Raises UndrawableError where nothing can be drawn."""
         batch = _Batch(self, prompt_ids, uniforms)
         with grouped_attention(self.model):
             if batch.cache is not None and len(batch.unique) < len(prompt_ids):

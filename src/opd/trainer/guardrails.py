@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from opd.data.pack import one_rollout
-from opd.errors import NonFiniteError, OutOfMemoryError
+from opd.errors import NonFiniteError, OutOfMemoryError, UndrawableError
 from opd.losses import Objective
 from opd.types import Batch, Rollout
 
-TORCH_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+TORCH_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError, UndrawableError)
 OUT_OF_MEMORY_ADVICE = {
     "rollout": "rollout.batch_size or rollout.max_new_tokens, and go on with --resume",
     "teacher": "teacher.tokens_per_batch, and go on with --resume",
@@ -90,7 +90,7 @@ def memory_advice(phase: str) -> Iterator[None]:
 
 def explain(error: BaseException, phase: str) -> None:
     """Raise what says how to go on, where `error` is one of exhausted memory, or of probabilities that are NaN."""
-    if "probability tensor contains" in str(error):  # torch.multinomial
+    if isinstance(error, UndrawableError) or "probability tensor contains" in str(error):  # torch.multinomial's words
         raise NonFiniteError(
             f"A model's next-token probabilities are NaN or infinite during {phase}, so nothing can be sampled from it. The weights "
             "on disk were not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
