@@ -139,12 +139,22 @@ class Scores:
 def _not_finite(scores: Scores, student: float) -> Problem | None:
     for side, fine in (("teacher", scores.finite), ("student", math.isfinite(student))):
         if not fine:
-            return (
-                f"The {side}'s scores are NaN or infinite.",
-                "Nothing can be learnt from such numbers: the first step would stop with an error.",
-                f"{side}.model: a checkpoint without NaN in its weights, or {side}.dtype: float32",
-            )
+            return _nan_of(side)
     return None
+
+
+def _nan_of(side: str) -> Problem:
+    return (
+        f"The {side}'s scores are NaN or infinite.",
+        "Nothing can be learnt from such numbers: the first step would stop with an error.",
+        f"{side}.model: a checkpoint without NaN in its weights, or {side}.dtype: float32",
+    )
+
+
+def undrawable(side: str, name: str) -> Check:
+    """The check of a model, student or teacher, from which no answer can be drawn because of NaN."""
+    seen, why, mend = _nan_of(side)
+    return Check(name=name, verdict="red", seen=seen, why=why, mend=mend)
 
 
 def _uniform(scores: Scores, worst_case: float) -> Problem | None:

@@ -41,9 +41,12 @@ class Asked:
         self, prompts: Sequence[Prompt], count: int, *, seed: int, tell: Callable[[str], object] | None = None
     ) -> list[Rollout]:
         """`count` answers to each prompt, in order. `tell` is handed the text of a single answer as it grows, piece by piece."""
-        self.sampler.watch = None if tell is None else _Pieces(self.renderer, tell)
+        pieces = self.sampler.watch = None if tell is None else _Pieces(self.renderer, tell)
         with memory_advice("rollout"):
-            return draw(self.sampler, prompts, count, seed=seed)
+            rollouts = draw(self.sampler, prompts, count, seed=seed)
+        if pieces is not None:
+            pieces.finish(rollouts[0].text)
+        return rollouts
 
 
 class _Pieces:
@@ -59,6 +62,10 @@ class _Pieces:
         if len(text) > self._told:
             self._tell(text[self._told :])
             self._told = len(text)
+
+    def finish(self, text: str) -> None:
+        """Tell the rest of the whole answer: an end that is no whole character was kept back."""
+        self._tell(text[self._told :])
 
 
 def _sampler(loaded: LoadedModel, settings: RunSettings, sampling: Sampling) -> HfSampler:

@@ -11,13 +11,13 @@ from functools import cached_property
 import torch
 
 from opd.data.pack import pack
-from opd.doctor.alignment import check_alignment, scoring_kind
+from opd.doctor.alignment import check_alignment, scoring_kind, undrawable
 from opd.doctor.check import FROM_DATA, FROM_TEACHER, Check, skipped
 from opd.doctor.ends import EndMass, end_mass
 from opd.doctor.reward import check_reward
 from opd.doctor.start import COOLER, Answers, Distance, check_distance, check_lengths, check_task
 from opd.doctor.stop_mass import Ends, check_stop_mass, check_student_ends
-from opd.errors import ServerError
+from opd.errors import NonFiniteError, ServerError
 from opd.losses import Objective
 from opd.rewards import Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, draw
@@ -129,7 +129,10 @@ class FirstLook:
                 student_renderer=parts.renderer,
                 model_context=teacher.context,
             )
-        answers = self._draw(sampler.with_sampling(greedy), prompts)
+        try:
+            answers = self._draw(sampler.with_sampling(greedy), prompts)
+        except NonFiniteError:
+            return undrawable("student" if loaded is None else "teacher", title)
         with memory_advice("teacher"):
             return check_alignment(
                 teacher,
