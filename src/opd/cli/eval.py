@@ -18,7 +18,7 @@ from opd.cli.measured import (
     with_prompts,
 )
 from opd.cli.named import KINDS, Named, named
-from opd.cli.options import Command, Given, Option, read
+from opd.cli.options import Command, Given, Option, read_one
 from opd.cli.places import new_folder
 from opd.errors import ConfigError, printable
 
@@ -65,12 +65,9 @@ TITLES = {
 
 
 def run(args: Sequence[str]) -> int:
-    if "-h" in args or "--help" in args:
-        print(COMMAND.help)
+    given = read_one(COMMAND, args, "model to evaluate")
+    if given is None:
         return 0
-    given = read(COMMAND, args)
-    if len(given.words) != 1:
-        raise ConfigError(f"Give one model to evaluate, not {len(given.words)}: {COMMAND.usage}")
     subject = named(given.words[0])
     settings = settings_of(subject, given)
     out = None if given.get("out") is None else new_folder(given.get("out"))

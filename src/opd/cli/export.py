@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.cli.named import CHECKPOINTS, Named, checkpoints_in, named
-from opd.cli.options import Command, Option, read
+from opd.cli.options import Command, Option, read_one
 from opd.cli.places import new_folder
 from opd.errors import ConfigError, ModelError
 
@@ -29,12 +29,9 @@ folder the newest checkpoint is taken. The run may still go on; it needs no GPU.
 
 
 def run(args: Sequence[str]) -> int:
-    if "-h" in args or "--help" in args:
-        print(COMMAND.help)
+    given = read_one(COMMAND, args, "checkpoint")
+    if given is None:
         return 0
-    given = read(COMMAND, args)
-    if len(given.words) != 1:
-        raise ConfigError(f"Give one checkpoint, not {len(given.words)}: {COMMAND.usage}")
     dtype = given.get("dtype", "auto")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype takes {', '.join(DTYPES)}, not '{dtype}'.")

@@ -73,6 +73,18 @@ class Given:
         return self.values.get(key, default)
 
 
+def read_one(command: Command, args: Sequence[str], what: str) -> Given | None:
+    """What a command is given that takes one `what`; None where help was asked for, which is printed. Raises ConfigError as `read` does,
+    and for another number of names."""
+    if "-h" in args or "--help" in args:
+        print(command.help)
+        return None
+    given = read(command, args)
+    if len(given.words) != 1:
+        raise ConfigError(f"Give one {what}, not {len(given.words)}: {command.usage}")
+    return given
+
+
 def read(command: Command, args: Sequence[str]) -> Given:
     """Raises ConfigError for an option that the command lacks, one given twice, and a value that is missing or of another kind."""
     known = {name: option for option in command.options for name in (option.name, option.short) if name}

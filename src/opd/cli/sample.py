@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.cli.measured import MODEL_OPTIONS, sections
 from opd.cli.named import KINDS, Named, named
-from opd.cli.options import Command, Given, Option, read
+from opd.cli.options import Command, Given, Option, read_one
 from opd.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -46,12 +46,9 @@ recipe bring their system message, stop strings and length.""",
 
 
 def run(args: Sequence[str]) -> int:
-    if "-h" in args or "--help" in args:
-        print(COMMAND.help)
+    given = read_one(COMMAND, args, "model")
+    if given is None:
         return 0
-    given = read(COMMAND, args)
-    if len(given.words) != 1:
-        raise ConfigError(f"Give one model, not {len(given.words)}: {COMMAND.usage}")
     if given.get("plain") and (given.get("system") is not None or given.get("prompts") is not None):
         raise ConfigError("--plain is about --prompt, and leaves no place for --system; drop one of them.")
     if (given.get("prompt") is None) == (given.get("prompts") is None):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.cli.measured import MODEL_OPTIONS, NO_REWARD, OF_SERVERS, refuse_lost_teacher, sections
 from opd.cli.named import KINDS, Named, named
-from opd.cli.options import Command, Given, Option, read
+from opd.cli.options import Command, Given, Option, read_one
 from opd.cli.places import new_file
 from opd.data.rows import read_rows
 from opd.errors import ConfigError, DataError, printable
@@ -40,12 +40,9 @@ A student is {KINDS}.""",
 
 
 def run(args: Sequence[str]) -> int:
-    if "-h" in args or "--help" in args:
-        print(COMMAND.help)
+    given = read_one(COMMAND, args, "file of texts")
+    if given is None:
         return 0
-    given = read(COMMAND, args)
-    if len(given.words) != 1:
-        raise ConfigError(f"Give one file of texts, not {len(given.words)}: {COMMAND.usage}")
     if given.get("student") is None:
         raise ConfigError(f"Give the model that is compared: --student MODEL. Usage: {COMMAND.usage}")
     subject = named(given.get("student"))
