@@ -24,8 +24,8 @@ ANSWER_TOKENS = 128
 OF_WEIGHTS = ("alignment", "stop mass", "start", "reward")
 OF_BOTH = ("vocabulary", "template")
 """Checks that say more where the weights are here."""
-NOT_VERLS = ("recipe", "memory")
-"""Checks of `opd check` about a recipe's own keys, and about one machine."""
+NOT_VERLS = ("recipe", "memory", "reward")
+"""Checks of `opd check` about a recipe's own keys, about one machine, and about a reward that verl does not call."""
 ADAM_BYTES = 16
 """Per parameter of the student: float32 weights, gradients, and Adam's two moments."""
 TEACHER_BYTES = 2

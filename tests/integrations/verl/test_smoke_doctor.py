@@ -84,7 +84,8 @@ def test_an_injected_fault_is_found(world: Path, teacher: str, check: str, verdi
     found = by_name(checks)[check]
     assert found.verdict == verdict and said in found.seen, found
     assert exit_code(checks) == {"red": 2, "yellow": 1}[verdict]
-    assert len({one.name for one in checks}) == len(checks) - 1  # "size" has a row for each model
+    names = [one.name for one in checks]
+    assert {n for n in names if names.count(n) > 1} <= {"size", "prompts"}, "a row for each model, and for each note"
     told = " ".join(one.mend for one in checks)
     assert "rollout.lmbda" not in told and " teacher.model" not in f" {told}".replace("opd.teacher.model", "")
 
