@@ -148,6 +148,18 @@ def test_off_and_none_are_words_and_null_is_none(tmp_path):
     assert parse_overrides(["--log.progress", "off"]) == {"log.progress": "off"}
 
 
+@pytest.mark.parametrize("key", ["prompts.user_message", "prompts.teacher_prompt", "prompts.system"])
+def test_a_template_on_the_command_line_is_text_though_its_braces_are_mappings_to_yaml(key):
+    for text in ("{{ question }}", "{{ question }} Put it in \\boxed{}.", "{% if a %}{{ a }}{% endif %}"):
+        assert parse_overrides([f"--{key}", text]) == {key: text}
+
+
+def test_a_template_without_quotes_in_a_recipe_is_refused_with_its_place(tmp_path):
+    (tmp_path / "r.yaml").write_text("prompts:\n  user_message: {{ question }}\n")
+    with pytest.raises(ConfigError, match=r"(?s)is not valid YAML.*unhashable.*line 2"):
+        load(tmp_path / "r.yaml")
+
+
 def test_one_value_or_several_make_a_tuple():
     assert config(rollout__stop="END").rollout.stop == ("END",)
     assert build(merge({}, NEEDED | parse_overrides(["--rollout.stop", "A", "B"]))).rollout.stop == ("A", "B")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ class _Yaml(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key: Any = cast(Any, self).construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # PyYAML has an error for it
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(
