@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from opd.cli.measured import (
     MODEL_OPTIONS,
     NO_REWARD,
-    OF_SERVERS,
     first_has_answer,
+    objective_of_servers,
     refuse_lost_teacher,
     sections,
     with_prompts,
@@ -105,9 +105,7 @@ def settings_of(subject: Named, given: Given) -> RunSettings:
         raise ConfigError(f"Give prompts for '{subject.name}', e.g. --prompts test.jsonl. Usage: {COMMAND.usage}")
     words = with_prompts(words, given.get("prompts"), given.get("limit"))
     words = merge(words, {key: given.get(name) for name, key in KEY_OF.items() if given.get(name) is not None})
-    url = (words.get("teacher") or {}).get("url")
-    if url and "objective" not in words and (words["teacher"].get("api") or "vllm") != "opd":
-        words = merge(words, OF_SERVERS)
+    words = merge(words, objective_of_servers(words))
     if "reward" not in words["eval"] and not first_has_answer(words):
         words["eval"]["reward"] = NO_REWARD
     settings = check(words)

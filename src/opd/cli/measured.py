@@ -7,6 +7,7 @@ from typing import Any
 
 from opd.cli.named import Named
 from opd.cli.options import Given, Option
+from opd.config.prompts import PromptsConfig
 from opd.config.recipe import merge, parse_overrides
 from opd.config.train import EvalConfig
 from opd.data.prompts import load_prompts
@@ -99,14 +100,20 @@ def with_prompts(words: dict[str, Any], path: str | None, limit: int | None) -> 
 
 def first_has_answer(words: Mapping[str, Any]) -> bool:
     """The first row has a reference answer, which the usual rewards compare with."""
-    section = words["prompts"]
-    columns = {key: section[key] for key in ("prompt_column", "answer_column") if key in section}
-    return load_prompts(section["path"], split=section["split"], limit=1, **columns)[0].answer is not None
+    section = PromptsConfig(**words["prompts"])
+    return load_prompts(section.path, **{**section.training(), "limit": 1})[0].answer is not None
 
 
 def _count(section: Mapping[str, Any]) -> int:
     """Rows of the file; one without any is refused where its prompts are read."""
     return max(1, sum(1 for _ in read_rows(section["path"], section["split"])))
+
+
+def objective_of_servers(words: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of an objective that the teacher's server can answer, where the sections say none and it sends log-probs alone."""
+    teacher = words.get("teacher") or {}
+    alone = bool(teacher.get("url")) and (teacher.get("api") or "vllm") != "opd"
+    return OF_SERVERS if alone and "objective" not in words else {}
 
 
 def _taken(recipe: Mapping[str, Any]) -> dict[str, Any]:

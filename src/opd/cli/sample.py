@@ -113,8 +113,7 @@ def _rows(settings: RunSettings, given: Given) -> list[Prompt]:
     from opd.data.prompts import load_prompts
 
     section = settings.prompts
-    columns: dict[str, Any] = {**section.columns}
-    return load_prompts(section.path, split=section.split, limit=given.get("limit"), **columns)
+    return load_prompts(section.path, **{**section.training(), "limit": given.get("limit")})
 
 
 def _prompt(text: str, *, chat: bool) -> Prompt:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.cli.measured import MODEL_OPTIONS, NO_REWARD, OF_SERVERS, refuse_lost_teacher, sections
+from opd.cli.measured import MODEL_OPTIONS, NO_REWARD, objective_of_servers, refuse_lost_teacher, sections
 from opd.cli.named import KINDS, Named, named
 from opd.cli.options import Command, Given, Option, read_one
 from opd.cli.places import new_file
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from opd.reporting.record import SampleRecord
 
 DEFAULT_OUT = "score.html"
-TEXT = "text"
+TEXT, PROMPT = "text", "prompt"
 COMMAND = Command(
     usage="opd score FILE --student MODEL --teacher MODEL|URL [--out PAGE.html]",
     about=f"""Shows texts token by token as two models see them: log-probs, reverse KL, entropies, and the five likeliest tokens of each. Writes one
@@ -50,6 +51,8 @@ def run(args: Sequence[str]) -> int:
     lines = new_file(str(out.with_suffix(".jsonl")), ".jsonl")
     settings = settings_of(subject, given)
     rows = read_texts(given.words[0], settings, given.get("limit"))
+    if any(PROMPT in row for row in rows):  # a recipe's template is for rows that hold none
+        settings = replace(settings, prompts=replace(settings.prompts, user_message=None))
     from transformers.utils.logging import disable_progress_bar
 
     from opd.config.whole import whole_config
@@ -88,9 +91,7 @@ def settings_of(subject: Named, given: Given) -> RunSettings:
         "rollout.max_new_tokens": 1,  # nothing is drawn
         "train.prompts_per_step": 1,
     }
-    url = (words.get("teacher") or {}).get("url")
-    if url and "objective" not in words and (words["teacher"].get("api") or "vllm") != "opd":
-        overrides |= OF_SERVERS
+    overrides |= objective_of_servers(words)
     settings = check(merge(words, overrides))
     check_folder("student", settings.student.model, MODEL_FILES)
     for name, teacher in settings.all_teachers.items():
@@ -134,8 +135,8 @@ def _of_text(row: Any, place: str) -> dict[str, Any]:
     head = text[: len(text) - len(start)] + word
     if not word or head == text:
         raise DataError(f"{place} has no second word, so there is nothing to score; remove it.")
-    rest = {name: value for name, value in row.items() if name not in (TEXT, "prompt", "response")}
-    return {**rest, "prompt": head, "response": text[len(head) :], "opd_text": True}
+    rest = {name: value for name, value in row.items() if name not in (TEXT, PROMPT, "response")}
+    return {**rest, PROMPT: head, "response": text[len(head) :], "opd_text": True}
 
 
 def _numbers(sample: SampleRecord) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
