@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from opd import __version__
 from opd.config.recipe import to_dict
 from opd.config.run import RunSettings
 from opd.errors import ConfigError, printable
+
+if TYPE_CHECKING:
+    from opd.doctor.read_prompts import ReadPrompts
 
 ESTIMATES = ("memory", "size")
 """Checks whose red is an estimate, or the want of one: it is shown, and refuses no run."""
@@ -24,9 +28,9 @@ def show_banner(settings: RunSettings) -> bool:
     return True
 
 
-def show_checks(settings: RunSettings) -> frozenset[str]:
-    """Print what `opd check` finds, a line for every yellow check, and return these warnings. Raises ConfigError with the words of the
-    red ones: such a run would be refused later, or would go wrong."""
+def show_checks(settings: RunSettings) -> tuple[frozenset[str], ReadPrompts | None]:
+    """Print what `opd check` finds, a line for every yellow check; return these warnings, and the prompts, which are read once. Raises
+    ConfigError with the words of the red ones: such a run would be refused later, or would go wrong."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # noqa: F401  # the run needs their seconds anyway
 
     import opd.tokenizer  # noqa: F401
@@ -34,7 +38,8 @@ def show_checks(settings: RunSettings) -> frozenset[str]:
     from opd.reporting.banner import show
 
     began = time.process_time()
-    checks = examine(settings).checks
+    examined = examine(settings)
+    checks = examined.checks
     seconds = time.process_time() - began
     refused = [one.seen for one in checks if one.verdict == "red" and one.name not in ESTIMATES]
     if refused:
@@ -48,4 +53,4 @@ def show_checks(settings: RunSettings) -> frozenset[str]:
     for text in doubted:
         print(f"warning: {printable(text)}")
     sys.stdout.flush()
-    return frozenset(doubted)
+    return frozenset(doubted), examined.read

@@ -64,7 +64,7 @@ def _train(words: Sequence[str], args: Sequence[str], ranks: Ranks) -> int:
     announced = ranks.first and show_banner(settings)
     import torch  # noqa: F401  # so that transformers is imported with it
 
-    said = show_checks(settings) if announced else frozenset[str]()
+    said, read = show_checks(settings) if announced else (frozenset[str](), None)
     from transformers.utils.logging import disable_progress_bar
 
     from opd.cli.show import show_result
@@ -79,7 +79,8 @@ def _train(words: Sequence[str], args: Sequence[str], ranks: Ranks) -> int:
     if not ranks.first:
         follow(ranks)
     config = whole_config(settings)
-    start = Launch(folder=Path(recipe).resolve().parent if recipe else Path.cwd(), announced=announced, said=said)
+    folder = Path(recipe).resolve().parent if recipe else Path.cwd()
+    start = Launch(folder=folder, announced=announced, said=said, read=read)
     trained = Distiller.from_config(config, launch=start, ranks=ranks).train(resume=resume, overwrite=overwrite)
     show_result(config, trained.summary)
     if trained.hub:

@@ -102,6 +102,11 @@ class PromptsConfig(Section, key="prompts"):
             f"{task.size} rows to train on take the seeds from {task.seed}. Set eval_seed to {task.seed + task.size} or more.",
         )
 
+    @property
+    def templates(self) -> str:
+        """The words that may name a column by which a prompt is written."""
+        return f"{self.teacher_prompt} {self.user_message} {self.prompt_column}"
+
     def training(self) -> dict[str, Any]:
         """What `load_prompts` takes of the rows to train on."""
         task = self.reasoning_gym.task(held_out=None)

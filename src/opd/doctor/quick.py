@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from opd.config.model import ModelConfig
 from opd.config.run import RunSettings, teacher_key
 from opd.data.chat import left_out_notices
-from opd.data.prompts import load_prompts, unread_columns
 from opd.data.rendering import Renderer
 from opd.doctor.check import Check, Verdict, worst
 from opd.doctor.checks import check_rows, notices, served_notes
@@ -21,6 +20,7 @@ from opd.doctor.device_memory import device_memory
 from opd.doctor.memory_checks import memory_checks
 from opd.doctor.model_shape import ModelShape, is_quick, model_shape
 from opd.doctor.paths import check_paths
+from opd.doctor.read_prompts import ReadPrompts, read_prompts
 from opd.doctor.reading import check_reading, check_text
 from opd.doctor.renderers import make_renderer
 from opd.doctor.without_torch import transformers_without_torch
@@ -56,6 +56,8 @@ class Examined:
     rendered: list[Rendered] = field(default_factory=list[Rendered])
     shapes: dict[str, ModelShape] = field(default_factory=dict[str, ModelShape])
     """By section: student, teacher or teachers.NAME."""
+    read: ReadPrompts | None = None
+    """None where they could not be read."""
     longest_prompt: int | None = None
     """In the student's tokens; None where it could not be rendered."""
 
@@ -98,8 +100,8 @@ def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Exam
     seen.checks += [Check(name="recipe", verdict="green", seen=f"note: {note}") for note in served_notes(settings)]
     if not seen.attempt("files", lambda: check_paths(settings)):
         return seen
-    prompts: list[Prompt] = []
-    read = seen.attempt("prompts", lambda: prompts.extend(_prompts(settings, seen)))
+    fine = seen.attempt("prompts", lambda: _prompts(settings, seen))
+    prompts = [*seen.read.training, *seen.read.held_out] if fine and seen.read is not None else []
     models = settings.all_models
     quick = all(is_quick(one.model, one.revision) for one in models.values() if one.model)
     with transformers_without_torch() if quick else nullcontext():
@@ -110,7 +112,7 @@ def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Exam
             if section.model:
                 seen.attempt("size", lambda r=role, s=section: _size(seen, r, s))
         if len(readers) == len(models):
-            _compare(settings, seen, readers, prompts if read else [])
+            _compare(settings, seen, readers, prompts)
     seen.attempt("reward", lambda: _rewards(settings, seen))
     if "student" in seen.shapes and seen.longest_prompt is not None:
         seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, device_memory(gpus))
@@ -127,20 +129,11 @@ def _rewards(settings: RunSettings, seen: Examined) -> None:
         seen.say("reward", name)
 
 
-def _prompts(settings: RunSettings, seen: Examined) -> list[Prompt]:
-    section, said, noted = settings.prompts, list[str](), list[str]()
-    tell: dict[str, Any] = {"say": said.append, "note": noted.append}
-    prompts = load_prompts(section.path, **section.training(), **tell)
-    said += unread_columns(
-        prompts, section.path, f"{section.teacher_prompt} {section.user_message} {section.prompt_column}"
-    )
-    held_out: list[Prompt] = []
-    if settings.eval.every > 0 and section.eval_path is not None:
-        held_out = load_prompts(section.eval_path, **section.held_out(settings.eval.prompts), **tell)
-    check_rows(settings, prompts, held_out)
-    seen.say("prompts", f"{len(prompts):,} to train on, {len(held_out):,} held out", dict.fromkeys(said))
-    seen.checks += [Check(name="prompts", verdict="green", seen=f"note: {note}") for note in dict.fromkeys(noted)]
-    return [*prompts, *held_out]
+def _prompts(settings: RunSettings, seen: Examined) -> None:
+    read = seen.read = read_prompts(settings)
+    check_rows(settings, read.training, read.held_out)
+    seen.say("prompts", f"{len(read.training):,} to train on, {len(read.held_out):,} held out", read.said)
+    seen.checks += [Check(name="prompts", verdict="green", seen=f"note: {note}") for note in read.noted]
 
 
 def _reader(settings: RunSettings, role: str, section: ModelConfig) -> _Reader:

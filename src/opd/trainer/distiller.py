@@ -143,8 +143,9 @@ class Distiller:
                 "opd.config.recipe.load(PATH)."
             )
         distiller = cls.__new__(cls)
-        distiller._set_up(config, Given(ranks=ranks), callbacks)
-        distiller._launch = launch or distiller._launch
+        launch = launch or Launch()
+        distiller._set_up(config, Given(ranks=ranks, read=launch.read), callbacks)
+        distiller._launch = launch
         return distiller
 
     def _set_up(self, config: Config, given: Given, callbacks: Callback | Sequence[Callback]) -> None:

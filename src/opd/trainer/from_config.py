@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
-from opd.data.prompts import PromptSchedule, load_prompts, unread_columns
+from opd.data.prompts import PromptSchedule
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes, served_notes
 from opd.doctor.memory import microbatch_tokens
 from opd.doctor.model_shape import shape_of
+from opd.doctor.read_prompts import ReadPrompts, read_prompts
 from opd.doctor.reading import check_reading, check_text
 from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_weights
 from opd.errors import ConfigError
@@ -65,6 +66,8 @@ class Given:
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     """Functions by their description."""
     sampler: Sampler | None = None
+    read: ReadPrompts | None = None
+    """The prompts of the recipe, where they were read already."""
     draws_kept: bool = False
     """Rollouts are drawn that rollout.source=cached will take."""
     ranks: Ranks = ALONE
@@ -123,7 +126,7 @@ class RunComponents:
         self.config = config
         self._given = given = given or Given()
         self.ranks = given.ranks
-        said = self._load_prompts()
+        said = self._take_prompts()
         everything = [*self._prompts, *self._held_out]
         check_rows(config, self._prompts, self._held_out)
         self._measured = given.reward(config.eval.reward, config.reward)
@@ -162,7 +165,7 @@ class RunComponents:
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
         saved = [] if given.student else saved_notes(config.student, self.loaded.model, config.save.dtype)
-        self.notes = (*dict.fromkeys(self._noted), *served_notes(config), *saved, *correction_note(config))
+        self.notes = (*self._noted, *served_notes(config), *saved, *correction_note(config))
 
     @property
     def saved_dtype(self) -> torch.dtype | None:
@@ -324,26 +327,17 @@ class RunComponents:
         config = self.config
         return self._given.reward(config.rl.reward or config.eval.reward, config.reward)
 
-    def _load_prompts(self) -> list[str]:
-        """Load the rows to train on, and those to evaluate on; return what rows hold and prompts do not."""
-        config, section, given = self.config, self.config.prompts, self._given
-        said: list[str] = []
-        self._noted = list[str]()
-        tell: dict[str, Any] = {"say": said.append, "note": self._noted.append}
-        elsewhere = f"{section.teacher_prompt} {section.user_message} {section.prompt_column}"
-        path, evaluated = section.path, section.eval_path
-        self._prompts = load_prompts(path, rows=given.prompts, **section.training(), **tell)
-        said += unread_columns(self._prompts, path, elsewhere)
-        if len(self._prompts) < config.train.prompts_per_step:
-            said.append(
-                f"train.prompts_per_step={config.train.prompts_per_step} is more than {path} has rows ({len(self._prompts)}), so a step "
-                "holds some prompts several times."
-            )
-        self._held_out = []
-        if config.eval.every > 0 and evaluated is not None:
-            options = section.held_out(config.eval.prompts)
-            self._held_out = load_prompts(evaluated, rows=given.eval_prompts, **options, **tell)
-        return said
+    def _take_prompts(self) -> list[str]:
+        """The rows to train on, and those to evaluate on; returns what rows hold and prompts do not."""
+        config, given = self.config, self._given
+        read = given.read or read_prompts(config, given.prompts, given.eval_prompts)
+        self._prompts, self._held_out, self._noted = read.training, read.held_out, read.noted
+        rows, wanted = len(read.training), config.train.prompts_per_step
+        several = [
+            f"train.prompts_per_step={wanted} is more than {config.prompts.path} has rows ({rows}), so a step holds some prompts several "
+            "times."
+        ]
+        return [*read.said, *(several if rows < wanted else ())]
 
     def _evaluator(self) -> Evaluator:
         config, section, teachers = self.config, self.config.eval, self._teachers

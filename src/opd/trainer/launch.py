@@ -20,6 +20,7 @@ import torch
 
 from opd.config import Config
 from opd.config.recipe import to_dict
+from opd.doctor.read_prompts import ReadPrompts
 from opd.models import resolve_device
 from opd.remote.secrets import without_secrets
 from opd.reporting.about import About
@@ -47,6 +48,8 @@ class Launch:
     """The banner has been printed."""
     said: frozenset[str] = frozenset()
     """Warnings that were printed with it."""
+    read: ReadPrompts | None = None
+    """The prompts, where the checks that were shown with it have read them."""
 
 
 def about_run(config: Config, launch: Launch, *, started: str = "") -> About:
