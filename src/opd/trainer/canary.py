@@ -149,10 +149,11 @@ class _Watched:
         return self.every > 0 and step % self.every == 0
 
     def look(self) -> Reading:
+        now = self._ask()
         if not self.started:
-            self.first = self._ask()
+            self.first = now
             self._check_first()
-        readings = [self._judged(server, said) for server, said in self._ask().items()]
+        readings = [self._judged(server, said) for server, said in now.items()]
         return max(readings, key=lambda reading: reading.value)
 
     def _came_back(self) -> bool:

@@ -18,7 +18,7 @@ from opd.trainer.checkpoint import load_checkpoint
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.launch import versions
 from opd.trainer.loop import take_step
-from opd.trainer.together import Evaluate, TakeStep, check_same
+from opd.trainer.together import TakeStep, check_same
 
 
 def follow(ranks: Ranks) -> NoReturn:
@@ -38,7 +38,7 @@ def follow(ranks: Ranks) -> NoReturn:
         if isinstance(order, TakeStep):
             _take_step(components, order)
         else:
-            _evaluate(components, order)
+            components.evaluate(order.who, extra=order.extra)
 
 
 def _heard(ranks: Ranks) -> Any:
@@ -52,17 +52,6 @@ def _take_step(components: RunComponents, order: TakeStep) -> None:
     except TeacherMoved:  # on every rank, before the update; rank 0 ends the run
         return
     components.draws.load(components.student)
-
-
-def _evaluate(components: RunComponents, order: Evaluate) -> None:
-    parts = components
-    assert parts.evaluator is not None
-    if order.who == "student":
-        parts.evaluator.run(parts.student_sampler, parts.student, extra=order.extra)
-        return
-    assert parts.teacher is not None and parts.teacher_sampler is not None
-    with parts.teacher.context():
-        parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=order.extra)
 
 
 def check_together(settings: RunSettings, ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ from opd.models import saved_dtype
 from opd.quantized import check_trainable
 from opd.ranks import ALONE, Ranks
 from opd.reporting.loading import Loading
+from opd.reporting.record import Who
 from opd.rewards import Reward, Scorer, load_reward
 from opd.samplers.base import AdjustableSampler, Sampler, Sampling
 from opd.samplers.kept import KeptRollouts
@@ -36,7 +37,7 @@ from opd.teachers.cache import KeptScores
 from opd.teachers.local import LocalTeacher
 from opd.trainer.canary import Canary
 from opd.trainer.draws import Draws
-from opd.trainer.evaluate import Evaluator, measure_of
+from opd.trainer.evaluate import Evaluation, Evaluator, measure_of
 from opd.trainer.fingerprints import (
     HELD_OUT,
     prompts_fingerprint,
@@ -171,6 +172,16 @@ class RunComponents:
     def saved_dtype(self) -> torch.dtype | None:
         """Dtype of the weights in student/; None is that of the model in memory."""
         return saved_dtype(self.config.save.dtype, self.loaded.stored_dtype)
+
+    def evaluate(self, who: Who, *, extra: bool) -> Evaluation:
+        """An evaluation of the student, or of the teacher's own answers, at more temperatures with `extra`. There are held-out prompts, and
+        for the teacher's a `teacher_sampler`."""
+        assert self.evaluator is not None
+        if who == "student":
+            return self.evaluator.run(self.student_sampler, self.student, extra=extra)
+        assert self.teacher is not None and self.teacher_sampler is not None
+        with self.teacher.context():
+            return self.evaluator.run(self.teacher_sampler, self.teacher_policy, extra=extra)
 
     def _connect(self) -> None:
         config, teachers = self.config, self._teachers

@@ -253,14 +253,14 @@ class TrainingLoop:
             with self._cut_short():
                 extra = first or last or version == config.train.steps
                 parts.ranks.gather(Evaluate(who="student", extra=extra))
-                student = parts.evaluator.run(parts.student_sampler, parts.student, extra=extra)
+                student = parts.evaluate("student", extra=extra)
             measured = (parts.renderer, config.log, parts.evaluator.measure, parts.teacher)
             record_evaluation(self.run, version, "student", student, *measured)
             teacher = None
             if first and parts.teacher is not None and parts.teacher_sampler is not None:
-                with self._cut_short(), parts.teacher.context():
+                with self._cut_short():
                     parts.ranks.gather(Evaluate(who="teacher", extra=True))
-                    teacher = parts.evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
+                    teacher = parts.evaluate("teacher", extra=True)
                 record_evaluation(self.run, version, "teacher", teacher, *measured)
                 self.guard.compare_with(teacher.metrics)
         self.state.running(version, evaluated=True)

@@ -78,10 +78,9 @@ def measure(config: Config, *, checkpoint: Path | None, teacher_too: bool, loadi
     loading.begin(f"evaluating on {len(evaluator.prompts):,} prompts")
     with memory_advice("eval"):
         parts.student_sampler.load(parts.student)
-        student = evaluator.run(parts.student_sampler, parts.student, extra=True)
+        student = parts.evaluate("student", extra=True)
         if teacher_too and parts.teacher is not None and parts.teacher_sampler is not None:
-            with parts.teacher.context():
-                teacher = evaluator.run(parts.teacher_sampler, parts.teacher_policy, extra=True)
+            teacher = parts.evaluate("teacher", extra=True)
     usual, judged = notices(config), config.eval.reward != NO_REWARD
     return Measured(
         parts=parts,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from opd.errors import ConfigError
 from opd.ranks import ALONE, Ranks
+from opd.reporting.record import Who
 from opd.rewards import Scorer, Scores
 from opd.trainer.fingerprints import OF_A_TEXT
 from opd.types import Prompt
@@ -26,7 +26,7 @@ class TakeStep:
 class Evaluate:
     """All ranks are to evaluate this model."""
 
-    who: Literal["student", "teacher"]
+    who: Who
     extra: bool
 
 
