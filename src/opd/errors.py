@@ -99,6 +99,12 @@ class NonFiniteError(OpdError):
     """A NaN or infinite loss or gradient; the weights are unchanged."""
 
 
+UNDRAWABLE = (
+    "A model's next-token probabilities are NaN or infinite{where}, so nothing can be sampled from it. The weights on disk were not changed. "
+    "Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
+)
+
+
 class UndrawableError(NonFiniteError):
     """Next-token probabilities that are NaN or infinite, so that nothing can be drawn from them."""
 

@@ -200,6 +200,16 @@ def _stored_config(name: str, revision: str | None) -> dict[str, Any]:
     return config
 
 
+def is_adapted(model: PreTrainedModel) -> bool:
+    """True for a model with peft's adapters."""
+    return hasattr(model, "merge_and_unload")
+
+
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without peft's shell."""
+    return model.get_base_model() if is_adapted(model) else model  # pyright: ignore[reportCallIssue]
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Number of positions in the model's config, or None without that setting."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

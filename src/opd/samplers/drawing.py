@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
-from opd.errors import UndrawableError
+from opd.errors import UNDRAWABLE, UndrawableError
 from opd.seeding import derive_seed
 
 BLOCK = 256  # tokens whose probabilities are summed before the sums are accumulated
@@ -94,10 +94,7 @@ class Draw(LogitsProcessor):
         UndrawableError where a distribution was not one."""
         logp = torch.stack(self.logp, 1)
         if not bool(logp.isfinite().all()):
-            raise UndrawableError(
-                "A model's next-token probabilities are NaN or infinite, so nothing can be sampled from it. The weights on disk were "
-                "not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
-            )
+            raise UndrawableError(UNDRAWABLE.format(where=""))
         entropies = torch.stack(self.entropies, 1).tolist() if self.entropy else [[] for _ in logp]
         return torch.stack(self.tokens, 1).tolist(), logp.tolist(), entropies
 

@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from opd.models import base_model
+
 GROUPED = "opd_grouped_sdpa"
 ROOM = 64  # tokens that a buffer grows by at least; it grows by a quarter of its length where that is more
 
@@ -59,8 +61,7 @@ class BufferedLayer(DynamicLayer):
 
 def selectable_cache(model: PreTrainedModel, most: int) -> Cache | None:
     """An empty cache for `most` tokens from which rows can be taken out; None for models that keep more than keys and values."""
-    inner: Any = model  # peft's own forward takes whatever the model's takes
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = base_model(model)  # peft's own forward takes whatever the model's takes
     if model.config.is_encoder_decoder or "past_key_values" not in signature(inner.forward).parameters:
         return None
     usual = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -75,8 +76,7 @@ def selectable_cache(model: PreTrainedModel, most: int) -> Cache | None:
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """While one token per row passes a model on a CPU, query heads that share keys and values are rows of one product.
     transformers' "sdpa" repeats keys and values for each of them there. Other attention, and other devices, are left alone."""
-    inner: Any = model
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = base_model(model)
     alone = model.config.get_text_config(decoder=True) is model.config
     if model.device.type != "cpu" or not alone or inner.config._attn_implementation != "sdpa":
         yield

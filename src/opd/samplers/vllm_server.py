@@ -16,11 +16,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from opd.errors import ServerError
+from opd.models import base_model
 from opd.samplers.base import SampledStudent
 from opd.samplers.vllm import Answer, Draw, Request
 from opd.samplers.vllm_http import Disconnected, VllmHttp
 from opd.samplers.vllm_process import ServerProcess
-from opd.samplers.vllm_weights import SyncFolder, base_of, has_tied_head, locked
+from opd.samplers.vllm_weights import SyncFolder, has_tied_head, locked
 
 REVIVALS = 3  # of one call, before the run stops
 PATIENCE_S = 30.0  # that a server of the user's may take to come back
@@ -149,7 +150,7 @@ class VllmServer:
     def _check_head(self, model: PreTrainedModel) -> None:
         """vLLM 0.32 packs a tied output layer when it starts on a CPU, and a reload of the embedding leaves the packed one as it was."""
         assert self._http is not None
-        moves = has_tied_head(model) and base_of(model).get_input_embeddings().weight.requires_grad
+        moves = has_tied_head(model) and base_model(model).get_input_embeddings().weight.requires_grad
         if self._url is not None and self._http.on_cpu and moves:
             raise ServerError(
                 f"{self.name} runs on a CPU, where vLLM gives an output layer that is tied to the embedding no new weights, so it would sample "

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from opd.errors import ServerError
+from opd.models import base_model, is_adapted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +33,6 @@ MEMORY = Path("/dev/shm")
 ROOM = 1.05  # config and tokenizer beside the weights
 
 
-def is_adapted(model: PreTrainedModel) -> bool:
-    """True for a model with peft's adapters."""
-    return hasattr(model, "merge_and_unload")
-
-
-def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without peft's shell."""
-    return model.get_base_model() if is_adapted(model) else model  # pyright: ignore[reportCallIssue]
-
-
 def adapter_rank(model: PreTrainedModel) -> int | None:
     """The rank that vLLM has to make room for, where it can apply the model's adapters itself; None where they have to be merged.
 
@@ -50,7 +41,7 @@ def adapter_rank(model: PreTrainedModel) -> int | None:
     """
     if not is_adapted(model):
         return None
-    base = base_of(model)
+    base = base_model(model)
     adapters: Any = model.peft_config
     config = adapters.get("default")
     plain = (
@@ -71,7 +62,7 @@ def adapter_rank(model: PreTrainedModel) -> int | None:
 @torch.no_grad()
 def merged_state(model: PreTrainedModel, *, adapted: bool = True) -> dict[str, Tensor]:
     """All weights by name, with adapters added to what they adapt, or without (`adapted`); the model itself stays as it is, bit for bit."""
-    base = base_of(model)
+    base = base_model(model)
     if not is_adapted(model):
         return dict(base.state_dict())
     merged = {}
@@ -92,7 +83,7 @@ def merged_state(model: PreTrainedModel, *, adapted: bool = True) -> dict[str, T
 
 def has_tied_head(model: PreTrainedModel) -> bool:
     """The output layer is the embedding's matrix."""
-    base = base_of(model)
+    base = base_model(model)
     head = base.get_output_embeddings()
     return head is not None and head.weight is base.get_input_embeddings().weight
 
@@ -104,7 +95,7 @@ def named_weights(
     gives a tied output layer a name of its own; without `adapted` the weights are those beside the adapters."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    base = base_of(model)
+    base = base_model(model)
     tied: Any = getattr(base, "all_tied_weights_keys", None) or {}
     state = merged_state(model, adapted=adapted)
     named = dict(revert_weight_conversion(base, {name: value for name, value in state.items() if name not in tied}))
@@ -131,13 +122,13 @@ class SyncFolder:
 
     def write(self, model: PreTrainedModel, version: int) -> Path:
         """A folder of these weights, adapters merged. Raises ServerError where there is no room for it."""
-        size = sum(p.numel() * p.element_size() for p in base_of(model).parameters())
+        size = sum(p.numel() * p.element_size() for p in base_model(model).parameters())
         return self._written(f"step-{version}-", size, lambda folder: self._save(model, folder))
 
     def write_base(self, model: PreTrainedModel) -> Path:
         """The folder of the weights beside the adapters, which stays until `remove`. Raises ServerError as `write` does."""
         if self.base is None:
-            size = sum(p.numel() * p.element_size() for p in base_of(model).parameters())
+            size = sum(p.numel() * p.element_size() for p in base_model(model).parameters())
             self.base = self._written("base-", size, lambda folder: self._save(model, folder, adapted=False))
         return self.base
 
@@ -164,7 +155,7 @@ class SyncFolder:
         return folder
 
     def _save(self, model: PreTrainedModel, folder: Path, *, adapted: bool = True) -> None:
-        base = base_of(model)
+        base = base_model(model)
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
         if self.untied:

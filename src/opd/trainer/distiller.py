@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import Config
 from opd.config.recipe import build
 from opd.errors import ConfigError, RunFolderError
+from opd.models import is_adapted
 from opd.quantized import merged
 from opd.ranks import ALONE, Ranks
 from opd.reporting.loading import Loading
@@ -228,7 +229,7 @@ class Distiller:
             raise ConfigError("There is nothing to evaluate on; give eval_prompts=…, and eval.every above 0.")
         parts.student_sampler.load(parts.student)
         with memory_advice("eval"):
-            return parts.evaluator.run(parts.student_sampler, parts.student, extra=False).metrics
+            return parts.evaluate("student", extra=False).metrics
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save the student as it is now as a Hugging Face folder, its adapters merged. Raises RunFolderError for a folder that holds
@@ -237,7 +238,7 @@ class Distiller:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise RunFolderError(f"'{place}' is there already; give save() a folder that is new or empty.")
         model: Any = self.components.student.model if self._trained is None else self._trained
-        if hasattr(model, "merge_and_unload"):
+        if is_adapted(model):
             model = merged(copy.deepcopy(model))  # the student itself goes on with its adapters
         write_student(model, self.components.loaded.files, place, "save again", self.components.saved_dtype)
         return place

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from opd.data.pack import one_rollout
-from opd.errors import NonFiniteError, OutOfMemoryError, UndrawableError
+from opd.errors import UNDRAWABLE, NonFiniteError, OutOfMemoryError, UndrawableError
 from opd.losses import Objective
 from opd.types import Batch, Rollout
 
@@ -91,10 +91,7 @@ def memory_advice(phase: str) -> Iterator[None]:
 def explain(error: BaseException, phase: str) -> None:
     """Raise what says how to go on, where `error` is one of exhausted memory, or of probabilities that are NaN."""
     if isinstance(error, UndrawableError) or "probability tensor contains" in str(error):  # torch.multinomial's words
-        raise NonFiniteError(
-            f"A model's next-token probabilities are NaN or infinite during {phase}, so nothing can be sampled from it. The weights "
-            "on disk were not changed. Lower optimizer.lr and start again, or use float32 or bfloat16 in place of float16."
-        ) from error
+        raise NonFiniteError(UNDRAWABLE.format(where=f" during {phase}")) from error
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         raise OutOfMemoryError(
             f"Out of memory during {phase}. Lower {OUT_OF_MEMORY_ADVICE[phase]}. ({(str(error) or 'no details').splitlines()[0][:160]})"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from opd.config.save import SaveConfig
 from opd.errors import RunFolderError
+from opd.models import is_adapted
 from opd.quantized import merged
 from opd.reporting.card import model_card
 from opd.reporting.files import explain_os_errors, write_atomically
@@ -33,7 +34,7 @@ def save_student(components: RunComponents, folder: RunFolder) -> Any:
     model: Any = components.student.model
     dtype = components.saved_dtype
     with explain_os_errors("save the student to", folder.student):
-        if hasattr(model, "merge_and_unload"):
+        if is_adapted(model):
             save_adapter(model, folder.path / ADAPTER_FOLDER, dtype)
             model = merged(model)
         write_student(model, components.loaded.files, folder.student, "continue with --resume", dtype)
