@@ -6,18 +6,16 @@ Each is rendered by transformers alone, and then as `opd check` shows it.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tools.real_tokenizers import is_ready
 from transformers import PreTrainedTokenizerBase
 
-from doctor.test_real_tokenizers import EXPECTED, FOLDER, loaded_once, look
+from doctor.test_real_tokenizers import EXPECTED, FOLDER, _folders, look  # noqa: F401  # the fixture
 from opd import tokenizer as opd_tokenizer
 
 QUESTION = "What is 1 + 2?"
@@ -100,18 +98,6 @@ RENDERED: tuple[tuple[str, Mapping[str, Any], str, str], ...] = (
 """Model, arguments of its template, and both prompts as its makers publish the format."""
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _folders() -> Iterator[None]:
-    if is_ready(FOLDER):
-        with loaded_once():
-            yield
-        return
-    said = f"no real tokenizers in {FOLDER}: `make tokenizers` fetches them"
-    if os.environ.get("OPD_REAL_TOKENIZERS") == "required":
-        pytest.fail(said)
-    pytest.skip(said)
 
 
 def without_date(text: str) -> str:
