@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from desks import MAX_CPU_S, TIMEOUT_S, answered, check_refusal
-from opd.cli.completion import SHELLS, options_of, takes_keys
+from opd.cli.completion import SHELLS, WITHOUT_TABLE, options_of, takes_keys
 from opd.cli.help_section import section_names
 from opd.cli.main import COMMANDS, main
 from opd.config.recipe import whole_keys
@@ -75,6 +75,14 @@ def test_the_help_of_a_command_names_every_option_that_is_offered(capsys: pytest
     for option in options_of(name):
         assert option.name in told
     assert ("--section.key" in told or "--optimizer.lr" in told) is takes_keys(name)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TABLE)
+def test_every_option_of_a_usage_line_is_offered(capsys: pytest.CaptureFixture[str], name: str):
+    assert main([name, "--help"]) == 0
+    usage = capsys.readouterr().out.splitlines()[0]
+    named = set(re.findall(r"--[a-z][a-z-]+(?![a-z.-])", usage)) - {"--debug", "--section"}
+    assert named <= set(WITHOUT_TABLE[name])
 
 
 def test_the_help_lists_every_command_once_in_groups(capsys: pytest.CaptureFixture[str]):

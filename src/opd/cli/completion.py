@@ -22,12 +22,12 @@ WITHOUT_TABLE: Mapping[str, tuple[str, ...]] = {
     "train": ("--resume", "--overwrite", "--devices"),
     "demo": ("--resume", "--overwrite"),
     "rollouts": ("--out", "--overwrite"),
-    "check": (),
+    "check": ("--gpu-memory",),
     "doctor": ("--json", "--prompts"),
     "compare": ("--out", "--open"),
     "watch": ("--port", "--open"),
     "report": (),
-    "verl": ("--steps", "--timeout", "--try"),
+    "verl": ("--steps", "--timeout", "--try", "--no-doctor", "--json"),
 }
 """Options of the commands that read their words by themselves, beside keys of a recipe."""
 TAKE_KEYS = ("train", "demo", "rollouts", "check", "doctor")
