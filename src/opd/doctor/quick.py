@@ -122,7 +122,7 @@ def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Exam
 def _rewards(settings: RunSettings, seen: Examined) -> None:
     """The rewards can be had; the module of a user's own is imported."""
     names = [settings.eval.reward] if settings.eval.every > 0 else []
-    if settings.rl.rewarded or "correct" in settings.train.drop:
+    if settings.judges_rollouts:
         names.append(settings.rl.reward or settings.eval.reward)
     for name in dict.fromkeys(names):
         load_reward(name)

@@ -198,7 +198,7 @@ class RunComponents:
             ensemble=teachers.ensemble,
             kept=teachers.kept,
             reinforcement=self._reinforcement() if config.rl.rewarded else None,
-            rewards=self._training_reward() if "correct" in config.train.drop else None,
+            rewards=self._training_reward() if config.judges_rollouts else None,
             pad_id=self.pad_id,
             device=self.student.device,
             ranks=self.ranks,

@@ -80,6 +80,7 @@ EFFECTS: dict[str, Effect] = {
             "log.trackio_project",
             "log.samples_every",
             "log.samples",
+            "log.reward",
             "log.show_samples",
             "save.dtype",
             "save.push_to_hub",

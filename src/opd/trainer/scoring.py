@@ -92,8 +92,8 @@ class StepScorer:
         ranks: Ranks = ALONE,
     ) -> None:
         """`kind` is the one that the teacher's `bind_objective` settled; `ensemble` is the teacher itself where it is several, whose
-        weights may move from step to step; `kept` counts what of theirs is kept; `rewards` are for train.drop where
-        there is no reinforcement."""
+        weights may move from step to step; `kept` counts what of theirs is kept; `rewards` are for train.drop
+        and log.reward where there is no reinforcement."""
         self.hybrid = rl.hybrid(objective, train.steps)
         self.token_fraction = train.token_fraction
         self.teacher = teacher
@@ -136,8 +136,7 @@ class StepScorer:
             rewards, notes = signal.rewards, list(signal.notes)
             metrics |= signal.metrics
             metrics |= {"rl/weight": objective.rl_weight, "rl/distill_weight": objective.distill_weight}
-        elif "correct" in self._drop:
-            assert self.rewards is not None
+        elif self.rewards is not None:
             rewards, metrics, notes = rewards_of(rollouts, self.rewards)
         per_token = None if signal is None else signal.per_token
         if self._drop:

@@ -1,0 +1,102 @@
+"""The base of a seed, and the exact probability of a right answer under any model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import ROOT
+from benchmarks.real.words import HELD_OUT, HELD_OUT_SEED, TRAINING, Cell, rows, write_prompts
+from tools.smollm2 import default_folder, is_ready, make_folder
+
+BATCH, RATE, WARM_UP = 24, 5e-5, 10
+"""Of the supervised steps: rows, AdamW's learning rate, steps of its warm-up."""
+AT_ONCE = 64
+
+
+def work() -> Path:
+    """Where models and runs are while they are needed: $OPD_REAL, or runs/real."""
+    return Path(os.environ.get("OPD_REAL") or ROOT / "runs" / "real")
+
+
+def original() -> Path:
+    """SmolLM2-135M-Instruct, fetched on first use."""
+    folder = default_folder()
+    if not is_ready(folder):
+        make_folder(folder)
+    return folder
+
+
+def seed_folder(cell: Cell, seed: int) -> Path:
+    """Holds base, teacher (once there is one) and train.jsonl of a seed."""
+    return work() / f"{cell.name}-{seed}"
+
+
+def make_base(cell: Cell, seed: int) -> Path:
+    """The model after `cell.warm_steps` supervised steps on rows of this seed, and the seed's prompts."""
+    folder = seed_folder(cell, seed)
+    base = folder / "base"
+    if base.exists():
+        return base
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder / "train.jsonl", TRAINING, cell.words, 1000 + seed)
+    tokenizer, model = load(original())
+    examples = list(rows(BATCH * cell.warm_steps, cell.words, 2_000_000 + seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step in range(cell.warm_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
+        ids, wanted = _tensors(tokenizer, examples[BATCH * step : BATCH * (step + 1)])
+        model(input_ids=ids, labels=wanted).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    made = folder / "base.part"
+    shutil.rmtree(made, ignore_errors=True)
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    made.rename(base)
+    return base
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and float32 model."""
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def accuracy(folder: Path, cell: Cell) -> float:
+    """The mean over the held-out prompts of the probability that a sample at temperature 1 is the answer with its end: no sampling noise.
+    Of the token sequences that decode to the answer it counts the tokenizer's own."""
+    tokenizer, model = load(folder)
+    held_out = list(rows(HELD_OUT, cell.words, HELD_OUT_SEED))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(held_out), AT_ONCE):
+            ids, wanted = _tensors(tokenizer, held_out[start : start + AT_ONCE])
+            logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            kept = wanted[:, 1:] >= 0
+            given = logp.gather(-1, wanted[:, 1:].clamp(min=0)[..., None])[..., 0]
+            total += float((given * kept).sum(1).exp().sum())
+    return total / len(held_out)
+
+
+def _tensors(tokenizer: Any, examples: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, padded on the right, and the same with −100 for everything but answers and their ends."""
+    pairs = [
+        (tokenizer(prompt, add_special_tokens=False).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
+        for prompt, answer in examples
+    ]
+    pairs = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in pairs]
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.full((len(pairs), longest), tokenizer.eos_token_id)
+    wanted = torch.full((len(pairs), longest), -100)
+    for row, (prompt, answer) in enumerate(pairs):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        wanted[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    return ids, wanted
