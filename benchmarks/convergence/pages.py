@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks import FOLDER, ROOT
+from benchmarks import FOLDER, ROOT, markdown
 from benchmarks.convergence import distiller, outside, plan
 from benchmarks.convergence.cost import STAGES, Signal, read_costs, read_signals
 from benchmarks.convergence.figure import curves, ratio_map
@@ -31,7 +31,7 @@ DRAWN = (
 )  # fmt: skip
 README = FOLDER / "README.md"
 SOONER = ROOT / "docs" / "sooner.md"
-START, END = "<!-- written by make evidence -->\n", "<!-- end -->\n"
+START, END = "<!-- written by make evidence -->\n", markdown.END
 LAST = 5  # evaluations whose mean is where a run ended
 
 
@@ -56,20 +56,13 @@ def write_pages(folder: Path, tuned: Store, runs: Store) -> None:
     parts += [outside.table(outside.read_runs(folder / "trl.csv")), _grid(tuned)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "tables.md").write_text(text)
-    _into_readme(README, text.replace("## ", "### "))
+    markdown.put_between(README, START, text.replace("## ", "### "))
     if headline := _headline(main, across):
-        _into_readme(SOONER, headline)
+        markdown.put_between(SOONER, START, headline)
     if timed_main == timed and main:
         (folder / "curves.svg").write_text(curves(main, DRAWN, seconds))
     if cells := _map_cells(in_all, everywhere):
         (folder / "map.svg").write_text(ratio_map(cells))
-
-
-def _into_readme(readme: Path, text: str) -> None:
-    """Between its two marks."""
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _headline(main: Sequence[Group], across: Sequence[Comparison]) -> str:

@@ -24,6 +24,7 @@ from benchmarks.real.world import accuracy, make_base, seed_folder, work
 
 LONGEST_S = 3 * 3600
 SAMPLES_KEPT = 2
+EVALUATED = 256
 
 
 def recipe(setting: Setting) -> dict[str, Any]:
@@ -40,11 +41,11 @@ def recipe(setting: Setting) -> dict[str, Any]:
     return {
         "student": student,
         **teacher,
-        "prompts": {"path": str(folder / "train.jsonl")},
+        "prompts": {"path": str(folder / "train.jsonl"), "eval_path": str(folder / "eval.jsonl")},
         "rollout": {"max_new_tokens": cell.words + 3},
         "train": {"steps": setting.steps, **plan.batch(arm)},
         "optimizer": optimizer,
-        "eval": {"every": 0},
+        "eval": {"every": setting.steps if setting.measured else 0, "prompts": EVALUATED},
         "checkpoint": {"every": 0},
         "log": {"reward": True, "progress": "plain", "samples": SAMPLES_KEPT, "samples_every": setting.steps},
         "seed": setting.seed,
@@ -69,7 +70,7 @@ def perform(setting: Setting) -> Row:
         student.rename(target)
     results = {
         "base_accuracy": _kept(base, cell.name),
-        "teacher_accuracy": _kept(seed / setting.teacher, cell.name) if setting.teacher else "",
+        "teacher_accuracy": _kept(seed / setting.teacher, cell.name) if setting.teacher else f"{final:.5f}",
         "final_accuracy": f"{final:.5f}",
         **summary(folder),
         "cpu_seconds": f"{seconds:.1f}",
@@ -110,6 +111,8 @@ def summary(folder: Path) -> dict[str, str]:
     def mean(name: str) -> str:
         return f"{fmean(step[name] for step in steps):.3f}"
 
+    last = [r for r in records if r["kind"] == "eval" and r["who"] == "student"][-1:]
+    held_out = {f"eval_{n}": f"{r['metrics'][n]:.5f}" for r in last for n in ("reverse_kl", "forward_kl", "accuracy")}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {
         "rewards": series("reward/mean"),
@@ -122,6 +125,7 @@ def summary(folder: Path) -> dict[str, str]:
         "teacher_seconds": mean("time/teacher"),
         "update_seconds": mean("time/update"),
         "peak_gib": f"{peak:.2f}",
+        **(held_out or dict.fromkeys(("eval_reverse_kl", "eval_forward_kl", "eval_accuracy"), "")),
     }
 
 

@@ -24,6 +24,8 @@ class Setting:
     """Of natural_gradient the trust region in nats per token."""
     seed: int
     steps: int
+    measured: bool = False
+    """Evaluated on held-out prompts before and after, which costs time."""
     teacher: str = ""
     """The name of the run of this cell and seed whose student teaches; none for reinforcement learning."""
 
@@ -34,13 +36,13 @@ class Setting:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return "-".join(part for part in self.key[:-1])
+        return "-".join(part for part in self.key[:-2]) + ("-measured" if self.measured else "")
 
 
 SETTING = tuple(f.name for f in fields(Setting))
 RESULTS = (
     "base_accuracy", "teacher_accuracy", "final_accuracy", "rewards", "reverse_kl", "forward_kl", "entropy", "length", "tokens",
-    "cpu_seconds", "rollout_seconds", "teacher_seconds", "update_seconds", "peak_gib",
+    "eval_reverse_kl", "eval_forward_kl", "eval_accuracy", "cpu_seconds", "rollout_seconds", "teacher_seconds", "update_seconds", "peak_gib",
 )  # fmt: skip
 COLUMNS = (*SETTING, *RESULTS)
 
@@ -63,7 +65,7 @@ class Row:
         v = self.values
         return Setting(
             cell=v["cell"], arm=v["arm"], optimizer=v["optimizer"], weights=v["weights"], lr=float(v["lr"]), seed=int(v["seed"]),
-            steps=int(v["steps"]), teacher=v["teacher"],
+            steps=int(v["steps"]), measured=v["measured"] == "True", teacher=v["teacher"],
         )  # fmt: skip
 
     def number(self, name: str) -> float:

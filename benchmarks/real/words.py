@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-WORDS = tuple(
-    """
-    apple arm baby bag ball bank bed bell bird boat book box boy bread bridge bus cake camp car card cat chair city clock cloud coat coin cook
-    corn cow cup dance day desk dog door dream dress drum duck dust ear egg eye face farm field fire fish flag floor flower food foot fork fruit
-    game garden gate girl glass gold grass hair hall hand hat heart hill home horse house ice island jar key king kite knee lake lamp land leaf
-    leg letter light lion lip lock map market meat milk mirror money moon mountain mouse mouth music nail neck nest night nose nut ocean oil
-    orange page paper park pen phone pig pin plant plate pond queen rain ring river road rock roof room rope rose salt sand school sea seat
-    seed ship shirt shoe shop silver sister sky snow soap sock son song soup spoon star stone store storm street sugar summer sun table tail tea
-    tent tiger tree train truck wall watch water wave wheel wind window wing winter wolf wood world yard
-    """.split()
-)
+_WORDS = """
+apple arm baby bag ball bank bed bell bird boat book box boy bread bridge bus cake camp car card cat chair city clock cloud coat coin
+cook corn cow cup dance day desk dog door dream dress drum duck dust ear egg eye face farm field fire fish flag floor flower food foot
+fork fruit game garden gate girl glass gold grass hair hall hand hat heart hill home horse house ice island jar key king kite knee lake
+lamp land leaf leg letter light lion lip lock map market meat milk mirror money moon mountain mouse mouth music nail neck nest night
+nose nut ocean oil orange page paper park pen phone pig pin plant plate pond queen rain ring river road rock roof room rope rose salt
+sand school sea seat seed ship shirt shoe shop silver sister sky snow soap sock son song soup spoon star stone store storm street sugar
+summer sun table tail tea tent tiger tree train truck wall watch water wave wheel wind window wing winter wolf wood world yard
+"""
+WORDS = tuple(_WORDS.split())
 TRAINING, HELD_OUT = 16384, 512
 HELD_OUT_SEED = 1_000_003
 """The same held-out prompts for every seed, so that seeds differ in training alone."""

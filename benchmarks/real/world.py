@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.smollm2 import default_folder, is_ready, make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import ROOT
 from benchmarks.real.words import HELD_OUT, HELD_OUT_SEED, TRAINING, Cell, rows, write_prompts
-from tools.smollm2 import default_folder, is_ready, make_folder
 
 BATCH, RATE, WARM_UP = 24, 5e-5, 10
 """Of the supervised steps: rows, AdamW's learning rate, steps of its warm-up."""
@@ -26,7 +27,9 @@ def work() -> Path:
 
 
 def original() -> Path:
-    """SmolLM2-135M-Instruct, fetched on first use."""
+    """SmolLM2-135M-Instruct, fetched on first use; or the folder $OPD_REAL_MODEL."""
+    if "OPD_REAL_MODEL" in os.environ:
+        return Path(os.environ["OPD_REAL_MODEL"])
     folder = default_folder()
     if not is_ready(folder):
         make_folder(folder)
@@ -46,6 +49,7 @@ def make_base(cell: Cell, seed: int) -> Path:
         return base
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder / "train.jsonl", TRAINING, cell.words, 1000 + seed)
+    write_prompts(folder / "eval.jsonl", HELD_OUT, cell.words, HELD_OUT_SEED)
     tokenizer, model = load(original())
     examples = list(rows(BATCH * cell.warm_steps, cell.words, 2_000_000 + seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -62,6 +66,8 @@ def make_base(cell: Cell, seed: int) -> Path:
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     made.rename(base)
+    del model, optimizer
+    gc.collect()  # a model is a cycle of references, and its memory is needed by the run
     return base
 
 
@@ -83,6 +89,8 @@ def accuracy(folder: Path, cell: Cell) -> float:
             kept = wanted[:, 1:] >= 0
             given = logp.gather(-1, wanted[:, 1:].clamp(min=0)[..., None])[..., 0]
             total += float((given * kept).sum(1).exp().sum())
+    del model
+    gc.collect()
     return total / len(held_out)
 
 
