@@ -29,6 +29,10 @@ class Arm:
     reinforced: bool = False
     """GRPO: groups of GROUP answers, no teacher."""
     warm_up: int = 1
+    rollouts: int | None = None
+    """A step; None is ROLLOUTS."""
+    steps: Mapping[str, int] | None = None
+    """Updates by optimizer; None is OPD_STEPS, or of reinforcement learning GRPO_STEPS."""
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -40,6 +44,7 @@ ARMS: Mapping[str, Arm] = {
         recipe={"rl": {"weight": 1, "distill_weight": 0, "reward": "exact_match"}},
     ),
     "reverse_kl": Arm(title="OPD, reverse KL"),
+    "reverse_kl_32": Arm(title="OPD, reverse KL, 32 rollouts", rollouts=32, steps={"adamw": 40}),
     "forward_kl": Arm(title="OPD, forward KL", recipe={"objective": {"divergence": "forward_kl"}}),
     "jsd": Arm(title="OPD, JSD (β = 0.5)", recipe={"objective": {"divergence": "generalized_jsd", "beta": 0.5}}),
     "top16": Arm(title="OPD, reverse KL, teacher's top 16, bucket", recipe=_support("teacher_top_k", 16, "bucket")),
@@ -60,9 +65,14 @@ SUPPORTS = ("reverse_kl", "forward_kl", "jsd", "top64", "top16", "top16_sampled"
 
 
 def batch(arm: Arm) -> dict[str, int]:
-    """Every arm has the same number of rollouts a step."""
+    """Prompts and samples of a step."""
     samples = GROUP if arm.reinforced else 1
-    return {"prompts_per_step": ROLLOUTS // samples, "samples_per_prompt": samples}
+    return {"prompts_per_step": rollouts(arm) // samples, "samples_per_prompt": samples}
+
+
+def rollouts(arm: Arm) -> int:
+    """Of a step."""
+    return arm.rollouts or ROLLOUTS
 
 
 Kind = tuple[str, str, str]
@@ -74,7 +84,8 @@ RATES: Mapping[Kind, Sequence[float]] = {
     ("grpo", "adamw", FULL): (3e-5, 6e-5, 1e-4),
     ("grpo", "muon", FULL): (3e-4, 1e-3, 3e-3),
     ("grpo", "adamw", LORA): (1e-4, 3e-4, 1e-3),
-    ("reverse_kl", "adamw", FULL): (1e-5, 3e-5, 1e-4),
+    ("reverse_kl", "adamw", FULL): (3e-5, 1e-4, 2e-4, 4e-4),
+    ("reverse_kl_32", "adamw", FULL): (1e-4, 2e-4),
     ("reverse_kl", "muon", FULL): (3e-4, 1e-3, 3e-3),
     ("reverse_kl", "adamw", LORA): (3e-4, 1e-3, 3e-3),
     ("reverse_kl", "natural_gradient", FULL): (0.1, 0.3),
@@ -89,7 +100,7 @@ def setting(
 ) -> Setting:
     """One run of an arm; all but the teaching one are measured against the teacher that GRPO made with `teacher_lr` on the same seed."""
     name, optimizer, weights = arm
-    steps = OPD_STEPS[optimizer]
+    steps = (ARMS[name].steps or OPD_STEPS)[optimizer]
     if ARMS[name].reinforced:
         steps = GRPO_TUNING_STEPS if seed == TUNING_SEED else GRPO_STEPS
     teacher = "" if teacher_lr is None or arm == TEACHING else setting(TEACHING, teacher_lr, seed, cell).name

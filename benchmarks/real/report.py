@@ -42,6 +42,11 @@ class Group:
         return len(self.updates(share)) == len(self.rows)
 
     @property
+    def rollouts(self) -> int:
+        """Of an update."""
+        return plan.rollouts(plan.ARMS[self.kind[0]])
+
+    @property
     def seconds(self) -> float:
         """CPU seconds of an update, with its rollouts and scores; loading is divided over the run's updates."""
         return fmean(row.number("cpu_seconds") / row.setting.steps for row in self.rows)
@@ -86,16 +91,16 @@ def compared(group: Group, found: Sequence[Group], share: float, factor: Mapping
 def claim_table(found: Sequence[Group]) -> str:
     """Markdown: updates to each level, and ratios against the best arm of reinforcement learning."""
     updates = {g.kind: 1.0 for g in found}
-    seconds = {g.kind: g.seconds for g in found}
-    head = ["arm", "rate", *(f"updates to {share:.0%}" for share in plan.LEVELS), "CPU s an update"]
-    head += [f"fewer updates, {share:.0%}" for share in plan.LEVELS] + ["less CPU, 80%"]
+    drawn, seconds = {g.kind: float(g.rollouts) for g in found}, {g.kind: g.seconds for g in found}
+    head = ["arm", "rate", "rollouts", *(f"updates to {share:.0%}" for share in plan.LEVELS), "CPU s an update"]
+    head += [f"fewer updates, {share:.0%}" for share in plan.LEVELS] + ["fewer rollouts, 80%", "less CPU, 80%"]
     lines = []
     for g in found:
         cells = [_updates(g, share) for share in plan.LEVELS]
         ratios = [compared(g, found, share, updates) for share in plan.LEVELS]
-        less = compared(g, found, 0.8, seconds)
-        shown = ["" if r is None else str(r) for r in (*ratios, less)]
-        lines.append([g.title, f"{g.rows[0].setting.lr:g}", *cells, f"{g.seconds:.1f}", *shown])
+        ratios += [compared(g, found, 0.8, factor) for factor in (drawn, seconds)]
+        shown = ["" if r is None else str(r) for r in ratios]
+        lines.append([g.title, f"{g.rows[0].setting.lr:g}", str(g.rollouts), *cells, f"{g.seconds:.1f}", *shown])
     return markdown.table(head, lines)
 
 
