@@ -77,7 +77,7 @@ def rollouts(arm: Arm) -> int:
 
 Kind = tuple[str, str, str]
 """Arm, optimizer and weights."""
-GRPO_STEPS, GRPO_TUNING_STEPS = 120, 80
+GRPO_STEPS = 80
 OPD_STEPS = {"adamw": 16, "muon": 16, "natural_gradient": 4}
 FULL, LORA = "full", "lora16"
 RATES: Mapping[Kind, Sequence[float]] = {
@@ -100,9 +100,7 @@ def setting(
 ) -> Setting:
     """One run of an arm; all but the teaching one are measured against the teacher that GRPO made with `teacher_lr` on the same seed."""
     name, optimizer, weights = arm
-    steps = (ARMS[name].steps or OPD_STEPS)[optimizer]
-    if ARMS[name].reinforced:
-        steps = GRPO_TUNING_STEPS if seed == TUNING_SEED else GRPO_STEPS
+    steps = GRPO_STEPS if ARMS[name].reinforced else (ARMS[name].steps or OPD_STEPS)[optimizer]
     teacher = "" if teacher_lr is None or arm == TEACHING else setting(TEACHING, teacher_lr, seed, cell).name
     return Setting(
         cell=cell,
