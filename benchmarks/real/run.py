@@ -35,7 +35,7 @@ def recipe(setting: Setting) -> dict[str, Any]:
     student: dict[str, Any] = {"model": str(folder / "base")}
     if setting.weights != "full":
         student["lora"] = {"rank": int(setting.weights.removeprefix("lora"))}
-    optimizer: dict[str, Any] = {"name": setting.optimizer, "lr": setting.lr, "warmup_steps": arm.warm_up}
+    optimizer: dict[str, Any] = {"name": setting.optimizer, "lr": setting.lr, "warmup_steps": plan.WARM_UP}
     if setting.optimizer == "natural_gradient":
         optimizer = {"name": setting.optimizer, "natural_gradient": {"trust_region": setting.lr}}
     return {
