@@ -215,3 +215,32 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 120) -
     while not (file.exists() and file.stat().st_size):
         assert time.monotonic() < end and process.poll() is None, "the run did not start"
         time.sleep(0.1)
+
+
+def test_a_run_whose_output_nobody_reads_any_more_is_saved_and_resume_ends_bit_for_bit(world, tmp_path):
+    more = {
+        "train__steps": 30,
+        "eval__every": 0,
+        "checkpoint__every": 0,
+        "log__progress": "plain",
+        "log__show_samples": 1,
+    }
+    run(settings(world, tmp_path / "whole", **more))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(merge({}, settings(world, tmp_path / "run", **more))))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opd", "train", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("step 1:"):  # a sampled answer of step 1; later ones meet a pipe without a reader
+            break
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE, said
+    steps = [r for r in read_metrics(tmp_path / "run") if r.kind == "step"]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert 0 < len(steps) < 30 and saved.name == f"step-{len(steps):08d}"
+    run(merge({}, settings(world, tmp_path / "run", **more)), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

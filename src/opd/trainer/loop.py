@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from opd.config import Config
-from opd.errors import DataError, OpdError, OutOfMemoryError, RankError, ServerError
+from opd.errors import DataError, OpdError, OutOfMemoryError, RankError, RunFolderError, ServerError
 from opd.reporting.findings import cut_off
 from opd.reporting.guarded import Onset, write_onsets
 from opd.reporting.progress import Progress, TrainingPhase
@@ -131,8 +131,8 @@ class TrainingLoop:
                 raise
             except TeacherMoved as moved:
                 return self._without_update(step, moved.reading)
-            broken = self._record(step, done)
             with self.saved_on_error():
+                broken = self._record(step, done)
                 draws.load(student)  # the next rollouts are on-policy again
                 why = self._call_back({"step": step, **done.metrics})
                 ended = Ended(why=why) if why is not None else stopped_by(broken, step, config.train.steps)
@@ -201,12 +201,19 @@ class TrainingLoop:
 
     @contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Saves what was trained before a signal, a failing reward or server, a lost rank, or exhausted memory ends the run where no
-        weight moves, so that it resumes where it stopped. An evaluation that is left out then is made by the run that is resumed."""
+        """Saves what was trained before a signal, a failing reward or server, a lost rank, exhausted memory, or an output that nobody reads
+        ends the run where no weight moves, so that it resumes where it stopped. An evaluation that is left out then is made by the run
+        that is resumed."""
         try:
             yield
         except (Interrupted, DataError, OutOfMemoryError, RankError, ServerError):
             self._save_reached()
+            raise
+        except (
+            OSError
+        ):  # of a pipe whose reader has gone, or of a full disk, on which a checkpoint may have no place either
+            with suppress(OSError, RunFolderError):
+                self._save_reached()
             raise
 
     def _save_reached(self) -> None:
