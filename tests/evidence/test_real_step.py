@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.real.step.command import COLUMNS, kept, summary, write
-from benchmarks.real.step.report import OPD, TRL, page, read
+from benchmarks.real.step.report import OPD, PHASES, TRL, page, read
 from benchmarks.real.step.roofline import Shape, limits, work
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,8 +68,9 @@ def test_decoding_reads_the_weights_for_every_token_but_the_first(model: Any, sh
 
 def test_the_limit_of_decoding_is_the_slower_of_products_and_reading():
     task = {"prefill": 10.0, "decode": 20.0, "decode_bytes": 3.0, "teacher": 30.0, "update": 40.0, "update_bytes": 1.0}
-    assert limits(task, 10.0, 1.0) == {"rollout": 1 + 3.0, "teacher": 3.0, "update": 4.0 + 1.0}
-    assert limits(task, 10.0, 3.0)["rollout"] == 1 + 2.0
+    rates = {"rollout": 10.0, "teacher": 5.0, "update": 20.0}
+    assert limits(task, rates, 1.0) == {"rollout": 1 + 3.0, "teacher": 6.0, "update": 2.0 + 1.0}
+    assert limits(task, rates, 3.0)["rollout"] == 1 + 2.0
 
 
 def result(seconds: float) -> dict[str, Any]:
@@ -80,9 +81,10 @@ def result(seconds: float) -> dict[str, Any]:
         "steps": [{**step, "wall": 1000.0}, step, step],
         "lengths": LENGTHS,
         "peak_bytes": 2 << 30,
-        "matrix_rate": 1e11,
+        "float32_rate": 1e11,
+        "bfloat16_rate": 3e11,
         "read_rate": 1e10,
-        "products": "rollout=float32",
+        "products": "rollout=float32 teacher=float32 update=bfloat16",
         "prompts": "abc",
         "versions": {"torch": "2"},
     }
@@ -101,8 +103,9 @@ def test_the_page_is_a_function_of_the_csv(tmp_path: Path, shape: Shape):
     assert text == page(rows)
     assert "| float32 | opd | 2 | 1.5 [1, 2] | 0.75 | 0.19 | 0.56 |" in text
     assert "opd trains on 3.00 times the response tokens per second of 'TRL', at 1.00 of its peak memory" in text
-    least = limits(asdict(work(shape, LENGTHS[0])), 1e11, 1e10)["update"]
-    assert f"{least / 0.5625:.0%} |" in next(line for line in text.splitlines() if "| opd | update |" in line)
+    least = limits(asdict(work(shape, LENGTHS[0])), dict.fromkeys(PHASES, 3e11), 1e10)["update"]
+    line = next(line for line in text.splitlines() if "| opd | update | bfloat16 |" in line)
+    assert line.endswith(f"| {least:.2f} | 0.56 | {least / 0.5625:.0%} |")
 
 
 def test_runs_of_other_sizes_are_refused(tmp_path: Path, shape: Shape):

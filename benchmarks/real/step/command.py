@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.loop.clock import Case
 from benchmarks.real.step import inputs
-from benchmarks.real.step.report import DTYPES, OPD, PHASES, SIZES, TRL, TRL_PARTS, WORK, Row, page, read
+from benchmarks.real.step.report import DTYPES, OPD, PHASES, RATES, SIZES, TRL, TRL_PARTS, WORK, Row, page, read
 from benchmarks.real.step.roofline import Shape, work
 from benchmarks.real.world import original
 from benchmarks.trl_environment import run_module, trl_python
@@ -35,7 +35,7 @@ GIB = 1 << 30
 COLUMNS = (
     "trainer", "dtype", "round", *SIZES, "prompt_tokens", "response_tokens", "seconds", "cpu_seconds",
     *(f"{p}_seconds" for p in PHASES), *(f"{p}_cpu_seconds" for p in PHASES), "tokens_per_second", "peak_gib",
-    *WORK, "matrix_rate", "read_rate", "first_loss", "difference", "products", "prompts_digest", "versions",
+    *WORK, *RATES, "first_loss", "difference", "products", "prompts_digest", "versions",
 )  # fmt: skip
 
 
@@ -137,14 +137,13 @@ def summary(result: dict[str, Any], shape: Shape) -> dict[str, Any]:
         "cpu_seconds": median(s["cpu"] for s in steps),
         "tokens_per_second": sum(s["tokens"] for s in steps) / sum(s["wall"] for s in steps),
         "peak_gib": result["peak_bytes"] / GIB,
-        "matrix_rate": result["matrix_rate"],
-        "read_rate": result["read_rate"],
         "first_loss": result["steps"][0]["loss"],
         "difference": "",
         "products": result["products"],
         "prompts_digest": result["prompts"],
         "versions": " ".join(f"{name}={version}" for name, version in result["versions"].items()),
     }
+    row |= {name: result[name] for name in RATES}
     for phase in PHASES:
         row[f"{phase}_seconds"] = median(s["phases"][phase][0] for s in steps)
         row[f"{phase}_cpu_seconds"] = median(s["phases"][phase][1] for s in steps)

@@ -17,7 +17,7 @@ from opd.trainer.from_config import RunComponents
 def main(case_path: str, result_path: str) -> None:
     case = read_case(case_path)
     torch.set_num_threads(case.threads)
-    measured, clock = rates(case.bfloat16), StepClock()
+    measured, clock = rates(), StepClock()
     types = ProductTypes(clock)
     with tempfile.TemporaryDirectory() as run_dir:
         parts: Any = RunComponents(recipe(case, run_dir))

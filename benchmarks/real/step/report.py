@@ -11,6 +11,7 @@ from benchmarks import markdown
 from benchmarks.real.step.roofline import limits
 
 PHASES = ("rollout", "teacher", "update")
+RATES = ("float32_rate", "bfloat16_rate", "read_rate")
 WORK = ("prefill", "decode", "decode_bytes", "teacher", "update", "update_bytes")
 OPD, TRL, TRL_PARTS = "opd", "TRL", "TRL, 8 rows at a time"
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16 autocast"}
@@ -44,15 +45,15 @@ def page(rows: Sequence[Row]) -> str:
         "`update` is everything but rollouts and the teacher's layers, in both trainers: the teacher's output layer runs with the loss. "
         f"'{TRL_PARTS}' is TRL with gradient accumulation, which saves memory; '{TRL}' passes a step's rollouts at once. opd is at its defaults.",
         "## How near the machine's limit",
-        "The limit is the time that the phase's products take at the rate of one product of 2048 rows in the same dtype, plus reading: the weights "
-        "for each decoded token where that takes longer than its products, AdamW's arrays in the update. Work counts no padding, and attention "
-        "counts whole squares.",
+        "The limit is the time that the phase's products take at the rate of one product of 2048 rows, in the dtype that its layers multiply in, plus "
+        "reading: the weights for each decoded token where that takes longer than its products, AdamW's arrays in the update. Work counts no "
+        "padding, and attention counts whole squares.",
         _rates(rows),
-        _limits(groups),
+        _limits(rows, groups),
         "## The same work",
         _work(groups),
         "Prompt ids and their order are identical. `difference`: on the hidden states of TRL's first forward pass, TRL's loss less opd's reverse KL "
-        "in float64, nats per token. Products: what the layers multiply in, by phase. First losses are of different samples from the same weights.",
+        "in float64, nats per token. `layers in`: the dtype of the layers' products, by phase. First losses are of different samples from the same weights.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -91,35 +92,23 @@ def _ratios(groups: dict[tuple[str, str], list[Row]]) -> list[str]:
 
 
 def _rates(rows: Sequence[Row]) -> str:
-    lines = []
-    for dtype in DTYPES:
-        mine = [r for r in rows if r["dtype"] == dtype]
-        if mine:
-            rates = (_spread(mine, "matrix_rate", 1e9), _spread(mine, "read_rate", 1e9))
-            lines.append(f"- {dtype}: {rates[0]} GFLOP/s, {rates[1]} GB/s.")
-    return "\n".join(lines)
+    float32, bfloat16, read = (_spread(rows, name, 1e9) for name in RATES)
+    return f"Rates of this machine: {float32} GFLOP/s in float32, {bfloat16} GFLOP/s in bfloat16, reading {read} GB/s."
 
 
-def _limits(groups: dict[tuple[str, str], list[Row]]) -> str:
+def _limits(rows: Sequence[Row], groups: dict[tuple[str, str], list[Row]]) -> str:
     lines = []
     for (dtype, trainer), mine in groups.items():
-        same = [r for (other, _), runs in groups.items() if other == dtype for r in runs]
-        least = limits({n: _median(mine, n) for n in WORK}, _median(same, "matrix_rate"), _median(same, "read_rate"))
+        kinds = dict(item.split("=") for item in mine[0]["products"].split())
+        rates = {phase: _median(rows, f"{kinds[phase]}_rate") for phase in PHASES}
+        least = limits({name: _median(mine, name) for name in WORK}, rates, _median(rows, "read_rate"))
         for phase in PHASES:
             operations = sum(_median(mine, n) for n in (("prefill", "decode") if phase == "rollout" else (phase,)))
             took = _median(mine, f"{phase}_seconds")
-            lines.append(
-                [
-                    DTYPES[dtype],
-                    trainer,
-                    phase,
-                    f"{operations / 1e12:.3g}",
-                    f"{least[phase]:.2f}",
-                    f"{took:.2f}",
-                    f"{least[phase] / took:.0%}",
-                ]
-            )
-    return markdown.table(["dtype", "trainer", "phase", "TFLOP", "limit s", "took s", "of the limit"], lines)
+            numbers = (f"{operations / 1e12:.3g}", f"{least[phase]:.2f}", f"{took:.2f}", f"{least[phase] / took:.0%}")
+            lines.append([DTYPES[dtype], trainer, phase, kinds[phase], *numbers])
+    head = ["dtype", "trainer", "phase", "layers in", "TFLOP", "limit s", "took s", "limit / took"]
+    return markdown.table(head, lines)
 
 
 def _work(groups: dict[tuple[str, str], list[Row]]) -> str:
@@ -130,7 +119,7 @@ def _work(groups: dict[tuple[str, str], list[Row]]) -> str:
         products = "; ".join(sorted({r["products"] for r in mine}))
         tokens = (f"{_median(mine, 'prompt_tokens'):.0f}", _spread(mine, "response_tokens"))
         lines.append([DTYPES[dtype], trainer, *tokens, _spread(mine, "first_loss"), worst, products])
-    head = ["dtype", "trainer", "prompt tokens/step", "response tokens/step", "first loss", "difference", "products"]
+    head = ["dtype", "trainer", "prompt tokens/step", "response tokens/step", "first loss", "difference", "layers in"]
     return markdown.table(head, lines)
 
 

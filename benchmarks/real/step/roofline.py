@@ -108,11 +108,13 @@ def work(shape: Shape, lengths: Lengths) -> Work:
     )
 
 
-def limits(work: Mapping[str, float], matrix_rate: float, read_rate: float) -> dict[str, float]:
-    """Seconds of each phase at `matrix_rate` operations and `read_rate` bytes per second. `work` has the fields of Work by name."""
-    decode = max(work["decode"] / matrix_rate, work["decode_bytes"] / read_rate)
+def limits(work: Mapping[str, float], matrix_rates: Mapping[str, float], read_rate: float) -> dict[str, float]:
+    """Seconds of each phase at its own of `matrix_rates`, operations per second, and at `read_rate` bytes per second. `work` has the
+    fields of Work by name."""
+    rollout, teacher, update = (matrix_rates[phase] for phase in ("rollout", "teacher", "update"))
+    decode = max(work["decode"] / rollout, work["decode_bytes"] / read_rate)
     return {
-        "rollout": work["prefill"] / matrix_rate + decode,
-        "teacher": work["teacher"] / matrix_rate,
-        "update": work["update"] / matrix_rate + work["update_bytes"] / read_rate,
+        "rollout": work["prefill"] / rollout + decode,
+        "teacher": work["teacher"] / teacher,
+        "update": work["update"] / update + work["update_bytes"] / read_rate,
     }

@@ -26,7 +26,7 @@ def main(case_path: str, result_path: str) -> None:
 
     case = read_case(case_path)
     torch.set_num_threads(case.threads)
-    measured, clock = rates(case.bfloat16), StepClock()
+    measured, clock = rates(), StepClock()
     load = AutoModelForCausalLM.from_pretrained
     rows = map(json.loads, Path(case.data).read_text("utf-8").splitlines())
     with tempfile.TemporaryDirectory() as run_dir:
