@@ -30,6 +30,10 @@ class Case:
     lr: float
     threads: int
     seed: int
+    bfloat16: bool = False
+    """Products in bfloat16 by autocast; weights stay float32."""
+    rows_at_once: int | None = None
+    """Of TRL: rows of one forward and backward pass; None takes all rollouts of a step."""
 
 
 def read_case(path: str) -> Case:
@@ -70,6 +74,11 @@ class StepClock:
             wall, cpu = self._phases[self._open[-1]]
             self._phases[self._open[-1]] = (wall + now[0] - self._mark[0], cpu + now[1] - self._mark[1])
         self._mark = now
+
+    @property
+    def running(self) -> str:
+        """The phase that is timed now."""
+        return self._open[-1] if self._open else "update"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
