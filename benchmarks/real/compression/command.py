@@ -27,14 +27,20 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks real_compression", description=__doc__)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--smoke", action="store_true", help="two steps of each arm with a tiny model; nothing is kept")
-    parser.add_argument("--qlora", action="store_true", help="also adapters on NF4, by bitsandbytes (pip install bitsandbytes)")
+    parser.add_argument(
+        "--qlora", action="store_true", help="also adapters on NF4, by bitsandbytes (pip install bitsandbytes)"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="run nothing, and write the page of the runs that are there"
+    )
     options = parser.parse_args(argv)
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
             smoke(Path(folder))
         return 0
     store = Store(RESULTS / "compression.csv", plan.SETTING, plan.RESULTS)
-    for settings in plan.rounds(store, [INT4, NF4] if options.qlora else [INT4]):
+    kinds = [INT4, NF4] if options.qlora else [INT4]
+    for settings in [] if options.page else plan.rounds(store, kinds):
         _fill(store, settings, original(), options.workers)
     write(store, RESULTS / "compression.md")
     return 0
@@ -50,9 +56,7 @@ def smoke(folder: Path) -> Store:
     store = Store(folder / "compression.csv", plan.SETTING, plan.RESULTS)
     kinds = [INT4, NF4] if find_spec("bitsandbytes") else [INT4]
     settings = [plan.untrained(weights) for weights in (plan.FULL, *kinds)]
-    settings += [
-        replace(plan.setting(weights, arm, SMOKE_RATE, 0), steps=2) for weights in kinds for arm in plan.ARMS
-    ]
+    settings += [replace(plan.setting(weights, arm, SMOKE_RATE, 0), steps=2) for weights in kinds for arm in plan.ARMS]
     for setting in settings:
         store.add(row := perform(setting, Path(model)))
         _say(row)

@@ -21,9 +21,7 @@ Text = tuple[Tensor, int]
 """Token ids [1, tokens], and how many at the start are given."""
 
 
-def measured(
-    student: Any, tokenizer: Any, teacher: Any, rows: Sequence[dict[str, Any]], tokens: int
-) -> dict[str, str]:
+def measured(student: Any, tokenizer: Any, teacher: Any, rows: Sequence[dict[str, Any]], tokens: int) -> dict[str, str]:
     """The student is a model, or the section of a recipe. KL per prompt, in nats per token, at tokens that the student draws; and nats per token of prose and of the teacher's own answers.
     Every model draws by the same random numbers."""
     distiller = opd.Distiller(

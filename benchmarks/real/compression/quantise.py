@@ -80,4 +80,4 @@ def _in_a_block(module: nn.Module, name: str) -> bool:
 def _check_levels(name: str, integers: Tensor) -> None:
     """The weight of a layer is made of 4-bit integers."""
     low, high = int(integers.min()), int(integers.max())
-    assert -(2 ** (BITS - 1)) <= low and high < 2 ** (BITS - 1), (name, low, high)
+    assert low >= -(2 ** (BITS - 1)) and high < 2 ** (BITS - 1), (name, low, high)

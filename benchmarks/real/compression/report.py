@@ -15,18 +15,27 @@ from opd.reporting.intervals import mean_interval
 
 ABOUT = """# A quantised student, recovered by its full-precision self
 
-SmolLM2-135M-Instruct with its linear layers in 4 bits, a scale per row and no minimum (its file has 4 bits in groups of 32 with a
-minimum). Teacher: the same model before that. `python -m benchmarks real_compression` does what is missing of the runs and writes
-this page from [compression.csv](compression.csv). Every run: {steps} steps of {prompts} chat prompts, one response of at most
-{tokens} tokens each, all weights trained through fake-quantised layers (torchao), AdamW with a cosine to zero. Measured are the
-weights after rounding, on {measured} prompts about topics that training has not seen. KL is in nats per token at tokens that the student
-draws, with 95 % intervals over prompts of the mean of {seeds} seeds; perplexities are means of the seeds, with the lowest and the highest.
-"Prose" are paragraphs of this repository's documentation; "answers" are the teacher's own to the same prompts.
+The student is SmolLM2-135M-Instruct with the linear layers of its blocks in 4 bits, and the teacher is the same model before that.
+`python -m benchmarks real_compression` does what is missing of the runs, and writes this page from
+[compression.csv](compression.csv). A run has {steps} steps of {prompts} chat prompts, with one response of at most {tokens} tokens each,
+and AdamW whose rate falls to 0 along a cosine.
+
+Each model is measured on {measured} prompts about topics that training has not seen. KL is in nats per token, at tokens that the
+student draws. Brackets hold 95 % intervals over prompts, of the mean of {seeds} seeds; parentheses hold the lowest and the highest seed.
+"Prose" are paragraphs of this repository's documentation, and "answers" are the teacher's own to the same prompts. Teacher tokens are
+those that the teacher has scored; off-policy KD has it draw them, too.
 """
-TITLES = {
-    FULL: "full precision (the teacher)",
-    INT4: "4 bits, one scale per row, as rounded",
-    NF4: "NF4 (bitsandbytes), as rounded",
+TITLES = {FULL: "full precision (the teacher)", INT4: "4 bits, rounded to nearest", NF4: "NF4"}
+ABOUT_PARTS = {
+    INT4: """## All weights, trained through rounded layers
+
+Weights are symmetric 4-bit integers with one scale per row (the file that this model comes from has 4 bits too, in groups of 32 with a
+minimum). Training fake-quantises them by torchao, and moves all weights. The measured student holds the rounded weights alone.
+""",
+    NF4: """## Adapters on NF4 (QLoRA)
+
+Weights are bitsandbytes' NF4, which stays as it is. Adapters of rank 16 beside it are trained and kept in full precision.
+""",
 }
 HEAD = ("", "reverse KL", "forward KL", "perplexity, prose", "perplexity, answers", "teacher tokens", "CPU s")
 
@@ -57,9 +66,11 @@ def _part(store: Store, weights: str, full: Row, before: Row) -> str:
     runs = {arm: store.of(plan.final(store, weights, arm)) for arm in ARMS}
     lines = [_line(TITLES[FULL], [full]), _line(TITLES[weights], [before])]
     lines += [
-        _line(f"{ARMS[arm].title}, lr {rows[0]['lr']}", rows) for arm, rows in runs.items() if len(rows) == len(plan.SEEDS)
+        _line(f"{ARMS[arm].title}, lr {rows[0]['lr']}", rows)
+        for arm, rows in runs.items()
+        if len(rows) == len(plan.SEEDS)
     ]
-    said = [table(HEAD, lines), ""]
+    said = [ABOUT_PARTS[weights], table(HEAD, lines), ""]
     if all(len(rows) == len(plan.SEEDS) for rows in runs.values()):
         said += [*_recovered(runs, full, before), ""]
     grid = [row for arm in ARMS for row in store.of(plan.grid(store, weights, arm))]
@@ -78,7 +89,11 @@ def _numbers(rows: Sequence[Row]) -> list[str]:
     """The cells of one line: distances, perplexities, costs."""
     cells = [_interval(per_prompt(rows, name)) for name in plan.PER_PROMPT]
     cells += [_range([math.exp(row.number(name)) for row in rows]) for name in ("prose_nats", "teacher_text_nats")]
-    return [*cells, f"{fmean(row.number('teacher_tokens') for row in rows):,.0f}", f"{fmean(row.number('cpu_seconds') for row in rows):,.0f}"]
+    return [
+        *cells,
+        f"{fmean(row.number('teacher_tokens') for row in rows):,.0f}",
+        f"{fmean(row.number('cpu_seconds') for row in rows):,.0f}",
+    ]
 
 
 def per_prompt(rows: Sequence[Row], name: str) -> list[float]:
