@@ -54,16 +54,22 @@ def test_embeddings_and_output_layer_stay_whole(model):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_sampling_sees_the_weights_of_the_newest_update(model, fused: bool):
-    from benchmarks.real.compression.quantise import rounded
+    from benchmarks.real.compression.quantise import fake_layers, rounded
 
     before = logits(model)
     assert torch.equal(logits(model), before)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     model(IDS).logits.log_softmax(-1)[..., 3].sum().backward()
+    assert all(layer.weight.grad.norm() > 0 for _, layer in fake_layers(model))
     optimizer.step()
     after = logits(model)
     assert (after - before).abs().max() > 0.1
     assert torch.equal(after, logits(rounded(model)))
+    with torch.no_grad():  # weights that are loaded come without a gradient
+        for _, layer in fake_layers(model):
+            layer.weight.mul_(2)
+    assert (logits(model) - after).abs().max() > 0.1
+    assert torch.equal(logits(model), logits(rounded(model)))
 
 
 def test_the_gradient_of_a_rounded_weight_passes_to_the_weight_that_training_moves(model):

@@ -33,7 +33,7 @@ class OncePerUpdate(nn.Module):
 def fake_quantise(model: Any) -> None:
     """Let every linear layer of the decoder's blocks multiply with its rounded weight; gradients pass to the weight that is rounded
     (straight through). Embeddings and output layer stay as they are."""
-    from torchao.quantization import quantize_
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     quantize_(model, _step("prepare"), filter_fn=_in_a_block)
     for _, layer in fake_layers(model):
@@ -42,7 +42,7 @@ def fake_quantise(model: Any) -> None:
 
 def rounded(model: Any) -> Any:
     """A copy of a fake-quantised model whose layers hold the rounded weights and nothing else; the copy's function is the same."""
-    from torchao.quantization import quantize_
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     made = copy.deepcopy(model)
     names = [name for name, _ in fake_layers(made)]
@@ -67,10 +67,10 @@ def fake_layers(model: Any) -> list[tuple[str, Any]]:
 
 
 def _step(step: str) -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig, PerAxis
-    from torchao.quantization.qat import QATConfig
+    from torchao.quantization import IntxWeightOnlyConfig, PerAxis  # pyright: ignore[reportMissingImports]
+    from torchao.quantization.qat import QATConfig  # pyright: ignore[reportMissingImports]
 
-    return QATConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)), step=step)
+    return QATConfig(IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{BITS}"), granularity=PerAxis(0)), step=step)
 
 
 def _in_a_block(module: nn.Module, name: str) -> bool:
