@@ -20,6 +20,7 @@ FOLDERS = {
     "guard": "guard",
     "real": "real",
     "real_step": "real.step",
+    "real_compression": "real.compression",
 }
 """The benchmarks' folders by their names on the command line."""
 
