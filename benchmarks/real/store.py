@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -118,8 +117,7 @@ class Store:
 
 def fill(store: Store, settings: Sequence[Wanted], perform: Callable[[Wanted], Row], workers: int) -> Iterator[Row]:
     """Do what is missing, `workers` runs at a time; each row is written as soon as it is there."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(perform, setting) for setting in store.missing(settings)]):
-            row = future.result()
+    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for row in pool.imap_unordered(perform, store.missing(settings), chunksize=1):
             store.add(row)
             yield row
