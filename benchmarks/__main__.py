@@ -19,6 +19,7 @@ FOLDERS = {
     "memory": "memory",
     "guard": "guard",
     "real": "real",
+    "real_recovery": "real.recovery",
 }
 """The benchmarks' folders by their names on the command line."""
 

@@ -8,6 +8,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+
+class Keyed(Protocol):
+    """A setting: what it says, as the cells of a CSV."""
+
+    @property
+    def key(self) -> tuple[str, ...]: ...
+
+
+Wanted = TypeVar("Wanted", bound=Keyed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +66,6 @@ class Row:
         return self.values[name]
 
     @property
-    def key(self) -> tuple[str, ...]:
-        return tuple(self.values[name] for name in SETTING)
-
-    @property
     def setting(self) -> Setting:
         v = self.values
         return Setting(
@@ -75,34 +82,39 @@ class Row:
 
 
 class Store:
-    """The lines of one CSV."""
+    """The lines of one CSV, whose first columns are `setting`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: Sequence[str] = SETTING, results: Sequence[str] = RESULTS) -> None:
         self.path = path
+        self.setting = tuple(setting)
+        self.columns = (*setting, *results)
         self.rows: dict[tuple[str, ...], Row] = {}
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 for row in map(Row, csv.DictReader(file)):
-                    self.rows[row.key] = row
+                    self.rows[self._key(row)] = row
+
+    def _key(self, row: Row) -> tuple[str, ...]:
+        return tuple(row[name] for name in self.setting)
 
     def add(self, row: Row) -> None:
-        self.rows[row.key] = row
+        self.rows[self._key(row)] = row
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             if new:
                 writer.writeheader()
             writer.writerow(row.values)
 
-    def of(self, settings: Iterable[Setting]) -> list[Row]:
+    def of(self, settings: Iterable[Keyed]) -> list[Row]:
         return [self.rows[s.key] for s in settings if s.key in self.rows]
 
-    def missing(self, settings: Iterable[Setting]) -> list[Setting]:
+    def missing(self, settings: Iterable[Wanted]) -> list[Wanted]:
         return [s for s in dict.fromkeys(settings) if s.key not in self.rows]
 
 
-def fill(store: Store, settings: Sequence[Setting], perform: Callable[[Setting], Row], workers: int) -> Iterator[Row]:
+def fill(store: Store, settings: Sequence[Wanted], perform: Callable[[Wanted], Row], workers: int) -> Iterator[Row]:
     """Do what is missing, `workers` runs at a time; each row is written as soon as it is there."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in as_completed([pool.submit(perform, setting) for setting in store.missing(settings)]):
