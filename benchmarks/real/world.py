@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.smollm2 import default_folder, is_ready, make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import ROOT
 from benchmarks.real.words import HELD_OUT, HELD_OUT_SEED, TRAINING, Cell, rows, write_prompts
-from tools.smollm2 import default_folder, is_ready, make_folder
 
 BATCH, RATE, WARM_UP = 24, 5e-5, 10
 """Of the supervised steps: rows, AdamW's learning rate, steps of its warm-up."""

@@ -11,24 +11,30 @@ from typing import Any
 import torch
 
 from benchmarks.real import world
-from benchmarks.real.recovery import chat, plan
+from benchmarks.real.recovery import chat
 from benchmarks.real.recovery.plan import ARMS, DAMAGE, SKILL, WARM_UP, Setting
 from benchmarks.real.words import rows
 
 Answer = tuple[list[int], list[int]]
 
 
-def write_prompts(folder: Path, seed: int) -> None:
-    """chat.jsonl, and both.jsonl: as many rows of the skill, each of which names its teacher."""
+def prepare(seed: int) -> Path:
+    """A folder with what the arms of a seed begin with, and what recipes/smollm2/recovery.yaml names: `base`, the damaged model; `original`,
+    a link; chat.jsonl; both.jsonl, which adds as many rows of the skill, and in which each row names its teacher; held_out.jsonl."""
+    folder = world.make_base(DAMAGE, seed).parent
+    link = folder / "original"
+    if not link.is_symlink():
+        link.symlink_to(world.original().resolve())
     texts = chat.training()
+    chat.write(folder / "held_out.jsonl", chat.held_out())
     chat.write(folder / "chat.jsonl", texts)
     chat.write(folder / "both.jsonl", texts, teacher="chat")
     skill = [
-        json.dumps({"prompt": prompt, "teacher": "skill"})
-        for prompt, _ in rows(len(texts), DAMAGE.words, 1000 + seed)
+        json.dumps({"prompt": prompt, "teacher": "skill"}) for prompt, _ in rows(len(texts), DAMAGE.words, 1000 + seed)
     ]
     with (folder / "both.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n".join(skill) + "\n")
+    return folder
 
 
 def recipe(setting: Setting) -> dict[str, Any]:

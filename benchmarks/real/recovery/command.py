@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import RESULTS as ALL_RESULTS
-from benchmarks.real.recovery import plan
+from benchmarks.real.recovery import arms, plan
 from benchmarks.real.recovery.report import page
 from benchmarks.real.recovery.run import perform
 from benchmarks.real.store import Row, Store, fill
@@ -32,7 +32,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--smoke", action="store_true", help="two updates of every arm with a tiny model, in a folder that is deleted"
     )
+    parser.add_argument(
+        "--make",
+        action="store_true",
+        help="make the models and prompts of recipes/smollm2/recovery.yaml, and nothing else",
+    )
     options = parser.parse_args(argv)
+    if options.make:
+        print(arms.prepare(plan.SEEDS[0]))
+        return 0
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
             for row in smoke(Path(folder)):

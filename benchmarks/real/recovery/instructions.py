@@ -54,9 +54,7 @@ def _numbered(count: int) -> Check:
 
 
 def _ends(phrase: str) -> Check:
-    return lambda text: (
-        text.lower().rstrip(" .!\"'”’*").endswith(phrase) and len(words(text)) >= len(words(phrase)) + 3
-    )
+    return lambda text: text.lower().rstrip(" .!\"'”’*").endswith(phrase) and len(words(text)) >= len(words(phrase)) + 3
 
 
 def _begins(word: str) -> Check:
@@ -65,7 +63,9 @@ def _begins(word: str) -> Check:
 
 def _either(right: str, wrong: str) -> Check:
     """The first word decides, and the other one is nowhere."""
-    return lambda text: words(text)[:1] != [] and words(text)[0].lower() == right and wrong not in map(str.lower, words(text))
+    return lambda text: (
+        words(text)[:1] != [] and words(text)[0].lower() == right and wrong not in map(str.lower, words(text))
+    )
 
 
 def _says(answer: str) -> Check:
@@ -77,23 +77,51 @@ def _kinds() -> Iterator[tuple[str, str, Check]]:
         yield "one word", f"Name {thing}. Answer with exactly one word.", _exactly(1)
     for topic in ("composting", "first aid", "a vaccine", "a picnic"):
         yield "at most 20 words", f"What is {topic}? Answer in at most 20 words.", _at_most(20)
-    for topic, keyword in (("coffee", "morning"), ("football", "team"), ("swimming", "water"), ("a sandcastle", "beach")):
+    for topic, keyword in (
+        ("coffee", "morning"),
+        ("football", "team"),
+        ("swimming", "water"),
+        ("a sandcastle", "beach"),
+    ):
         yield "keyword", f"Write one sentence about {topic} that contains the word '{keyword}'.", _contains(keyword)
     for topic in ("a black hole", "a scarf", "a camera", "a picnic"):
         prompt = f"Describe {topic} in one sentence. Use lower case letters only."
         yield "lower case", prompt, _sentence_of(lambda text: text == text.lower())
     for things in ("vegetables", "sports", "musical instruments", "things to take to a picnic"):
-        yield "numbered lines", f"List 3 {things}, one per line, numbered 1., 2. and 3. Write nothing else.", _numbered(3)
-    for topic, phrase in (("knitting", "that is all"), ("coffee", "thank you"), ("football", "the end"), ("swimming", "good luck")):
-        yield "ending", f"Write one sentence about {topic} and end your answer with the words '{phrase}'.", _ends(phrase)
-    for question, right in (("Is ice cold?", "yes"), ("Can a stone swim?", "no"), ("Do birds have wings?", "yes"), ("Is the sun a fruit?", "no")):
+        yield (
+            "numbered lines",
+            f"List 3 {things}, one per line, numbered 1., 2. and 3. Write nothing else.",
+            _numbered(3),
+        )
+    for topic, phrase in (
+        ("knitting", "that is all"),
+        ("coffee", "thank you"),
+        ("football", "the end"),
+        ("swimming", "good luck"),
+    ):
+        yield (
+            "ending",
+            f"Write one sentence about {topic} and end your answer with the words '{phrase}'.",
+            _ends(phrase),
+        )
+    for question, right in (
+        ("Is ice cold?", "yes"),
+        ("Can a stone swim?", "no"),
+        ("Do birds have wings?", "yes"),
+        ("Is the sun a fruit?", "no"),
+    ):
         yield "yes or no", f"{question} Answer yes or no.", _either(right, "no" if right == "yes" else "yes")
     for word, topic in (("Today", "football"), ("Every", "knitting"), ("Most", "coffee"), ("When", "swimming")):
         yield "beginning", f"Write one sentence about {topic} that begins with the word '{word}'.", _begins(word)
     for topic in ("a black hole", "knitting", "a camera", "table manners"):
         prompt = f"Write one short sentence about {topic} without any comma."
         yield "no comma", prompt, _sentence_of(lambda text: "," not in text)
-    for question, answer in (("What is the capital of Italy?", "rome"), ("Which animal barks?", "dog"), ("What colour is snow?", "white"), ("How many legs has a spider?", "eight")):
+    for question, answer in (
+        ("What is the capital of Italy?", "rome"),
+        ("Which animal barks?", "dog"),
+        ("What colour is snow?", "white"),
+        ("How many legs has a spider?", "eight"),
+    ):
         yield "short fact", f"{question} Answer in one sentence.", _says(answer)
 
 

@@ -9,13 +9,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from opd.cli.main import main as opd
-from opd.types import Prompt
-
 from benchmarks.real import world
 from benchmarks.real.recovery import chat, instructions
 from benchmarks.real.recovery.instructions import INSTRUCTIONS
 from benchmarks.real.recovery.plan import DAMAGE, TOKENS
+from opd.cli.main import main as opd
+from opd.types import Prompt
 
 EVAL_SEED = 7
 
@@ -53,7 +52,8 @@ def _satisfied(model: Path, folder: Path) -> Sequence[float]:
     """1 or 0 of every instruction, for the model's greedy answer."""
     file = folder / "instructions.jsonl"
     lines = [
-        json.dumps({"prompt": chat.messages(one.prompt), "answer": str(number)}) for number, one in enumerate(INSTRUCTIONS)
+        json.dumps({"prompt": chat.messages(one.prompt), "answer": str(number)})
+        for number, one in enumerate(INSTRUCTIONS)
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     reward = f"{__name__}:{satisfied.__name__}"

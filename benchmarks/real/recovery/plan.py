@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.real.store import Row, Store
 from benchmarks.real.words import Cell
 
-DAMAGE = Cell(name="damage", words=3, warm_steps=90)
+DAMAGE = Cell(name="recovery", words=3, warm_steps=90)
 """The narrow task that the chat model is fine-tuned on."""
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100

@@ -177,7 +177,9 @@ def _kinds(found: dict[str, Group]) -> str:
     lines: list[list[str]] = []
     for group in found.values():
         values = group.values("satisfied").mean(0)
-        shares = [np.mean([v for v, one in zip(values, INSTRUCTIONS, strict=True) if one.kind == kind]) for kind in kinds]
+        shares = [
+            np.mean([v for v, one in zip(values, INSTRUCTIONS, strict=True) if one.kind == kind]) for kind in kinds
+        ]
         lines.append([group.title, *(f"{100 * share:.0f}" for share in shares)])
     return table(["% of", *kinds], lines)
 

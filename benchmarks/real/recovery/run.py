@@ -11,7 +11,7 @@ import torch
 from benchmarks.real import world
 from benchmarks.real.recovery import arms, chat
 from benchmarks.real.recovery.measure import measure
-from benchmarks.real.recovery.plan import ARMS, DAMAGE, DAMAGED, ORIGINAL, RESULTS, SETTING, TUNING_SEED, Setting
+from benchmarks.real.recovery.plan import ARMS, DAMAGED, ORIGINAL, RESULTS, SETTING, TUNING_SEED, Setting
 from benchmarks.real.run import summary, train
 from benchmarks.real.store import Row
 
@@ -27,8 +27,7 @@ def perform(setting: Setting, *, prompts: int = chat.HELD_OUT) -> Row:
         model = world.original()
     elif setting.arm == DAMAGED:
         began = time.process_time()
-        model = world.make_base(DAMAGE, setting.seed)
-        arms.write_prompts(world.seed_folder(DAMAGE, setting.seed), setting.seed)
+        model = arms.prepare(setting.seed) / "base"
         found["cpu_seconds"] = f"{time.process_time() - began:.1f}"
     elif ARMS[setting.arm].trainer:
         seconds = train(arms.recipe(setting), folder)

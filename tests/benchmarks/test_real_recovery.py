@@ -1,0 +1,87 @@
+"""Recovery on a real model: prompts, constraints, intervals and the page; every arm takes two steps with a tiny model."""
+
+import numpy as np
+import pytest
+from benchmarks.real.recovery import chat, plan, report
+from benchmarks.real.recovery.command import PAGE, TABLE, smoke
+from benchmarks.real.recovery.instructions import INSTRUCTIONS
+
+ANSWERS = {
+    "one word": (0, ["Blue.", " red"], ["Light blue", "Blue is a colour."]),
+    "at most 20 words": (4, ["It turns scraps into soil."], ["Compost", " ".join(["word"] * 21)]),
+    "keyword": (8, ["I drink coffee every Morning."], ["I drink coffee every day.", "Mornings are good", "morning"]),
+    "lower case": (12, ["it is a place without light."], ["It is a place without light.", "a place"]),
+    "numbered lines": (16, ["1. a\n2. b\n3. c", "1) a\n\n 2) b\n3) c"], ["1. a\n2. b", "1. a\n3. b\n2. c", "a, b, c", "1. a\n2. b\n3. c\n4. d"]),
+    "ending": (20, ["Knitting is calm, and that is all.", 'I knit socks. "That is all!"'], ["that is all", "That is all I know about it."]),
+    "yes or no": (24, ["Yes.", "yes, it is"], ["No.", "Yes and no.", "Ice is cold, yes."]),
+    "beginning": (28, ["Today we play football."], ["today we play football.", "We play football Today.", "Today"]),
+    "no comma": (32, ["It is a place without light."], ["It is dark, cold."]),
+    "short fact": (36, ["It is Rome."], ["It is Milan.", "Romeo"]),
+}  # fmt: skip
+"""By kind: the first instruction of it, answers that meet the constraint, and answers that do not."""
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_check_accepts_what_meets_the_constraint_and_nothing_else(kind):
+    number, good, bad = ANSWERS[kind]
+    one = INSTRUCTIONS[number]
+    assert one.kind == kind
+    assert [one.satisfied(answer, finished=True) for answer in good] == [True] * len(good)
+    assert [one.satisfied(answer, finished=True) for answer in bad] == [False] * len(bad)
+    assert not one.satisfied(good[0], finished=False)
+    assert not one.satisfied(" ", finished=True)
+
+
+def test_every_kind_of_constraint_has_four_prompts_and_a_test():
+    kinds = [one.kind for one in INSTRUCTIONS]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(ANSWERS, 4)
+    assert len({one.prompt for one in INSTRUCTIONS}) == len(INSTRUCTIONS)
+
+
+def test_held_out_prompts_have_topics_of_their_own_and_all_prompts_differ():
+    training, held_out = chat.training(), chat.held_out()
+    assert len(set(training)) == len(training) >= plan.STEPS * plan.CHAT
+    assert len(set(held_out)) == len(held_out) == chat.HELD_OUT
+    topics = {topic for topic in chat.HELD_OUT_TOPICS for text in held_out if topic in text}
+    assert len(topics) == len(chat.HELD_OUT_TOPICS)
+    assert not [text for text in training for topic in chat.HELD_OUT_TOPICS if topic in text]
+
+
+def test_an_interval_is_as_wide_as_prompts_and_seeds_differ():
+    by_prompt = np.tile(np.arange(48.0), (3, 1))
+    by_seed = np.tile([[0.0], [1.0], [2.0]], (1, 48))
+    wide = report.interval(by_prompt)
+    standard_error = by_prompt[0].std() / 48**0.5
+    assert wide.value == 23.5
+    assert wide.high - wide.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+    assert report.interval(by_seed).text(1) == "1.0 (0.0 to 2.0)"
+    assert report.interval(np.ones((3, 48))).text(0, 100) == "100 (100 to 100)"
+
+
+def test_pairs_of_prompts_stay_pairs():
+    values = np.random.default_rng(1).uniform(1, 9, (3, 48))
+    assert report.ratio(3 * values, values).text(6) == "3.000000 (3.000000 to 3.000000)"
+    assert report.difference(values + 0.5, values).text(6) == "0.500000 (0.500000 to 0.500000)"
+    apart = report.ratio(values, values[:, ::-1])
+    assert apart.low < 1 < apart.high
+
+
+@pytest.mark.skipif(not TABLE.exists(), reason="no results are kept yet")
+def test_the_page_is_what_the_table_gives():
+    assert PAGE.read_text("utf-8") == report.page(plan.store(TABLE))
+
+
+def test_two_updates_of_every_arm_with_a_tiny_model_move_it(tmp_path):
+    rows = {row["arm"]: row for row in smoke(tmp_path)}
+    assert list(rows) == [plan.ORIGINAL, plan.DAMAGED, *plan.ARMS]
+    assert plan.mean(rows[plan.ORIGINAL], "reverse_kl") == 0
+    start = plan.mean(rows[plan.DAMAGED], "reverse_kl")
+    for arm in plan.ARMS:
+        row = rows[arm]
+        assert len(row.series("satisfied")) == len(INSTRUCTIONS)
+        assert plan.mean(row, "reverse_kl") != start
+        assert row.number("training_tokens") > 0
+    assert plan.mean(rows["opd"], "reverse_kl") < 0.6 * start
+    assert plan.mean(rows["off_policy"], "forward_kl_on_original") < plan.mean(
+        rows[plan.DAMAGED], "forward_kl_on_original"
+    )
