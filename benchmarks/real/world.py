@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import ROOT
 from benchmarks.real.words import HELD_OUT, HELD_OUT_SEED, TRAINING, Cell, rows, write_prompts
 
-BATCH, RATE, WARM_UP = 24, 5e-5, 10
-"""Of the supervised steps: rows, AdamW's learning rate, steps of its warm-up."""
+BATCH, WARM_UP = 24, 10
+"""Of the supervised steps: rows, and steps of AdamW's warm-up."""
 AT_ONCE = 64
 
 
@@ -51,7 +51,7 @@ def make_base(cell: Cell, seed: int) -> Path:
     tokenizer, model = load(original())
     examples = list(rows(BATCH * cell.warm_steps, cell.words, 2_000_000 + seed))
     groups = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
-    supervised(model, ([_tensors(tokenizer, group)] for group in groups))
+    supervised(model, ([_tensors(tokenizer, group)] for group in groups), cell.warm_rate)
     save(tokenizer, model, base)
     return base
 
@@ -60,7 +60,7 @@ Part = tuple[torch.Tensor, torch.Tensor]
 """Ids and wanted ids of some rows, as `padded` makes them."""
 
 
-def supervised(model: Any, batches: Iterable[Sequence[Part]], rate: float = RATE, warm_up: int = WARM_UP) -> None:
+def supervised(model: Any, batches: Iterable[Sequence[Part]], rate: float, warm_up: int = WARM_UP) -> None:
     """AdamW on the cross-entropy of the wanted tokens, one step per batch; the parts of a batch have the same weight."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step, parts in enumerate(batches):

@@ -9,8 +9,9 @@ from typing import Any
 from benchmarks.real.store import Row, Store
 from benchmarks.real.words import Cell
 
-DAMAGE = Cell(name="recovery", words=3, warm_steps=90)
-"""The narrow task that the chat model is fine-tuned on."""
+DAMAGE = Cell(name="recovery", words=3, warm_steps=60, warm_rate=2e-4)
+"""The narrow task that the chat model is fine-tuned on. At 5e-5, a rate with which the skill comes too, it hardly forgets: after 30 steps a
+reverse KL of 0.3 to the original; at 2e-4 it is 2 after 20."""
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 STEPS, CHAT, TOKENS = 24, 16, 32
@@ -66,6 +67,7 @@ class Setting:
     chat: int = 0
     tokens: int = TOKENS
     damage_steps: int = DAMAGE.warm_steps
+    damage_lr: float = DAMAGE.warm_rate
 
     @property
     def key(self) -> tuple[str, ...]:

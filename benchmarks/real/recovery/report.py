@@ -96,7 +96,7 @@ def page(store: Store) -> str:
     parts = [
         "# Recovery\n",
         "`python -m benchmarks real_recovery` writes this page from recovery.csv. SmolLM2-135M-Instruct is fine-tuned to write "
-        f"{DAMAGE.words} words in the opposite order ({DAMAGE.warm_steps} supervised updates of 24 rows), and forgets how to chat. Every arm "
+        f"{DAMAGE.words} words in the opposite order ({DAMAGE.warm_steps} supervised updates of 24 rows at a rate of {DAMAGE.warm_rate:g}), and forgets how to chat. Every arm "
         f"begins there and makes {STEPS} updates of {CHAT} chat prompts with answers of at most {TOKENS} tokens; arms with the skill add "
         f"{SKILL} of its rows, for half of the weight. Intervals are the middle 95 % of a bootstrap over {len(SEEDS)} seeds and all prompts.\n",
         "## What came back\n",
