@@ -5,6 +5,7 @@ import pytest
 from benchmarks.real.recovery import chat, plan, report
 from benchmarks.real.recovery.command import PAGE, TABLE, smoke
 from benchmarks.real.recovery.instructions import INSTRUCTIONS
+from benchmarks.real.store import Row
 
 ANSWERS = {
     "one word": (0, ["Blue.", " red"], ["Light blue", "Blue is a colour."]),
@@ -64,6 +65,38 @@ def test_pairs_of_prompts_stay_pairs():
     assert report.difference(values + 0.5, values).text(6) == "0.500000 (0.500000 to 0.500000)"
     apart = report.ratio(values, values[:, ::-1])
     assert apart.low < 1 < apart.high
+
+
+def line(setting: plan.Setting, kl: float) -> Row:
+    """A finished run whose KLs are all `kl`, and which meets every second constraint."""
+    own = " ".join([f"{kl}"] * chat.HELD_OUT)
+    everything = setting.seed != plan.TUNING_SEED
+    half = " ".join("10"[number % 2] for number in range(len(INSTRUCTIONS)))
+    results = {"skill": "0.25", "reverse_kl": own, "forward_kl": own, "training_tokens": "7000", "cpu_seconds": "400"}
+    results |= {"forward_kl_on_original": own, "satisfied": half} if everything else {}
+    blank = dict.fromkeys(plan.RESULTS, "")
+    return Row(dict(zip(plan.SETTING, setting.key, strict=True)) | blank | results)
+
+
+def test_the_page_has_arms_with_all_their_seeds_at_the_rate_that_left_least(tmp_path):
+    store = plan.store(tmp_path / "recovery.csv")
+    for one in plan.baselines((plan.TUNING_SEED, *plan.SEEDS)):
+        store.add(line(one, 0.0 if one.arm == plan.ORIGINAL else 2.0))
+    for one in plan.grid():
+        store.add(line(one, 0.5 if one.lr == plan.ARMS[one.arm].rates[-1] else 0.75))
+    wanted = plan.reported(store)
+    assert {one.lr for one in wanted} == {plan.ARMS["opd"].rates[-1]}
+    for one in wanted[:-1]:  # the last arm lacks its last seed
+        store.add(line(one, 0.25 if one.arm == "opd" else 0.375))
+    page = report.page(plan.store(store.path))
+    main = page.split("## OPD against")[0]
+    assert "| OPD, reverse KL | 0.0001 | 0.250 (0.250 to 0.250) |" in main
+    assert " | 50 (" in main and " | 25.0 (25.0 to 25.0) | 7000 | 400 |" in main
+    assert plan.ARMS[wanted[-1].arm].title not in main
+    assert "| the damaged model | 8.00 (8.00 to 8.00) |" in page
+    assert "| SFT on the original's answers | 1.50 (1.50 to 1.50) |" in page
+    assert "| OPD, reverse KL | 0.750, 0.750, 25 % | **0.500, 0.500, 25 %** |" in page
+    assert store.missing(wanted) == wanted[-1:]
 
 
 @pytest.mark.skipif(not TABLE.exists(), reason="no results are kept yet")

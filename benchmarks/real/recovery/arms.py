@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.real import world
 from benchmarks.real.recovery import chat
-from benchmarks.real.recovery.plan import ARMS, DAMAGE, SKILL, WARM_UP, Setting
+from benchmarks.real.recovery.plan import ARMS, CHAT, DAMAGE, SKILL, WARM_UP, Setting
 from benchmarks.real.words import rows
 
 Answer = tuple[list[int], list[int]]
@@ -20,7 +20,7 @@ Answer = tuple[list[int], list[int]]
 
 def prepare(seed: int) -> Path:
     """A folder with what the arms of a seed begin with, and what recipes/smollm2/recovery.yaml names: `base`, the damaged model; `original`,
-    a link; chat.jsonl; both.jsonl, which adds as many rows of the skill, and in which each row names its teacher; held_out.jsonl."""
+    a link; chat.jsonl; both.jsonl, which adds rows of the skill, and in which each row names its teacher; held_out.jsonl."""
     folder = world.make_base(DAMAGE, seed).parent
     link = folder / "original"
     if not link.is_symlink():
@@ -30,7 +30,8 @@ def prepare(seed: int) -> Path:
     chat.write(folder / "chat.jsonl", texts)
     chat.write(folder / "both.jsonl", texts, teacher="chat")
     skill = [
-        json.dumps({"prompt": prompt, "teacher": "skill"}) for prompt, _ in rows(len(texts), DAMAGE.words, 1000 + seed)
+        json.dumps({"prompt": prompt, "teacher": "skill"})
+        for prompt, _ in rows(len(texts) * SKILL // CHAT, DAMAGE.words, 1000 + seed)
     ]
     with (folder / "both.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n".join(skill) + "\n")
@@ -50,7 +51,7 @@ def recipe(setting: Setting) -> dict[str, Any]:
         "prompts": {"path": str(folder / ("both.jsonl" if arm.skill else "chat.jsonl"))},
         "train": {
             "steps": setting.steps,
-            "prompts_per_step": setting.chat + (SKILL if arm.skill else 0),
+            "prompts_per_step": setting.chat + setting.skill_rows,
             "samples_per_prompt": 1,
         },
         "optimizer": {"lr": setting.lr, "warmup_steps": WARM_UP},
@@ -72,13 +73,13 @@ def train_plainly(setting: Setting, student: Path) -> int:
 
     def batches() -> Iterator[list[world.Part]]:
         nonlocal seen
-        skill = list(rows(SKILL * setting.steps, DAMAGE.words, 3_000_000 + setting.seed))
+        skill = list(rows(setting.skill_rows * setting.steps, DAMAGE.words, 3_000_000 + setting.seed))
         for step, texts in enumerate(_prompts(setting)):
             drawn = answers(tokenizer, teacher, texts, setting.tokens, seed=1_000_003 * setting.seed + step)
             seen += sum(len(answer) for _, answer in drawn)
             parts = [drawn]
-            if ARMS[setting.arm].skill:
-                parts.append(world.token_pairs(tokenizer, skill[SKILL * step : SKILL * (step + 1)]))
+            if count := setting.skill_rows:
+                parts.append(world.token_pairs(tokenizer, skill[count * step : count * (step + 1)]))
             yield [world.padded(part, tokenizer.eos_token_id) for part in parts]
 
     world.supervised(model, batches(), setting.lr, WARM_UP)

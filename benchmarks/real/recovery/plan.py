@@ -14,9 +14,9 @@ DAMAGE = Cell(name="recovery", words=3, warm_steps=60, warm_rate=2e-4)
 reverse KL of 0.3 to the original; at 2e-4 it is 2 after 20."""
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-STEPS, CHAT, TOKENS = 24, 16, 32
+STEPS, CHAT, TOKENS = 20, 16, 32
 """Of every arm: updates, chat prompts an update, and the longest answer in tokens."""
-SKILL = 16
+SKILL = 8
 """Rows of the skill an update, in the arms that have some."""
 WARM_UP = 2
 ORIGINAL, DAMAGED = "original", "damaged"
@@ -36,7 +36,7 @@ class Arm:
 
 
 ARMS: Mapping[str, Arm] = {
-    "opd": Arm(title="OPD, reverse KL", rates=(1e-5, 3e-5, 1e-4)),
+    "opd": Arm(title="OPD, reverse KL", rates=(3e-5, 1e-4)),
     "two_teachers": Arm(
         title="OPD, two teachers by routing",
         skill=True,
@@ -45,10 +45,10 @@ ARMS: Mapping[str, Arm] = {
     ),
     "off_policy": Arm(
         title="distillation on the original's answers, forward KL",
-        rates=(1e-5, 3e-5, 1e-4),
+        rates=(3e-5, 1e-4),
         recipe={"objective": {"divergence": "forward_kl"}, "rollout": {"lmbda": 0.0, "off_policy": "teacher"}},
     ),
-    "sft": Arm(title="SFT on the original's answers", trainer=False, rates=(1e-5, 3e-5, 1e-4)),
+    "sft": Arm(title="SFT on the original's answers", trainer=False, rates=(3e-5, 1e-4)),
     "mixing": Arm(
         title="SFT on both: the original's answers and the task's", trainer=False, skill=True, rates=(3e-5, 1e-4)
     ),
@@ -65,6 +65,9 @@ class Setting:
     seed: int
     steps: int = 0
     chat: int = 0
+    """Chat prompts an update."""
+    skill_rows: int = 0
+    """Rows of the skill an update."""
     tokens: int = TOKENS
     damage_steps: int = DAMAGE.warm_steps
     damage_lr: float = DAMAGE.warm_rate
@@ -98,7 +101,7 @@ def baselines(seeds: Iterable[int]) -> list[Setting]:
 
 
 def setting(arm: str, lr: float, seed: int, steps: int = STEPS) -> Setting:
-    return Setting(arm=arm, lr=lr, seed=seed, steps=steps, chat=CHAT)
+    return Setting(arm=arm, lr=lr, seed=seed, steps=steps, chat=CHAT, skill_rows=SKILL if ARMS[arm].skill else 0)
 
 
 def grid(arms: Iterable[str] = tuple(ARMS)) -> list[Setting]:
