@@ -93,6 +93,7 @@ def test_the_page_has_arms_with_all_their_seeds_at_the_rate_that_left_least(tmp_
     assert "| OPD, reverse KL | 0.0001 | 0.250 (0.250 to 0.250) |" in main
     assert " | 50 (" in main and " | 25.0 (25.0 to 25.0) | 7000 | 400 |" in main
     assert plan.ARMS[wanted[-1].arm].title not in main
+    assert "| OPD, reverse KL | 12.5 (12.5 to 12.5) |" in page and "| 100.0 (100.0 to 100.0) |" in page
     assert "| the damaged model | 8.00 (8.00 to 8.00) |" in page
     assert "| SFT on the original's answers | 1.50 (1.50 to 1.50) |" in page
     assert "| OPD, reverse KL | 0.750, 0.750, 25 % | **0.500, 0.500, 25 %** |" in page

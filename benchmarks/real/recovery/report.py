@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.markdown import table
-from benchmarks.real.recovery import plan
+from benchmarks.real.recovery import chat, plan
 from benchmarks.real.recovery.instructions import INSTRUCTIONS
 from benchmarks.real.recovery.plan import ARMS, CHAT, DAMAGE, DAMAGED, ORIGINAL, SEEDS, SKILL, STEPS, TOKENS, Setting
 from benchmarks.real.store import Row, Store
@@ -96,14 +96,20 @@ def page(store: Store) -> str:
     parts = [
         "# Recovery\n",
         "`python -m benchmarks real_recovery` writes this page from recovery.csv. SmolLM2-135M-Instruct is fine-tuned to write "
-        f"{DAMAGE.words} words in the opposite order ({DAMAGE.warm_steps} supervised updates of 24 rows at a rate of {DAMAGE.warm_rate:g}), and forgets how to chat. Every arm "
-        f"begins there and makes {STEPS} updates of {CHAT} chat prompts with answers of at most {TOKENS} tokens; arms with the skill add "
-        f"{SKILL} of its rows, for half of the weight. Intervals are the middle 95 % of a bootstrap over {len(SEEDS)} seeds and all prompts.\n",
+        f"{DAMAGE.words} words in the opposite order, and forgets how to chat. That takes {DAMAGE.warm_steps} supervised updates of 24 rows "
+        f"at a rate of {DAMAGE.warm_rate:g}. Every arm begins there and makes {STEPS} updates of {CHAT} chat prompts, with answers of at most "
+        f"{TOKENS} tokens. Arms with the skill add {SKILL} of its rows, for half of the weight. Intervals are the middle 95 % of a bootstrap "
+        f"over {len(SEEDS)} seeds and all prompts.\n",
         "## What came back\n",
         _main(found),
-        "\nKL to the original on 48 held-out prompts, in nats per token: on the model's own answers, and on the original's, each drawn at "
-        f"temperature 1. Constraints: the share of {len(INSTRUCTIONS)} held-out prompts whose greedy answer meets a constraint that code "
-        "checks. Skill: the exact probability of the right answer, over 512 held-out rows.\n",
+        f"\nKL to the original on {chat.HELD_OUT} held-out prompts, in nats per token: on the model's own answers, and on the original's, "
+        f"each drawn at temperature 1. Constraints: the share of {len(INSTRUCTIONS)} held-out prompts whose greedy answer meets a constraint "
+        "that code checks. Skill: the exact probability of the right answer, over 512 held-out rows, with the range of the seeds. Tokens: those "
+        "of all answers in training; CPU time is that of training.\n",
+        "## What is left of the damage, and of the skill\n",
+        _left(found),
+        "\nOf the damaged model's KL and skill, in per cent, by pairs of the same seeds and prompts. The goal was at most 10 of the one and at "
+        "least 90 of the other.\n",
         "## OPD against the others\n",
         _against(found),
         "\nPairs of the same seeds and prompts. A ratio above 1 says that the other arm left more KL than OPD did.\n",
@@ -141,6 +147,19 @@ def _main(found: dict[str, Group]) -> str:
                 _mean(group, "cpu_seconds"),
             ]
         )
+    return table(head, lines)
+
+
+def _left(found: dict[str, Group]) -> str:
+    head = ["model", *(f"{title}, % left" for title in KLS.values()), "skill kept, %"]
+    damaged = found.get(DAMAGED)
+    lines: list[list[str]] = []
+    for arm, group in found.items():
+        if damaged is None or arm not in ARMS:
+            continue
+        kls = [ratio(group.values(name), damaged.values(name)).text(1, 100) for name in KLS]
+        kept = 100 * group.skill() / damaged.skill()
+        lines.append([group.title, *kls, f"{kept.mean():.1f} ({kept.min():.1f} to {kept.max():.1f})"])
     return table(head, lines)
 
 
