@@ -17,7 +17,8 @@ from benchmarks.real.store import Row
 
 
 def perform(setting: Setting, *, prompts: int = chat.HELD_OUT) -> Row:
-    """Train, measure, and delete the model; the line `damaged` of its seed comes first, and makes what it begins with. Raises RuntimeError with the end of the log where `opd train` fails."""
+    """Train, measure, and delete the model. The line `damaged` of a seed comes first, and makes what its arms begin with. Raises
+    RuntimeError with the end of the log where `opd train` fails."""
     torch.set_num_threads(1)
     folder = world.work() / "recovery" / setting.name
     shutil.rmtree(folder, ignore_errors=True)
