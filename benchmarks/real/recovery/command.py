@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import RESULTS as ALL_RESULTS
-from benchmarks.real.recovery import arms, plan
+from benchmarks.real.recovery import plan
+from benchmarks.real.recovery.arms import prepare
 from benchmarks.real.recovery.report import page
 from benchmarks.real.recovery.run import perform
 from benchmarks.real.store import Row, Store, fill
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options = parser.parse_args(argv)
     if options.make:
-        print(arms.prepare(plan.SEEDS[0]))
+        print(prepare(plan.SEEDS[0]))
         return 0
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +71,8 @@ def _line(row: Row) -> str:
     )
 
 
-def smoke(folder: Path) -> list[Row]:
-    """Two updates of every arm on one seed, in this process but for `opd train`, from a tiny model instead of the real one."""
+def smoke(folder: Path, arms: Sequence[str] = tuple(plan.ARMS)) -> list[Row]:
+    """The baselines, and two updates of every arm, on one seed; in this process but for `opd train`, from a tiny model instead of the real one."""
     from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
     from opd.testing.tokenizers import CHAT_TEMPLATE
 
@@ -82,7 +83,7 @@ def smoke(folder: Path) -> list[Row]:
     try:
         seed = plan.SEEDS[0]
         settings = plan.baselines([seed])
-        settings += [replace(plan.setting(arm, 1e-3, seed, steps=2), chat=4, tokens=8) for arm in plan.ARMS]
+        settings += [replace(plan.setting(arm, 1e-3, seed, steps=2), chat=4, tokens=8) for arm in arms]
         return [perform(one, prompts=4) for one in settings]
     finally:
         for name, value in kept.items():
