@@ -21,6 +21,7 @@ FOLDERS = {
     "real": "real",
     "real_step": "real.step",
     "real_compression": "real.compression",
+    "real_recovery": "real.recovery",
 }
 """The benchmarks' folders by their names on the command line."""
 

@@ -34,6 +34,8 @@ class Cell:
     words: int
     warm_steps: int
     """Supervised steps of 24 rows that teach the form of an answer; the model after them is the base."""
+    warm_rate: float = 5e-5
+    """AdamW's learning rate in these steps."""
 
 
 CELLS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import ROOT
 from benchmarks.real.words import HELD_OUT, HELD_OUT_SEED, TRAINING, Cell, rows, write_prompts
 
-BATCH, RATE, WARM_UP = 24, 5e-5, 10
-"""Of the supervised steps: rows, AdamW's learning rate, steps of its warm-up."""
+BATCH, WARM_UP = 24, 10
+"""Of the supervised steps: rows, and steps of AdamW's warm-up."""
 AT_ONCE = 64
 
 
@@ -27,9 +27,9 @@ def work() -> Path:
 
 
 def original() -> Path:
-    """SmolLM2-135M-Instruct, fetched on first use; or the folder $OPD_REAL_MODEL."""
-    if "OPD_REAL_MODEL" in os.environ:
-        return Path(os.environ["OPD_REAL_MODEL"])
+    """SmolLM2-135M-Instruct, fetched on first use; or the folder $OPD_REAL_MODEL, with which the code can be tried on a tiny model."""
+    if other := os.environ.get("OPD_REAL_MODEL"):
+        return Path(other)
     folder = default_folder()
     if not is_ready(folder):
         make_folder(folder)
@@ -52,23 +52,38 @@ def make_base(cell: Cell, seed: int) -> Path:
     write_prompts(folder / "eval.jsonl", HELD_OUT, cell.words, HELD_OUT_SEED)
     tokenizer, model = load(original())
     examples = list(rows(BATCH * cell.warm_steps, cell.words, 2_000_000 + seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for step in range(cell.warm_steps):
+    groups = (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
+    supervised(model, ([_tensors(tokenizer, group)] for group in groups), cell.warm_rate)
+    save(tokenizer, model, base)
+    del model
+    gc.collect()  # a model is a cycle of references, and its memory is needed by the run
+    return base
+
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Ids and wanted ids of some rows, as `padded` makes them."""
+
+
+def supervised(model: Any, batches: Iterable[Sequence[Part]], rate: float, warm_up: int = WARM_UP) -> None:
+    """AdamW on the cross-entropy of the wanted tokens, one step per batch; the parts of a batch have the same weight."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step, parts in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
-        ids, wanted = _tensors(tokenizer, examples[BATCH * step : BATCH * (step + 1)])
-        model(input_ids=ids, labels=wanted).loss.backward()
+            group["lr"] = rate * min(1.0, (step + 1) / warm_up)
+        for ids, wanted in parts:
+            (model(input_ids=ids, labels=wanted).loss / len(parts)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    made = folder / "base.part"
+
+
+def save(tokenizer: Any, model: Any, folder: Path) -> None:
+    """Into a folder that is there only once it is whole."""
+    made = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(made, ignore_errors=True)
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
-    made.rename(base)
-    del model, optimizer
-    gc.collect()  # a model is a cycle of references, and its memory is needed by the run
-    return base
+    made.rename(folder)
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -94,17 +109,29 @@ def accuracy(folder: Path, cell: Cell) -> float:
     return total / len(held_out)
 
 
-def _tensors(tokenizer: Any, examples: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, padded on the right, and the same with −100 for everything but answers and their ends."""
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt, and of its answer."""
+
+
+def token_pairs(tokenizer: Any, examples: Sequence[tuple[str, str]]) -> list[Pair]:
+    """Token ids of prompts as they are, and of answers with their ends."""
     pairs = [
         (tokenizer(prompt, add_special_tokens=False).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
         for prompt, answer in examples
     ]
-    pairs = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in pairs]
+    return [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in pairs]
+
+
+def padded(pairs: Sequence[Pair], fill: int) -> Part:
+    """Token ids of prompts and answers, padded on the right, and the same with −100 for everything but answers."""
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids = torch.full((len(pairs), longest), tokenizer.eos_token_id)
+    ids = torch.full((len(pairs), longest), fill)
     wanted = torch.full((len(pairs), longest), -100)
     for row, (prompt, answer) in enumerate(pairs):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         wanted[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     return ids, wanted
+
+
+def _tensors(tokenizer: Any, examples: Sequence[tuple[str, str]]) -> Part:
+    return padded(token_pairs(tokenizer, examples), tokenizer.eos_token_id)

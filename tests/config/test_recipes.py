@@ -56,12 +56,13 @@ def test_a_mean_over_tokens_of_a_loss_of_the_sampled_token_is_said_with_its_size
 
 
 def test_every_recipe_in_the_repository_is_valid():
-    recipes = sorted((ROOT / "recipes").glob("*/recipe.yaml"))
+    recipes = sorted((ROOT / "recipes").glob("*/*.yaml"))
     assert recipes
     listed = (ROOT / "recipes" / "README.md").read_text()
     for recipe in recipes:
         load(recipe)
-        assert f"({recipe.parent.name}/recipe.yaml)" in listed, f"recipes/README.md does not list {recipe.parent.name}"
+        name = f"{recipe.parent.name}/{recipe.name}"
+        assert f"({name})" in listed, f"recipes/README.md does not list {name}"
 
 
 def test_the_recipe_in_the_readme_is_valid():

@@ -10,7 +10,9 @@ from opd.cli.main import main
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PUBLIC = sorted(path.parent.name for path in RECIPES.glob("*/recipe.yaml") if path.parent.name != "demo")
+PUBLIC = sorted(
+    str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml") if path.parent.name != "demo"
+)
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
@@ -43,6 +45,7 @@ ROWS = {
     "path/to/train_3domain.jsonl": {"prompt": CHAT[:1], "answer": "24", "teacher": "instructions"},
     "path/to/held_out.jsonl": {"prompt": CHAT[:1], "answer": "24", "teacher": "math"},
     "HuggingFaceTB/Countdown-Task-GOLD": {"messages": CHAT},
+    "runs/real/recovery-0/both.jsonl": {"prompt": CHAT[:1], "teacher": "chat"},
     "allenai/tulu-3-sft-mixture": {"id": "x", "messages": CHAT, "source": "y"},
 }
 SMALL = {
@@ -52,7 +55,13 @@ SMALL = {
     "checkpoint": {"every": 0},
     "log": {"progress": "off"},
 }
-NEEDS_MATH_VERIFY = {name for name in PUBLIC if "math_verify" in (RECIPES / name / "recipe.yaml").read_text()}
+
+
+def text_of(name: str) -> str:
+    return (RECIPES / f"{name}.yaml").read_text()
+
+
+NEEDS_MATH_VERIFY = {name for name in PUBLIC if "math_verify" in text_of(name)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,7 @@ def models(tmp_path_factory) -> tuple[str, str]:
 
 def stand_in(name: str, models: tuple[str, str], folder: Path) -> str:
     """The recipe with tiny models, local rows and small sizes; whatever else it says stays."""
-    recipe = yaml.safe_load((RECIPES / name / "recipe.yaml").read_text())
+    recipe = yaml.safe_load(text_of(name))
     recipe["student"]["model"] = models[0]
     for teacher in recipe.get("teachers", {"": recipe.get("teacher", {})}).values():
         teacher.pop("url", None)  # a server of the stand-in would be the same model in this process
@@ -109,6 +118,6 @@ def test_the_recipe_passes_opd_check_and_trains_two_steps(name, models, tmp_path
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_recipe_says_where_its_values_are_from_what_was_published_and_whether_it_was_measured(name):
-    comment = [line for line in (RECIPES / name / "recipe.yaml").read_text().splitlines() if line.startswith("#")]
+    comment = [line for line in text_of(name).splitlines() if line.startswith("#")]
     said = " ".join(comment)
     assert "Values: " in said and "Published: " in said and "Measured here: " in said
