@@ -102,6 +102,9 @@ smollm2-words: $(DEV_READY)  ## base and prompts of recipes/smollm2, in runs/rea
 
 evidence-real: $(DEV_READY)  ## the same with a real language model, by opd train: what is missing of the runs (hours), then tables and figures
 	$(BIN)/python -m benchmarks real
+	$(BIN)/python -m benchmarks real_recovery --workers 2
+	$(BIN)/python -m benchmarks real_compression --workers 2
+	$(BIN)/python -m benchmarks real_step
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opd needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }

@@ -32,6 +32,8 @@ ROWS = {
         "year": "2024",
     },
     "zwhe99/DeepMath-103K": {"question": "What is 2 + 3?", "final_answer": "5", "difficulty": 3.0, "topic": "Algebra"},
+    "runs/real/hard-0/train.jsonl": {"prompt": "apple bell card ->", "answer": "card bell apple"},
+    "runs/real/hard-0/eval.jsonl": {"prompt": "apple bell card ->", "answer": "card bell apple"},
     "path/to/aime_2024.jsonl": {"question": "What is 2 + 3?", "final_answer": "5"},
     "open-r1/OpenThoughts-114k-math": {
         "source": "olympiads",

@@ -6,22 +6,23 @@ import gc
 import resource
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import opd
+from benchmarks.real import chat
 from benchmarks.real.compression import plan
 from benchmarks.real.compression.measure import measured, prose
 from benchmarks.real.compression.plan import Setting
-from benchmarks.real.compression.prompts import chats
 from benchmarks.real.compression.quantise import fake_quantise, rounded
 from benchmarks.real.store import Row
 from benchmarks.real.world import load, work
 
-EVERY = 2
-"""Of the prompts to measure on this one of so many is taken: all topics, half of the instructions."""
+MEASURED = 64
+"""Prompts, of tuning or held out."""
 SAME = 1e-4
 """Largest difference of a logit between the fake-quantised model and the rounded one: both multiply with the same weights."""
 
@@ -39,7 +40,13 @@ def perform(setting: Setting, model: Path) -> Row:
         found |= told
     student = finished(setting.weights, student, tokenizer)
     gc.collect()
-    found |= measured(student, tokenizer, teacher, chats(setting.part)[::EVERY], setting.tokens)
+    found |= measured(
+        student,
+        tokenizer,
+        teacher,
+        _chats(chat.tuning()[:MEASURED] if setting.part == "tuning" else chat.held_out(MEASURED)),
+        setting.tokens,
+    )
     found["cpu_seconds"] = f"{time.process_time() - began:.1f}"
     found["peak_gib"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
     assert set(found) == set(plan.RESULTS), set(found) ^ set(plan.RESULTS)
@@ -64,7 +71,7 @@ def train(setting: Setting, model: Path, tokenizer: Any, teacher: Any) -> tuple[
     run = opd.Distiller(
         student=student if setting.weights == plan.NF4 else (student, tokenizer),
         teacher=(teacher, tokenizer),
-        prompts=chats("training"),
+        prompts=_chats(chat.training()),
         objective=arm.sections["objective"],
         rollout={"max_new_tokens": setting.tokens, **arm.sections["rollout"]},
         train={"steps": setting.steps, "prompts_per_step": setting.prompts, "samples_per_prompt": 1},
@@ -93,3 +100,8 @@ def finished(weights: str, student: Any, tokenizer: Any) -> Any:
         gap = float((student(ids).logits - made(ids).logits).abs().max())
     assert gap <= SAME, f"the rounded student is {gap} away from the one that was trained"
     return made
+
+
+def _chats(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that opd reads."""
+    return [{"prompt": chat.messages(text)} for text in texts]

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.real import world
-from benchmarks.real.recovery import chat
+from benchmarks.real import chat, world
 from benchmarks.real.recovery.plan import ARMS, CHAT, DAMAGE, SKILL, WARM_UP, Setting
 from benchmarks.real.words import rows
 

@@ -9,8 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from benchmarks.real import world
-from benchmarks.real.recovery import chat, instructions
+from benchmarks.real import chat, world
+from benchmarks.real.recovery import instructions
 from benchmarks.real.recovery.instructions import INSTRUCTIONS
 from benchmarks.real.recovery.plan import DAMAGE, TOKENS
 from opd.cli.main import main as opd

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.markdown import table
-from benchmarks.real.recovery import chat, plan
+from benchmarks.real import chat
+from benchmarks.real.recovery import plan
 from benchmarks.real.recovery.instructions import INSTRUCTIONS
 from benchmarks.real.recovery.plan import ARMS, CHAT, DAMAGE, DAMAGED, ORIGINAL, SEEDS, SKILL, STEPS, TOKENS, Setting
 from benchmarks.real.store import Row, Store

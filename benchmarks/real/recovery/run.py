@@ -8,8 +8,8 @@ import time
 
 import torch
 
-from benchmarks.real import world
-from benchmarks.real.recovery import arms, chat
+from benchmarks.real import chat, world
+from benchmarks.real.recovery import arms
 from benchmarks.real.recovery.measure import measure
 from benchmarks.real.recovery.plan import ARMS, DAMAGED, ORIGINAL, RESULTS, SETTING, TUNING_SEED, Setting
 from benchmarks.real.run import summary, train

@@ -1,4 +1,4 @@
-"""General prompts: every form with every topic. Held-out prompts have topics of their own."""
+"""General prompts: every form with every topic. Prompts to tune on and held-out prompts have topics of their own."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ HELD_OUT_TOPICS = (
     "knitting a scarf", "black holes", "planning a picnic", "the history of coffee", "learning to swim", "good table manners",
     "how vaccines work", "building a sandcastle", "first aid", "the rules of football", "composting", "taking photographs at night",
 )  # fmt: skip
+TUNING_TOPICS = (
+    "steel bridges",
+    "penguins",
+    "playing the violin",
+    "deserts",
+    "wool",
+    "castles",
+    "a good breakfast",
+    "the tides",
+)
 HELD_OUT = 48
 HELD_OUT_SEED = 2_000_003
 """The same held-out prompts for every seed of training."""
@@ -42,6 +52,11 @@ HELD_OUT_SEED = 2_000_003
 def training() -> list[str]:
     """All prompts to train on, in the order of forms."""
     return [form.format(topic) for form in FORMS for topic in TOPICS]
+
+
+def tuning() -> list[str]:
+    """Prompts that choose a rate."""
+    return [form.format(topic) for form in FORMS for topic in TUNING_TOPICS]
 
 
 def held_out(count: int = HELD_OUT) -> list[str]:
