@@ -153,14 +153,14 @@ class _Blocks:
                 f.zero_()
             else:
                 logq = t[piece].sub_(known["log_q"][piece])
-                q_ = torch.exp(logq, out=form.buffer("q", f)) if form.subtracts_teacher else None
+                q_ = torch.exp(logq, out=form.buffer("q", f)) if form.teacher_share else None
                 form.grad_wrt_probs_of_logp(f, logq)
-                f.sub_(-1.0 if q_ is not None else known["center"][piece]).mul_(weight)
+                f.sub_(known["center"][piece]).mul_(weight)
             if logp is not None:
                 f.add_(logp.add_(entropy[piece]), alpha=bonus)
             f.sub_(few[piece]).mul_(p)
             if q_ is not None:
-                f.sub_(q_, alpha=rows.distill_weight)
+                f.sub_(q_, alpha=weight * form.teacher_share)
         for ids, slope in adds:
             column = ids - first
             here = (column >= 0) & (column < width)

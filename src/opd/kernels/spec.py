@@ -483,15 +483,17 @@ def unshard(weight: Tensor) -> Tensor:
 
 
 def kind_of(objective: Objective) -> str:
-    """The divergence whose form applies: the ends of the β dial are KLs, and a mixture of one model could underflow."""
-    name, (_, beta, _) = objective.divergence, objective.shape
+    """The divergence whose form applies: the ends of the α and β dials are KLs, and a mixture of one model could underflow."""
+    name, (alpha, beta, _) = objective.divergence, objective.shape
     ends = {
         ("generalized_jsd", 0.0): "forward_kl",
         ("generalized_jsd", 1.0): "reverse_kl",
         ("skew_reverse_kl", 1.0): "reverse_kl",
         ("skew_forward_kl", 0.0): "forward_kl",
+        ("forward_reverse_kl", 0.0): "reverse_kl",
+        ("forward_reverse_kl", 1.0): "forward_kl",
     }
-    return ends.get((name, float(beta)), name)
+    return ends.get((name, float(alpha if name == "forward_reverse_kl" else beta)), name)
 
 
 def pieces(z: Tensor) -> list[slice]:

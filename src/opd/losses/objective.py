@@ -221,13 +221,14 @@ class Objective(ObjectiveSettings):
                 student_logp=y_logp, teacher_logp=y_logq.squeeze(-1), in_support=~outside, sampler_logp=sampler_logp
             )
         assert self.tail is not None
-        _, beta, normalize = self.shape
+        alpha, beta, normalize = self.shape
         loss = partial_divergence(
             self.divergence,
             student_on_k,
             teacher_on_k,
             floored_logp=raised,
             tail=self.tail,
+            alpha=alpha,
             beta=beta,
             normalize=normalize,
             sampled=sampled,
