@@ -118,12 +118,19 @@ class Objective(ObjectiveSettings):
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """Loss and `clamped` from the student's log-probs on a support: no more of the student is needed.
 
-        `student_logp` and `response_ids` are of the response token and read by tail='sampled' only. T² is not applied.
+        `student_logp` and `response_ids` are of the response token and read by tail='sampled' and include_sampled only. T² is not
+        applied.
         """
-        teacher_on_k = support.mask(target.teacher_logp)
-        y_logq = target.sampled_logp if self.tail == "sampled" else None
-        if self.tail == "sampled" and y_logq is None:
-            raise ObjectiveError(NO_SAMPLED_LOGP)
+        teacher_on_k, y_logq = support.mask(target.teacher_logp), None
+        if self.tail == "sampled" or self.include_sampled:
+            y_logq = target.sampled_logp
+            if y_logq is None:
+                raise ObjectiveError(NO_SAMPLED_LOGP)
+        if self.include_sampled:
+            assert y_logq is not None and student_logp is not None and response_ids is not None
+            support = support_of(_joined(support.ids, response_ids))
+            student_on_k = support.mask(_joined(student_on_k, student_logp))
+            teacher_on_k = support.mask(_joined(teacher_on_k, y_logq))
         return self._on_support(student_on_k, teacher_on_k, support, student_logp, y_logq, response_ids, sampler_logp)
 
     def from_sampled(
@@ -187,12 +194,17 @@ class Objective(ObjectiveSettings):
         assert self.top_k is not None
         if isinstance(target, TopKTarget):
             kept = target.teacher_logp.topk(min(self.top_k, target.ids.shape[-1]), dim=-1)
-            support = support_of(target.ids.gather(-1, kept.indices))
-            teacher_on_k, teacher_logp = support.mask(kept.values), None
+            ids, known, teacher_logp = target.ids.gather(-1, kept.indices), kept.values, None
+            if self.include_sampled:
+                ids, known = _joined(ids, response_ids), _joined(known, teacher_logp_of(response_ids, target, None))
+            support = support_of(ids)
+            teacher_on_k = support.mask(known)
         else:
             assert isinstance(target, DenseTarget)
             teacher_logp = to_logp(target.logits, self.teacher_temperature)
             support = self._choose_support(student_logp, teacher_logp, self.top_k)
+            if self.include_sampled:
+                support = support_of(_joined(support.ids, response_ids))
             teacher_on_k = support.gather(teacher_logp)
         y_logp = y_logq = None
         if self.tail == "sampled":
@@ -267,3 +279,8 @@ class Objective(ObjectiveSettings):
         teacher_on_k = support.mask(target.teacher_logp)
         raised = self._floored(student_on_k, teacher_on_k)[0]
         return partial_divergence("reverse_kl", student_on_k, teacher_on_k, floored_logp=raised)
+
+
+def _joined(on_k: Tensor, of_response: Tensor) -> Tensor:
+    """[tokens, k + 1]: what is known of a support, and then of the response token."""
+    return torch.cat([on_k, of_response.unsqueeze(-1)], dim=-1)

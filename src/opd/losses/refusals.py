@@ -53,7 +53,8 @@ def _wrong_types(settings: ObjectiveSettings) -> Iterator[str]:
         number = not isinstance(value, bool) and isinstance(value, Real)
         if not number and not (value is None and name in NUMBERS_OR_NONE):
             yield f"{name}={value!r} must be a number{' or None' if name in NUMBERS_OR_NONE else ''}, without quotes."
-    for name, allowed in (("normalize", (True, False, None)), ("scale_by_t2", (True, False))):
+    flags = {"normalize": (True, False, None), "scale_by_t2": (True, False), "include_sampled": (True, False)}
+    for name, allowed in flags.items():
         value = getattr(settings, name)
         if not any(value is one for one in allowed):
             yield f"{name}={value!r} must be True or False."
@@ -131,6 +132,11 @@ def _wrong_support(settings: ObjectiveSettings) -> Iterator[str]:
             "tail='renormalize' with top_k=1 is identically 0, because one renormalised probability is 1 on both sides; "
             "use tail='bucket' or a larger top_k."
         )
+    if settings.include_sampled and settings.tail == "sampled":
+        yield (
+            "include_sampled with tail='sampled': the tail counts a response token outside the top k over its probability, which has the right "
+            "mean, and inside the support it would be counted once; drop include_sampled, or use tail='bucket'."
+        )
     if settings.support == "sampled" and settings.estimator == "exact":
         yield (
             "support='sampled' with estimator='exact': one token's log-prob does not determine a divergence; use "
@@ -206,6 +212,8 @@ def _unread(settings: ObjectiveSettings) -> Iterator[str]:
         yield f"tail='{settings.tail}' says what happens outside a top-k support, and support='{settings.support}' has none; drop it."
     if settings.always_include and settings.support not in TOP_K_SUPPORTS:
         yield f"always_include adds tokens to a top-k support, and support='{settings.support}' has none; drop it."
+    if settings.include_sampled and settings.support not in TOP_K_SUPPORTS:
+        yield f"include_sampled adds the response token to a top-k support, and support='{settings.support}' has none; drop it."
     if settings.eos_groups and (
         settings.support != "full" or (settings.student_temperature, settings.teacher_temperature) != (1, 1)
     ):

@@ -45,6 +45,9 @@ class ObjectiveSettings:
     """Treatment of the probability outside a top_k support; bucket if not set."""
     always_include: tuple[int, ...] = ()
     """Token ids added to every top_k support, such as EOS or the start of a tool call."""
+    include_sampled: bool = False
+    """Add the response token to every top_k support, with the teacher's log-prob of it. It counts as often as it is drawn, once, so that
+    what is outside the top k is seen in part, with little variance and a bias; tail=sampled has no bias and more variance."""
     eos_groups: tuple[tuple[int, ...], ...] = ()
     """Groups of token ids that mean the same end of an answer: each counts as one action, with the sum of its probabilities, in both
     models. For the whole vocabulary at temperature 1."""
@@ -92,6 +95,11 @@ class ObjectiveSettings:
     def looks_at_sample(self) -> bool:
         """The loss depends on which token was sampled; then its weights must not, see `reduction`."""
         return "sampled" in (self.support, self.tail)
+
+    @property
+    def reads_response_token(self) -> bool:
+        """The response token's log-probs, of both models, are part of the loss."""
+        return self.looks_at_sample or self.include_sampled
 
     @property
     def takes_floor(self) -> bool:

@@ -194,6 +194,7 @@ EFFECTS: dict[str, Effect] = {
             "objective.top_k",
             "objective.tail",
             "objective.always_include",
+            "objective.include_sampled",
             "objective.eos_groups",
             "objective.estimator",
             "objective.delivery",
