@@ -128,6 +128,30 @@ def test_a_small_weight_in_a_mixture_costs_no_accuracy(name, beta):
             assert_close_to_reference(got[output], plain[output], exact[output], floor=5e-7)
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_reverse_kl", "generalized_jsd"])
+def test_a_bound_on_a_token_takes_its_loss_and_its_gradient(name):
+    world, found = world_of(9, 6, 33), []
+    plain = run(world, "hidden", "reference", divergence=name)["per_token"]
+    objective = Objective(divergence=name, token_clip=1.001 * float(plain.median()))
+    for impl in ("triton", "reference"):
+        hidden, weight = (part.clone().requires_grad_() for part in (world.hidden_states, world.weight))
+        total, loss, metrics = linear_objective(
+            hidden,
+            weight,
+            world.target("hidden"),
+            world.response_ids,
+            objective,
+            token_weights=world.token_weights,
+            bias=world.bias,
+            impl=impl,
+        )
+        slopes = torch.autograd.grad(total, [hidden, weight])
+        found.append((loss, metrics["clamped"].to(loss), *slopes))
+    assert found[0][1].sum() == 4
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+
+
 MOMENTS = (
     *(d for d in EVERY if kind_of(Objective(**d)) not in rows.TWO_READS),
     {"divergence": "generalized_jsd", "beta": 0.5},

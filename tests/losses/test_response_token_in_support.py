@@ -67,7 +67,7 @@ def test_a_teacher_that_shows_its_top_k_and_the_response_token_gives_the_loss_of
 
 def test_a_teacher_without_the_response_tokens_log_prob_is_refused():
     best = TEACHER.log().topk(1, dim=-1)
-    with pytest.raises(ObjectiveError, match="the TopKTarget has none.*without include_sampled"):
+    with pytest.raises(ObjectiveError, match=r"the TopKTarget has none.*without include_sampled"):
         loss_of(objective(), 2, TopKTarget(ids=best.indices, teacher_logp=best.values))
 
 

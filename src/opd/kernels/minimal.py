@@ -37,6 +37,10 @@ def run_blocks(student: HeadLogits, rows: RowSpec) -> RowResults:
             "memory='minimal' takes one teacher, a whole vocabulary, and a KL, JSD or skewed KL without teacher_logp_floor (or top-k, or "
             "sampled log-probs); use memory='fast', with a small chunk_tokens where memory is short. (In a recipe: train.loss_memory.)"
         )
+    if rows.objective.token_clip is not None and target_has_logits(rows.target):
+        raise ObjectiveError(
+            "memory='minimal' takes no token_clip over a whole vocabulary; use memory='fast'. (In a recipe: train.loss_memory.)"
+        )
     if rows.objective.eos_groups:
         raise ObjectiveError(
             "memory='minimal' takes no eos_groups; use memory='fast'. (In a recipe: train.loss_memory.)"

@@ -256,6 +256,9 @@ class RowSpec:
             return True
         if not target_has_logits(self.target):
             return objective.baseline == "none"
+        bounded = objective.token_clip is not None
+        if bounded and (self.has_extras or isinstance(self.target, TeacherMixture)):
+            return False  # a row's one gradient has parts that are bounded apart from each other
         return (
             objective.support == "full" and objective.teacher_logp_floor is None and objective.divergence in divergences
         )
@@ -314,6 +317,17 @@ class RowResults:
         self.scale[where] = other.scale
         for value in self.state.values():
             value[where] = torch.nan
+
+
+def bounded(rows: RowSpec, values: dict[str, Tensor], factor: Tensor) -> Tensor:
+    """The gradient's factor of each row, 0 where `token_clip` bounds the row's divergence; `values` gets both. Infinite ones are left to
+    the chunk loop, because 0 times their gradient would be NaN."""
+    clip, divergence = rows.objective.token_clip, values["divergence"]
+    if clip is None:
+        return factor
+    above = (divergence > clip) & divergence.isfinite()
+    values["divergence"], values["clamped"] = torch.where(above, clip, divergence), above.to(divergence.dtype)
+    return torch.where(above, 0.0, factor)
 
 
 class RowPass(Protocol):

@@ -37,7 +37,8 @@ class TokenLoss:
     """Differentiable, in nats unless T² or another divergence says otherwise; neither masked nor averaged."""
     metrics: Mapping[str, Float[Tensor, " tokens"]]
     """Without gradient, always at temperature 1. `clamped` is the student's probability of the tokens whose teacher
-    log-prob was raised to `teacher_logp_floor` (0 or 1 where only the response token is looked at)."""
+    log-prob was raised to `teacher_logp_floor` (0 or 1 where only the response token is looked at), and 1 where `token_clip` bounds
+    the token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class Objective(ObjectiveSettings):
             loss = full_divergence(
                 self.divergence, student_logp, teacher_logp, alpha=alpha, beta=beta, normalize=normalize
             )
+            loss, clamped = self._bounded(loss, clamped)
         elif self.support == "sampled":
             loss, clamped = self._sampled(student_logp, target, response_ids, sampler_logp, sequence_index)
         else:
@@ -145,17 +147,44 @@ class Objective(ObjectiveSettings):
         """Loss and `clamped` from the response token's log-probs; `reverse_kl` is what baseline='value' subtracts."""
         y_logq, clamped = self._floored(student_logp.unsqueeze(-1), teacher_logp.unsqueeze(-1))
         y_logq, clamped = y_logq.squeeze(-1), (clamped > 0).to(student_logp.dtype)
-        if self.estimator == "k2":
-            return k2(student_logp, y_logq), clamped
-        if self.estimator == "k3":  # q itself, from which the gradient comes, is not raised
-            return k3(student_logp, teacher_logp, floored_logp=y_logq), clamped
+        if self.estimator in ("k2", "k3"):
+            loss = self._k2_or_k3(student_logp, teacher_logp, y_logq)
+            if self.token_clip is not None:  # an infinite loss must not meet the 0 that its gradient is multiplied with
+                above = loss.detach() > self.token_clip
+                parts = (torch.where(above, 0.0, logp) for logp in (student_logp, teacher_logp, y_logq))
+                loss = torch.where(above, self.token_clip, self._k2_or_k3(*parts))
+                clamped = torch.where(above, 1.0, clamped)
+            return loss, clamped
         advantage = distillation_advantage(student_logp, y_logq)
         if self.discount > 0 and sequence_index is not None:
             advantage = discounted_return(advantage, sequence_index, self.discount)
         if self.baseline == "value":
             assert reverse_kl is not None
             advantage = advantage - value_baseline(reverse_kl)
+        advantage, clamped = self.bounded_advantage(advantage, clamped)
         return policy_gradient_loss(student_logp, advantage, sampler_logp, self.clip_range), clamped
+
+    def bounded_advantage(self, advantage: Tensor, clamped: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages between ±`token_clip`, and `clamped` with 1 where that changes them; as they are without one."""
+        if self.token_clip is None:
+            return advantage, clamped
+        return advantage.clamp(-self.token_clip, self.token_clip), torch.where(
+            advantage.abs() > self.token_clip, 1.0, clamped
+        )
+
+    def _bounded(self, loss: Tensor, clamped: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses up to `token_clip`, and `clamped` with 1 above it, where there is no gradient."""
+        if self.token_clip is None:
+            return loss, clamped
+        above = loss.detach() > self.token_clip
+        return torch.where(above, self.token_clip, loss), torch.where(above, 1.0, clamped)
+
+    def _k2_or_k3(self, student_logp: Tensor, teacher_logp: Tensor, floored_logp: Tensor) -> Tensor:
+        if self.estimator == "k2":
+            return k2(student_logp, floored_logp)
+        return k3(
+            student_logp, teacher_logp, floored_logp=floored_logp
+        )  # q, from which the gradient comes, is not raised
 
     def _check_inputs(self, student_logits: Tensor, target: object, response_ids: Tensor) -> None:
         if not isinstance(target, (DenseTarget, TopKTarget, SampledTarget)):
@@ -245,7 +274,7 @@ class Objective(ObjectiveSettings):
             normalize=normalize,
             sampled=sampled,
         )
-        return loss, clamped
+        return self._bounded(loss, clamped)
 
     def _choose_support(self, student_logp: Tensor, teacher_logp: Tensor, k: int) -> Support:
         if self.support == "union":

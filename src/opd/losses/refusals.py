@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opd.losses.settings import ObjectiveSettings
 
 NUMBERS = ("discount", "student_temperature", "teacher_temperature")
-NUMBERS_OR_NONE = ("beta", "alpha", "teacher_logp_floor", "fixed_count", "clip_range")
+NUMBERS_OR_NONE = ("beta", "alpha", "teacher_logp_floor", "fixed_count", "clip_range", "token_clip")
 
 
 def complaints(settings: ObjectiveSettings) -> Iterator[str]:
@@ -90,6 +90,8 @@ def _wrong_numbers(settings: ObjectiveSettings) -> Iterator[str]:
         yield f"discount={settings.discount} must be between 0 (one token) and 1 (all the rest of the response)."
     if settings.clip_range is not None and settings.clip_range <= 0:
         yield f"clip_range={settings.clip_range} must be > 0; use None for no clipping."
+    if settings.token_clip is not None and settings.token_clip <= 0:
+        yield f"token_clip={settings.token_clip} must be > 0, because a bound of 0 leaves no token a gradient; use None for no bound."
     if settings.teacher_logp_floor is not None and settings.teacher_logp_floor >= 0:
         yield f"teacher_logp_floor={settings.teacher_logp_floor} must be negative: it is a log-probability, for example −20."
     if settings.reduction == "fixed" and (settings.fixed_count is None or settings.fixed_count <= 0):

@@ -68,6 +68,9 @@ class ObjectiveSettings:
     teacher_logp_floor: float | None = None
     """Raise teacher log-probs (nats) below this to it in log(p/q); the metric `clamped` tells how often. Read by reverse_kl, and by
     estimators of the sampled token."""
+    token_clip: float | None = None
+    """Largest loss of a token, above which it has no gradient; with delivery=advantage, the largest size of its advantage. Both bias the
+    expected gradient; the metric `clamped` tells how often. None bounds nothing."""
     reduction: Reduction = "token_mean"
     """Reduction of per-token losses to one number: mean over tokens, mean over sequences of their means, or a sum over fixed_count. Of
     losses that look at the sampled token, fixed alone has the exact expected gradient: token_mean is off by about 1 / (sequences of

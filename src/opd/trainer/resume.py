@@ -206,6 +206,7 @@ EFFECTS: dict[str, Effect] = {
             "objective.reduction",
             "objective.fixed_count",
             "objective.clip_range",
+            "objective.token_clip",
             "rl.weight",
             "rl.weight_end",
             "rl.distill_weight",

@@ -33,6 +33,7 @@ from opd.kernels.spec import (
     RowResults,
     RowSpec,
     Teachers,
+    bounded,
     kind_of,
     out_of_range,
     pieces,
@@ -336,9 +337,10 @@ class ClosedFormRows(_ClosedForm):
             values["student_logp"] = restore_neg_inf(y_logit.squeeze(-1) - log_s)
         if self.makes_diagnostics:
             values |= _diagnostics(seen, values, log_s, q.log(), *kls)
+        scale = bounded(rows, values, rows.distill_weight * form.row_scale(s, q) / s)
         values["loss"] = rows.distill_weight * values["divergence"]
         slopes = add_few_tokens(rows, values) if rows.has_extras else {}
-        out = RowResults(values=values, scale=rows.distill_weight * form.row_scale(s, q) / s)
+        out = RowResults(values=values, scale=scale)
         if self.keeps_state and tops is not None:
             center = form.center_of_logp(center, s, q)
             tops_of = [top.squeeze(-1) for top in tops]

@@ -14,7 +14,7 @@ from opd.errors import ObjectiveError
 from opd.kernels.few_tokens import add_few_tokens, token_slopes
 from opd.kernels.rows.triton import kernels
 from opd.kernels.rows.triton.kernels import INTERPRETED
-from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, kind_of, restore_neg_inf
+from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, bounded, kind_of, restore_neg_inf
 from opd.losses import Objective, overlap, overlap_size
 from opd.types import DenseTarget, HiddenTarget, TopKTarget
 
@@ -143,12 +143,15 @@ class TritonRows:
         if y_logits is not None:
             values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
         values["loss"], center = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s)
+        factor = weight
         if t is not None:
             values["teacher_entropy"] = found.teacher_entropy
             divergence, center = (
                 found.two_read(self.kind, self.alpha) if self.kind in TWO_READS else self._moments(z, t, found)
             )
             values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
+            if rows.objective.token_clip is not None:
+                factor = bounded(rows, values, torch.ones_like(center))
             values["loss"] = rows.distill_weight * values["divergence"]
             if self.makes_diagnostics:
                 values |= self._diagnostics(rows, z, t, found)
@@ -157,7 +160,7 @@ class TritonRows:
         if out is None:
             return result
         adds = token_slopes(rows, slopes)
-        per_row = _per_row(rows, found, center, weight, adds)
+        per_row = _per_row(rows, found, center, factor, adds)
         if room is not None and (not adds or (t is None and shards.alone)):
             out = result.gradient = room
         self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
