@@ -48,6 +48,8 @@ ALSO_CALLED: dict[str, tuple[str, ...]] = {
     "srkl": ("skew_reverse_kl",),
     "tv": ("total_variation",),
     "tvd": ("total_variation",),
+    "symmetric_kl": ("forward_reverse_kl",),
+    "jeffreys": ("forward_reverse_kl",),
     "ab": ("alpha_beta_divergence",),
     "topk": ("teacher_top_k", "student_top_k"),
     "fp32": ("float32",),

@@ -92,7 +92,7 @@ class TopKTarget:
     ids: Int[Tensor, "tokens k"]
     teacher_logp: Float[Tensor, "tokens k"]
     sampled_logp: Float[Tensor, " tokens"] | None = None
-    """Teacher log-probability of the sampled token, which tail='sampled' needs."""
+    """Teacher log-probability of the sampled token, which tail='sampled' and include_sampled need."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]

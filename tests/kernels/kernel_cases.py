@@ -25,6 +25,7 @@ DIVERGENCES: tuple[Settings, ...] = (
     {"divergence": "skew_reverse_kl", "beta": 0.3},
     {"divergence": "skew_forward_kl", "beta": 0.6},
     {"divergence": "alpha_beta_divergence", "alpha": 0.4, "beta": 0.7},
+    {"divergence": "forward_reverse_kl", "alpha": 0.3},
     {"divergence": "total_variation"},
 )
 ENDS: tuple[Settings, ...] = (
@@ -32,6 +33,8 @@ ENDS: tuple[Settings, ...] = (
     {"divergence": "generalized_jsd", "beta": 1.0},
     {"divergence": "skew_reverse_kl", "beta": 1.0},
     {"divergence": "skew_forward_kl", "beta": 0.0},
+    {"divergence": "forward_reverse_kl", "alpha": 0.0},
+    {"divergence": "forward_reverse_kl", "alpha": 1.0},
 )
 NEAR_ENDS: tuple[Settings, ...] = tuple(
     {"divergence": name, "beta": beta}

@@ -25,6 +25,7 @@ FULL = [
     Objective(divergence="skew_reverse_kl", beta=0.4, teacher_temperature=0.7),
     Objective(divergence="total_variation"),
     Objective(divergence="alpha_beta_divergence", alpha=0.3, beta=0.8),
+    Objective(divergence="forward_reverse_kl", alpha=0.3),
     Objective(teacher_logp_floor=-3.0),
 ]
 PARTIAL = [
@@ -33,10 +34,11 @@ PARTIAL = [
     Objective(support="teacher_top_k", top_k=5, tail="renormalize"),
     Objective(support="teacher_top_k", top_k=4, tail="sampled"),
     Objective(support="teacher_top_k", top_k=4, teacher_logp_floor=-3.0),
+    Objective(support="teacher_top_k", top_k=3, include_sampled=True, student_temperature=1.2),
 ]
 CHOSEN = [
     Objective(support="student_top_k", top_k=4),
-    Objective(support="union", top_k=3, always_include=(4,)),
+    Objective(support="union", top_k=3, always_include=(4,), include_sampled=True),
     Objective(support="teacher_top_k", top_k=3, always_include=(4, 7), tail="generalized"),
 ]
 SAMPLED = [

@@ -128,12 +128,39 @@ def test_a_small_weight_in_a_mixture_costs_no_accuracy(name, beta):
             assert_close_to_reference(got[output], plain[output], exact[output], floor=5e-7)
 
 
-MOMENTS = (*(d for d in EVERY[2:] if d not in ENDS), {"divergence": "generalized_jsd", "beta": 0.5})
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_reverse_kl", "generalized_jsd"])
+def test_a_bound_on_a_token_takes_its_loss_and_its_gradient(name):
+    world, found = world_of(9, 6, 33), []
+    plain = run(world, "hidden", "reference", divergence=name)["per_token"]
+    objective = Objective(divergence=name, token_clip=1.001 * float(plain.median()))
+    for impl in ("triton", "reference"):
+        hidden, weight = (part.clone().requires_grad_() for part in (world.hidden_states, world.weight))
+        total, loss, metrics = linear_objective(
+            hidden,
+            weight,
+            world.target("hidden"),
+            world.response_ids,
+            objective,
+            token_weights=world.token_weights,
+            bias=world.bias,
+            impl=impl,
+        )
+        slopes = torch.autograd.grad(total, [hidden, weight])
+        found.append((loss, metrics["clamped"].to(loss), *slopes))
+    assert found[0][1].sum() == 4
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+
+
+MOMENTS = (
+    *(d for d in EVERY if kind_of(Objective(**d)) not in rows.TWO_READS),
+    {"divergence": "generalized_jsd", "beta": 0.5},
+)
 
 
 @pytest.mark.parametrize("divergence", MOMENTS, ids=named)
 def test_a_divergence_of_a_millionth_is_known_to_a_percent(divergence):
-    """Nothing that nearly cancels is added up; the two KLs alone are the difference of two sums, and known to 1e-7."""
+    """Nothing that nearly cancels is added up; the KLs alone are the difference of two sums, and known to 1e-7."""
     for seed in range(3):
         world = world_of(7, 8, 33, dtype=FLOAT32, closeness=1e-3, seed=seed)
         exact = run(world, "hidden", "reference", FLOAT64, **divergence)["per_token"]

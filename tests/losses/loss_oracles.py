@@ -15,6 +15,7 @@ FULL_NAMES = (
     "skew_reverse_kl",
     "skew_forward_kl",
     "alpha_beta_divergence",
+    "forward_reverse_kl",
     "total_variation",
 )
 PARTIAL_NAMES = tuple(name for name in FULL_NAMES if name != "alpha_beta_divergence")
@@ -38,6 +39,8 @@ def brute_force(
         return kl(q, p)
     if name == "reverse_kl":
         return kl(p, q)
+    if name == "forward_reverse_kl":
+        return alpha * kl(q, p) + (1 - alpha) * kl(p, q)
     if name == "skew_reverse_kl":
         return kl(p, mixture)
     if name == "skew_forward_kl":

@@ -12,6 +12,7 @@ from opd.losses import (
     alpha_beta_divergence,
     entropy,
     forward_kl,
+    forward_reverse_kl,
     full_divergence,
     generalized_jsd,
     log_mixture_ratio,
@@ -64,6 +65,22 @@ def test_skewed_kls_against_the_mixture_by_hand():
     assert published == pytest.approx(0.25 * teacher_to_m + 0.75 * student_to_m, abs=1e-15)
     normalised = generalized_jsd(logs(P), logs(Q), 0.25).item()
     assert normalised == pytest.approx(teacher_to_m / 0.75 + student_to_m / 0.25, abs=1e-14)
+
+
+def test_a_quarter_of_forward_and_the_rest_of_reverse_kl_by_hand():
+    forward, reverse = 0.25 * LN(1 / 2) + 0.75 * LN(3 / 2), 0.5 * LN(4 / 3)
+    wanted = 0.25 * forward + 0.75 * reverse
+    assert forward_reverse_kl(logs(P), logs(Q), 0.25).item() == pytest.approx(wanted, abs=1e-15)
+
+
+def test_forward_and_reverse_kl_are_the_ends_of_their_sum_and_its_middle_is_symmetric():
+    s, t = to_logp(random_logits(4, 20, seed=15)), to_logp(random_logits(4, 20, seed=16))
+    assert torch.equal(forward_reverse_kl(s, t, 1.0), forward_kl(s, t))
+    assert torch.equal(forward_reverse_kl(s, t, 0.0), reverse_kl(s, t))
+    torch.testing.assert_close(forward_reverse_kl(s, t), forward_reverse_kl(t, s), rtol=1e-13, atol=0)
+    apart = logs([0.5, 0.5]), logs([1.0, 0.0])
+    for one, other in (apart, apart[::-1]):
+        assert forward_reverse_kl(one, other).item() == math.inf
 
 
 def test_skewed_kls_reach_the_plain_ones_at_their_ends():
@@ -161,7 +178,7 @@ def test_equals_the_definition_summed_by_hand(name, beta, normalize):
     teacher[:, 0] = (
         -torch.inf if name in ("forward_kl", "skew_forward_kl", "skew_reverse_kl", "generalized_jsd") else 0.0
     )
-    student[:, 1] = -torch.inf if name not in ("forward_kl",) else 0.0
+    student[:, 1] = -torch.inf if name not in ("forward_kl", "forward_reverse_kl") else 0.0
     actual = full_divergence(name, to_logp(student), to_logp(teacher), alpha=0.3, beta=beta, normalize=normalize)
     p, q = student.softmax(-1).tolist(), teacher.softmax(-1).tolist()
     wanted = [brute_force(name, a, b, alpha=0.3, beta=beta, normalize=normalize) for a, b in zip(p, q, strict=True)]
@@ -205,7 +222,8 @@ def test_gradient_vanishes_when_student_equals_teacher(name, beta):
 def test_is_never_negative(seeds, scale, beta, alpha, vocab):
     student, teacher = (to_logp(random_logits(3, vocab, seed=seed, scale=scale)) for seed in seeds)
     for name in FULL_NAMES:
-        assert full_divergence(name, student, teacher, alpha=alpha, beta=beta).min() >= -1e-11
+        share = alpha / 2 if name == "forward_reverse_kl" else alpha
+        assert full_divergence(name, student, teacher, alpha=share, beta=beta).min() >= -1e-11
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -379,6 +397,12 @@ def test_alpha_beta_has_the_kls_as_corners_and_as_limits():
 def test_alpha_beta_refuses_where_it_is_not_a_divergence(alpha, beta):
     with pytest.raises(ObjectiveError, match="alpha ≥ 0"):
         alpha_beta_divergence(logs(P), logs(Q), alpha, beta)
+
+
+@pytest.mark.parametrize("alpha", [-0.01, 1.01, math.nan])
+def test_a_weight_of_forward_kl_outside_0_to_1_is_refused(alpha):
+    with pytest.raises(ObjectiveError, match="0 ≤ alpha ≤ 1"):
+        forward_reverse_kl(logs(P), logs(Q), alpha)
 
 
 @pytest.mark.parametrize("loss", [generalized_jsd, skew_reverse_kl, skew_forward_kl])

@@ -67,7 +67,11 @@ def test_the_default_is_exact_reverse_kl_over_the_whole_vocabulary():
 
 @pytest.mark.parametrize("name", FULL_NAMES)
 def test_full_support_computes_the_divergence_it_names(name):
-    shape = {"generalized_jsd": {"beta": 0.3}, "alpha_beta_divergence": {"alpha": 0.3, "beta": 0.9}}.get(name, {})
+    shape = {
+        "generalized_jsd": {"beta": 0.3},
+        "alpha_beta_divergence": {"alpha": 0.3, "beta": 0.9},
+        "forward_reverse_kl": {"alpha": 0.3},
+    }.get(name, {})
     loss = Objective(divergence=name, **shape).per_token(STUDENT, DENSE, IDS).loss
     assert torch.equal(loss, full_divergence(name, to_logp(STUDENT), TEACHER, **shape))
 
@@ -257,6 +261,7 @@ def test_the_floor_does_not_raise_padding():
         {"divergence": "total_variation"},
         {"divergence": "alpha_beta_divergence"},
         {"divergence": "alpha_beta_divergence", "alpha": 0.0, "beta": 1.0},
+        {"divergence": "forward_reverse_kl"},
         {"divergence": "forward_kl", "support": "teacher_top_k"},
     ],
 )
@@ -269,7 +274,13 @@ def test_a_floor_is_refused_where_the_loss_sums_over_the_teacher(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"divergence": "generalized_jsd", "beta": 1.0}, {"divergence": "skew_reverse_kl", "beta": 1.0}]
+    "settings",
+    [
+        {},
+        {"divergence": "generalized_jsd", "beta": 1.0},
+        {"divergence": "skew_reverse_kl", "beta": 1.0},
+        {"divergence": "forward_reverse_kl", "alpha": 0.0},
+    ],
 )
 def test_under_a_floor_a_large_vocabulary_keeps_the_gradient_of_reverse_kl(settings):
     generator = torch.Generator().manual_seed(0)

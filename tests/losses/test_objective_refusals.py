@@ -102,6 +102,8 @@ REFUSED = [
     ({"divergence": "skew_forward_kl", "beta": 1.0}, "identically 0"),
     ({"divergence": "generalized_jsd", "beta": 1.1}, "0 ≤ beta ≤ 1"),
     ({"divergence": "alpha_beta_divergence", "alpha": -1.0}, "alpha ≥ 0"),
+    ({"divergence": "forward_reverse_kl", "alpha": 1.1}, "0 ≤ alpha ≤ 1"),
+    ({"divergence": "forward_reverse_kl", "beta": 0.5}, "not read by forward_reverse_kl"),
     ({"divergence": "kl"}, "reverse_kl"),
     ({"beta": 0.9}, "not read by reverse_kl"),
     ({"beta": 0.5}, "beta=0.5 is not read by reverse_kl; drop it"),
@@ -158,6 +160,7 @@ def test_what_cannot_work_is_refused_with_the_reason(settings, why):
         ({"divergence": "generalized_jsd"}, {"beta": 0.5, "normalize": True}),
         ({"divergence": "skew_reverse_kl"}, {"beta": 0.5}),
         ({"divergence": "alpha_beta_divergence"}, {"alpha": 0.5, "beta": 0.5}),
+        ({"divergence": "forward_reverse_kl"}, {"alpha": 0.5}),
         ({"support": "union"}, {"top_k": 64, "tail": "bucket"}),
     ],
 )

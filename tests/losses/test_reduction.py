@@ -20,6 +20,13 @@ def test_weights_by_hand():
     )
 
 
+def test_a_sequence_without_a_counted_token_divides_by_nothing():
+    mask = torch.tensor([True, True, True, False])
+    settings = {"reduction": "sequence_mean", "global_count": 1}
+    assert token_weights(SEQUENCES, torch.tensor([3, 0]), mask=mask, **settings).tolist()[3] == 0.0
+    assert token_weights(SEQUENCES, torch.tensor([3, 0]), **settings).isfinite().all()
+
+
 def test_masked_tokens_weigh_nothing():
     mask = torch.tensor([True, False, True, True])
     weights = token_weights(SEQUENCES, torch.tensor([2, 1]), reduction="sequence_mean", global_count=2, mask=mask)

@@ -19,7 +19,7 @@ from opd.config.run import RunSettings
 from opd.config.sections import all_keys, hint_of, parse_section
 from opd.config.words import merge, read_recipe, scalar
 from opd.errors import ConfigError
-from opd.losses.settings import READ_BY
+from opd.losses.choices import READ_BY
 
 if TYPE_CHECKING:
     from opd.config import Config

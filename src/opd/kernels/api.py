@@ -304,7 +304,7 @@ def _with_returns(
     objective, frozen = rows.objective, replace(head, needs=GradsNeeded())
 
     def advantage(**changes: Any) -> dict[str, Tensor]:
-        plain = replace(objective, discount=0.0, clip_range=None, **changes)
+        plain = replace(objective, discount=0.0, clip_range=None, token_clip=None, **changes)
         alone = replace(
             rows, objective=plain, target=_fitting(rows.target, plain), sampler_logp=None, distill_weight=1.0
         )
@@ -315,6 +315,7 @@ def _with_returns(
     returns = discounted_return(-seen["loss"], sequence_index, objective.discount)
     if objective.baseline == "value":
         returns = returns + (seen["loss"] - advantage(baseline="value")["loss"])
+    returns, seen["clamped"] = objective.bounded_advantage(returns, seen["clamped"])
     policy = PolicyTerm(
         advantages=returns,
         old_log_prob=rows.sampler_logp,

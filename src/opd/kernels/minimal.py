@@ -37,6 +37,10 @@ def run_blocks(student: HeadLogits, rows: RowSpec) -> RowResults:
             "memory='minimal' takes one teacher, a whole vocabulary, and a KL, JSD or skewed KL without teacher_logp_floor (or top-k, or "
             "sampled log-probs); use memory='fast', with a small chunk_tokens where memory is short. (In a recipe: train.loss_memory.)"
         )
+    if rows.objective.token_clip is not None and target_has_logits(rows.target):
+        raise ObjectiveError(
+            "memory='minimal' takes no token_clip over a whole vocabulary; use memory='fast'. (In a recipe: train.loss_memory.)"
+        )
     if rows.objective.eos_groups:
         raise ObjectiveError(
             "memory='minimal' takes no eos_groups; use memory='fast'. (In a recipe: train.loss_memory.)"
@@ -153,14 +157,14 @@ class _Blocks:
                 f.zero_()
             else:
                 logq = t[piece].sub_(known["log_q"][piece])
-                q_ = torch.exp(logq, out=form.buffer("q", f)) if form.subtracts_teacher else None
+                q_ = torch.exp(logq, out=form.buffer("q", f)) if form.teacher_share else None
                 form.grad_wrt_probs_of_logp(f, logq)
-                f.sub_(-1.0 if q_ is not None else known["center"][piece]).mul_(weight)
+                f.sub_(known["center"][piece]).mul_(weight)
             if logp is not None:
                 f.add_(logp.add_(entropy[piece]), alpha=bonus)
             f.sub_(few[piece]).mul_(p)
             if q_ is not None:
-                f.sub_(q_, alpha=rows.distill_weight)
+                f.sub_(q_, alpha=weight * form.teacher_share)
         for ids, slope in adds:
             column = ids - first
             here = (column >= 0) & (column < width)

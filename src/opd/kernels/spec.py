@@ -256,6 +256,9 @@ class RowSpec:
             return True
         if not target_has_logits(self.target):
             return objective.baseline == "none"
+        bounded = objective.token_clip is not None
+        if bounded and (self.has_extras or isinstance(self.target, TeacherMixture)):
+            return False  # a row's one gradient has parts that are bounded apart from each other
         return (
             objective.support == "full" and objective.teacher_logp_floor is None and objective.divergence in divergences
         )
@@ -314,6 +317,17 @@ class RowResults:
         self.scale[where] = other.scale
         for value in self.state.values():
             value[where] = torch.nan
+
+
+def bounded(rows: RowSpec, values: dict[str, Tensor], factor: Tensor) -> Tensor:
+    """The gradient's factor of each row, 0 where `token_clip` bounds the row's divergence; `values` gets both. Infinite ones are left to
+    the chunk loop, because 0 times their gradient would be NaN."""
+    clip, divergence = rows.objective.token_clip, values["divergence"]
+    if clip is None:
+        return factor
+    above = (divergence > clip) & divergence.isfinite()
+    values["divergence"], values["clamped"] = torch.where(above, clip, divergence), above.to(divergence.dtype)
+    return torch.where(above, 0.0, factor)
 
 
 class RowPass(Protocol):
@@ -483,15 +497,17 @@ def unshard(weight: Tensor) -> Tensor:
 
 
 def kind_of(objective: Objective) -> str:
-    """The divergence whose form applies: the ends of the β dial are KLs, and a mixture of one model could underflow."""
-    name, (_, beta, _) = objective.divergence, objective.shape
+    """The divergence whose form applies: the ends of the α and β dials are KLs, and a mixture of one model could underflow."""
+    name, (alpha, beta, _) = objective.divergence, objective.shape
     ends = {
         ("generalized_jsd", 0.0): "forward_kl",
         ("generalized_jsd", 1.0): "reverse_kl",
         ("skew_reverse_kl", 1.0): "reverse_kl",
         ("skew_forward_kl", 0.0): "forward_kl",
+        ("forward_reverse_kl", 0.0): "reverse_kl",
+        ("forward_reverse_kl", 1.0): "forward_kl",
     }
-    return ends.get((name, float(beta)), name)
+    return ends.get((name, float(alpha if name == "forward_reverse_kl" else beta)), name)
 
 
 def pieces(z: Tensor) -> list[slice]:

@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.losses.choices import Divergence, Reduction, Tail
+    from opd.losses.choices import DEFAULT_TOP_K, Divergence, Reduction, Tail
     from opd.losses.diagnostics import dense_diagnostics, student_diagnostics, token_diagnostics, top_k_diagnostics
     from opd.losses.divergences import (
         alpha_beta_divergence,
         entropy,
         entry_terms,
         forward_kl,
+        forward_reverse_kl,
         full_divergence,
         generalized_jsd,
         log_mixture_ratio,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
         policy_gradient_loss,
         value_baseline,
     )
-    from opd.losses.settings import DEFAULT_TOP_K
     from opd.losses.targets import dense_from_hidden
     from opd.losses.weights import WEIGHT_SUM_TOLERANCE, Combine, Scale, Schedule, linear_schedule
 
@@ -90,6 +90,7 @@ __all__ = [
     "entropy",
     "entry_terms",
     "forward_kl",
+    "forward_reverse_kl",
     "full_divergence",
     "gather_logp",
     "generalized_jsd",
@@ -130,6 +131,7 @@ __all__ = [
 
 _HOMES = {
     "opd.losses.choices": (
+        "DEFAULT_TOP_K",
         "Divergence",
         "Reduction",
         "Tail",
@@ -145,6 +147,7 @@ _HOMES = {
         "entropy",
         "entry_terms",
         "forward_kl",
+        "forward_reverse_kl",
         "full_divergence",
         "generalized_jsd",
         "log_mixture_ratio",
@@ -202,7 +205,6 @@ _HOMES = {
         "policy_gradient_loss",
         "value_baseline",
     ),
-    "opd.losses.settings": ("DEFAULT_TOP_K",),
     "opd.losses.targets": ("dense_from_hidden",),
     "opd.losses.weights": (
         "Combine",

@@ -87,6 +87,13 @@ def alpha_beta_divergence(
     return full_divergence("alpha_beta_divergence", student_logp, teacher_logp, alpha=alpha, beta=beta)
 
 
+def forward_reverse_kl(
+    student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"], alpha: float = 0.5
+) -> Float[Tensor, "*tokens"]:
+    """α KL(T‖S) + (1−α) KL(S‖T), in nats: forward KL at α = 1, reverse KL at α = 0; +inf where either is."""
+    return full_divergence("forward_reverse_kl", student_logp, teacher_logp, alpha=alpha)
+
+
 def total_variation(
     student_logp: Float[Tensor, "*tokens vocab"], teacher_logp: Float[Tensor, "*tokens vocab"]
 ) -> Float[Tensor, "*tokens"]:
@@ -138,10 +145,12 @@ def entry_terms(
         return _weigh(logq, -log_mixture_ratio(-log_ratio, 1.0 - beta))
     if name == "alpha_beta_divergence":
         return _alpha_beta_terms(logp, logq, log_ratio, alpha, beta)
+    if name == "forward_reverse_kl":
+        return _forward_reverse_terms(logp, logq, log_ratio, alpha)
     return _jsd_terms(logp, logq, log_ratio, beta, normalize)
 
 
-def mass_coefficient(name: Divergence, beta: float = 0.5) -> float:
+def mass_coefficient(name: Divergence, beta: float = 0.5, alpha: float = 0.5) -> float:
     """c such that entry term + c (q − p) is ≥ 0, with its minimum 0 at p = q, for every single entry.
 
     Over a whole vocabulary Σ (q − p) = 0 and c does not matter; over a part of it, c is what keeps mass from leaking out.
@@ -152,6 +161,8 @@ def mass_coefficient(name: Divergence, beta: float = 0.5) -> float:
         )
     if name == "generalized_jsd":
         return {0.0: -1.0, 1.0: 1.0}.get(float(beta), 0.0)
+    if name == "forward_reverse_kl":
+        return 1.0 - 2.0 * alpha
     constants = {"forward_kl": -1.0, "reverse_kl": 1.0, "skew_forward_kl": beta - 1.0, "skew_reverse_kl": beta}
     return constants.get(name, 0.0)
 
@@ -200,6 +211,13 @@ def _weigh(log_weight: Tensor, value: Tensor) -> Tensor:
 def _is_finite(value: Tensor) -> bool:
     """True if every entry is finite. A sum is one cheap pass over memory; element-wise tests and masks are several dear ones."""
     return bool(value.detach().sum().isfinite())
+
+
+def _forward_reverse_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, alpha: float) -> Tensor:
+    if alpha == 1.0:
+        return _weigh(logq, log_ratio)
+    reverse = _weigh(logp, -log_ratio)
+    return reverse if alpha == 0.0 else alpha * _weigh(logq, log_ratio) + (1.0 - alpha) * reverse
 
 
 def _jsd_terms(logp: Tensor, logq: Tensor, log_ratio: Tensor, beta: float, normalize: bool) -> Tensor:

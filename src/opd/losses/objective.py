@@ -37,7 +37,8 @@ class TokenLoss:
     """Differentiable, in nats unless T² or another divergence says otherwise; neither masked nor averaged."""
     metrics: Mapping[str, Float[Tensor, " tokens"]]
     """Without gradient, always at temperature 1. `clamped` is the student's probability of the tokens whose teacher
-    log-prob was raised to `teacher_logp_floor` (0 or 1 where only the response token is looked at)."""
+    log-prob was raised to `teacher_logp_floor` (0 or 1 where only the response token is looked at), and 1 where `token_clip` bounds
+    the token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class Objective(ObjectiveSettings):
             loss = full_divergence(
                 self.divergence, student_logp, teacher_logp, alpha=alpha, beta=beta, normalize=normalize
             )
+            loss, clamped = self._bounded(loss, clamped)
         elif self.support == "sampled":
             loss, clamped = self._sampled(student_logp, target, response_ids, sampler_logp, sequence_index)
         else:
@@ -118,12 +120,19 @@ class Objective(ObjectiveSettings):
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """Loss and `clamped` from the student's log-probs on a support: no more of the student is needed.
 
-        `student_logp` and `response_ids` are of the response token and read by tail='sampled' only. T² is not applied.
+        `student_logp` and `response_ids` are of the response token and read by tail='sampled' and include_sampled only. T² is not
+        applied.
         """
-        teacher_on_k = support.mask(target.teacher_logp)
-        y_logq = target.sampled_logp if self.tail == "sampled" else None
-        if self.tail == "sampled" and y_logq is None:
-            raise ObjectiveError(NO_SAMPLED_LOGP)
+        teacher_on_k, y_logq = support.mask(target.teacher_logp), None
+        if self.tail == "sampled" or self.include_sampled:
+            y_logq = target.sampled_logp
+            if y_logq is None:
+                raise ObjectiveError(NO_SAMPLED_LOGP)
+        if self.include_sampled:
+            assert y_logq is not None and student_logp is not None and response_ids is not None
+            support = support_of(_joined(support.ids, response_ids))
+            student_on_k = support.mask(_joined(student_on_k, student_logp))
+            teacher_on_k = support.mask(_joined(teacher_on_k, y_logq))
         return self._on_support(student_on_k, teacher_on_k, support, student_logp, y_logq, response_ids, sampler_logp)
 
     def from_sampled(
@@ -138,17 +147,44 @@ class Objective(ObjectiveSettings):
         """Loss and `clamped` from the response token's log-probs; `reverse_kl` is what baseline='value' subtracts."""
         y_logq, clamped = self._floored(student_logp.unsqueeze(-1), teacher_logp.unsqueeze(-1))
         y_logq, clamped = y_logq.squeeze(-1), (clamped > 0).to(student_logp.dtype)
-        if self.estimator == "k2":
-            return k2(student_logp, y_logq), clamped
-        if self.estimator == "k3":  # q itself, from which the gradient comes, is not raised
-            return k3(student_logp, teacher_logp, floored_logp=y_logq), clamped
+        if self.estimator in ("k2", "k3"):
+            loss = self._k2_or_k3(student_logp, teacher_logp, y_logq)
+            if self.token_clip is not None:  # an infinite loss must not meet the 0 that its gradient is multiplied with
+                above = loss.detach() > self.token_clip
+                parts = (torch.where(above, 0.0, logp) for logp in (student_logp, teacher_logp, y_logq))
+                loss = torch.where(above, self.token_clip, self._k2_or_k3(*parts))
+                clamped = torch.where(above, 1.0, clamped)
+            return loss, clamped
         advantage = distillation_advantage(student_logp, y_logq)
         if self.discount > 0 and sequence_index is not None:
             advantage = discounted_return(advantage, sequence_index, self.discount)
         if self.baseline == "value":
             assert reverse_kl is not None
             advantage = advantage - value_baseline(reverse_kl)
+        advantage, clamped = self.bounded_advantage(advantage, clamped)
         return policy_gradient_loss(student_logp, advantage, sampler_logp, self.clip_range), clamped
+
+    def bounded_advantage(self, advantage: Tensor, clamped: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages between ±`token_clip`, and `clamped` with 1 where that changes them; as they are without one."""
+        if self.token_clip is None:
+            return advantage, clamped
+        return advantage.clamp(-self.token_clip, self.token_clip), torch.where(
+            advantage.abs() > self.token_clip, 1.0, clamped
+        )
+
+    def _bounded(self, loss: Tensor, clamped: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses up to `token_clip`, and `clamped` with 1 above it, where there is no gradient."""
+        if self.token_clip is None:
+            return loss, clamped
+        above = loss.detach() > self.token_clip
+        return torch.where(above, self.token_clip, loss), torch.where(above, 1.0, clamped)
+
+    def _k2_or_k3(self, student_logp: Tensor, teacher_logp: Tensor, floored_logp: Tensor) -> Tensor:
+        if self.estimator == "k2":
+            return k2(student_logp, floored_logp)
+        return k3(
+            student_logp, teacher_logp, floored_logp=floored_logp
+        )  # q, from which the gradient comes, is not raised
 
     def _check_inputs(self, student_logits: Tensor, target: object, response_ids: Tensor) -> None:
         if not isinstance(target, (DenseTarget, TopKTarget, SampledTarget)):
@@ -187,12 +223,17 @@ class Objective(ObjectiveSettings):
         assert self.top_k is not None
         if isinstance(target, TopKTarget):
             kept = target.teacher_logp.topk(min(self.top_k, target.ids.shape[-1]), dim=-1)
-            support = support_of(target.ids.gather(-1, kept.indices))
-            teacher_on_k, teacher_logp = support.mask(kept.values), None
+            ids, known, teacher_logp = target.ids.gather(-1, kept.indices), kept.values, None
+            if self.include_sampled:
+                ids, known = _joined(ids, response_ids), _joined(known, teacher_logp_of(response_ids, target, None))
+            support = support_of(ids)
+            teacher_on_k = support.mask(known)
         else:
             assert isinstance(target, DenseTarget)
             teacher_logp = to_logp(target.logits, self.teacher_temperature)
             support = self._choose_support(student_logp, teacher_logp, self.top_k)
+            if self.include_sampled:
+                support = support_of(_joined(support.ids, response_ids))
             teacher_on_k = support.gather(teacher_logp)
         y_logp = y_logq = None
         if self.tail == "sampled":
@@ -221,18 +262,19 @@ class Objective(ObjectiveSettings):
                 student_logp=y_logp, teacher_logp=y_logq.squeeze(-1), in_support=~outside, sampler_logp=sampler_logp
             )
         assert self.tail is not None
-        _, beta, normalize = self.shape
+        alpha, beta, normalize = self.shape
         loss = partial_divergence(
             self.divergence,
             student_on_k,
             teacher_on_k,
             floored_logp=raised,
             tail=self.tail,
+            alpha=alpha,
             beta=beta,
             normalize=normalize,
             sampled=sampled,
         )
-        return loss, clamped
+        return self._bounded(loss, clamped)
 
     def _choose_support(self, student_logp: Tensor, teacher_logp: Tensor, k: int) -> Support:
         if self.support == "union":
@@ -266,3 +308,8 @@ class Objective(ObjectiveSettings):
         teacher_on_k = support.mask(target.teacher_logp)
         raised = self._floored(student_on_k, teacher_on_k)[0]
         return partial_divergence("reverse_kl", student_on_k, teacher_on_k, floored_logp=raised)
+
+
+def _joined(on_k: Tensor, of_response: Tensor) -> Tensor:
+    """[tokens, k + 1]: what is known of a support, and then of the response token."""
+    return torch.cat([on_k, of_response.unsqueeze(-1)], dim=-1)

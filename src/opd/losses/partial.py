@@ -93,6 +93,7 @@ def partial_divergence(
     teacher_logp: Float[Tensor, "tokens k"],
     *,
     tail: Tail = "bucket",
+    alpha: float = 0.5,
     beta: float = 0.5,
     normalize: bool = True,
     sampled: SampledToken | None = None,
@@ -109,10 +110,10 @@ def partial_divergence(
     """
     if tail not in get_args(Tail):
         raise ObjectiveError(f"tail={tail!r} is not one of {', '.join(get_args(Tail))}.")
-    coefficient = mass_coefficient(name, beta)
+    coefficient = mass_coefficient(name, beta, alpha)
 
     def terms(logp: Tensor, logq: Tensor) -> Tensor:
-        return entry_terms(name, logp, logq, beta=beta, normalize=normalize)
+        return entry_terms(name, logp, logq, alpha=alpha, beta=beta, normalize=normalize)
 
     def grounded(logp: Tensor, logq: Tensor) -> Tensor:
         plain = terms(logp, logq)

@@ -12,7 +12,7 @@ from opd.types import DenseTarget, HiddenTarget, SampledTarget, Target, TopKTarg
 
 NO_SAMPLED_LOGP = (
     "this loss needs the teacher's log-prob of the sampled token, but the TopKTarget has none; let the teacher fill in "
-    "sampled_logp, or use tail='bucket'."
+    "sampled_logp, or use tail='bucket' without include_sampled."
 )
 
 

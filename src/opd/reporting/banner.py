@@ -23,6 +23,7 @@ DIVERGENCES = {
     "skew_reverse_kl": "skewed reverse KL",
     "skew_forward_kl": "skewed forward KL",
     "alpha_beta_divergence": "α-β divergence",
+    "forward_reverse_kl": "forward and reverse KL",
     "total_variation": "total variation",
 }
 

@@ -279,6 +279,7 @@ VLLM = TeacherServers(engine="vllm", model_path="teacher")
         ({"always_include": (1,)}, {}, "drop always_include"),
         ({"teacher_temperature": 2.0}, {}, "set teacher_temperature=1"),
         ({"tail": "sampled"}, {}, "opd.objective.tail=sampled"),
+        ({"include_sampled": True}, {}, "opd.objective.include_sampled"),
         ({**K1, "baseline": "value"}, {}, "baseline=none"),
         ({}, {"pool": None}, "use +opd=pool"),
         ({}, {"native_distillation": False}, "use +opd=pool"),

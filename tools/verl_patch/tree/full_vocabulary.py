@@ -37,6 +37,7 @@ class Objective:
     support: ClassVar[str] = "full"
     baseline: ClassVar[str] = "none"
     teacher_logp_floor: ClassVar[None] = None
+    token_clip: ClassVar[None] = None
     top_k: ClassVar[int] = 64
     eos_groups: ClassVar[tuple[tuple[int, ...], ...]] = ()
 

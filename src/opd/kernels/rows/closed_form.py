@@ -5,6 +5,7 @@ q̃ = e^t = Q q, so that nothing is divided by a row's sum entry by entry; with 
 
     reverse_kl          f = log(p/q)
     forward_kl          p f = −q
+    forward_reverse_kl  p f = (1−α) p log(p/q) − α q
     generalized_jsd     f = log(p/M), times 1/β normalised, times 1−β as published
     skew_reverse_kl     f = log(p/M) + (1−β) (M−p)/M
     skew_forward_kl     f = −(1−β) (q−M)/M
@@ -32,6 +33,7 @@ from opd.kernels.spec import (
     RowResults,
     RowSpec,
     Teachers,
+    bounded,
     kind_of,
     out_of_range,
     pieces,
@@ -55,10 +57,12 @@ class ClosedFormDivergence:
     mixes = False
     """True if f depends on the rows' sums, which must be known first."""
     subtracts_teacher = False
-    """True if p f is −q, which is subtracted instead of multiplied by p."""
+    """True if p f is −q alone: nothing is multiplied by p."""
+    teacher_share = 0.0
+    """The multiple of q in −p f / row_scale, which is subtracted instead of multiplied by p; the rest of f is `grad_wrt_probs`'s."""
 
     def __init__(self, objective: Objective) -> None:
-        _, self.beta, self.normalize = objective.shape
+        self.alpha, self.beta, self.normalize = objective.shape
         self.rest = 1.0 - self.beta
         self._buffers: dict[str, Tensor] = {}
 
@@ -84,7 +88,11 @@ class ClosedFormDivergence:
         """D from the sums of `grad_wrt_probs`."""
         raise NotImplementedError
 
-    def row_scale(self, s: Tensor, q: Tensor) -> Tensor | float:
+    def center_of_logp(self, center: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        """Σ p f / row_scale where z and t are log-probs, from the sum Σ p̃ f of `grad_wrt_probs`."""
+        return center / s
+
+    def row_scale(self, s: Tensor, q: Tensor) -> float:
         """The factor of f, one number per row, that is left to whoever scales rows."""
         return 1.0
 
@@ -102,21 +110,43 @@ class ReverseKl(ClosedFormDivergence):
     def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
         return x / s - (s.log() - q.log())
 
+    def center_of_logp(self, center: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        return center / s - (s.log() - q.log())
+
 
 class ForwardKl(ClosedFormDivergence):
     """KL(T‖S)."""
 
     subtracts_teacher = True
+    teacher_share = 1.0
 
     def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
-        none = torch.zeros_like(s)
-        return none, dot(q_, t.sub_(z)), none
+        return torch.zeros_like(s), dot(q_, t.sub_(z)), -s
 
     def grad_wrt_probs_of_logp(self, z: Tensor, t: Tensor) -> None:
         z.zero_()
 
     def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
         return y / q + (s.log() - q.log())
+
+
+class ForwardReverseKl(ReverseKl):
+    """α KL(T‖S) + (1−α) KL(S‖T), with f divided by 1−α."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective)
+        self.teacher_share = self.alpha / (1.0 - self.alpha)
+
+    def grad_wrt_probs(self, z: Tensor, t: Tensor, p: Tensor, q_: Tensor, s: Tensor, q: Tensor) -> Sums:
+        x = dot(p, z.sub_(t))
+        return x, dot(q_, z), x - self.teacher_share * s
+
+    def value(self, x: Tensor, y: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        log_ratio = s.log() - q.log()
+        return self.alpha * (log_ratio - y / q) + (1.0 - self.alpha) * (x / s - log_ratio)
+
+    def row_scale(self, s: Tensor, q: Tensor) -> float:
+        return 1.0 - self.alpha
 
 
 def _log_ratio(z: Tensor, t: Tensor, q_over_s: Tensor | None) -> None:
@@ -220,6 +250,7 @@ class Skewed(ClosedFormDivergence):
 CLOSED_FORMS: dict[str, type[ClosedFormDivergence]] = {
     "reverse_kl": ReverseKl,
     "forward_kl": ForwardKl,
+    "forward_reverse_kl": ForwardReverseKl,
     "generalized_jsd": GeneralizedJsd,
     "skew_reverse_kl": Skewed,
     "skew_forward_kl": Skewed,
@@ -306,11 +337,12 @@ class ClosedFormRows(_ClosedForm):
             values["student_logp"] = restore_neg_inf(y_logit.squeeze(-1) - log_s)
         if self.makes_diagnostics:
             values |= _diagnostics(seen, values, log_s, q.log(), *kls)
+        scale = bounded(rows, values, rows.distill_weight * form.row_scale(s, q) / s)
         values["loss"] = rows.distill_weight * values["divergence"]
         slopes = add_few_tokens(rows, values) if rows.has_extras else {}
-        out = RowResults(values=values, scale=rows.distill_weight * form.row_scale(s, q) / s)
+        out = RowResults(values=values, scale=scale)
         if self.keeps_state and tops is not None:
-            center = center / s if form.mixes else values["divergence"].clone()
+            center = form.center_of_logp(center, s, q)
             tops_of = [top.squeeze(-1) for top in tops]
             out.state = {"log_s": tops_of[0] + log_s, "log_q": tops_of[1] + q.log(), "center": center, **slopes}
         self.mark_out_of_range(out, torch.stack([s, q], dim=-1))
@@ -342,6 +374,8 @@ class ClosedFormRows(_ClosedForm):
             torch.sub(p, q_.mul_(s / q), out=z)
         elif not rows.has_extras:
             z.sub_(center).mul_(p)
+            if form.teacher_share:
+                z.sub_(q_.mul_(form.teacher_share * s / q))
         else:
             self._with_extras(rows, z, center, (p, q_, s, q, y_logit - s.log(), zp / s), logits, piece)
         return sums
@@ -361,14 +395,13 @@ class ClosedFormRows(_ClosedForm):
             center = center + slope
         if form.subtracts_teacher:
             z.zero_()
-            center = center - 1.0
         if logits is not None:
             share = rows.entropy_bonus / weight
             z.add_(logits.mul_(share))
             center = center + share * mean_z
         z.sub_(center).mul_(p)
-        if form.subtracts_teacher:
-            z.sub_(q_.mul_(s / q))
+        if form.teacher_share:
+            z.sub_(q_.mul_(form.teacher_share * s / q))
         if slope is not None and rows.response_ids is not None:
             self.shards.add_at(z, rows.response_ids[piece].unsqueeze(-1), slope * s)
 

@@ -180,6 +180,11 @@ def _scores(settings: Settings, pool: TeacherServers) -> Iterator[str]:
             "opd.rl.combine=advantages needs the teacher's log-prob of every sampled token, and a server of top-k gives it for few; use "
             "opd.objective.support=sampled with estimator=k1 and delivery=advantage, or opd.rl.combine=losses."
         )
+    if objective.include_sampled:
+        yield (
+            "opd.objective.include_sampled needs the teacher's log-prob of every sampled token, and verl drops it where it is not among the "
+            "top_k; drop it, or use +opd=default."
+        )
     if objective.tail == "sampled":
         yield (
             "opd.objective.tail=sampled needs the teacher's log-prob of every sampled token, and verl drops it where it is not among the top_k; use "

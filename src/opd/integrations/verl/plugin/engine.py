@@ -331,11 +331,11 @@ class OpdEngine(LanguageModelEngine):
 def _taught(settings: Settings, own: ResponseTokens) -> tuple[ResponseTokens, Tensor | None]:
     """The response tokens that have a distillation loss, and their indices; None is all.
 
-    A loss over the vocabulary does not read the response token, so that one which is no token counts like any other; a loss of the
-    sampled token leaves it out. No teacher has read the tokens that follow an id it has no embedding for.
+    A loss over the vocabulary does not read the response token, so that one which is no token counts like any other; a loss that
+    reads it leaves it out. No teacher has read the tokens that follow an id it has no embedding for.
     """
     counts = own.followed
-    if "sampled" in (settings.objective.support, settings.objective.tail):
+    if settings.objective.reads_response_token:
         counts = counts & own.known
     if bool(counts.all()):
         return own, None

@@ -340,6 +340,10 @@ def gradient(
                 slope = tl.where(u > -float("inf"), p * ((u - v) - center), 0.0)
             elif KIND == "forward_kl":
                 slope = p - tl.exp(v) / q_sum
+            elif KIND == "forward_reverse_kl":
+                alpha = tl.load(shape + ALPHA)
+                slope = tl.where(u > -float("inf"), (1.0 - alpha) * p * ((u - v) - center), 0.0)
+                slope += alpha * (p - tl.exp(v) / q_sum)
             else:
                 q = tl.exp(v) / q_sum
                 slope, _ = _slope(u, v, p, q, s, q_sum, shape, KIND, ORDER, ZERO)

@@ -14,7 +14,7 @@ from opd.errors import ObjectiveError
 from opd.kernels.few_tokens import add_few_tokens, token_slopes
 from opd.kernels.rows.triton import kernels
 from opd.kernels.rows.triton.kernels import INTERPRETED
-from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, kind_of, restore_neg_inf
+from opd.kernels.spec import MASKED, RowResults, RowSpec, Teachers, bounded, kind_of, restore_neg_inf
 from opd.losses import Objective, overlap, overlap_size
 from opd.types import DenseTarget, HiddenTarget, TopKTarget
 
@@ -22,7 +22,8 @@ LANES = 1024  # of the statistics and moments: 4 entries a thread, whose sums st
 MAX_BLOCK = 2048  # entries of a row that the gradient works on together
 LANES_WARPS = BLOCK_WARPS = 8  # fastest of five settings each on an H200 (benchmarks/LOG.md)
 TIMES_BLOCK = 8192
-TWO_READS = ("reverse_kl", "forward_kl")  # their Σ p f needs no normaliser
+KLS = ("reverse_kl", "forward_kl")
+TWO_READS = (*KLS, "forward_reverse_kl")  # their Σ p f needs no normaliser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,16 @@ class Statistics:
         """As `student_logp`, of the teacher."""
         return restore_neg_inf(logits - self.known[3].unsqueeze(-1) - self.log_q.unsqueeze(-1))
 
-    def two_read(self, kind: str) -> tuple[Tensor, Tensor]:
-        """A KL and its Σ p f, as the gradient kernel understands f."""
+    def two_read(self, kind: str, alpha: float = 0.0) -> tuple[Tensor, Tensor]:
+        """A KL, or both weighed by α, and its Σ p f, as the gradient kernel understands f."""
         s, q, reverse, forward = (self.known[row] for row in (1, 4, 6, 7))
         log_ratio = (q / s).log()
-        if kind == "reverse_kl":
-            return reverse / s + log_ratio, reverse / s
-        return forward / q - log_ratio, torch.zeros_like(s)
+        if kind == "forward_kl":
+            return forward / q - log_ratio, torch.zeros_like(s)
+        value = reverse / s + log_ratio
+        if kind == "forward_reverse_kl":
+            value = alpha * (forward / q - log_ratio) + (1.0 - alpha) * value
+        return value, reverse / s
 
 
 class TritonRows:
@@ -82,6 +86,7 @@ class TritonRows:
         objective, self.shards = rows.objective, rows.columns.shards
         self.kind = kind_of(objective)
         alpha, beta, _ = objective.shape
+        self.alpha = alpha
         order, zero = alpha >= beta, min(alpha, beta) == 0.0
         self.constants = {"KIND": self.kind, "ORDER": order, "ZERO": zero}
         self.shape = torch.tensor(_shape(objective), dtype=logits.dtype, device=logits.device)
@@ -138,10 +143,15 @@ class TritonRows:
         if y_logits is not None:
             values["student_logp"] = found.student_logp(y_logits).squeeze(-1)
         values["loss"], center = torch.zeros_like(found.log_s), torch.zeros_like(found.log_s)
+        factor = weight
         if t is not None:
             values["teacher_entropy"] = found.teacher_entropy
-            divergence, center = found.two_read(self.kind) if self.kind in TWO_READS else self._moments(z, t, found)
+            divergence, center = (
+                found.two_read(self.kind, self.alpha) if self.kind in TWO_READS else self._moments(z, t, found)
+            )
             values["divergence"] = divergence if weight is None else torch.where(weight > 0, weight * divergence, 0.0)
+            if rows.objective.token_clip is not None:
+                factor = bounded(rows, values, torch.ones_like(center))
             values["loss"] = rows.distill_weight * values["divergence"]
             if self.makes_diagnostics:
                 values |= self._diagnostics(rows, z, t, found)
@@ -150,7 +160,7 @@ class TritonRows:
         if out is None:
             return result
         adds = token_slopes(rows, slopes)
-        per_row = _per_row(rows, found, center, weight, adds)
+        per_row = _per_row(rows, found, center, factor, adds)
         if room is not None and (not adds or (t is None and shards.alone)):
             out = result.gradient = room
         self._gradient(z, t, found, per_row, out, extras=rows.has_extras, add=weight is not None)
@@ -189,7 +199,7 @@ class TritonRows:
         self, z: Tensor, t: Tensor | None, *, diagnostics: bool = False, scales: Tensor | None = None
     ) -> Statistics:
         """`diagnostics` takes both KLs' sums and the lanes' largest logits; `scales` multiply both models' logits."""
-        kinds = TWO_READS if diagnostics else (self.kind,)
+        kinds = KLS if diagnostics or self.kind == "forward_reverse_kl" else (self.kind,)
         out, tops = _statistics(z, t, kinds, tops=diagnostics, scales=scales)
         return Statistics(known=out if self.shards.alone else self._over_shards(out), tops=tops)
 
@@ -199,14 +209,15 @@ class TritonRows:
         whole_z, whole_t = self.shards.max(top_z, top_t)
         z_move, t_move = top_z - whole_z, top_t - whole_t
         z_fade, t_fade = z_move.exp(), t_move.exp()
-        cross = torch.zeros_like(s)
-        if self.kind == "forward_kl":
-            cross = t_fade * (forward + q * (t_move - z_move))
-        elif self.kind == "reverse_kl":
-            cross = z_fade * (reverse + s * (z_move - t_move))
+        crosses: list[Tensor] = []
+        if self.kind in ("reverse_kl", "forward_reverse_kl"):
+            crosses.append(z_fade * (reverse + s * (z_move - t_move)))
+        if self.kind in ("forward_kl", "forward_reverse_kl"):
+            crosses.append(t_fade * (forward + q * (t_move - z_move)))
         zp, tq = z_fade * (zp + z_move * s), t_fade * (tq + t_move * q)
-        s, zp, q, tq, cross = self.shards.sum(z_fade * s, zp, t_fade * q, tq, cross)
-        return torch.stack([whole_z, s, zp, whole_t, q, tq, cross, cross])
+        s, zp, q, tq, *crosses = self.shards.sum(z_fade * s, zp, t_fade * q, tq, *crosses)
+        reverse, forward = (crosses * 2)[:2] if crosses else (torch.zeros_like(s),) * 2
+        return torch.stack([whole_z, s, zp, whole_t, q, tq, reverse, forward])
 
     def _moments(self, z: Tensor, t: Tensor, found: Statistics) -> tuple[Tensor, Tensor]:
         rows, columns = z.shape
