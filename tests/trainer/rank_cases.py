@@ -10,13 +10,16 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opd.config.recipe import build, merge
-from opd.ranks import STARTED_BY, Ranks, session
+from opd.joining import session
+from opd.ranks import STARTED_BY, Ranks
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.loop import take_step
@@ -86,6 +89,12 @@ def recipe(folder: Path, case: dict[str, object]) -> Any:
     return build(merge({}, values))
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all of it, also where every rank has a part; they have to ask together."""
+    divided: Any = tensor
+    return divided.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
 def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]:
     """Rollouts, metrics and gradients of the steps, the weights after them, and an evaluation."""
     parts = RunComponents(recipe(folder, case), Given(ranks=ranks))
@@ -95,7 +104,7 @@ def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]
     step_of = student._step
 
     def watched(batches: Any, temperature: float) -> dict[str, float]:
-        gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        gradients.append({name: whole(p.grad) for name, p in named.items() if p.grad is not None})
         return step_of(batches, temperature)
 
     student._step = watched  # pyright: ignore[reportAttributeAccessIssue]  # looks, and goes on
@@ -115,13 +124,15 @@ def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]
     assert parts.evaluator is not None
     evaluation = parts.evaluator.run(parts.student_sampler, student, extra=False)
     measured = {name: value for name, value in evaluation.metrics.items() if not name.startswith("time/")}
-    weights = {name: p.detach().clone() for name, p in named.items()}
+    if parts.divisions is not None:
+        parts.divisions.close()
+    weights = {name: whole(p.detach()) for name, p in named.items()}
     return {"steps": steps, "gradients": gradients, "weights": weights, "evaluation": measured}
 
 
-def as_rank(folder: Path, out: Path) -> None:
+def as_rank(folder: Path, out: Path, cases: Mapping[str, dict[str, object]]) -> None:
     with session() as ranks:
-        found = {name: taken(folder, case, ranks) for name, case in CASES.items()}
+        found = {name: taken(folder, case, ranks) for name, case in cases.items()}
         everywhere = ranks.gather([one["weights"] for one in found.values()])
         apart = [
             name
@@ -132,7 +143,7 @@ def as_rank(folder: Path, out: Path) -> None:
         torch.save({"cases": found, "apart": apart}, out)
 
 
-def in_forks(world: int, folder: Path, out: Path) -> bool:
+def in_forks(world: int, out: Path, work: Callable[[Path], None]) -> bool:
     """Everything is imported once, and every rank is a fork; True where all ended well."""
     children = []
     for rank in range(world):
@@ -144,7 +155,7 @@ def in_forks(world: int, folder: Path, out: Path) -> bool:
         os.environ.update({name: str(value) for name, value in own.items()}, **{STARTED_BY: f"{out}.store"})
         code = 1
         try:
-            as_rank(folder, out)
+            work(out)
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
@@ -157,4 +168,9 @@ def in_forks(world: int, folder: Path, out: Path) -> bool:
 
 if __name__ == "__main__":
     school, results = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.exit(not all(in_forks(int(world), school, results / f"{world}.pt") for world in sys.argv[3:]))
+    sys.exit(
+        not all(
+            in_forks(int(world), results / f"{world}.pt", partial(as_rank, school, cases=CASES))
+            for world in sys.argv[3:]
+        )
+    )

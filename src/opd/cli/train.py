@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from opd.cli.devices import launch, split_devices, started_elsewhere
 from opd.errors import ConfigError
-from opd.ranks import Ranks, ranks_of, session
+from opd.joining import ranks_of, session
+from opd.ranks import Ranks
 
 if TYPE_CHECKING:
     from opd.trainer.loop import Ended

@@ -8,6 +8,7 @@ from opd.config.run import RunSettings
 from opd.doctor.check import Check
 from opd.doctor.memory import Memory, estimate, largest_microbatch, microbatch_tokens, student_device
 from opd.doctor.model_shape import ModelShape
+from opd.doctor.parallel import ranks_line
 
 ERROR = 0.15  # of the estimate, on CPU runs (benchmarks/results/memory.md)
 GIB = 1 << 30
@@ -23,7 +24,9 @@ def memory_checks(
     found = estimate(settings, shapes, prompt_tokens, gpus=gpus)
     largest = largest_microbatch(settings, shapes, prompt_tokens, limits, gpus=gpus)
     taken = microbatch_tokens(settings, shapes["student"], gpu=student_device(settings, gpus) != "cpu")
-    return [_check(settings, device, memory, limits.get(device), largest, taken) for device, memory in found.items()]
+    checks = [_check(settings, device, memory, limits.get(device), largest, taken) for device, memory in found.items()]
+    several = ranks_line(settings, shapes, prompt_tokens, limits)
+    return checks if several is None else [*checks, Check(name="memory", verdict="green", seen=several)]
 
 
 def _check(
