@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from opd.errors import ConfigError, OpdError
-from opd.ranks import ALONE, STARTED_BY, WAIT, Joined, Quiet, Ranks
+from opd.ranks import ALONE, REAP_S, STARTED_BY, WAIT, Joined, Quiet, Ranks
 
 
 def ranks_of(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -56,6 +57,7 @@ def _leave(ranks: Joined, error: BaseException) -> None:
     if ranks.fail(error):
         raise SystemExit(0) from None  # rank 0 says it, saves what is trained, and ends with its exit code
     print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+    time.sleep(REAP_S)  # rank 0 looks for the rank that ended first
     raise SystemExit(1) from None
 
 

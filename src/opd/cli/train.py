@@ -65,7 +65,7 @@ def _train(words: Sequence[str], args: Sequence[str], ranks: Ranks) -> int:
     announced = ranks.first and show_banner(settings)
     import torch  # noqa: F401  # so that transformers is imported with it
 
-    said, read = show_checks(settings) if announced else (frozenset[str](), None)
+    said, read = show_checks(settings, ranks.world) if announced else (frozenset[str](), None)
     from transformers.utils.logging import disable_progress_bar
 
     from opd.cli.show import show_result

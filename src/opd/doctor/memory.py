@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from opd.config.model import LoadOptionsConfig
 from opd.config.run import RunSettings, teacher_key
@@ -238,14 +239,17 @@ def largest_microbatch(
     limits: Mapping[str, int],
     *,
     gpus: int = 0,
+    ranks: int = 1,
+    divided: bool = False,
 ) -> int | None:
     """The largest train.tokens_per_microbatch, up to a whole step, whose estimate is within `limits` (bytes by device); None where not
     even one sequence fits. It is a multiple of the longest sequence, because only whole sequences count."""
-    sizes = step_sizes(settings, prompt_tokens)
+    sizes = step_sizes(settings, prompt_tokens, ranks)
+    shared: Any = {"gpus": gpus, "ranks": ranks, "divided": divided}
 
     def fits(rows: int) -> bool:
         train = replace(settings.train, tokens_per_microbatch=rows * sizes.length)
-        found = estimate(replace(settings, train=train), shapes, prompt_tokens, gpus=gpus)
+        found = estimate(replace(settings, train=train), shapes, prompt_tokens, **shared)
         return all(memory.peak <= limits[device] for device, memory in found.items() if device in limits)
 
     if not fits(1):

@@ -31,8 +31,10 @@ def choose_parallel(
     limits: Mapping[str, int],
     ranks: int,
 ) -> Choice:
-    """'ddp' where a rank's estimate is within the memory of its device (`limits`, bytes by device), else 'fsdp2'. Ranks on a CPU share
-    one memory, so that dividing saves them little; there it is 'ddp'."""
+    """What the recipe says. 'auto' is 'ddp' where a rank's estimate is within the memory of its device (`limits`, bytes by device), else
+    'fsdp2'. On a CPU, where ranks are for trying things out, it is 'ddp'."""
+    if settings.train.parallel != "auto":
+        return Choice(parallel=settings.train.parallel, why=f"train.parallel={settings.train.parallel}")
     gpus = sum(name.startswith("cuda") for name in limits)
     device = student_device(settings, gpus)
     if device == "cpu":

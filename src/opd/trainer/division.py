@@ -172,7 +172,7 @@ class Divisions:
     ) -> None:
         """Divide whole models over `device` of each rank, whose type says over which backend they talk. Every rank has to."""
         # A group of its own: a rank that fails says so in the other one, whatever hangs in this.
-        group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+        group: Any = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         self.ranks = ranks
         self.device = device
         self._mesh = DeviceMesh.from_group(group, device.type)

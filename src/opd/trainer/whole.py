@@ -48,7 +48,7 @@ def divided_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(full, divided.device_mesh, divided.placements, src_data_rank=None)
 
 
-def divided_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+def divided_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole state of an optimizer, with moments divided as the parameters are that it has here."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
