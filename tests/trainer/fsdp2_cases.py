@@ -22,6 +22,7 @@ from opd.trainer.loop import take_step
 torch.set_num_threads(1)
 FEWER = "fewer rollouts than ranks"
 LEFT_OUT = {"muon", "the mean of sequences", "tokens of high entropy"}
+QUICK: dict[str, object] = {"guard__canary__action": "off"}
 FORMS: dict[str, dict[str, object]] = {
     "weights gathered layer by layer for every token": {"by_layer": True},
     "gradient checkpointing": {"student__gradient_checkpointing": True, "optimizer__max_grad_norm": 0.01},
@@ -29,7 +30,9 @@ FORMS: dict[str, dict[str, object]] = {
     FEWER: {"train__prompts_per_step": 3, "train__samples_per_prompt": 1},
 }
 ALL: dict[str, dict[str, object]] = {
-    name: {**case, "train__parallel": "fsdp2"} for name, case in (CASES | FORMS).items() if name not in LEFT_OUT
+    name: {**case, "train__parallel": "fsdp2", **({} if name in FORMS | MORE else QUICK)}
+    for name, case in (CASES | FORMS).items()
+    if name not in LEFT_OUT
 }
 PRODUCT = {name: case for name, case in ALL.items() if name not in FORMS and name not in MORE}
 """Full weights and adapters × layouts × losses, for every number of ranks, and not evaluated; most of the others are for two."""

@@ -39,12 +39,12 @@ def assert_same_rollouts(one: Taken, other: Taken, case: str) -> None:
             assert ours is None or list(also) == pytest.approx(list(ours), abs=MUON_WEIGHT if case == MUON else NUMBER)
 
 
-def assert_same_gradients(one: Taken, other: Taken, case: str) -> None:
-    """Every parameter's gradient in the first step, of the same weights."""
+def assert_same_gradients(one: Taken, other: Taken, case: str, top_k: float = TOP_K) -> None:
+    """Every parameter's gradient in the first step, of the same weights; `top_k` is the bound of cases of that name."""
     assert len(one["gradients"]) == len(other["gradients"]) == STEPS
     own, theirs = one["gradients"][0], other["gradients"][0]
     assert own.keys() == theirs.keys() and own
-    bound = TOP_K if "top-k" in case else GRADIENT
+    bound = top_k if "top-k" in case else GRADIENT
     largest = max(float(g.abs().max()) for g in own.values())
     for name, gradient in own.items():
         assert float((gradient - theirs[name]).abs().max()) <= bound * largest, name

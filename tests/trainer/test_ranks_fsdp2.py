@@ -21,6 +21,8 @@ from rank_checks import (
 
 PROGRAM = Path(__file__).with_name("fsdp2_cases.py")
 WORLDS = (1, 2, 4)
+TOP_K = 1e-5
+"""Where log(1 − Σ p) of a small tail loses digits: the model has two layers, and ddp is as far from one process here."""
 ROUNDED_UP = 1.15
 """A rank has at most a row more of each tensor than its share, in models with vectors of 8 numbers."""
 
@@ -58,7 +60,7 @@ def test_ranks_with_divided_weights_sample_the_rollouts_of_one_process(seen, wor
 
 @every_case
 def test_every_gradient_is_that_of_one_process_with_whole_weights(seen, world, case):
-    assert_same_gradients(*pair(seen, world, case), case)
+    assert_same_gradients(*pair(seen, world, case), case, TOP_K)
 
 
 @every_case

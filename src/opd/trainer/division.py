@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -164,6 +165,13 @@ def _free(device_type: str) -> int:
     return device_memory(()).get("cpu", 0) // dist.get_world_size()
 
 
+@cache
+def _mesh(device_type: str) -> DeviceMesh:
+    """All ranks, over connections of their own: a rank that fails says so over the others, whatever hangs in these."""
+    group: Any = dist.new_group(backend="nccl" if device_type == "cuda" else "gloo", timeout=WAIT)
+    return DeviceMesh.from_group(group, device_type)
+
+
 class Divisions:
     """The divided models of a run."""
 
@@ -171,16 +179,14 @@ class Divisions:
         self, ranks: Ranks, device: torch.device, student: PreTrainedModel, others: Sequence[PreTrainedModel]
     ) -> None:
         """Divide whole models over `device` of each rank, whose type says over which backend they talk. Every rank has to."""
-        # A group of its own: a rank that fails says so in the other one, whatever hangs in this.
-        group: Any = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         self.ranks = ranks
         self.device = device
-        self._mesh = DeviceMesh.from_group(group, device.type)
+        mesh = _mesh(device.type)
         self._lockstep = Lockstep(ranks)
         self._found: dict[int, Division] = {}
         for model in (student, *others):
             if id(model) not in self._found:  # a teacher may be the student itself
-                self._found[id(model)] = Division(model, self._lockstep, self._mesh)
+                self._found[id(model)] = Division(model, self._lockstep, mesh)
         self.task(STUDENT, self._found[id(student)].whole)
 
     @property
