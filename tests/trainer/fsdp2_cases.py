@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from rank_cases import CASES, MORE, as_rank, in_forks, make_school, recipe, taken
 
+from opd.config import LoraConfig
 from opd.ranks import Ranks
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.loop import take_step
+from opd.trainer.lora import add_lora
 
 torch.set_num_threads(1)
 FEWER = "fewer rollouts than ranks"
@@ -37,6 +39,8 @@ ALL: dict[str, dict[str, object]] = {
 PRODUCT = {name: case for name, case in ALL.items() if name not in FORMS and name not in MORE}
 """Full weights and adapters × layouts × losses, for every number of ranks, and not evaluated; most of the others are for two."""
 FOUR = {**PRODUCT, FEWER: ALL[FEWER]}
+HALF = ("full, packed", "adapters, padded")
+TWO = {name: case for name, case in ALL.items() if not name.startswith(HALF)}
 MEASURED = {"train__parallel": "fsdp2", "train__tokens_per_microbatch": 14}
 
 
@@ -51,8 +55,15 @@ def make_divided_school(folder: Path) -> Path:
 
 
 def cases_of(world: int) -> dict[str, dict[str, object]]:
-    """Four ranks on two cores take their time."""
-    return FOUR if world == 4 else ALL
+    """Ranks on two cores take their time: four have no other forms, and two half of the product."""
+    return {1: ALL, 2: TWO, 4: FOUR}[world]
+
+
+def import_all() -> None:
+    """What every rank would import for itself."""
+    import opd.trainer.division  # noqa: F401
+
+    add_lora(tiny_causal_lm(4, hidden=8, layers=1), LoraConfig(rank=1), seed=0)
 
 
 def in_folder(case: Mapping[str, object], folder: Path) -> dict[str, object]:
@@ -134,5 +145,6 @@ def counted_gathers(model: Any) -> list[int]:
 
 if __name__ == "__main__":
     school, results = Path(sys.argv[1]), Path(sys.argv[2])
+    import_all()
     work = {world: partial(as_rank, school, cases=cases_of(world), take=divided, also=measure) for world in (1, 2, 4)}
     sys.exit(not all(in_forks(int(world), results / f"{world}.pt", work[int(world)]) for world in sys.argv[3:]))

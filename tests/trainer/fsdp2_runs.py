@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from fsdp2_cases import import_all
 from rank_cases import MOST_S, exit_codes, start
 
 from opd.config.recipe import build, merge
@@ -29,8 +30,13 @@ from worlds import settings
 
 torch.set_num_threads(1)
 MINUTE = 60
-SHORT = {"train__steps": 6, "eval__every": 3, "checkpoint__every": 1, "eval__prompts": 4}
-LONG = {"train__steps": 300, "eval__every": 0, "checkpoint__every": 2, "optimizer__schedule": "constant"}
+SHORT: dict[str, object] = {"train__steps": 6, "eval__every": 3, "checkpoint__every": 1, "eval__prompts": 4}
+LONG: dict[str, object] = {
+    "train__steps": 300,
+    "eval__every": 0,
+    "checkpoint__every": 2,
+    "optimizer__schedule": "constant",
+}
 LEGS = ((4, "fsdp2", 2), (2, "fsdp2", 4), (2, "ddp", 5), (1, "fsdp2", 6))
 """Ranks, train.parallel and train.steps of a run that goes on three times."""
 BAD_STEP = 3
@@ -122,6 +128,7 @@ def newest(folder: Path) -> int:
 
 
 def main(world: Path, results: Path) -> NoReturn:
+    import_all()
     codes, words = run(1, results / "one", partial(train, world, results / "whole", SHORT))
     assert codes == [0], words
     in_legs(world, results, {})
