@@ -5,17 +5,14 @@ from __future__ import annotations
 import heapq
 import os
 import pickle
-import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from opd.errors import ConfigError, OpdError, RankError
+from opd.errors import OpdError, RankError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +31,8 @@ class Ranks:
 
     rank = 0
     world = 1
+    shared: Shared | None = None
+    """What ranks can only do at the same time; None where each has all it needs."""
 
     @property
     def alone(self) -> bool:
@@ -68,6 +67,26 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make each gradient the sum over the ranks. One that no rank has stays None."""
 
+    def add_up(self, numbers: Sequence[int]) -> list[int]:
+        """Sums over the ranks. Every rank has to ask. Raises RankError for a rank that is gone."""
+        return list(numbers)
+
+    def together(self, task: str) -> Any:
+        """What a task of `shared` makes on rank 0, which alone asks; the others do it in their next question. Raises RankError where one
+        of them is gone."""
+        assert self.shared is not None
+        return self.shared.do(task)
+
+    @property
+    def complete(self) -> bool:
+        """True while every rank is there that holds a part of the weights."""
+        return True
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Inside, an error of a connection is a RankError that names the rank that is gone."""
+        yield
+
 
 ALONE = Ranks()
 
@@ -94,7 +113,27 @@ class _Failure:
     """None where it ended in order, such as by a signal."""
 
 
-class _Joined(Ranks):
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What rank 0 says in the place of a value where all ranks are to do something before they go on."""
+
+    name: str
+
+
+class Shared(Protocol):
+    """Work that ranks can only do at the same time, such as running a model whose weights are divided over them."""
+
+    running: bool
+    """It has begun here and has not ended, so that the others wait in the midst of it."""
+
+    def go_along(self) -> None:
+        """Do as the others do until every rank is here."""
+
+    def do(self, task: str) -> Any:
+        """What the task of this name makes here. Every rank does it."""
+
+
+class Joined(Ranks):
     """One of several ranks of torch.distributed: gloo for objects and for tensors on the CPU, NCCL for those on GPUs."""
 
     def __init__(self, rank: int, world: int) -> None:
@@ -103,17 +142,86 @@ class _Joined(Ranks):
         self.pids: list[int] = []
         self._ended = False
         self._inside = False
+        self._served = False
 
     def gather(self, value: T) -> list[T]:
         if self._ended:
             raise RankError(f"rank {self.rank} asks the other ranks after the run has ended.")
-        found = self._exchange(value)
+        while True:
+            self._go_along()
+            found = self._exchange(value)
+            self._check(found)
+            if not self._did_task(found):
+                return found
+
+    @property
+    def complete(self) -> bool:
+        return self.shared is None or self._served or not self._ended
+
+    def together(self, task: str) -> Any:
+        assert self.first and self.shared is not None
+        if self._ended and not self._served:
+            raise RankError(f"The ranks that have a part in the {task} have ended.")
+        if not self._served:
+            self._go_along()
+        found = self._exchange(_Task(name=task))
+        if not self._served:
+            self._check(found)
+        with self.noticing():
+            return self.shared.do(task)
+
+    def _go_along(self) -> None:
+        if self.shared is not None:
+            with self.noticing():
+                self.shared.go_along()
+
+    def _did_task(self, found: Sequence[Any]) -> bool:
+        """True where rank 0 has asked for a task, which is done."""
+        if not isinstance(found[0], _Task):
+            return False
+        assert self.shared is not None
+        with self.noticing():
+            self.shared.do(found[0].name)
+        return True
+
+    def _check(self, found: Sequence[Any]) -> None:
+        """Raise what ends the run where a rank has said that it fails."""
         failures = [one for one in found if isinstance(one, _Failure)]
-        if failures:
-            self._ended = True
-            said = failures[0].error if self.first else None  # one rank prints
-            raise said or _Quiet(f"rank {failures[0].rank} has ended the run.")
-        return found
+        if not failures:
+            return
+        self._ended = True
+        if self.shared is not None and failures[0].rank > 0:
+            self._serve()
+        said = failures[0].error if self.first else None  # one rank prints
+        raise said or Quiet(f"rank {failures[0].rank} has ended the run.")
+
+    def _serve(self) -> None:
+        """After a failure: rank 0 may still need the others' parts of what is to be saved, until it ends."""
+        if self.first:
+            self._served = True
+            return
+        with suppress(RankError):
+            while self._did_task(self._exchange(None)):
+                pass
+
+    def add_up(self, numbers: Sequence[int]) -> list[int]:
+        import torch
+        import torch.distributed as dist
+
+        summed = torch.tensor(numbers, dtype=torch.int32)
+        with self.noticing():
+            dist.all_reduce(summed)
+        return summed.tolist()
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, OpdError) or not self._gone():
+                raise
+            self._ended = self._inside = True
+            raise self._lost(error) from error
 
     def _exchange(self, value: Any) -> list[Any]:
         import torch.distributed as dist
@@ -130,16 +238,26 @@ class _Joined(Ranks):
 
     def _lost(self, error: RuntimeError) -> RankError:
         """The error for a rank that is gone, by name where its process is."""
+        gone = self._gone()
+        who = " and ".join(f"rank {rank}" for rank in gone) or "another rank"
+        part = (
+            ""
+            if self.shared is None
+            else " Its part of the weights is gone, so that the last checkpoint is where to begin."
+        )
+        return RankError(
+            f"{who} ended without a word, as a process does that is killed (SIGKILL, out of memory). The step was not taken; go on with "
+            f"--resume.{part} ({str(error).splitlines()[0][:120]})"
+        )
+
+    def _gone(self) -> list[int]:
+        """Ranks whose processes have ended; they may take a moment to be known."""
         gone: list[int] = []
         until = time.monotonic() + REAP_S
         while not gone and time.monotonic() < until:
             gone = [rank for rank, pid in enumerate(self.pids) if not _runs(pid)]
             time.sleep(0.05)
-        who = " and ".join(f"rank {rank}" for rank in gone) or "another rank"
-        return RankError(
-            f"{who} ended without a word, as a process does that is killed (SIGKILL, out of memory). The step was not taken; go on with "
-            f"--resume. ({str(error).splitlines()[0][:120]})"
-        )
+        return gone
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         import torch
@@ -164,11 +282,22 @@ class _Joined(Ranks):
 
     def fail(self, error: BaseException) -> bool:
         """Tell the other ranks that this one ends; False where nobody could be told."""
-        if self._ended or self._inside:
+        if self._served:
+            self._served = False
+            with suppress(RankError):
+                self._exchange(None)
+        if self._ended or self._inside or (self.shared is not None and self.shared.running):
             return self._ended and not self._inside
-        self._ended = True
         with suppress(RankError):
-            self._exchange(_Failure(rank=self.rank, error=self._said(error)))
+            self._go_along()
+            self._ended = True
+            failed = [
+                one
+                for one in self._exchange(_Failure(rank=self.rank, error=self._said(error)))
+                if isinstance(one, _Failure)
+            ]
+            if self.shared is not None and failed[0].rank > 0:
+                self._serve()
             return True
         return False
 
@@ -185,7 +314,7 @@ class _Joined(Ranks):
         return RankError(f"rank {self.rank} ended by {facts}. Its traceback is above; go on with --resume.")
 
 
-class _Quiet(RankError):
+class Quiet(RankError):
     """Another rank has ended the run and says why itself."""
 
 
@@ -213,80 +342,3 @@ def _runs(pid: int) -> bool:
         return not os.path.isdir("/proc/self")  # a system without /proc
     except OSError:
         return False
-
-
-def ranks_of(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(rank, world) as torchrun sets them; (0, 1) elsewhere. Raises ConfigError for several machines."""
-    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    local = int(environment.get("LOCAL_WORLD_SIZE", world))
-    if world > 1 and local != world:
-        raise ConfigError(
-            f"torchrun starts {world} processes on several machines, {local} of them here, and opd train uses those of one machine. Start it "
-            "with torchrun --standalone, or train in verl (docs/verl.md)."
-        )
-    return rank, world
-
-
-@contextmanager
-def session() -> Iterator[Ranks]:
-    """This process as one of those that torchrun, or opd train --devices, started; ALONE where nobody did.
-
-    However the block ends on one rank, the others hear of it. An OpdError is raised again on rank 0, which alone prints it; the
-    traceback of any other error comes first. Ranks beside rank 0 leave by SystemExit, and leave signals to it.
-    """
-    rank, world = ranks_of(os.environ)
-    if world == 1:
-        yield ALONE
-        return
-    ranks = _join(rank, world)
-    try:
-        yield ranks
-        ranks.fail(KeyboardInterrupt())  # in order: those that wait need not wait any more
-    except BaseException as error:
-        if ranks.first:
-            ranks.fail(error)
-            raise
-        _leave(ranks, error)
-
-
-def _leave(ranks: _Joined, error: BaseException) -> None:
-    """The end of a rank beside rank 0."""
-    if isinstance(error, _Quiet):
-        raise SystemExit(0) from None
-    if not isinstance(error, OpdError) and isinstance(error, Exception):
-        print(f"rank {ranks.rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-    if ranks.fail(error):
-        raise SystemExit(0) from None  # rank 0 says it, saves what is trained, and ends with its exit code
-    print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(1) from None
-
-
-def _join(rank: int, world: int) -> _Joined:
-    import torch
-    import torch.distributed as dist
-
-    if rank > 0:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        if STARTED_BY in os.environ:
-            _end_with_parent()
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    store = os.environ.get(STARTED_BY)
-    where = {} if store is None else {"init_method": f"file://{store}", "rank": rank, "world_size": world}
-    dist.init_process_group(backend, timeout=WAIT, **where)
-    ranks = _Joined(rank, world)
-    ranks.pids = ranks.gather(os.getpid())
-    return ranks
-
-
-def _end_with_parent() -> None:
-    """Linux sends SIGTERM when the process that started this one dies; rank 0 then stops after its step, saved."""
-    import ctypes
-
-    set_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

@@ -16,7 +16,7 @@ import opd
 
 SOURCE = Path(opd.__file__).parent
 
-GROUND = {"errors", "types", "seeding", "durable", "ranks"}
+GROUND = {"errors", "types", "seeding", "durable", "ranks", "joining"}
 ROOMS = {"teachers", "samplers", "rewards", "data", "reporting", "optim"}
 BELOW_TRAINER = {
     "config",
@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "seeding": set(),
     "durable": set(),
     "ranks": {"errors"},
+    "joining": {"ranks", "errors"},
     "__main__": {"cli"},
     "folders": {"errors"},
     "load_errors": set(),

@@ -19,7 +19,8 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, tiny_causal_lm
 from opd.trainer.metrics import TokenMetrics
-from opd.trainer.student import Policy, Student
+from opd.trainer.policy import Policy
+from opd.trainer.student import Student
 from opd.types import Prompt, Rollout
 
 LAYOUTS = ("right_padded", "left_padded", "packed")

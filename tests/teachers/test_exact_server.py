@@ -24,7 +24,7 @@ from opd.teachers.served_model import ask_model
 from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.metrics import TokenMetrics
-from opd.trainer.student import Policy
+from opd.trainer.policy import Policy
 from opd.types import HiddenTarget, Prompt, Rollout, TopKTarget
 from served import TOKENIZER, freeze_model, local_teacher, serving, soft_capped, teacher_model, watched
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opd.config.recipe import build, merge
-from opd.ranks import STARTED_BY, Ranks, session
+from opd.joining import session
+from opd.ranks import STARTED_BY, Ranks
 from opd.testing import digit_tokenizer, save_model, tiny_causal_lm
 from opd.trainer.from_config import Given, RunComponents
 from opd.trainer.loop import take_step
@@ -24,6 +29,7 @@ from worlds import make_world, settings
 
 torch.set_num_threads(1)
 STEPS = 3
+MOST_S = 300
 NAMES = ("even", "odd")
 RL = {"rl__weight": 1.0, "rl__reward": "worlds:first_digit", "train__samples_per_prompt": 4}
 K1 = {"objective__support": "sampled", "objective__estimator": "k1", "objective__delivery": "advantage"}
@@ -86,8 +92,15 @@ def recipe(folder: Path, case: dict[str, object]) -> Any:
     return build(merge({}, values))
 
 
-def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]:
-    """Rollouts, metrics and gradients of the steps, the weights after them, and an evaluation."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all of it, also where every rank has a part; they have to ask together."""
+    divided: Any = tensor
+    return divided.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def taken(folder: Path, case: dict[str, object], ranks: Ranks, *, evaluates: bool = True) -> dict[str, Any]:
+    """Rollouts, metrics and gradients of the steps, the weights after them, and an evaluation. Of divided gradients those of the first
+    step, since making them whole takes time."""
     parts = RunComponents(recipe(folder, case), Given(ranks=ranks))
     student, steps = parts.student, []
     named = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
@@ -95,7 +108,8 @@ def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]
     step_of = student._step
 
     def watched(batches: Any, temperature: float) -> dict[str, float]:
-        gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        wanted = named if parts.divisions is None or not gradients else {}
+        gradients.append({name: whole(p.grad) for name, p in wanted.items() if p.grad is not None})
         return step_of(batches, temperature)
 
     student._step = watched  # pyright: ignore[reportAttributeAccessIssue]  # looks, and goes on
@@ -112,16 +126,30 @@ def taken(folder: Path, case: dict[str, object], ranks: Ranks) -> dict[str, Any]
                 "per_token": {rollout.id: kl.tolist() for rollout, kl in done.out.per_token},
             }
         )
-    assert parts.evaluator is not None
-    evaluation = parts.evaluator.run(parts.student_sampler, student, extra=False)
-    measured = {name: value for name, value in evaluation.metrics.items() if not name.startswith("time/")}
-    weights = {name: p.detach().clone() for name, p in named.items()}
+    measured = {}
+    if evaluates:
+        evaluation = parts.evaluate("student", extra=False)
+        measured = {name: value for name, value in evaluation.metrics.items() if not name.startswith("time/")}
+    if parts.divisions is not None:
+        parts.divisions.close()
+    weights = {name: whole(p.detach()) for name, p in named.items()}
     return {"steps": steps, "gradients": gradients, "weights": weights, "evaluation": measured}
 
 
-def as_rank(folder: Path, out: Path) -> None:
+def nothing_more(_folder: Path, _ranks: Ranks) -> dict[str, Any]:
+    return {}
+
+
+def as_rank(
+    folder: Path,
+    out: Path,
+    cases: Mapping[str, dict[str, object]],
+    take: Callable[[Path, dict[str, object], Ranks], dict[str, Any]] = taken,
+    also: Callable[[Path, Ranks], dict[str, Any]] = nothing_more,
+) -> None:
+    """Take all cases as one rank of a session, and write what rank 0 has seen."""
     with session() as ranks:
-        found = {name: taken(folder, case, ranks) for name, case in CASES.items()}
+        found = {name: take(folder, case, ranks) for name, case in cases.items()}
         everywhere = ranks.gather([one["weights"] for one in found.values()])
         apart = [
             name
@@ -129,11 +157,15 @@ def as_rank(folder: Path, out: Path) -> None:
             for name, own, other in zip(found, everywhere[0], theirs, strict=True)
             if any(not torch.equal(own[key], other[key]) for key in own)
         ]
-        torch.save({"cases": found, "apart": apart}, out)
+        seen = {"cases": found, "apart": apart, **also(folder, ranks)}
+        if ranks.first:
+            torch.save(seen, out)
 
 
-def in_forks(world: int, folder: Path, out: Path) -> bool:
-    """Everything is imported once, and every rank is a fork; True where all ended well."""
+def start(world: int, out: Path, work: Callable[[Path], None], *, words: bool = False) -> list[int]:
+    """Ranks as forks of this process, in which everything is imported already; their process ids. What rank N prints goes to
+    OUT.N.txt with `words`."""
+    Path(f"{out}.store").unlink(missing_ok=True)
     children = []
     for rank in range(world):
         child = os.fork()
@@ -144,17 +176,48 @@ def in_forks(world: int, folder: Path, out: Path) -> bool:
         os.environ.update({name: str(value) for name, value in own.items()}, **{STARTED_BY: f"{out}.store"})
         code = 1
         try:
-            as_rank(folder, out)
+            if words:
+                file = os.open(f"{out}.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+            work(out)
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * world
+    return children
+
+
+def exit_codes(children: Sequence[int], seconds: float) -> list[int]:
+    """Of all ranks, once they have ended; those that have not in this time are killed."""
+    until, codes = time.monotonic() + seconds, dict[int, int]()
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                codes |= {child: os.waitstatus_to_exitcode(status)} if ended else {}
+        if time.monotonic() > until:
+            for child in {*children} - codes.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def in_forks(world: int, out: Path, work: Callable[[Path], None]) -> bool:
+    """True where all ranks ended well."""
+    return exit_codes(start(world, out, work), MOST_S) == [0] * world
 
 
 if __name__ == "__main__":
     school, results = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.exit(not all(in_forks(int(world), school, results / f"{world}.pt") for world in sys.argv[3:]))
+    sys.exit(
+        not all(
+            in_forks(int(world), results / f"{world}.pt", partial(as_rank, school, cases=CASES))
+            for world in sys.argv[3:]
+        )
+    )

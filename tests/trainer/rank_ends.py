@@ -12,7 +12,8 @@ import time
 from typing import NoReturn
 
 from opd.errors import DataError, OpdError
-from opd.ranks import Ranks, session
+from opd.joining import session
+from opd.ranks import Ranks
 from opd.trainer.together import check_same
 
 

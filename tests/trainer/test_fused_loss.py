@@ -21,7 +21,7 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, tiny_causal_lm
 from opd.trainer.metrics import TokenMetrics
-from opd.trainer.student import Policy
+from opd.trainer.policy import Policy
 from opd.types import Prompt
 
 OBJECTIVES = {

@@ -110,8 +110,8 @@ def test_a_gap_above_the_limit_stops_the_run_and_one_below_does_not():
 def test_the_log_probs_of_the_student_are_those_of_its_own_forward_pass():
     from opd.models import response_logits
     from opd.teachers.vocabulary import VocabularyMatch
-    from opd.trainer import student as module
-    from opd.trainer.student import Policy, no_teacher
+    from opd.trainer import policy as module
+    from opd.trainer.policy import Policy, no_teacher
 
     model = tiny_causal_lm(digit_tokenizer(), layers=1, hidden=32, vocab_size=20, initializer_range=0.4)
     policy = Policy(

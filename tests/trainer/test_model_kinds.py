@@ -30,8 +30,9 @@ from opd.trainer.evaluate import _mean_over_prompts, _reward_interval
 from opd.trainer.from_config import RunComponents
 from opd.trainer.lora import add_lora
 from opd.trainer.metrics import TokenMetrics
+from opd.trainer.policy import Policy
 from opd.trainer.run import train
-from opd.trainer.student import Policy, Student
+from opd.trainer.student import Student
 from opd.types import DenseTarget, Prompt
 from worlds import settings
 

@@ -10,28 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import CASES, MUON, STEPS, make_school
+from rank_cases import CASES, make_school
+from rank_checks import Taken, assert_same_gradients, assert_same_metrics, assert_same_rollouts, assert_same_weights
 
 from opd.ranks import shares
 
 PROGRAM = Path(__file__).with_name("rank_cases.py")
 WORLDS = (1, 2, 4)
-GRADIENT = 1e-6
-"""Relative to the largest number of the model's gradient: float32, summed in another order."""
-TOP_K = 5e-6
-"""The same where log(1 − Σ p) of a small tail loses digits that the logits' own rounding decides."""
-WEIGHT = 1e-5
-"""After three updates at a rate of 3e-3, where a gradient is more than rounding."""
-RATE = 3e-3
-"""The same for all entries: AdamW divides by the gradient's own size, so that one that is nothing but rounding moves its weight too."""
-QUIET = 1e-5  # of the largest number of the gradient: below it, rounding of 1e-7 is more than a hundredth
-RARE = 2e-3  # entries of a matrix: two in a thousand
-MUON_WEIGHT = 5e-4
-"""The same with Muon, whose Newton-Schulz steps are bfloat16."""
-NUMBER = 2e-5
-"""Of metrics, which are those of the weights and of the gradient."""
-ROUNDING = ("sampler_student_gap", "rl/reference_kl", "overlap")
-"""Metrics that are nothing but rounding, or a step function of it."""
 
 
 @pytest.fixture(scope="module")
@@ -55,63 +40,34 @@ every_case = pytest.mark.parametrize("case", CASES)
 several = pytest.mark.parametrize("world", [2, 4])
 
 
+def pair(seen: dict[int, dict[str, Any]], world: int, case: str) -> tuple[Taken, Taken]:
+    """What one process has seen of a case, and what `world` ranks have."""
+    return seen[1]["cases"][case], seen[world]["cases"][case]
+
+
 @several
 @every_case
 def test_ranks_sample_the_rollouts_of_one_process(seen, world, case):
-    for step in range(STEPS):
-        one, other = (seen[w]["cases"][case]["steps"][step] for w in (1, world))
-        assert other["rollouts"] == one["rollouts"]
-        for own, theirs in zip(one["logp"], other["logp"], strict=True):
-            assert (own is None) == (theirs is None)
-            assert own is None or list(theirs) == pytest.approx(list(own), abs=MUON_WEIGHT if case == MUON else NUMBER)
+    assert_same_rollouts(*pair(seen, world, case), case)
 
 
 @several
 @every_case
 def test_every_gradient_is_that_of_one_process(seen, world, case):
-    one, other = (seen[w]["cases"][case]["gradients"] for w in (1, world))
-    assert len(one) == len(other) == STEPS
-    own, theirs = one[0], other[0]  # of the same weights
-    assert own.keys() == theirs.keys() and own
-    bound = TOP_K if "top-k" in case else GRADIENT
-    largest = max(float(g.abs().max()) for g in own.values())
-    for name, gradient in own.items():
-        assert float((gradient - theirs[name]).abs().max()) <= bound * largest, name
-        if float(gradient.norm()) > 1e-3 * largest:
-            assert float((gradient - theirs[name]).norm()) <= 2 * bound * float(gradient.norm()), name
+    assert_same_gradients(*pair(seen, world, case), case)
 
 
 @several
 @every_case
 def test_three_updates_give_the_weights_of_one_process_on_every_rank(seen, world, case):
     assert seen[world]["apart"] == []
-    one, other = (seen[w]["cases"][case]["weights"] for w in (1, world))
-    gradients = seen[1]["cases"][case]["gradients"]
-    assert one.keys() == other.keys()
-    largest = max(float(g.abs().max()) for g in gradients[0].values())
-    for name, weight in one.items():
-        apart = (weight - other[name]).abs()
-        smallest = torch.stack([of_step[name].abs() for of_step in gradients]).amin(0)
-        assert float(apart.max()) <= RATE, name
-        bound = MUON_WEIGHT if case == MUON else WEIGHT
-        assert bool((apart[smallest > QUIET * largest] <= bound).all()), name
-        assert float((apart > WEIGHT).double().mean()) < RARE or case == MUON, name
+    assert_same_weights(*pair(seen, world, case), case)
 
 
 @several
 @every_case
 def test_metrics_are_of_the_whole_batch(seen, world, case):
-    bound = MUON_WEIGHT if case == MUON else NUMBER
-    for step in range(STEPS):
-        one, other = (seen[w]["cases"][case]["steps"][step] for w in (1, world))
-        assert other["metrics"].keys() == one["metrics"].keys()
-        for name, value in one["metrics"].items():
-            if name not in ROUNDING:
-                assert other["metrics"][name] == pytest.approx(value, rel=bound, abs=bound), name
-        assert other["views"] == one["views"]
-        assert other["per_token"].keys() == one["per_token"].keys()
-    one, other = (seen[w]["cases"][case]["evaluation"] for w in (1, world))
-    assert other == pytest.approx(one, rel=bound, abs=bound)
+    assert_same_metrics(*pair(seen, world, case), case)
 
 
 def test_shares_hold_every_place_once_and_differ_by_at_most_one_sequence():

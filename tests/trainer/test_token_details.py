@@ -24,8 +24,8 @@ from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer, digit_tokenizer, random_rollout, save_model, tiny_causal_lm
 from opd.trainer.details import ViewCollector
 from opd.trainer.metrics import TokenMetrics
+from opd.trainer.policy import Policy
 from opd.trainer.run import train
-from opd.trainer.student import Policy
 from opd.types import ModelView, TokenViews
 from worlds import make_world, settings
 

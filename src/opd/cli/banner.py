@@ -28,8 +28,8 @@ def show_banner(settings: RunSettings) -> bool:
     return True
 
 
-def show_checks(settings: RunSettings) -> tuple[frozenset[str], ReadPrompts | None]:
-    """Print what `opd check` finds, a line for every yellow check; return these warnings, and the prompts, which are read once. Raises
+def show_checks(settings: RunSettings, ranks: int = 1) -> tuple[frozenset[str], ReadPrompts | None]:
+    """Print what `opd check` finds of a run of so many ranks, a line for every yellow check; return these warnings, and the prompts, which are read once. Raises
     ConfigError with the words of the red ones: such a run would be refused later, or would go wrong."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # noqa: F401  # the run needs their seconds anyway
 
@@ -38,7 +38,7 @@ def show_checks(settings: RunSettings) -> tuple[frozenset[str], ReadPrompts | No
     from opd.reporting.banner import show
 
     began = time.process_time()
-    examined = examine(settings)
+    examined = examine(settings, ranks=ranks)
     checks = examined.checks
     seconds = time.process_time() - began
     refused = [one.seen for one in checks if one.verdict == "red" and one.name not in ESTIMATES]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from opd.cli.devices import launch, split_devices, started_elsewhere
 from opd.errors import ConfigError
-from opd.ranks import Ranks, ranks_of, session
+from opd.joining import ranks_of, session
+from opd.ranks import Ranks
 
 if TYPE_CHECKING:
     from opd.trainer.loop import Ended
@@ -64,7 +65,7 @@ def _train(words: Sequence[str], args: Sequence[str], ranks: Ranks) -> int:
     announced = ranks.first and show_banner(settings)
     import torch  # noqa: F401  # so that transformers is imported with it
 
-    said, read = show_checks(settings) if announced else (frozenset[str](), None)
+    said, read = show_checks(settings, ranks.world) if announced else (frozenset[str](), None)
     from transformers.utils.logging import disable_progress_bar
 
     from opd.cli.show import show_result

@@ -27,9 +27,11 @@ def check_ranks(settings: RunSettings, world: int) -> None:
     )
     _refuse(
         settings.optimizer.name == "natural_gradient",
-        "optimizer.name=natural_gradient solves for its step over all rollouts in one process. Set optimizer.name=adamw or muon, or train with "
-        "one process",
+        "optimizer.name=natural_gradient solves for its step over all rollouts in one process. Set optimizer.name=adamw"
+        f"{'' if train.parallel == 'fsdp2' else ' or muon'}, or train with one process",
     )
+    if train.parallel == "fsdp2":
+        check_divided(settings)
     sections = {"student": settings.student, **_teachers(settings)}
     for name, section in sections.items():
         device = str(getattr(section, "device", "auto"))
@@ -40,6 +42,36 @@ def check_ranks(settings: RunSettings, world: int) -> None:
         _refuse(
             getattr(section, "cache", None) is not None,
             f"{name}.cache counts what it keeps in one process. Drop it, or train with one process",
+        )
+
+
+def check_divided(settings: RunSettings) -> None:
+    """Raise ConfigError where the weights of this recipe cannot be divided over ranks."""
+    _refuse(
+        settings.optimizer.name == "muon",
+        "optimizer.name=muon orthogonalises whole matrices, and with train.parallel=fsdp2 every rank has some rows of each. Set "
+        "optimizer.name=adamw, or train.parallel=ddp",
+    )
+    _refuse(
+        settings.student.dtype == "float16",
+        "student.dtype=float16 scales the loss by the tokens of one rank, and with train.parallel=fsdp2 gradients are summed before that "
+        "is undone. Set student.dtype=bfloat16, or train.parallel=ddp",
+    )
+    for name, section in {"student": settings.student, **_teachers(settings)}.items():
+        _refuse(
+            bool(getattr(section, "load_options", None)),
+            f"{name}.load_options packs weights in a form that train.parallel=fsdp2 cannot divide. Drop it, or set train.parallel=ddp",
+        )
+        _refuse(
+            bool(getattr(section, "offload", False)),
+            f"{name}.offload moves whole weights, and with train.parallel=fsdp2 every rank keeps a part of them. Drop it, or set "
+            "train.parallel=ddp",
+        )
+        device = str(getattr(section, "device", "auto"))
+        _refuse(
+            device not in ("auto", settings.student.device),
+            f"{name}.device={device} is not the student's, and train.parallel=fsdp2 divides both over the same devices. Set "
+            f"{name}.device=auto, or train.parallel=ddp",
         )
 
 

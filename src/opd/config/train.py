@@ -41,8 +41,9 @@ class TrainConfig(Section, key="train"):
     """Memory of the loss: 'fast' holds the logits of one chunk of tokens; 'minimal' a few MiB beside the gradients, and computes the
     logits twice. It takes one teacher and a KL, JSD or skewed KL over the whole vocabulary, top-k, or sampled log-probs."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """How several processes (--devices N, or torchrun) divide the work. 'ddp': each has the whole student and teacher, and its share of
-    the prompts. 'auto' is 'ddp'. 'fsdp2', which would divide the weights, is not there yet."""
+    """How several processes (--devices N, or torchrun) divide the work, each with its share of the prompts. 'ddp': each has the whole
+    student and teacher. 'fsdp2': the weights of all models, the gradients and AdamW's state are divided too. 'auto': 'ddp' where that
+    fits on every GPU, and on a CPU; else 'fsdp2'."""
 
     @property
     def microbatch(self) -> int:
@@ -50,11 +51,6 @@ class TrainConfig(Section, key="train"):
         return self.tokens_per_microbatch or GPU_MICROBATCH
 
     def __post_init__(self) -> None:
-        require(
-            self.parallel != "fsdp2",
-            "train.parallel=fsdp2 would divide the weights over the ranks, and this version cannot: every rank holds the whole student. Set "
-            "train.parallel=ddp; for a student that does not fit one device, set student.lora.rank=32, or train in verl (docs/verl.md)",
-        )
         at_least(1, self, "steps", "prompts_per_step", "samples_per_prompt")
         if self.tokens_per_microbatch is not None:
             at_least(1, self, "tokens_per_microbatch")

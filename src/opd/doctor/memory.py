@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from opd.config.model import LoadOptionsConfig
 from opd.config.run import RunSettings, teacher_key
@@ -182,23 +183,34 @@ def microbatch_tokens(settings: RunSettings, shape: ModelShape, *, gpu: bool) ->
     return max(LEAST_CPU_MICROBATCH, min(GPU_MICROBATCH, CPU_MICROBATCH_BYTES // token // 64 * 64))
 
 
-def step_sizes(settings: RunSettings, prompt_tokens: int) -> StepSizes:
-    """The longest that a step of this recipe can have."""
+def step_sizes(settings: RunSettings, prompt_tokens: int, ranks: int = 1) -> StepSizes:
+    """The longest that a step of this recipe can have, on one of several ranks that share its rollouts."""
     train = settings.train
     return StepSizes(
         prompt=prompt_tokens,
         response=settings.rollout.max_new_tokens,
-        rollouts=train.prompts_per_step * train.samples_per_prompt,
+        rollouts=math.ceil(train.prompts_per_step * train.samples_per_prompt / ranks),
     )
 
 
 def estimate(
-    settings: RunSettings, shapes: Mapping[str, ModelShape], prompt_tokens: int, *, gpus: int = 0
+    settings: RunSettings,
+    shapes: Mapping[str, ModelShape],
+    prompt_tokens: int,
+    *,
+    gpus: int = 0,
+    ranks: int = 1,
+    divided: bool = False,
 ) -> dict[str, Memory]:
     """Memory of every device by name; `shapes` are those of student, teacher or teachers.NAME, as far as they are in this process.
-    `prompt_tokens` are those of the longest prompt, `gpus` says how many there are."""
+    `prompt_tokens` are those of the longest prompt, `gpus` says how many there are. With several `ranks`, of a rank's device: they share
+    the rollouts, and with `divided` the weights, gradients and optimizer too, as train.parallel=fsdp2 does."""
     own = student_device(settings, gpus)
-    found = {own: _student_memory(settings, shapes["student"], prompt_tokens, gpu=own != "cpu")}
+    sizes = step_sizes(settings, prompt_tokens, ranks)
+    student = _student_memory(settings, shapes["student"], sizes, gpu=own != "cpu")
+    if divided:
+        student = _divided(student, settings, shapes["student"], ranks, gpu=own != "cpu")
+    found = {own: student}
     for name, teacher in settings.all_teachers.items():
         shape = shapes.get(teacher_key(name))
         if shape is None or teacher.url or teacher.source != "model" or not settings.rl.distilled:
@@ -206,12 +218,17 @@ def estimate(
         device = own if teacher.device == "auto" else _device(teacher.device, gpus)
         size = _size(teacher.dtype, gpu=device != "cpu")
         weights = weight_bytes(shape, size, teacher.load_options)
-        reads, kept = _teacher_phase(settings, shape, prompt_tokens, size)
+        reads, kept = _teacher_phase(settings, shape, sizes, size)
+        ends = gathered_bytes(shape, size) if divided else 0
+        weights = weights // ranks if divided else weights
         home = "cpu" if teacher.offload else device
         found[home] = _with(found.get(home, Memory()), {teacher_key(name): weights}, {})
         moved = {"weights that are moved in": weights} if home != device else {}
         found[device] = _with(found.get(device, Memory()), {}, {"teacher": {**moved, "forward pass": reads}})
-        found[own] = _with(found[own], {}, {"teacher": {"targets": kept}, "update": {"targets": kept}})
+        phases = {"teacher": {"targets": kept}, "update": {"targets": kept}}
+        if ends:
+            phases = {name: {**parts, "gathered weights": ends} for name, parts in phases.items()}
+        found[own] = _with(found[own], {}, phases)
     return found
 
 
@@ -222,14 +239,17 @@ def largest_microbatch(
     limits: Mapping[str, int],
     *,
     gpus: int = 0,
+    ranks: int = 1,
+    divided: bool = False,
 ) -> int | None:
     """The largest train.tokens_per_microbatch, up to a whole step, whose estimate is within `limits` (bytes by device); None where not
     even one sequence fits. It is a multiple of the longest sequence, because only whole sequences count."""
-    sizes = step_sizes(settings, prompt_tokens)
+    sizes = step_sizes(settings, prompt_tokens, ranks)
+    shared: Any = {"gpus": gpus, "ranks": ranks, "divided": divided}
 
     def fits(rows: int) -> bool:
         train = replace(settings.train, tokens_per_microbatch=rows * sizes.length)
-        found = estimate(replace(settings, train=train), shapes, prompt_tokens, gpus=gpus)
+        found = estimate(replace(settings, train=train), shapes, prompt_tokens, **shared)
         return all(memory.peak <= limits[device] for device, memory in found.items() if device in limits)
 
     if not fits(1):
@@ -241,8 +261,27 @@ def largest_microbatch(
     return low * sizes.length
 
 
-def _student_memory(settings: RunSettings, shape: ModelShape, prompt_tokens: int, *, gpu: bool) -> Memory:
-    student, sizes = settings.student, step_sizes(settings, prompt_tokens)
+def gathered_bytes(shape: ModelShape, size: int) -> int:
+    """Of the weights that a rank gathers while it runs a model that is divided over ranks: the output layer, and two layers, of which the
+    second comes while the first is used."""
+    layer = sum(map(math.prod, shape.hidden_matrices.values())) // max(1, shape.layers)
+    return (shape.vocabulary * shape.hidden + 2 * layer) * size
+
+
+def _divided(memory: Memory, settings: RunSettings, shape: ModelShape, ranks: int, *, gpu: bool) -> Memory:
+    """One rank's memory of a student that `memory` is the whole of."""
+    size = _size(settings.student.dtype, gpu=gpu)
+    gathered = gathered_bytes(shape, size)
+    phases = {name: {**parts, "gathered weights": gathered} for name, parts in memory.phases.items()}
+    if "update" in phases:
+        # The output layer's gradient is whole until the last micro-batch, and that of one layer until it is summed.
+        whole = 0 if settings.student.lora is not None else gathered // size * FLOAT32
+        phases["update"]["gradients"] = phases["update"]["gradients"] // ranks + whole
+    return Memory(always={name: part // ranks for name, part in memory.always.items()}, phases=phases)
+
+
+def _student_memory(settings: RunSettings, shape: ModelShape, sizes: StepSizes, *, gpu: bool) -> Memory:
+    student = settings.student
     size = _size(student.dtype, gpu=gpu)
     products = 2 if settings.train.autocast == "bfloat16" else size
     lora = student.lora is not None
@@ -292,9 +331,8 @@ def _rollout(settings: RunSettings, shape: ModelShape, sizes: StepSizes, product
     }
 
 
-def _teacher_phase(settings: RunSettings, shape: ModelShape, prompt_tokens: int, size: int) -> tuple[int, int]:
+def _teacher_phase(settings: RunSettings, shape: ModelShape, sizes: StepSizes, size: int) -> tuple[int, int]:
     """Bytes of one forward pass on the teacher's device, and of a step's targets on the student's."""
-    sizes = step_sizes(settings, prompt_tokens)
     tokens = max(teacher.tokens_per_batch for teacher in settings.all_teachers.values())
     rows = sizes.rows_in(tokens)
     needs = settings.objective.needs

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from opd.config.run import RunSettings
 from opd.doctor.check import Check
 from opd.doctor.memory import Memory, estimate, largest_microbatch, microbatch_tokens, student_device
 from opd.doctor.model_shape import ModelShape
+from opd.doctor.parallel import choose_parallel, ranks_line
 
 ERROR = 0.15  # of the estimate, on CPU runs (benchmarks/results/memory.md)
 GIB = 1 << 30
@@ -15,15 +17,27 @@ NAMED = 4  # parts of the peak in one line
 
 
 def memory_checks(
-    settings: RunSettings, shapes: Mapping[str, ModelShape], prompt_tokens: int, limits: Mapping[str, int]
+    settings: RunSettings,
+    shapes: Mapping[str, ModelShape],
+    prompt_tokens: int,
+    limits: Mapping[str, int],
+    *,
+    ranks: int = 1,
 ) -> list[Check]:
     """One check for each device: red where the estimate is above the device's memory (bytes) by more than its error, yellow where it
-    is within its error of it. `prompt_tokens` are those of the longest prompt."""
+    is within its error of it. `prompt_tokens` are those of the longest prompt. Of several `ranks`
+    each has a GPU like the first, or its share of main memory."""
     gpus = sum(name.startswith("cuda") for name in limits)
-    found = estimate(settings, shapes, prompt_tokens, gpus=gpus)
-    largest = largest_microbatch(settings, shapes, prompt_tokens, limits, gpus=gpus)
+    divided = ranks > 1 and choose_parallel(settings, shapes, prompt_tokens, limits, ranks).parallel == "fsdp2"
+    if "cpu" in limits:
+        limits = {**limits, "cpu": limits["cpu"] // ranks}
+    shared: Any = {"gpus": gpus, "ranks": ranks, "divided": divided}
+    found = estimate(settings, shapes, prompt_tokens, **shared)
+    largest = largest_microbatch(settings, shapes, prompt_tokens, limits, **shared)
     taken = microbatch_tokens(settings, shapes["student"], gpu=student_device(settings, gpus) != "cpu")
-    return [_check(settings, device, memory, limits.get(device), largest, taken) for device, memory in found.items()]
+    checks = [_check(settings, device, memory, limits.get(device), largest, taken) for device, memory in found.items()]
+    several = ranks_line(settings, shapes, prompt_tokens, limits) if ranks == 1 else None
+    return checks if several is None else [*checks, Check(name="memory", verdict="green", seen=several)]
 
 
 def _check(

@@ -92,9 +92,9 @@ class _Reader:
     eos: tuple[int, ...]
 
 
-def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Examined:
+def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None, ranks: int = 1) -> Examined:
     """Every check of a recipe whose keys and values are right. A check that needs what another one refused is left out. `gpus` are
-    bytes of GPUs that a run would have in place of those that are here."""
+    bytes of GPUs that a run would have in place of those that are here; `ranks` says how many processes it has."""
     seen = Examined()
     seen.say("recipe", "keys and values are right", notices(settings))
     seen.checks += [Check(name="recipe", verdict="green", seen=f"note: {note}") for note in served_notes(settings)]
@@ -115,7 +115,8 @@ def examine(settings: RunSettings, *, gpus: Sequence[int] | None = None) -> Exam
             _compare(settings, seen, readers, prompts)
     seen.attempt("reward", lambda: _rewards(settings, seen))
     if "student" in seen.shapes and seen.longest_prompt is not None:
-        seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, device_memory(gpus))
+        limits = device_memory(gpus)
+        seen.checks += memory_checks(settings, seen.shapes, seen.longest_prompt, limits, ranks=ranks)
     return seen
 
 

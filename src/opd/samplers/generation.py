@@ -132,6 +132,7 @@ class _Batch:
             generation_config=config,
             logits_processor=None if draw is None else self.generator.processors(draw),
             stopping_criteria=StoppingCriteriaList(criteria),
+            synced_gpus=False,  # ranks go along with each other by themselves, also at other lengths
             **given,
         )
 

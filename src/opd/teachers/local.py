@@ -15,7 +15,7 @@ from opd.data.rendering import Renderer
 from opd.errors import ConfigError, DataError, ObjectiveError
 from opd.kernels import linear_logits, linear_top_k, top_k_of
 from opd.losses import DEFAULT_TOP_K, Objective, to_logp
-from opd.models import context_length, linear_head, response_hidden, response_logits
+from opd.models import context_length, linear_head, output_layer, response_hidden, response_logits
 from opd.teachers.fingerprint import model_fingerprint
 from opd.teachers.vocabulary import VocabularyMatch, embedding_rows
 from opd.types import (
@@ -68,9 +68,10 @@ class LocalTeacher:
         self.layout: Layout = layout
         self.rows = embedding_rows(model)
         """Ids that it can read. A sampler of somebody's own may draw rows that pad the student's output layer."""
-        self.head = linear_head(model)
+        self._head = linear_head(model)
+        self._head_of = None if self._head is None else output_layer(model).weight
         possible: set[TargetKind] = {"dense", "top_k", "sampled"}
-        if self.head is not None:
+        if self._head is not None:
             possible.add("hidden")
         if supply is not None and supply not in possible:
             raise ObjectiveError(
@@ -78,10 +79,22 @@ class LocalTeacher:
                 f"state (a soft-cap or a scale), so hidden states alone do not give its logits. Use supply=auto or dense."
             )
         self.supplies: frozenset[TargetKind] = frozenset(possible if supply is None else {supply})
-        self.exact_kind: TargetKind = "hidden" if self.head is not None else "dense"
+        self.exact_kind: TargetKind = "hidden" if self._head is not None else "dense"
         """The whole distribution, for evaluation, whatever the objective trains on."""
         self.kind: TargetKind = supply or self.exact_kind
         self.top_k = 0
+
+    @property
+    def head(self) -> Head | None:
+        """The output layer; None where logits are more than a product with it. Of a model whose weights are divided over ranks it is
+        whole after a forward pass."""
+        if self._head is None:
+            return None
+        layer = output_layer(self.model)
+        if layer.weight is not self._head_of:
+            self._head_of = layer.weight
+            self._head = Head(weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach())
+        return self._head
 
     def bind_objective(self, objective: Objective) -> TargetKind:
         """Settle what `score` hands out for this objective. Raises ObjectiveError when nothing it supplies will do."""
@@ -146,9 +159,10 @@ class LocalTeacher:
 
     def _targets(self, kind: TargetKind, sequences: Sequences, ids: torch.Tensor, sizes: list[int]) -> list[Target]:
         if kind == "hidden":
-            assert self.head is not None
-            hidden = self._hidden(sequences, self.head)
-            return [HiddenTarget(hidden=h, head=self.head) for h in hidden.split(sizes)]
+            hidden = self._hidden(sequences)
+            head = self.head
+            assert head is not None
+            return [HiddenTarget(hidden=h, head=head) for h in hidden.split(sizes)]
         if kind == "dense":
             return [DenseTarget(logits=rows) for rows in self._logits(sequences).split(sizes)]
         top = self._top_k(sequences, ids, self.top_k if kind == "top_k" else 1)
@@ -160,17 +174,21 @@ class LocalTeacher:
         return [TopKTarget(ids=i, teacher_logp=v, sampled_logp=s) for i, v, s in parts]
 
     def _logits(self, sequences: Sequences) -> torch.Tensor:
-        if self.head is None:
+        if self._head is None:
             return mask_vocabulary(response_logits(self.model, sequences), self.vocabulary)
-        return linear_logits(self._hidden(sequences, self.head), self.head, **_common(self.vocabulary))
+        hidden = self._hidden(sequences)
+        assert self.head is not None
+        return linear_logits(hidden, self.head, **_common(self.vocabulary))
 
     def _top_k(self, sequences: Sequences, ids: torch.Tensor, k: int) -> TopKTarget:
-        if self.head is None:
+        if self._head is None:
             return top_k_of(to_logp(self._logits(sequences)), ids, k)
-        return linear_top_k(self._hidden(sequences, self.head), self.head, ids, k, **_common(self.vocabulary))
+        hidden = self._hidden(sequences)
+        assert self.head is not None
+        return linear_top_k(hidden, self.head, ids, k, **_common(self.vocabulary))
 
-    def _hidden(self, sequences: Sequences, head: Head) -> torch.Tensor:
-        return response_hidden(self.model, sequences).to(head.weight.dtype)
+    def _hidden(self, sequences: Sequences) -> torch.Tensor:
+        return response_hidden(self.model, sequences).to(output_layer(self.model).weight.dtype)
 
     def logits(self, target: HiddenTarget) -> torch.Tensor:
         """Teacher logits of a hidden target, in float32 and masked like the dense ones."""

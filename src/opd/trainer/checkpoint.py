@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from opd.durable import sync_folder
 from opd.errors import RunFolderError
 from opd.reporting.files import dangling_link, explain_link, remove
-from opd.trainer.student import Student
+from opd.trainer.student import CHECKPOINT, Student
+from opd.trainer.whole import divided_like, divided_state
 
 FORMAT = 1
 FULL_DISK = (OSError, RuntimeError, SafetensorError)
@@ -39,12 +40,13 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in student.model.named_parameters() if p.requires_grad}
+        weights, averages, optimizers = (
+            student.saved() if student.divisions is None else student.ranks.together(CHECKPOINT)
+        )
         save_file(weights, temporary / "weights.safetensors")
         if student.ema is not None:
-            averages = {name: value.detach().cpu().contiguous() for name, value in student.ema.weights().items()}
             save_file(averages, temporary / "ema.safetensors")
-        torch.save([o.state_dict() for o in student.optimizers], temporary / "optimizer.pt")
+        torch.save(optimizers, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "version": student.version, **state}))
         _sync(temporary)
         publish(temporary, final)
@@ -122,22 +124,26 @@ def _put(weights: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path
     if parameters.keys() != weights.keys() or any(parameters[n].shape != w.shape for n, w in weights.items()):
         raise RunFolderError(f"Checkpoint '{path}' is of another model: parameter names or shapes differ. {advice}")
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        parameter.copy_(divided_like(weights[name], parameter))
 
 
 @torch.no_grad()
 def _put_averages(averages: Mapping[str, torch.Tensor], student: Student) -> None:
     for name, average in student.ema.weights().items() if student.ema is not None else ():
-        average.copy_(averages[name])
+        average.copy_(divided_like(averages[name], average))
 
 
 def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
     """Put weights and optimizer back, and return the saved state. Raises RunFolderError when the checkpoint is of another model."""
+    device = student.device
+    if student.divisions is not None:
+        student.divisions.close()
+        device = torch.device("cpu")  # there is no room for the whole elsewhere
     try:
         state = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "weights.safetensors", device=str(student.device))
-        averages = load_file(path / "ema.safetensors", device=str(student.device)) if student.ema is not None else {}
-        optimizers = torch.load(path / "optimizer.pt", map_location=student.device, weights_only=True)
+        weights = load_file(path / "weights.safetensors", device=str(device))
+        averages = load_file(path / "ema.safetensors", device=str(device)) if student.ema is not None else {}
+        optimizers = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
         written_by, version = state["format"], int(state["version"])
     except DAMAGED as error:
         raise RunFolderError(
@@ -155,7 +161,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         options = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(saved if student.divisions is None else divided_state(saved, optimizer))
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)
     student.version = version

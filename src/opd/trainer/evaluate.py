@@ -19,8 +19,8 @@ from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
 from opd.trainer.details import ViewCollector
 from opd.trainer.metrics import TokenMetrics
+from opd.trainer.policy import Policy
 from opd.trainer.scoring import scored_batches
-from opd.trainer.student import Policy
 from opd.types import Prompt, Rollout, TargetKind, TokenViews
 
 Interval = tuple[float, float]

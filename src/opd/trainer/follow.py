@@ -22,7 +22,7 @@ from opd.trainer.together import TakeStep, check_same
 
 
 def follow(ranks: Ranks) -> NoReturn:
-    """Do what rank 0 says until it ends the run, by an exception that `opd.ranks.session` knows."""
+    """Do what rank 0 says until it ends the run, by an exception that `opd.joining.session` knows."""
     from transformers.utils.logging import set_verbosity_error
 
     warnings.simplefilter("ignore")  # rank 0 gives the same

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,13 +14,11 @@ from opd.config import Config, RewardConfig
 from opd.data.chat import left_out_notices
 from opd.data.prompts import PromptSchedule
 from opd.doctor.checks import check_lengths, check_packing, check_rows, check_tokens, notices, saved_notes, served_notes
-from opd.doctor.memory import microbatch_tokens
-from opd.doctor.model_shape import shape_of
 from opd.doctor.read_prompts import ReadPrompts, read_prompts
 from opd.doctor.reading import check_reading, check_text
 from opd.doctor.same_weights import SampledWeights, check_agreement, sampled_weights
 from opd.errors import ConfigError
-from opd.models import saved_dtype
+from opd.models import resolve_device, saved_dtype
 from opd.quantized import check_trainable
 from opd.ranks import ALONE, Ranks
 from opd.reporting.loading import Loading
@@ -34,26 +31,26 @@ from opd.samplers.vllm import Engine
 from opd.seeding import derive_seed
 from opd.teachers.base import Teacher
 from opd.teachers.cache import KeptScores
-from opd.teachers.local import LocalTeacher
 from opd.trainer.canary import Canary
 from opd.trainer.draws import Draws
 from opd.trainer.evaluate import Evaluation, Evaluator, measure_of
-from opd.trainer.fingerprints import (
-    HELD_OUT,
-    prompts_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from opd.trainer.fingerprints import HELD_OUT, prompts_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from opd.trainer.importance import EngineCorrection, correction_note, engine_correction
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler
 from opd.trainer.lora import add_lora
+from opd.trainer.policy import Policy, no_teacher
+from opd.trainer.reference import frozen_copy, reference_teacher
 from opd.trainer.reinforce import Reinforcement
 from opd.trainer.rollout_engine import make_vllm_sampler
 from opd.trainer.scoring import StepScorer
 from opd.trainer.served import check_context, served_fingerprints
-from opd.trainer.student import Policy, Student, no_teacher
+from opd.trainer.settle import settle_parallel, with_microbatch
+from opd.trainer.student import Student
 from opd.trainer.teacher_set import TeacherSet, build_teachers
-from opd.trainer.together import FirstRankScorer, check_same
+from opd.trainer.together import FirstRankScorer, check_same, nested
+
+if TYPE_CHECKING:
+    from opd.trainer.division import Divisions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +118,8 @@ class RunComponents:
     """Facts that need no action."""
     kept: KeptScores | None
     """What the teachers' caches did; None without one."""
+    divisions: Divisions | None
+    """The models whose weights are divided over the ranks; None where every rank has whole ones."""
 
     def __init__(self, config: Config, given: Given | None = None, loading: Loading | None = None) -> None:
         """Raises the OpdError of whatever does not fit; nothing has been trained by then. `loading` is told what is loaded."""
@@ -131,24 +130,19 @@ class RunComponents:
         everything = [*self._prompts, *self._held_out]
         check_rows(config, self._prompts, self._held_out)
         self._measured = given.reward(config.eval.reward, config.reward)
-        device = config.student.device
-        first = self._prompts[0] if self._prompts else None
-        self.loaded = load_model(
-            config.student,
-            "student",
-            config.prompts,
-            device=device,
-            given=given.student,
-            loading=loading,
-            shown=first,
-        )
-        self.config = config = _with_microbatch(config, self.loaded.model)
+        divides, parallel = settle_parallel(config, everything, self.ranks)
+        home = "cpu" if divides else None  # no device has room for a whole model
+        options: dict[str, Any] = {"device": config.student.device, "given": given.student, "loading": loading}
+        first = next(iter(self._prompts), None)
+        self.loaded = load_model(config.student, "student", config.prompts, shown=first, home=home, **options)
+        place = resolve_device(config.student.device) if given.student is None else self.loaded.model.device
+        self.config = config = with_microbatch(config, self.loaded.model, gpu=place.type != "cpu")
         self.renderer, self.pad_id = self.loaded.renderer, self.loaded.pad_id
         # Before vocabularies are compared: where a tokenizer lost its own, that is the reason to give.
         said += check_text(self.renderer, "student", everything)
         first_weights = sampled_weights(self.loaded.model)
         self._model = self._trainable()
-        self._teachers = teachers = build_teachers(config, self.loaded, self._model, given.teachers, loading)
+        self._teachers = teachers = build_teachers(config, self.loaded, self._model, given.teachers, loading, home)
         teachers.check_prompts(everything)
         check_tokens(config.objective, config.rollout, self.renderer, teachers.vocabulary)
         for role, one in {"student": self.loaded, **teachers.loaded}.items():
@@ -163,10 +157,13 @@ class RunComponents:
         said += left_out_notices(one.renderer.chat for one in (self.loaded, *readers.values()))
         self.fingerprints = self._fingerprints(first_weights)
         check_same(self.ranks, self.fingerprints, "Ranks that train together have loaded other inputs")
+        self._reference = frozen_copy(config, self._model)
+        self.divisions = self._divided(place) if divides else None
         self._connect()
         self.warnings = tuple(dict.fromkeys([*said, *teachers.said, *teachers.vocabulary.warnings, *notices(config)]))
         saved = [] if given.student else saved_notes(config.student, self.loaded.model, config.save.dtype)
-        self.notes = (*self._noted, *served_notes(config), *saved, *correction_note(config))
+        divided = () if self.divisions is None else self.divisions.notes
+        self.notes = (*self._noted, *served_notes(config), *saved, *correction_note(config), *parallel, *divided)
 
     @property
     def saved_dtype(self) -> torch.dtype | None:
@@ -178,9 +175,10 @@ class RunComponents:
         for the teacher's a `teacher_sampler`."""
         assert self.evaluator is not None
         if who == "student":
-            return self.evaluator.run(self.student_sampler, self.student, extra=extra)
+            with self.ranks.noticing():
+                return self.evaluator.run(self.student_sampler, self.student, extra=extra)
         assert self.teacher is not None and self.teacher_sampler is not None
-        with self.teacher.context():
+        with self.ranks.noticing(), self.teacher.context():
             return self.evaluator.run(self.teacher_sampler, self.teacher_policy, extra=extra)
 
     def _connect(self) -> None:
@@ -205,7 +203,7 @@ class RunComponents:
         )
         self.canary = Canary(config, teachers.members, self._prompts, self.ranks)
         self.sampler = self._sampler(self._kept_rollouts() or self._given.sampler or self.student_sampler)
-        self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id, ranks=self.ranks)
+        self.teacher_sampler = teachers.sampler(config.rollout, self.pad_id, ranks=self.ranks, around=self._gathered)
         self.teacher_policy = teachers.policy()
         order = derive_seed(config.seed, 0, "prompts")
         self.schedule = PromptSchedule(self._prompts, seed=order, shuffle=config.prompts.shuffle)
@@ -232,6 +230,7 @@ class RunComponents:
             model=self._model,
             autocast=self.student.autocast,
             record_entropy=config.train.token_fraction < 1,
+            model_context=self._around(self._model),
             ranks=self.ranks,
         )
 
@@ -253,6 +252,7 @@ class RunComponents:
             teacher_logits=no_teacher if teacher is None else teacher.logits,
             ema=self._teachers.ema,
             ranks=self.ranks,
+            divisions=self.divisions,
         )
 
     def _sampler(self, on_policy: Sampler) -> Sampler:
@@ -262,7 +262,9 @@ class RunComponents:
             return on_policy
         off_policy: Sampler | None = DatasetResponses(loaded.renderer, rollout.max_new_tokens, eos_ids=loaded.eos)
         if rollout.off_policy == "teacher":
-            off_policy = self._teachers.sampler(rollout, loaded.pad_id, student=loaded, ranks=self.ranks)
+            off_policy = self._teachers.sampler(
+                rollout, loaded.pad_id, student=loaded, ranks=self.ranks, around=self._gathered
+            )
         if off_policy is None:
             raise ConfigError(
                 "rollout.off_policy=teacher draws samples from the teacher, and a teacher object of your own is no model that could draw "
@@ -317,22 +319,32 @@ class RunComponents:
         return found
 
     def _reinforcement(self) -> Reinforcement:
-        config, model, reference = self.config, self._model, None
-        if config.rl.reference_kl > 0:
-            adapted = config.student.lora is not None
-            reference = LocalTeacher(
-                # Of the first weights: a resumed run loads its own over them later.
-                model if adapted else copy.deepcopy(model),
-                self.renderer,
-                frozen=not adapted,
-                model_context=model.disable_adapter if adapted else nullcontext,  # pyright: ignore[reportArgumentType]  # of a peft model
-                vocabulary=self._teachers.vocabulary,
-                pad_id=self.pad_id,
-                name="the reference",
-                tokens_per_batch=config.train.microbatch,
-                layout=config.train.layout,
-            )
-        return Reinforcement(config.rl, self._training_reward(), reference=reference, ranks=self.ranks)
+        vocabulary = self._teachers.vocabulary
+        reference = reference_teacher(self.config, self._model, self._reference, self.renderer, vocabulary, self.pad_id)
+        return Reinforcement(self.config.rl, self._training_reward(), reference=reference, ranks=self.ranks)
+
+    def _divided(self, device: torch.device) -> Divisions:
+        """Divide the student and all teachers in this process over the ranks."""
+        from opd.trainer.division import Divisions
+
+        ema = self._teachers.ema
+        others = [
+            *(one.model for one in self._teachers.loaded.values()),
+            self._reference,
+            None if ema is None else ema.model,
+        ]
+        return Divisions(self.ranks, device, self._model, [model for model in others if model is not None])
+
+    def whole_student(self) -> PreTrainedModel:
+        """The student with all of its weights; divided ones are gathered in main memory, on rank 0, which alone asks."""
+        return self.student.model if self.divisions is None else self.divisions.whole_student()
+
+    def _around(self, model: PreTrainedModel) -> Callable[[], AbstractContextManager[None]]:
+        """What is entered around sampling from a model."""
+        return nullcontext if self.divisions is None else self.divisions.around(model)  # pyright: ignore[reportReturnType]
+
+    def _gathered(self, name: str) -> Callable[[], AbstractContextManager[None]]:
+        return nested(self._teachers.members[name].context, self._around(self._teachers.loaded[name].model))
 
     def _training_reward(self) -> Scorer:
         config = self.config
@@ -385,14 +397,3 @@ class RunComponents:
                 f"student.lora.target_modules='{lora.target_modules}' does not fit {type(model).__name__}: {error} "
                 "Use all-linear, or names such as q_proj,v_proj."
             ) from error
-
-
-def _with_microbatch(config: Config, student: PreTrainedModel) -> Config:
-    """The recipe with the micro-batch that is taken where it leaves that open."""
-    shapes = {name: tuple(p.shape) for name, p in student.named_parameters()}
-    try:
-        shape = shape_of(student.config.get_text_config(), shapes)
-    except (AttributeError, TypeError):  # a config that does not say how large its layers are
-        return replace(config, train=replace(config.train, tokens_per_microbatch=config.train.microbatch))
-    tokens = microbatch_tokens(config, shape, gpu=student.device.type != "cpu")
-    return replace(config, train=replace(config.train, tokens_per_microbatch=tokens))

@@ -12,8 +12,8 @@ import torch
 from opd.config import Config
 from opd.errors import ServerError
 from opd.losses import Hybrid
+from opd.trainer.policy import Policy
 from opd.trainer.scoring import Scored
-from opd.trainer.student import Policy
 from opd.types import Batch
 
 GAP = "sampler_student_gap"

@@ -65,9 +65,11 @@ def load_model(
     given: GivenModel | None = None,
     loading: Loading | None = None,
     shown: Prompt | None = None,
+    home: str | None = None,
 ) -> LoadedModel:
     """Model, tokenizer and renderer; `given` takes the place of what would be loaded. A teacher's renderer follows
-    prompts.teacher_prompt. `loading` is told what is loaded, and shows the prompt `shown` as the model will read it."""
+    prompts.teacher_prompt. `loading` is told what is loaded, and shows the prompt `shown` as the model will read it. With `home` the weights
+    stay on that device, from where they are taken to `device` in parts."""
     loading = loading or Loading(enabled="off")
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, "role": role}
     name = f"{role} '{config.model}'"
@@ -85,7 +87,7 @@ def load_model(
             model = load_causal_lm(
                 config.model,
                 dtype=dtype,
-                device=place,
+                device=place if home is None else resolve_device(home),
                 quantization=quantization,
                 attn_implementation=config.attn_implementation,
                 **options,

@@ -55,8 +55,19 @@ def take_step(
 ) -> Step:
     """Rollouts, their targets, one update; the sampler has the weights from before still. `announce` is told each phase as it begins;
     `before_update` is entered around everything that moves no weight, and `start_kl` asked before one does. Raises TeacherMovedError in the place of an update."""
-    student, draws = components.student, components.draws
     clock = Clock(announce)
+    with components.ranks.noticing():
+        return _take_step(components, step, clock, before_update, start_kl)
+
+
+def _take_step(
+    components: RunComponents,
+    step: int,
+    clock: Clock,
+    before_update: Callable[[], AbstractContextManager[None]],
+    start_kl: StartKl | None,
+) -> Step:
+    student, draws = components.student, components.draws
     with before_update():
         with clock.phase("rollout"):
             rollouts = draws.take(step)
@@ -218,6 +229,8 @@ class TrainingLoop:
 
     def _save_reached(self) -> None:
         """Write a checkpoint, unless the newest one has these updates."""
+        if not self.components.ranks.complete:  # a part of the weights is gone
+            return
         done = checkpoints(self.folder.checkpoints)
         if self.components.student.version > (version_of(done[-1]) if done else 0):
             self.save()

@@ -31,7 +31,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def save_student(components: RunComponents, folder: RunFolder) -> Any:
     """The trained student as an ordinary Hugging Face folder, and the model itself; adapters are merged, and kept beside it in
     adapter/."""
-    model: Any = components.student.model
+    model: Any = components.whole_student()
     dtype = components.saved_dtype
     with explain_os_errors("save the student to", folder.student):
         if is_adapted(model):

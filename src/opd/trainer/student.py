@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,191 +17,33 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opd.config import OptimizerConfig
 from opd.kernels import (
     Memory,
-    PolicyTerm,
-    linear_objective,
-    linear_views,
-    objective_from_logits,
-    views_from_logits,
 )
-from opd.kernels.spec import select_target
-from opd.losses import Hybrid, Objective, TokenLoss, as_hybrid, weighted_sum
-from opd.models import linear_head, output_layer, response_hidden, response_logits
+from opd.losses import Hybrid, Objective, as_hybrid
+from opd.models import response_hidden, response_logits
 from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
 from opd.ranks import ALONE, Ranks
 from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.details import ViewCollector
-from opd.trainer.guardrails import bad_gradient, check_loss, gradient_error
+from opd.trainer.guardrails import bad_gradient, gradient_error
 from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
-from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, LossOutput, Rollout, TeacherMixture
+from opd.trainer.policy import Policy
+from opd.trainer.whole import local, whole_state, whole_tensor
+from opd.types import (
+    Batch,
+    HiddenTarget,
+    LossOutput,
+    Rollout,
+    Sequences,
+)
 
-LOG_PROB_CHUNK = 1024  # tokens whose logits are there at once
+if TYPE_CHECKING:
+    from opd.trainer.division import Divisions
 
-
-class Policy:
-    """A model whose log-probs on response tokens are compared with the teacher's."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        vocabulary: VocabularyMatch,
-        eos_ids: Sequence[int],
-        teacher_logits: Callable[[HiddenTarget], torch.Tensor],
-        autocast: bool = False,
-        loss_memory: Memory = "fast",
-    ) -> None:
-        self.model = model
-        self.vocabulary = vocabulary
-        self.eos_ids = tuple(eos_ids)
-        self.teacher_logits = teacher_logits
-        self.autocast_dtype = torch.bfloat16 if autocast else None
-        self.loss_memory: Memory = loss_memory
-        self.head_is_a_product = linear_head(model) is not None
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """bfloat16 matrix products when the recipe asks for them."""
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            yield
-
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """All logits [tokens, common vocabulary] that predict each response token."""
-        with self.autocast():
-            return mask_vocabulary(response_logits(self.model, batch.sequences), self.vocabulary)
-
-    @torch.no_grad()
-    def log_prob(self, batch: Batch, temperature: float) -> torch.Tensor:
-        """Log-prob of every response token, by logits that are cut to the common vocabulary, a chunk of them at a time."""
-        if not self.head_is_a_product:
-            rows = self.logits(batch) / temperature
-            return rows.float().log_softmax(-1).gather(-1, batch.response_ids[:, None])[:, 0]
-        with self.autocast():
-            hidden = response_hidden(self.model, batch.sequences)
-        head, found = output_layer(self.model), []
-        for start in range(0, len(hidden), LOG_PROB_CHUNK):
-            part = slice(start, start + LOG_PROB_CHUNK)
-            logits = mask_vocabulary(head(hidden[part].to(head.weight.dtype)), self.vocabulary).float() / temperature
-            found.append(logits.log_softmax(-1).gather(-1, batch.response_ids[part, None])[:, 0])
-        return torch.cat(found) if found else hidden.new_empty(0)
-
-    def loss(
-        self, batch: Batch, objective: Objective | Hybrid, metrics: TokenMetrics, watch: ViewCollector | None = None
-    ) -> torch.Tensor:
-        """Σ token_weights · per-token loss of one micro-batch; `watch` gets both models' views of its rollouts. Raises NonFiniteError naming
-        the first bad sample."""
-        total, out = self.token_loss(batch, objective, watch)
-        if not out.loss.isfinite().all():
-            check_loss(out.loss, batch, as_hybrid(objective).distill)
-        metrics.add(batch, out)
-        return total
-
-    @property
-    def token_loss(self) -> Callable[..., tuple[torch.Tensor, TokenLoss]]:
-        """The function of micro-batch, objective and `watch` that gives the weighted sum, which can be differentiated, and what it is made of."""
-        return self._fused if self.head_is_a_product else self._materialized
-
-    def _fused(
-        self, batch: Batch, objective: Objective | Hybrid, watch: ViewCollector | None = None
-    ) -> tuple[torch.Tensor, TokenLoss]:
-        """From hidden states: neither model's logits exist for more than a chunk of tokens."""
-        hybrid = as_hybrid(objective)
-        target = self._target(batch, hybrid, dense=False)
-        with self.autocast():
-            hidden = response_hidden(self.model, batch.sequences)
-            head = output_layer(self.model)
-            hidden = hidden.to(head.weight.dtype)
-            total, per_token, metrics = linear_objective(
-                hidden,
-                head.weight,
-                target,
-                batch.response_ids,
-                hybrid.distill,
-                token_weights=batch.token_weights,
-                policy=_policy(batch, hybrid),
-                distill_weight=hybrid.distill_weight,
-                bias=head.bias,
-                valid_vocab=self.vocabulary.size,
-                masked_ids=self.vocabulary.invalid_ids,
-                sampler_logp=batch.sampler_logp,
-                sequence_index=batch.sequence_index,
-                eos_ids=self.eos_ids,
-                memory=self.loss_memory,
-            )
-            if watch is not None and (rows := watch.rows(batch)) is not None:
-                views = linear_views(
-                    hidden[rows],
-                    head.weight,
-                    select_target(target, rows),
-                    batch.response_ids[rows],
-                    bias=head.bias,
-                    valid_vocab=self.vocabulary.size,
-                    masked_ids=self.vocabulary.invalid_ids,
-                    teacher_temperature=hybrid.distill.teacher_temperature,
-                )
-                watch.add(batch, rows, views)
-        return total, TokenLoss(loss=per_token, metrics=metrics)
-
-    def _materialized(
-        self, batch: Batch, objective: Objective | Hybrid, watch: ViewCollector | None = None
-    ) -> tuple[torch.Tensor, TokenLoss]:
-        """From whole logits, for a model that does more than a product after its last hidden state (a soft-cap, a scale)."""
-        hybrid = as_hybrid(objective)
-        target = self._target(batch, hybrid, dense=True)
-        logits = self.logits(batch)
-        loss, metrics = objective_from_logits(
-            logits,
-            target,
-            batch.response_ids,
-            hybrid.distill,
-            policy=_policy(batch, hybrid),
-            distill_weight=hybrid.distill_weight,
-            sampler_logp=batch.sampler_logp,
-            sequence_index=batch.sequence_index,
-            eos_ids=self.eos_ids,
-        )
-        if watch is not None and (rows := watch.rows(batch)) is not None:
-            own, temperature = select_target(target, rows), hybrid.distill.teacher_temperature
-            views = views_from_logits(logits[rows], own, batch.response_ids[rows], teacher_temperature=temperature)
-            watch.add(batch, rows, views)
-        return weighted_sum(loss, batch.token_weights), TokenLoss(loss=loss, metrics=metrics)
-
-    def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> AnyTarget | None:
-        """The batch's target, where distillation has a say; hidden states as logits where they are on another device, or `dense`."""
-        if hybrid.distill_weight == 0.0:
-            return None
-        assert batch.target is not None
-        return self._here(batch.target, dense)
-
-    def _here(self, target: AnyTarget, dense: bool) -> AnyTarget:
-        if isinstance(target, TeacherMixture):
-            return replace(target, targets=tuple(self._here(member, dense) for member in target.targets))
-        if isinstance(target, HiddenTarget) and (dense or target.head.weight.device != self.device):
-            return DenseTarget(logits=self.teacher_logits(target).to(self.device))
-        return target
-
-
-def no_teacher(_target: HiddenTarget) -> torch.Tensor:
-    """The `teacher_logits` of a student that has no teacher."""
-    raise AssertionError("a run without a teacher has no hidden targets")
-
-
-def _policy(batch: Batch, hybrid: Hybrid) -> PolicyTerm | None:
-    if hybrid.rl_weight == 0.0:
-        return None
-    assert batch.advantages is not None
-    return PolicyTerm(
-        advantages=batch.advantages,
-        old_log_prob=batch.sampler_logp,
-        clip_range=hybrid.clip_range,
-        weight=hybrid.rl_weight,
-    )
+CHECKPOINT = "checkpoint"
+"""Name of the task that gathers what a checkpoint holds."""
 
 
 class Student(Policy):
@@ -222,8 +64,10 @@ class Student(Policy):
         plain_sampling: bool = False,
         ema: Ema | None = None,
         ranks: Ranks = ALONE,
+        divisions: Divisions | None = None,
     ) -> None:
-        """With several `ranks` each updates on its own micro-batches, and all take the same step."""
+        """With several `ranks` each updates on its own micro-batches, and all take the same step; with `divisions` each has a part of the
+        weights, of their gradients and of the optimizer's state."""
         super().__init__(
             disable_dropout(model),
             vocabulary=vocabulary,
@@ -244,6 +88,11 @@ class Student(Policy):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         self.gradient_checkpointing = gradient_checkpointing
+        self.divisions = divisions
+        self.division = None if divisions is None else divisions.of(model)
+        if divisions is not None and self.division is not None:
+            self.division.close()  # the optimizer gets this rank's parts
+            divisions.task(CHECKPOINT, self.saved)
         self.in_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         self.optimizers = build_optimizer(model, config)
 
@@ -263,17 +112,12 @@ class Student(Policy):
                 for batch, out in seen.losses:
                     metrics.add(batch, out)
                 during = TokenMetrics()
+        if self.divisions is not None:
+            assert self.division is not None
+            self.division.close()
         self.zero_grad()
-        total, seen_batches, up = 0.0, [], None
-        with self._training():
-            for batch in batches:
-                loss = self.loss(batch, objective, during, watch)
-                up = up or self._loss_scale(batch)
-                (loss * (up or 1.0)).backward()
-                total += loss.item()
-                seen_batches.append(replace(batch, target=None))
-        self._unscale(up or 1.0)
-        self.ranks.sum_gradients(self.parameters())
+        accumulate = self._accumulate if self.division is None else self._accumulate_divided
+        total, seen_batches = accumulate(batches, objective, during, watch)
         total = sum(self.ranks.gather(total))
         norm = self.gradient_norm()
         if not norm.isfinite():
@@ -291,6 +135,58 @@ class Student(Policy):
             per_token=everything.per_rollout("reverse_kl"),
             views=views,
         )
+
+    def _accumulate(
+        self, batches: Sequence[Batch], objective: Objective | Hybrid, metrics: TokenMetrics, watch: ViewCollector
+    ) -> tuple[float, list[Batch]]:
+        """Put the gradient of all ranks' micro-batches into `.grad`; the loss of this rank's, and these without their targets."""
+        total, seen, up = 0.0, [], None
+        with self._training():
+            for batch in batches:
+                loss = self.loss(batch, objective, metrics, watch)
+                up = up or self._loss_scale(batch)
+                (loss * (up or 1.0)).backward()
+                total += loss.item()
+                seen.append(replace(batch, target=None))
+        self._unscale(up or 1.0)
+        self.ranks.sum_gradients(self.parameters())
+        return total, seen
+
+    def _accumulate_divided(
+        self, batches: Sequence[Batch], objective: Objective | Hybrid, metrics: TokenMetrics, watch: ViewCollector
+    ) -> tuple[float, list[Batch]]:
+        """The same where each rank has a part of the weights: all of them go through the model as often as the one with most to do."""
+        assert self.division is not None and self.divisions is not None
+        total, seen = 0.0, []
+        with self._training():
+            for batch in self.division.turns(batches):
+                loss = self._nothing() if batch is None else self.loss(batch, objective, metrics, watch)
+                self.division.backward(loss)
+                if batch is not None:
+                    total += loss.item()
+                    seen.append(replace(batch, target=None))
+        self.divisions.close()
+        return total, seen
+
+    def _nothing(self) -> torch.Tensor:
+        """A loss of 0 that goes through all layers: the others' gradients are summed as this rank's come."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        one = Sequences(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, predict_index=ids[0])
+        with self.autocast():
+            return response_hidden(self.model, one).float().sum() * 0.0
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+        """Trained weights by name, their averages, and the state of every optimizer, whole and in main memory. With divided weights every
+        rank has to ask, and the others than rank 0 have None for each tensor."""
+        if self.divisions is not None:
+            self.divisions.close()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        weights = {name: whole_tensor(p, self.ranks) for name, p in trained.items()}
+        averages = {} if self.ema is None else self.ema.weights()
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        if self.divisions is not None:
+            states = whole_state(states, self.ranks)
+        return weights, {name: whole_tensor(value, self.ranks) for name, value in averages.items()}, states
 
     def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:
         factor = self.learning_rate_factors[self.version]
@@ -333,7 +229,11 @@ class Student(Policy):
 
     def gradient_norm(self) -> torch.Tensor:
         """Global 2-norm of the gradient."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([local(p.grad) for p in self.parameters() if p.grad is not None])
+        if self.divisions is None:
+            return norm
+        parts = self.ranks.gather(float(norm))
+        return torch.tensor(sum(part**2 for part in parts) ** 0.5, device=norm.device)
 
     def _explain_gradient(self, batches: Sequence[Batch], objective: Objective | Hybrid) -> NoReturn:
         """The gradient of the whole batch is not finite: find the first sample whose own gradient is not, and raise."""
@@ -344,6 +244,9 @@ class Student(Policy):
                 (self.loss(batch, objective, TokenMetrics()) * (self._loss_scale(batch) or 1.0)).backward()
             return bool(self.gradient_norm().isfinite())
 
+        if self.divisions is not None:  # one rank cannot go through the model alone
+            self.zero_grad()
+            raise gradient_error(None)
         try:
             sample = bad_gradient(batches, gradient_is_finite)
         finally:

@@ -30,8 +30,8 @@ from opd.teachers.server import RemoteTeacher
 from opd.teachers.store import TensorStore
 from opd.teachers.vocabulary import VocabularyMatch, check_vocabularies, joined
 from opd.trainer.load_models import GivenModel, LoadedModel, load_model, make_sampler, sampling_of
+from opd.trainer.policy import Policy
 from opd.trainer.served import ServedTeacher, serve
-from opd.trainer.student import Policy
 from opd.types import Prompt, TargetKind
 
 
@@ -66,10 +66,12 @@ class TeacherSet:
         ranks: Ranks = ALONE,
         *,
         servers: bool = False,
+        around: Callable[[str], Callable[[], AbstractContextManager[None]]] | None = None,
     ) -> AdjustableSampler | None:
         """Draws the teacher's own answers; of several teachers, each prompt's own, or one drawn by its weights. With `student`, the
         rollouts hold the student's rendering of the prompt. None where a teacher is no model in this process; with `servers`, one
-        behind an inference server will do."""
+        behind an inference server will do. `around` says of a teacher what is entered around its sampling, in place of its own
+        context."""
         samplers: dict[str, AdjustableSampler] = {
             name: make_sampler(
                 rollout,
@@ -78,7 +80,7 @@ class TeacherSet:
                 pad_id,
                 source="teacher",
                 student_renderer=None if student is None else student.renderer,
-                model_context=self.members[name].context,
+                model_context=self.members[name].context if around is None else around(name),
                 ranks=ranks,
             )
             for name, loaded in self.loaded.items()
@@ -114,9 +116,10 @@ def build_teachers(
     model: PreTrainedModel,
     given: Mapping[str, GivenModel | Teacher],
     loading: Loading | None = None,
+    home: str | None = None,
 ) -> TeacherSet:
-    """Load every teacher that is not `given`, and check it against the student, whose trained form is `model`. Raises the OpdError of
-    whatever does not fit."""
+    """Load every teacher that is not `given`, and check it against the student, whose trained form is `model`. With `home` their
+    weights stay on that device, until they are divided. Raises the OpdError of whatever does not fit."""
     sections = config.all_teachers
     averaged = {section.ema_decay for section in sections.values() if section.source == "ema"}
     if len(averaged) > 1:
@@ -133,7 +136,7 @@ def build_teachers(
     }
     own |= served
     loaded = {
-        name: _load(config, name, student, model, ema, models.get(name), loading)
+        name: _load(config, name, student, model, ema, models.get(name), loading, home)
         for name in sections
         if name not in own
     }
@@ -204,13 +207,14 @@ def _load(
     ema: Ema | None,
     given: GivenModel | None,
     loading: Loading | None,
+    home: str | None,
 ) -> LoadedModel:
     """A teacher's own weights, or the student's with a rendering of their own."""
     section = config.all_teachers[name]
     role = _role(name)
     if section.source == "model":
         device = config.student.device if section.device == "auto" else section.device
-        return load_model(section, role, config.prompts, device=device, given=given, loading=loading)
+        return load_model(section, role, config.prompts, device=device, given=given, loading=loading, home=home)
     own = config.student
     if section.chat_template_kwargs:
         own = replace(own, chat_template_kwargs=section.chat_template_kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from opd.errors import ConfigError
@@ -55,3 +56,16 @@ def check_same(ranks: Ranks, own: Mapping[str, object], what: str) -> None:
                 f"{what}: rank 0 and rank {rank} differ in {shown}. Start all of them with one recipe, from one folder, in one "
                 "environment: opd train recipe.yaml --devices N does."
             )
+
+
+def nested(
+    outer: Callable[[], AbstractContextManager[None]], inner: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], AbstractContextManager[None]]:
+    """A context that enters one after the other."""
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with outer(), inner():
+            yield
+
+    return both
