@@ -78,7 +78,9 @@ Kind = tuple[str, str, str]
 WARM_UP = 3
 """Updates, of every arm; without one the first updates of distillation take the reverse KL from 3 to 5 and 8 nats."""
 GRPO_STEPS = 80
-OPD_STEPS = {"adamw": 16, "muon": 16, "natural_gradient": 4}
+OPD_STEPS = {"adamw": 24, "muon": 24, "natural_gradient": 4}
+TUNING_STEPS = {"adamw": 16, "muon": 16, "natural_gradient": 4}
+"""Of distillation on the tuning seed, where a rate has to be fast."""
 FULL, LORA = "full", "lora16"
 RATES: Mapping[Kind, Sequence[float]] = {
     ("grpo", "adamw", FULL): (3e-5, 6e-5, 1e-4),
@@ -100,7 +102,8 @@ def setting(
 ) -> Setting:
     """One run of an arm; all but the teaching one are measured against the teacher that GRPO made with `teacher_lr` on the same seed."""
     name, optimizer, weights = arm
-    steps = GRPO_STEPS if ARMS[name].reinforced else (ARMS[name].steps or OPD_STEPS)[optimizer]
+    opd_steps = ARMS[name].steps or (TUNING_STEPS if seed == TUNING_SEED else OPD_STEPS)
+    steps = GRPO_STEPS if ARMS[name].reinforced else opd_steps[optimizer]
     teacher = "" if teacher_lr is None or arm == TEACHING else setting(TEACHING, teacher_lr, seed, cell).name
     return Setting(
         cell=cell,

@@ -100,6 +100,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_REAL", str(tmp_path / "work"))
     monkeypatch.setattr(plan, "ROLLOUTS", 16)
     monkeypatch.setattr(plan, "GRPO_STEPS", 2)
+    monkeypatch.setattr(plan, "TUNING_STEPS", dict.fromkeys(plan.OPD_STEPS, 2))
     monkeypatch.setattr(plan, "OPD_STEPS", dict.fromkeys(plan.OPD_STEPS, 2))
     return tmp_path
 
@@ -136,7 +137,7 @@ def test_two_steps_of_reinforcement_make_a_teacher_and_two_of_distillation_learn
     assert list(fill(again, [teaching, learning], perform, 1)) == []  # nothing is run twice
 
 
-@pytest.mark.parametrize(("name", "kind", "lr"), [("words-grpo", GRPO, 6e-5), ("words", OPD, 3e-5)])
+@pytest.mark.parametrize(("name", "kind", "lr"), [("words-grpo", GRPO, 6e-5), ("words", OPD, 2e-4)])
 def test_the_recipes_are_what_was_measured(name, kind, lr):
     written = yaml.safe_load((world.ROOT / "recipes" / "smollm2" / f"{name}.yaml").read_text())
     measured = recipe(plan.setting(kind, lr, 0, teacher_lr=None))
