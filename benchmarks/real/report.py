@@ -113,16 +113,13 @@ def _updates(group: Group, share: float) -> str:
 
 
 def grid_table(rows: Iterable[Row]) -> str:
-    """Markdown: every rate on the tuning seed, with the updates to 80 % or the share of the gain that the run ended with."""
+    """Markdown: every rate on the tuning seed, with the updates to 80 % of its teacher's gain and the accuracy that the run ended with."""
     lines = []
     for row in rows:
         this = row.setting
-        if this.seed != plan.TUNING_SEED:
-            continue
-        at = reached(row, 0.8)
-        gain = (row.number("final_accuracy") - row.number("base_accuracy")) / (
-            row.number("teacher_accuracy") - row.number("base_accuracy")
-        )
-        title = Group((this.arm, this.optimizer, this.weights), (row,)).title
-        lines.append([title, f"{this.lr:g}", str(this.steps), "" if at is None else f"{at:.1f}", f"{gain:.2f}"])
-    return markdown.table(["arm", "rate", "updates run", "updates to 80%", "share of the gain at the end"], lines)
+        if this.seed == plan.TUNING_SEED:
+            at = reached(row, 0.8) if this.teacher else None
+            title = Group((this.arm, this.optimizer, this.weights), (row,)).title
+            ended = f"{row.number('final_accuracy'):.3f}"
+            lines.append([title, f"{this.lr:g}", str(this.steps), "" if at is None else f"{at:.1f}", ended])
+    return markdown.table(["arm", "rate", "updates run", "updates to 80%", "accuracy at the end"], lines)
