@@ -97,7 +97,7 @@ def test_what_was_trained_is_saved_where_a_rank_ends_in_order(seen):
         ({"optimizer__name": "muon"}, r"optimizer\.name=muon .* Set optimizer\.name=adamw, or train\.parallel=ddp"),
         ({"optimizer__name": "natural_gradient"}, r"natural_gradient .* Set optimizer\.name=adamw, or train with one"),
         (
-            {"student__dtype": "float16"},
+            {"student__dtype": "float16", "student__lora__rank": 4},
             r"student\.dtype=float16 .* Set student\.dtype=bfloat16, or train\.parallel=ddp",
         ),
         ({"teacher__offload": True}, r"teacher\.offload moves whole weights.* Drop it, or set train\.parallel=ddp"),
