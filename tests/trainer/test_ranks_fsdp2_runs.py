@@ -58,6 +58,7 @@ def assert_same_student(run_dir: Path, reference: Path) -> None:
         torch.testing.assert_close(weight, others[name], rtol=0, atol=WEIGHT)
 
 
+@pytest.mark.slow
 def test_a_run_of_4_2_2_and_1_ranks_is_that_of_one_process(results):
     assert_same_student(results / "legs", results / "whole")
     rows = [[(r.kind, r.step) for r in read_metrics(results / name)] for name in ("legs", "whole")]
@@ -66,6 +67,7 @@ def test_a_run_of_4_2_2_and_1_ranks_is_that_of_one_process(results):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_on_divided_weights_are_saved_merged_and_beside_the_student(results):
     assert_same_student(results / "adapters-2", results / "adapters-1")
     own, theirs = (load_file(results / f"adapters-{n}" / "adapter" / "adapter_model.safetensors") for n in (2, 1))
@@ -74,6 +76,7 @@ def test_adapters_on_divided_weights_are_saved_merged_and_beside_the_student(res
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=WEIGHT)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_takes_the_run_down_by_its_name_and_resume_goes_on_from_the_last_checkpoint(seen):
     killed = seen["killed"]
     assert killed["codes"] == [1, 1, -signal.SIGKILL] and killed["took"] < MINUTE
@@ -84,6 +87,7 @@ def test_a_killed_rank_takes_the_run_down_by_its_name_and_resume_goes_on_from_th
     assert killed["again"]["rows"] == killed["saved"] + 2
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_saved_where_a_rank_ends_in_order(seen):
     bad = seen["bad data"]
     assert "error: rank 1: prompt 3 is empty." in bad["words"][0]
@@ -97,7 +101,7 @@ def test_what_was_trained_is_saved_where_a_rank_ends_in_order(seen):
         ({"optimizer__name": "muon"}, r"optimizer\.name=muon .* Set optimizer\.name=adamw, or train\.parallel=ddp"),
         ({"optimizer__name": "natural_gradient"}, r"natural_gradient .* Set optimizer\.name=adamw, or train with one"),
         (
-            {"student__dtype": "float16"},
+            {"student__dtype": "float16", "student__lora__rank": 4},
             r"student\.dtype=float16 .* Set student\.dtype=bfloat16, or train\.parallel=ddp",
         ),
         ({"teacher__offload": True}, r"teacher\.offload moves whole weights.* Drop it, or set train\.parallel=ddp"),
