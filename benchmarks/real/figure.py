@@ -14,8 +14,8 @@ from benchmarks.svg import STYLE, Axis
 WIDTH, HEIGHT = 480, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 46
 LEGEND_ROW, LEGEND_COLUMNS = 18, 2
-COLOURS = ("#d55e00", "#e69f00", "#882255", "#0072b2", "#56b4e9", "#009e73", "#cc79a7")
-"""Told apart also without red or green (Okabe and Ito); reinforcement learning is dashed besides."""
+COLOURS = {True: ("#d55e00", "#e69f00", "#882255"), False: ("#0072b2", "#009e73", "#56b4e9", "#cc79a7")}
+"""Of reinforcement learning, and of distillation; told apart also without red or green (Okabe and Ito)."""
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.9, 1.0)
 
 
@@ -39,7 +39,7 @@ def curves(found: Sequence[Group]) -> str:
         x = LEFT + (place % LEGEND_COLUMNS) * len(measures) * WIDTH / LEGEND_COLUMNS
         y = HEIGHT + (place // LEGEND_COLUMNS) * LEGEND_ROW + 8
         out.append(
-            f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" style="{_stroke(place, group)};stroke-width:2.5"/>'
+            f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" style="{_stroke(found, group)};stroke-width:2.5"/>'
         )
         out.append(f'<text x="{x + 28}" y="{y}">{escape(group.title)}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
@@ -55,20 +55,21 @@ def _panel(found: Sequence[Group], name: str, factor: Callable[[Group], float]) 
         yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_height(share):.1f}" y2="{_height(share):.1f}"/>'
         yield f'<text class="s" text-anchor="end" x="{LEFT - 6}" y="{_height(share) + 4:.1f}">{share:g}</text>'
     yield f'<text class="s" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}">{name}</text>'
-    for place, group in enumerate(found):
-        yield from _drawn(place, group, lambda update, g=group: x.at(update * factor(g)))
+    for group in found:
+        yield from _drawn(
+            _stroke(found, group), _colour(found, group), group, lambda update, g=group: x.at(update * factor(g))
+        )
 
 
-def _drawn(place: int, group: Group, at: Callable[[float], float]) -> Iterable[str]:
+def _drawn(stroke: str, colour: str, group: Group, at: Callable[[float], float]) -> Iterable[str]:
     seeds = [shares(row) for row in group.rows]
     updates = range(1, min(map(len, seeds)))
     values = [[seed[update] for seed in seeds] for update in updates]
     over = [(at(u), _height(max(v))) for u, v in zip(updates, values, strict=True)]
     under = [(at(u), _height(min(v))) for u, v in zip(updates, values, strict=True)]
     middle = [(at(u), _height(fmean(v))) for u, v in zip(updates, values, strict=True)]
-    colour = COLOURS[place % len(COLOURS)]
     yield f'<polygon points="{_points([*over, *reversed(under)])}" style="fill:{colour};fill-opacity:.15;stroke:none"/>'
-    yield f'<polyline points="{_points(middle)}" style="fill:none;{_stroke(place, group)};stroke-width:2"/>'
+    yield f'<polyline points="{_points(middle)}" style="fill:none;{stroke};stroke-width:2"/>'
 
 
 def shares(row: Row) -> list[float]:
@@ -77,8 +78,14 @@ def shares(row: Row) -> list[float]:
     return [(value - base) / (teacher - base) for value in rising(row.series("rewards"))]
 
 
-def _stroke(place: int, group: Group) -> str:
-    return f"stroke:{COLOURS[place % len(COLOURS)]}" + (";stroke-dasharray:6 3" if group.reinforced else "")
+def _colour(found: Sequence[Group], group: Group) -> str:
+    alike = [g.kind for g in found if g.reinforced == group.reinforced]
+    colours = COLOURS[group.reinforced]
+    return colours[alike.index(group.kind) % len(colours)]
+
+
+def _stroke(found: Sequence[Group], group: Group) -> str:
+    return f"stroke:{_colour(found, group)}" + (";stroke-dasharray:6 3" if group.reinforced else "")
 
 
 def _height(share: float) -> float:
