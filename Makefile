@@ -103,6 +103,7 @@ smollm2-words: $(DEV_READY)  ## base and prompts of recipes/smollm2, in runs/rea
 evidence-real: $(DEV_READY)  ## the same with a real language model, by opd train: what is missing of the runs (hours), then tables and figures
 	$(BIN)/python -m benchmarks real
 	$(BIN)/python -m benchmarks real_recovery --workers 2
+	$(BIN)/$(PIP) torchao==0.18.0
 	$(BIN)/python -m benchmarks real_compression --workers 2
 	$(BIN)/python -m benchmarks real_step
 
