@@ -97,7 +97,12 @@ class RunSettings(Section):
     @property
     def judges_rollouts(self) -> bool:
         """True where the responses of training steps get a reward, whether the loss reads it or not."""
-        return self.rl.rewarded or "correct" in self.train.drop or self.log.reward
+        return self.rl.rewarded or self.judges_besides
+
+    @property
+    def judges_besides(self) -> bool:
+        """True where a reward is asked for that no loss reads."""
+        return "correct" in self.train.drop or self.log.reward
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:

@@ -196,7 +196,7 @@ class RunComponents:
             ensemble=teachers.ensemble,
             kept=teachers.kept,
             reinforcement=self._reinforcement() if config.rl.rewarded else None,
-            rewards=self._training_reward() if config.judges_rollouts else None,
+            rewards=self._training_reward() if config.judges_besides else None,
             pad_id=self.pad_id,
             device=self.student.device,
             ranks=self.ranks,
