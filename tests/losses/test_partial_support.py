@@ -58,6 +58,16 @@ def test_generalized_adds_the_difference_of_mass():
     assert forward == pytest.approx(0.25 * LN(1 / 2) + 0.75 - 0.5)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_both_kls_in_one_are_their_weighted_sum_with_every_tail(tail, alpha):
+    both = partial_divergence("forward_reverse_kl", P_ON_K, Q_ON_K, tail=tail, alpha=alpha).item()
+    forward, reverse = (
+        partial_divergence(name, P_ON_K, Q_ON_K, tail=tail).item() for name in ("forward_kl", "reverse_kl")
+    )
+    assert both == pytest.approx(alpha * forward + (1 - alpha) * reverse, abs=1e-12)
+
+
 def test_renormalize_compares_the_conditional_distributions():
     # (2/3, 1/3) against (1/2, 1/2)
     value = partial_divergence("reverse_kl", P_ON_K, Q_ON_K, tail="renormalize").item()
