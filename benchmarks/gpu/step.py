@@ -26,7 +26,7 @@ from opd.seeding import seeded
 from opd.teachers.local import LocalTeacher
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.testing import byte_tokenizer
-from opd.trainer import student as student_module
+from opd.trainer import policy as policy_module
 from opd.trainer.lora import add_lora
 from opd.trainer.metrics import TokenMetrics
 from opd.trainer.scoring import scored_batches
@@ -314,8 +314,8 @@ def _pieces(student: Student, batches: list[Batch], objective: Objective, device
             setattr(owner, name, original)
 
     with (
-        timed(student_module, "response_hidden", "forward"),
-        timed(student_module, "linear_objective", "loss"),
+        timed(policy_module, "response_hidden", "forward"),
+        timed(policy_module, "linear_objective", "loss"),
         timed(torch.Tensor, "backward", "backward"),
         timed(student, "_step", "optimizer"),
     ):
