@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 STYLE = (
@@ -27,3 +28,8 @@ class Axis:
     def ticks(self) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         return [m * 10**d for d in decades for m in (1, 2, 5) if self.low <= m * 10**d <= self.high]
+
+
+def points(places: Iterable[tuple[float, float]]) -> str:
+    """Of a polyline or polygon."""
+    return " ".join(f"{px:.1f},{py:.1f}" for px, py in places)

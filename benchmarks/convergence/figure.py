@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks.convergence.report import Arm, Group, Seconds, is_rl
 from benchmarks.convergence.store import Row
-from benchmarks.svg import STYLE, Axis
+from benchmarks.svg import STYLE, Axis, points
 
 WIDTH, HEIGHT = 380, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 46
@@ -95,8 +95,8 @@ def _drawn(line: Line, at: Callable[[float], float]) -> Iterable[str]:
     around = [(px, _height(seeds[0])) for px, seeds in zip(places, shares, strict=True)]
     around += [(px, _height(seeds[-1])) for px, seeds in reversed(list(zip(places, shares, strict=True)))]
     middle = [(px, _height(median(seeds))) for px, seeds in zip(places, shares, strict=True)]
-    yield f'<polygon points="{_points(around)}" style="fill:{line.colour};fill-opacity:.15;stroke:none"/>'
-    yield f'<polyline points="{_points(middle)}" style="fill:none;stroke:{line.colour};stroke-width:2;{line.dash}"/>'
+    yield f'<polygon points="{points(around)}" style="fill:{line.colour};fill-opacity:.15;stroke:none"/>'
+    yield f'<polyline points="{points(middle)}" style="fill:none;stroke:{line.colour};stroke-width:2;{line.dash}"/>'
 
 
 def _share(row: Row, step: float) -> float:
@@ -110,10 +110,6 @@ def _share(row: Row, step: float) -> float:
         return (values[after] - base) / span
     part = (step - steps[after - 1]) / (steps[after] - steps[after - 1])
     return (values[after - 1] + part * (values[after] - values[after - 1]) - base) / span
-
-
-def _points(places: Iterable[tuple[float, float]]) -> str:
-    return " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
 
 
 def ratio_map(cells: Sequence[tuple[str, str, str, str, float]]) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 from benchmarks.real.curves import rising
 from benchmarks.real.report import Group
 from benchmarks.real.store import Row
-from benchmarks.svg import STYLE, Axis
+from benchmarks.svg import STYLE, Axis, points
 
 WIDTH, HEIGHT = 480, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 46
@@ -68,8 +68,8 @@ def _drawn(stroke: str, colour: str, group: Group, at: Callable[[float], float])
     over = [(at(u), _height(max(v))) for u, v in zip(updates, values, strict=True)]
     under = [(at(u), _height(min(v))) for u, v in zip(updates, values, strict=True)]
     middle = [(at(u), _height(fmean(v))) for u, v in zip(updates, values, strict=True)]
-    yield f'<polygon points="{_points([*over, *reversed(under)])}" style="fill:{colour};fill-opacity:.15;stroke:none"/>'
-    yield f'<polyline points="{_points(middle)}" style="fill:none;{stroke};stroke-width:2"/>'
+    yield f'<polygon points="{points([*over, *reversed(under)])}" style="fill:{colour};fill-opacity:.15;stroke:none"/>'
+    yield f'<polyline points="{points(middle)}" style="fill:none;{stroke};stroke-width:2"/>'
 
 
 def shares(row: Row) -> list[float]:
@@ -90,7 +90,3 @@ def _stroke(found: Sequence[Group], group: Group) -> str:
 
 def _height(share: float) -> float:
     return HEIGHT - BOTTOM - max(-0.02, min(1.15, share)) / 1.15 * (HEIGHT - BOTTOM - TOP)
-
-
-def _points(places: Iterable[tuple[float, float]]) -> str:
-    return " ".join(f"{px:.1f},{py:.1f}" for px, py in places)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks import markdown
-from benchmarks.convergence.report import Interval, ratio
+from benchmarks.convergence.report import OPTIMIZERS, Interval, ratio
 from benchmarks.real import plan
 from benchmarks.real.curves import updates_to
 from benchmarks.real.plan import Kind, level
 from benchmarks.real.store import Row
-
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "natural_gradient": "natural gradient"}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from benchmarks.real.world import accuracy, make_base, seed_folder, work
 LONGEST_S = 3 * 3600
 SAMPLES_KEPT = 2
 EVALUATED = 256
+HELD_OUT_METRICS = ("reverse_kl", "forward_kl", "accuracy")
 
 
 def recipe(setting: Setting) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def summary(folder: Path) -> dict[str, str]:
         return f"{fmean(step[name] for step in steps):.3f}"
 
     last = [r for r in records if r["kind"] == "eval" and r["who"] == "student"][-1:]
-    held_out = {f"eval_{n}": f"{r['metrics'][n]:.5f}" for r in last for n in ("reverse_kl", "forward_kl", "accuracy")}
+    held_out = {f"eval_{n}": f"{last[0]['metrics'][n]:.5f}" if last else "" for n in HELD_OUT_METRICS}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {
         "rewards": series("reward/mean"),
@@ -125,7 +126,7 @@ def summary(folder: Path) -> dict[str, str]:
         "teacher_seconds": mean("time/teacher"),
         "update_seconds": mean("time/update"),
         "peak_gib": f"{peak:.2f}",
-        **(held_out or dict.fromkeys(("eval_reverse_kl", "eval_forward_kl", "eval_accuracy"), "")),
+        **held_out,
     }
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +83,17 @@ def assert_same_metrics(one: Taken, other: Taken, case: str) -> None:
         assert theirs["views"] == own["views"]
         assert theirs["per_token"].keys() == own["per_token"].keys()
     assert other["evaluation"] == pytest.approx(one["evaluation"], rel=bound, abs=bound)
+
+
+def run_cases(program: Path, school: Path, results: Path, worlds: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Run a program of cases on each number of ranks; by that number, what its rank 0 has seen."""
+    paths = os.pathsep.join([str(program.parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(program), str(school), str(results), *map(str, worlds)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {world: torch.load(results / f"{world}.pt", weights_only=False) for world in worlds}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fsdp2_cases import cases_of, make_divided_school
 from rank_checks import (
     Taken,
@@ -17,6 +13,7 @@ from rank_checks import (
     assert_same_metrics,
     assert_same_rollouts,
     assert_same_weights,
+    run_cases,
 )
 
 PROGRAM = Path(__file__).with_name("fsdp2_cases.py")
@@ -32,16 +29,7 @@ def seen(tmp_path_factory) -> dict[int, dict[str, Any]]:
     """By the number of ranks, what rank 0 has seen of every case."""
     school, results = tmp_path_factory.mktemp("school"), tmp_path_factory.mktemp("results")
     make_divided_school(school)
-    paths = os.pathsep.join([str(PROGRAM.parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(school), str(results), *map(str, WORLDS)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {world: torch.load(results / f"{world}.pt", weights_only=False) for world in WORLDS}
+    return run_cases(PROGRAM, school, results, WORLDS)
 
 
 every_case = pytest.mark.parametrize(("world", "case"), [(world, case) for world in (2, 4) for case in cases_of(world)])
