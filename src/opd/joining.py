@@ -46,6 +46,8 @@ def session() -> Iterator[Ranks]:
             ranks.fail(error)
             raise
         _leave(ranks, error)
+    finally:
+        ranks.close()
 
 
 def _leave(ranks: Joined, error: BaseException) -> None:

@@ -301,6 +301,14 @@ class Joined(Ranks):
             return True
         return False
 
+    def close(self) -> None:
+        """End the group's threads: one that still frees a tensor while the interpreter ends would abort the process. They stay where they
+        wait for a rank that may never answer, and with NCCL, whose communicators wait for each other when they are destroyed."""
+        import torch.distributed as dist
+
+        if not self._inside and not (self.shared is not None and self.shared.running) and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+
     def _said(self, error: BaseException) -> OpdError | None:
         """The error as another rank is to raise it."""
         if not isinstance(error, Exception):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from opd.errors import DataError, OpdError
@@ -53,3 +54,7 @@ if __name__ == "__main__":
     except OpdError as error:
         print(f"error: {error}", flush=True)
         sys.exit(1)
+    finally:
+        for thread in Path("/proc/self/task").iterdir():
+            if "gloo" in (name := (thread / "comm").read_text()):
+                print(f"a thread is left: {name}", flush=True)
