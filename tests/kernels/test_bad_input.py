@@ -218,6 +218,8 @@ def test_an_id_beyond_the_common_vocabulary_is_outside_it():
         ({"entropy_bonus": -0.1}, ("entropy_bonus=-0.1 must be ≥ 0",)),
         ({"policy": policy(), "response_ids": None}, ("a policy term is about the response tokens; pass response_ids",)),
         ({"policy": policy(weight=math.nan)}, ("policy.weight=nan must be a finite number",)),
+        ({"policy": policy(likelihood=True, clip_range=0.2)}, ("nothing is divided by an old probability nor clipped",)),
+        ({"policy": policy(likelihood=True, old_log_prob=ADVANTAGES)}, ("drop old_log_prob and clip_range",)),
     ],
 )  # fmt: skip
 def test_a_loss_that_cannot_be_computed(changes, fragments):

@@ -57,6 +57,26 @@ def test_the_policy_term_is_the_surrogate_of_losses(way, clip):
         alike(found, surrogate(WORLD, policy, clip))
 
 
+@pytest.mark.parametrize("kind", ["none", "hidden", "top_k"])
+@pytest.mark.parametrize("way", WAYS)
+def test_with_likelihood_the_term_is_the_cross_entropy_with_the_response_tokens(way, kind):
+    """A row of weight 0 among them has none, in value and gradient."""
+    weights = torch.where(torch.arange(WORLD.tokens) % 3 == 0, 0.0, WORLD.advantages.abs())
+    policy = PolicyTerm(advantages=weights, weight=0.7, likelihood=True)
+    settings = {"tail": "bucket"} if kind == "top_k" else {}
+    found = run(WORLD, kind, way, policy=policy, chunk_tokens=7, **settings)
+    plain = None if kind == "none" else run(WORLD, kind, way, chunk_tokens=7, **settings)
+
+    hidden, weight, bias = (part.clone().requires_grad_() for part in (WORLD.hidden_states, WORLD.weight, WORLD.bias))
+    wrong = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, WORLD.response_ids, reduction="none")
+    total = (WORLD.token_weights * 0.7 * weights * wrong).sum()
+    grads = dict(zip(GRADIENTS, torch.autograd.grad(total, [hidden, weight, bias]), strict=True))
+    wanted = {"loss": total.detach(), **grads}
+    if plain is not None:
+        wanted = {name: value + plain[name] for name, value in wanted.items()}
+    alike(found, {**wanted, "policy_loss": 0.7 * weights * wrong.detach(), "clipped": torch.zeros_like(weights)})
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_policy_term_at_its_bounds_is_the_surrogate_of_losses(way):
     """Ratios set from logarithms sit a rounding on either side of a bound, so both sides of it are met in every advantage."""

@@ -49,7 +49,12 @@ MORE: dict[str, dict[str, object]] = {
     "the mean of sequences": {"objective__reduction": "sequence_mean", "train__drop": ["truncated"]},
     "tokens of high entropy": {"train__token_fraction": 0.3, "rollout__top_p": 0.9},
     MUON: {"optimizer__name": "muon"},
-    "the teacher's samples": {"rollout__lmbda": 0.5, "rollout__off_policy": "teacher", "rollout__temperature": 0.7},
+    "the teacher's samples": {
+        "rollout__lmbda": 0.5,
+        "rollout__off_policy": "teacher",
+        "rollout__temperature": 0.7,
+        "rollout__cross_entropy": 0.3,
+    },
     "an average of the student": {
         "teacher__model": "",
         "teacher__source": "ema",

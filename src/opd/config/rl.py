@@ -120,8 +120,8 @@ class RlConfig(HybridConfig, key="rl"):
             return self.clip_range
         return self.clip_range, self.clip_high
 
-    def hybrid(self, objective: Objective, total_steps: int) -> HybridSchedule:
-        """The loss of every update, with `objective` as its distillation."""
+    def hybrid(self, objective: Objective, total_steps: int, cross_entropy: float = 0.0) -> HybridSchedule:
+        """The loss of every update, with `objective` as its distillation and `rollout.cross_entropy`."""
         from opd.losses import Hybrid, HybridSchedule  # torch comes with them
 
         rl_weight, distill_weight = self.schedules(total_steps)
@@ -132,6 +132,7 @@ class RlConfig(HybridConfig, key="rl"):
             combine=self.combine,
             scale=self.scale,
             clip_range=self.clip,
+            cross_entropy=cross_entropy,
         )
         return HybridSchedule(first=first, rl_weight=rl_weight, distill_weight=distill_weight)
 

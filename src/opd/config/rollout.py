@@ -38,6 +38,9 @@ class RolloutConfig(Section, key="rollout"):
     """Share of on-policy samples (the λ of arXiv 2306.13649), drawn per sample; the rest come from `off_policy`."""
     off_policy: Literal["dataset", "teacher"] = "dataset"
     """Source of the other 1 − lmbda: the data set's response column, or the teacher's own samples."""
+    cross_entropy: float = 0.0
+    """Weight of −log p of every token of these other responses, added to their divergence: supervised learning beside distillation, in
+    the same pass. Metric: off_policy/student_logp, of the opposite sign (student_logp with lmbda=0)."""
     source: Literal["live", "cached"] = "live"
     """live: drawn from the student as it is at every step. cached: drawn once from the student before training, by opd rollouts."""
     path: str | None = None
@@ -79,6 +82,13 @@ class RolloutConfig(Section, key="rollout"):
         require(
             self.lmbda < 1 or self.off_policy == "dataset",
             "rollout.off_policy=teacher is read where rollout.lmbda < 1; lmbda=1 samples from the student alone. Lower lmbda, or drop it.",
+        )
+        ok = math.isfinite(self.cross_entropy) and self.cross_entropy >= 0
+        require(ok, f"rollout.cross_entropy must be a weight ≥ 0, not {self.cross_entropy}; 0 leaves it out")
+        require(
+            self.cross_entropy == 0 or self.lmbda < 1,
+            f"rollout.cross_entropy={self.cross_entropy} is about responses that the student did not draw, and rollout.lmbda=1 draws all from "
+            "it. Set rollout.lmbda below 1, or drop it.",
         )
         require(
             self.source == "live" or bool(self.path and self.path.strip()),

@@ -91,6 +91,10 @@ class RunSettings(Section):
         if self.rollout.source == "cached":
             check_kept_rollouts(self.objective, rewarded=self.rl.rewarded, token_fraction=self.train.token_fraction)
         check_on_policy(self.objective, self.rollout)
+        require(
+            self.rollout.cross_entropy == 0 or not self.objective.eos_groups,
+            "rollout.cross_entropy asks for the probability of single tokens, and objective.eos_groups makes groups of them one; drop one.",
+        )
         if self.rl.rewarded:
             check_rewarded_rollouts(self.objective, self.rollout)
 

@@ -175,7 +175,7 @@ def _check_groups(rows: RowSpec) -> None:
         )
     if rows.policy is not None:
         raise ObjectiveError(
-            "eos_groups beside a policy term: its probability ratio is one of single tokens, which were drawn, and not of groups; drop one."
+            "eos_groups beside a policy term: its probabilities are those of single tokens, which were drawn, and not of groups; drop one."
         )
 
 
@@ -225,6 +225,11 @@ def _check_policy(policy: PolicyTerm | None, weights: Tensor) -> None:
     usable = len(bounds) == 2 and all(isinstance(b, (int, float)) and math.isfinite(b) and b > 0 for b in bounds)
     if clip is not None and not usable:
         raise ObjectiveError(f"policy.clip_range={clip} must be > 0 and finite, or (low, high); None does not clip.")
+    if policy.likelihood and (clip is not None or policy.old_log_prob is not None):
+        raise ObjectiveError(
+            "policy.likelihood=True is a cross-entropy, in which nothing is divided by an old probability nor clipped; drop old_log_prob and "
+            "clip_range, or likelihood."
+        )
     if not math.isfinite(policy.weight):
         raise ObjectiveError(f"policy.weight={policy.weight} must be a finite number.")
     for name in ("advantages", "old_log_prob", "importance_weights"):

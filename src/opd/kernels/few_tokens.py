@@ -1,4 +1,4 @@
-"""Terms that read the student's log-probs of a few tokens: the policy gradient, top-k targets, sampled targets; and the entropy bonus.
+"""Terms that read the student's log-probs of a few tokens: the policy gradient, cross-entropy, top-k and sampled targets; and the entropy bonus.
 
 A term F of a few tokens' log-probs alone has dF/dz = Σ_k F'_k (1[v = k] − p_v): one multiple of p and a few entries. So reinforcement
 learning and top-k distillation ride on a row that is in hand anyway.
@@ -24,6 +24,9 @@ def policy_loss(
     """λ_rl · importance · surrogate, its derivative with respect to the response token's log-prob, and 1 where it is clipped."""
     logp = student_logp.detach()
     advantage = policy.advantages.to(logp.dtype)
+    if policy.likelihood:
+        factor = _factor(policy, logp)
+        return factor * _negative_likelihood(logp, advantage), -factor * advantage, torch.zeros_like(logp)
     old = logp if policy.old_log_prob is None else policy.old_log_prob.to(logp.dtype)
     log_ratio = logp - torch.where(old == -torch.inf, 0.0, old)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
@@ -33,19 +36,31 @@ def policy_loss(
         low, high = clip if isinstance(clip, tuple) else (clip, clip)
         loss = torch.maximum(loss, -ratio.clamp(1.0 - low, 1.0 + high) * advantage)
         clipped = torch.where(advantage >= 0, ratio > 1.0 + high, ratio < 1.0 - low)
-    factor = torch.full_like(logp, policy.weight)
-    if policy.importance_weights is not None:
-        factor = factor * policy.importance_weights.to(logp.dtype)
+    factor = _factor(policy, logp)
     slope = torch.where(moves & ~clipped, -ratio * advantage, 0.0)
     return factor * loss, factor * slope, clipped.to(logp.dtype)
 
 
 def policy_loss_by_autograd(policy: PolicyTerm, student_logp: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
     """The same loss through `losses`, differentiable in `student_logp`."""
-    loss = policy_gradient_loss(student_logp, policy.advantages, policy.old_log_prob, policy.clip_range)
+    if policy.likelihood:
+        loss = _negative_likelihood(student_logp, policy.advantages.detach().to(student_logp.dtype))
+    else:
+        loss = policy_gradient_loss(student_logp, policy.advantages, policy.old_log_prob, policy.clip_range)
     if policy.importance_weights is not None:
         loss = policy.importance_weights.detach() * loss
     return policy.weight * loss
+
+
+def _negative_likelihood(student_logp: Tensor, weight: Tensor) -> Tensor:
+    """−weight · log p(y), where −∞ times a weight of 0 is 0."""
+    return -weight * torch.where(weight == 0, 0.0, student_logp)
+
+
+def _factor(policy: PolicyTerm, like: Tensor) -> Tensor:
+    """weight · importance of every token."""
+    factor = torch.full_like(like, policy.weight)
+    return factor if policy.importance_weights is None else factor * policy.importance_weights.to(like.dtype)
 
 
 def add_few_tokens(

@@ -190,11 +190,12 @@ class HeadSpec:
 class PolicyTerm:
     """Reinforcement learning on the same rows: weight · importance · clipped surrogate, arXiv 1707.06347.
 
-    −min(r A, clip(r, 1−low, 1+high) A) with r = p(y) / old(y), y the response token and p the student at its loss temperature.
+    −min(r A, clip(r, 1−low, 1+high) A) with r = p(y) / old(y), y the response token and p the student at its loss temperature. With
+    `likelihood` it is −A log p(y): cross-entropy with y, whose gradient is that of the surrogate at r = 1.
     """
 
     advantages: Float[Tensor, " tokens"]
-    """A, without gradient."""
+    """A, without gradient. With `likelihood`, each token's weight; a token of weight 0 has a loss of 0 whatever its probability."""
     old_log_prob: Float[Tensor, " tokens"] | None = None
     """log old(y) in nats; None means the student itself, r = 1."""
     clip_range: float | tuple[float, float] | None = None
@@ -202,7 +203,9 @@ class PolicyTerm:
     importance_weights: Float[Tensor, " tokens"] | None = None
     """Factor per token, for example a truncated trainer / rollout probability ratio; without gradient."""
     weight: float = 1.0
-    """λ_rl."""
+    """λ_rl, or that of the cross-entropy."""
+    likelihood: bool = False
+    """Cross-entropy with the response token in the place of the surrogate; then there is no old log-prob and nothing is clipped."""
 
     def at(self, index: Any) -> PolicyTerm:
         """The term at some tokens."""

@@ -5,6 +5,7 @@ A term whose weight is 0 is left out, so that the result is bit for bit the othe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -85,7 +86,8 @@ def combine_advantages(
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
-    """The loss of one update: λ_distill · distillation + λ_rl · clipped policy gradient. A term of weight 0 is not computed."""
+    """The loss of one update: λ_distill · distillation + λ_rl · clipped policy gradient, or + λ_ce · cross-entropy with responses that the
+    student did not draw. A term of weight 0 is not computed."""
 
     distill: Objective = field(default_factory=Objective)
     distill_weight: float = 1.0
@@ -98,9 +100,18 @@ class Hybrid:
     """match divides each term by its standard deviation over the batch first."""
     clip_range: float | tuple[float, float] | None = None
     """Of the policy gradient: ε, or (low, high)."""
+    cross_entropy: float = 0.0
+    """λ_ce, the weight of −log p(y) at the tokens y of responses that come from elsewhere than the student."""
 
     def __post_init__(self) -> None:
         check_weights(self.rl_weight, self.distill_weight)
+        if not (math.isfinite(self.cross_entropy) and self.cross_entropy >= 0):
+            raise ObjectiveError(f"cross_entropy={self.cross_entropy} must be a number ≥ 0; 0 leaves it out.")
+        if self.cross_entropy and self.rl_weight:
+            raise ObjectiveError(
+                f"cross_entropy={self.cross_entropy} is about responses of others, and rl_weight={self.rl_weight} about the student's own; set one "
+                "of them to 0."
+            )
         if self.mixed:
             check_combined(self.distill, self.combine)
 

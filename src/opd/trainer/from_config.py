@@ -200,6 +200,7 @@ class RunComponents:
             pad_id=self.pad_id,
             device=self.student.device,
             ranks=self.ranks,
+            cross_entropy=config.rollout.cross_entropy,
         )
         self.canary = Canary(config, teachers.members, self._prompts, self.ranks)
         self.sampler = self._sampler(self._kept_rollouts() or self._given.sampler or self.student_sampler)

@@ -24,7 +24,7 @@ from opd.teachers.local import mask_vocabulary
 from opd.teachers.vocabulary import VocabularyMatch
 from opd.trainer.details import ViewCollector
 from opd.trainer.guardrails import check_loss
-from opd.trainer.metrics import TokenMetrics
+from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
 from opd.types import AnyTarget, Batch, DenseTarget, HiddenTarget, TeacherMixture
 
 LOG_PROB_CHUNK = 1024  # tokens whose logits are there at once
@@ -136,7 +136,7 @@ class Policy:
                     teacher_temperature=hybrid.distill.teacher_temperature,
                 )
                 watch.add(batch, rows, views)
-        return total, TokenLoss(loss=per_token, metrics=metrics)
+        return total, TokenLoss(loss=per_token, metrics=_told(metrics, hybrid))
 
     def _materialized(
         self, batch: Batch, objective: Objective | Hybrid, watch: ViewCollector | None = None
@@ -160,7 +160,7 @@ class Policy:
             own, temperature = select_target(target, rows), hybrid.distill.teacher_temperature
             views = views_from_logits(logits[rows], own, batch.response_ids[rows], teacher_temperature=temperature)
             watch.add(batch, rows, views)
-        return weighted_sum(loss, batch.token_weights), TokenLoss(loss=loss, metrics=metrics)
+        return weighted_sum(loss, batch.token_weights), TokenLoss(loss=loss, metrics=_told(metrics, hybrid))
 
     def _target(self, batch: Batch, hybrid: Hybrid, *, dense: bool) -> AnyTarget | None:
         """The batch's target, where distillation has a say; hidden states as logits where they are on another device, or `dense`."""
@@ -182,7 +182,18 @@ def no_teacher(_target: HiddenTarget) -> torch.Tensor:
     raise AssertionError("a run without a teacher has no hidden targets")
 
 
+def _told(metrics: dict[str, torch.Tensor], hybrid: Hybrid) -> dict[str, torch.Tensor]:
+    """Without those of a policy gradient where the term in its place is a cross-entropy, which `student_logp` tells."""
+    if hybrid.rl_weight != 0.0:
+        return metrics
+    return {name: value for name, value in metrics.items() if name not in POLICY_MEANS}
+
+
 def _policy(batch: Batch, hybrid: Hybrid) -> PolicyTerm | None:
+    if hybrid.cross_entropy > 0.0:
+        others = [float(rollout.source != "student") for rollout in batch.rollouts]
+        weights = torch.tensor(others, device=batch.sequence_index.device)[batch.sequence_index]
+        return PolicyTerm(advantages=weights, weight=hybrid.cross_entropy, likelihood=True)
     if hybrid.rl_weight == 0.0:
         return None
     assert batch.advantages is not None

@@ -229,6 +229,7 @@ EFFECTS: dict[str, Effect] = {
             "rollout.ahead",
             "rollout.importance_cap",
             "rollout.lmbda",
+            "rollout.cross_entropy",
             "rollout.off_policy",
             "rollout.source",
             "optimizer.name",

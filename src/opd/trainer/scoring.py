@@ -90,11 +90,12 @@ class StepScorer:
         pad_id: int,
         device: torch.device,
         ranks: Ranks = ALONE,
+        cross_entropy: float = 0.0,
     ) -> None:
         """`kind` is the one that the teacher's `bind_objective` settled; `ensemble` is the teacher itself where it is several, whose
         weights may move from step to step; `kept` counts what of theirs is kept; `rewards` are for train.drop
-        and log.reward where there is no reinforcement."""
-        self.hybrid = rl.hybrid(objective, train.steps)
+        and log.reward where there is no reinforcement; `cross_entropy` is rollout.cross_entropy."""
+        self.hybrid = rl.hybrid(objective, train.steps, cross_entropy)
         self.token_fraction = train.token_fraction
         self.teacher = teacher
         self.kind: TargetKind | None = kind
