@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from benchmarks.markdown import END
 from benchmarks.real import chat
 from benchmarks.real.recovery import plan, report
-from benchmarks.real.recovery.command import PAGE, TABLE, smoke
+from benchmarks.real.recovery.command import DOCS, FIGURE, PAGE, START, TABLE, smoke
+from benchmarks.real.recovery.figure import scatter
 from benchmarks.real.recovery.instructions import INSTRUCTIONS
 from benchmarks.real.store import Row
 
@@ -105,6 +107,14 @@ def test_the_page_has_arms_with_all_their_seeds_at_the_rate_that_left_least(tmp_
 @pytest.mark.skipif(not TABLE.exists(), reason="no results are kept yet")
 def test_the_page_is_what_the_table_gives():
     assert PAGE.read_text("utf-8") == report.page(plan.store(TABLE))
+
+
+@pytest.mark.skipif(not TABLE.exists(), reason="no results are kept yet")
+def test_the_docs_and_the_figure_are_what_the_table_gives():
+    found = report.groups(plan.store(TABLE))
+    quoted = DOCS.read_text("utf-8").split(START)[1].split(END)[0]
+    assert quoted.strip() == report.headline(found).strip()
+    assert FIGURE.read_text("utf-8") == scatter(found)
 
 
 def test_two_updates_of_a_tiny_model_bring_it_nearer_to_its_original(tmp_path):

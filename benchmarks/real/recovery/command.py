@@ -15,14 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import RESULTS as ALL_RESULTS
+from benchmarks import ROOT
+from benchmarks.markdown import put_between
 from benchmarks.real.recovery import plan
 from benchmarks.real.recovery.arms import prepare
-from benchmarks.real.recovery.report import page
+from benchmarks.real.recovery.figure import scatter
+from benchmarks.real.recovery.report import groups, headline, page
 from benchmarks.real.recovery.run import perform
 from benchmarks.real.store import Row, Store, fill
 
 RESULTS = ALL_RESULTS / "real"
-TABLE, PAGE = RESULTS / "recovery.csv", RESULTS / "recovery.md"
+TABLE, PAGE, FIGURE = RESULTS / "recovery.csv", RESULTS / "recovery.md", RESULTS / "recovery.svg"
+DOCS, START = ROOT / "docs" / "recovery.md", "<!-- written by python -m benchmarks real_recovery -->\n"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,6 +59,10 @@ def main(argv: Sequence[str]) -> int:
         _fill(store, plan.baselines(plan.SEEDS), options.workers)
         _fill(store, [one for one in plan.reported(store) if one.arm in options.arms], options.workers)
     PAGE.write_text(page(store), encoding="utf-8")
+    found = groups(store)
+    if said := headline(found):
+        FIGURE.write_text(scatter(found), encoding="utf-8")
+        put_between(DOCS, START, said)
     return 0
 
 

@@ -124,6 +124,32 @@ def page(store: Store) -> str:
     return "\n".join(parts) + "\n"
 
 
+def headline(found: dict[str, Group]) -> str:
+    """The table and the sentence of docs/recovery.md; nothing before the damaged model and an arm have all seeds."""
+    damaged, original = found.get(DAMAGED), found.get(ORIGINAL)
+    arms = {arm: group for arm, group in found.items() if arm in ARMS}
+    if damaged is None or original is None or not arms:
+        return ""
+    head = ["model", "reverse KL to the original", "forward KL", "constraints met, %", "skill, %", "CPU s"]
+    lines = [
+        [
+            group.title,
+            *(interval(group.values(name)).text(3) for name in ("reverse_kl", "forward_kl_on_original")),
+            interval(group.values("satisfied")).text(0, 100),
+            f"{100 * group.skill().mean():.1f}" if group is original else _range(group),
+            _mean(group, "cpu_seconds") if group is not original else "",
+        ]
+        for group in found.values()
+    ]
+    kept = {arm: 100 * group.skill() / damaged.skill() for arm, group in arms.items()}
+    said = [
+        f"{group.title}: {ratio(group.values('reverse_kl'), damaged.values('reverse_kl')).text(1, 100)} % of the damaged model's reverse KL is left, "
+        f"and {kept[arm].mean():.0f} % ({kept[arm].min():.0f} to {kept[arm].max():.0f}) of its skill."
+        for arm, group in arms.items()
+    ]
+    return table(head, lines) + "\n\n" + "\n".join(f"- {one}" for one in said) + "\n"
+
+
 KLS = {
     "reverse_kl": "reverse KL, own answers",
     "forward_kl": "forward KL, own answers",
