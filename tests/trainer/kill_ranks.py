@@ -52,7 +52,9 @@ def kill_again_and_again(world: Path, results: Path, parallel: str, kills: int) 
         out, victims = results / f"ranks-{number}", VICTIMS[len(found) % len(VICTIMS)]
         begun_before = changed(chains[-1])
         children = start(RANKS, out, partial(train, world, chains[-1], values, resume=True), words=True)
-        while changed(chains[-1]) == begun_before:  # until they have met, only the process that started them can end them
+        while (
+            changed(chains[-1]) == begun_before
+        ):  # until they have met, only the process that started them can end them
             time.sleep(0.01)
         time.sleep(draw.uniform(0, SHARE * duration))
         if os.waitpid(children[0], os.WNOHANG)[0]:  # it had ended by itself: the next kill is of a new run

@@ -74,7 +74,7 @@ class Group:
 
 
 def groups(store: Store) -> dict[str, Group]:
-    """By arm: the baselines, and every arm with all of its seeds."""
+    """By arm: the baselines, and every arm that has as many of the first seeds as any other arm."""
     found: dict[str, Group] = {}
     original = store.of([Setting(arm=ORIGINAL, seed=0)])
     if original:
@@ -84,11 +84,18 @@ def groups(store: Store) -> dict[str, Group]:
         lr = plan.chosen(store, arm)
         if lr is not None:
             wanted[arm] = (ARMS[arm].title, [plan.setting(arm, lr, seed) for seed in SEEDS])
-    for arm, (title, settings) in wanted.items():
-        rows = store.of(settings)
-        if len(rows) == len(SEEDS):
-            found[arm] = Group(title, tuple(rows))
+    there = {arm: [store.of([one]) for one in settings] for arm, (_, settings) in wanted.items()}
+    finished = {arm: [*map(bool, rows), False].index(False) for arm, rows in there.items()}
+    seeds = max((count for arm, count in finished.items() if arm in ARMS), default=0)
+    for arm, (title, _) in wanted.items():
+        if 0 < seeds <= finished[arm]:
+            found[arm] = Group(title, tuple(row for (row,) in there[arm][:seeds]))
     return found
+
+
+def seeds_of(found: dict[str, Group]) -> int:
+    """How many the arms have; 0 before there is one."""
+    return max((len(group.rows) for arm, group in found.items() if arm in ARMS), default=0)
 
 
 def page(store: Store) -> str:
@@ -100,7 +107,7 @@ def page(store: Store) -> str:
         f"{DAMAGE.words} words in the opposite order, and forgets how to chat. That takes {DAMAGE.warm_steps} supervised updates of 24 rows "
         f"at a rate of {DAMAGE.warm_rate:g}. Every arm begins there and makes {STEPS} updates of {CHAT} chat prompts, with answers of at most "
         f"{TOKENS} tokens. Arms with the skill add {SKILL} of its rows, for half of the weight. Intervals are the middle 95 % of a bootstrap "
-        f"over {len(SEEDS)} seeds and all prompts.\n",
+        f"over {seeds_of(found)} seeds and all prompts.\n",
         "## What came back\n",
         _main(found),
         f"\nKL to the original on {chat.HELD_OUT} held-out prompts, in nats per token: on the model's own answers, and on the original's, "
