@@ -104,6 +104,23 @@ def test_the_page_has_arms_with_all_their_seeds_at_the_rate_that_left_least(tmp_
     assert store.missing(wanted) == wanted[-1:]
 
 
+def test_before_the_last_seed_the_page_is_of_those_that_all_arms_have(tmp_path):
+    store = plan.store(tmp_path / "recovery.csv")
+    for one in plan.baselines((plan.TUNING_SEED, *plan.SEEDS)):
+        store.add(line(one, 0.0 if one.arm == plan.ORIGINAL else 2.0))
+    for one in plan.grid():
+        store.add(line(one, 0.5))
+    assert report.seeds_of(report.groups(store)) == 0 and report.headline(report.groups(store)) == ""
+    for one in plan.reported(store):
+        if one.seed < 2 and (one.arm, one.seed) != ("sft", 1):
+            store.add(line(one, 0.25))
+    found = report.groups(store)
+    assert {len(group.rows) for arm, group in found.items() if arm != plan.ORIGINAL} == {2}
+    assert set(found) == {plan.ORIGINAL, plan.DAMAGED, *plan.ARMS} - {"sft"}
+    assert "bootstrap over 2 seeds" in report.page(store)
+    assert "12.5 (12.5 to 12.5) % of the damaged model's reverse KL is left" in report.headline(found)
+
+
 @pytest.mark.skipif(not TABLE.exists(), reason="no results are kept yet")
 def test_the_page_is_what_the_table_gives():
     assert PAGE.read_text("utf-8") == report.page(plan.store(TABLE))

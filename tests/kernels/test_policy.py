@@ -78,6 +78,17 @@ def test_with_likelihood_the_term_is_the_cross_entropy_with_the_response_tokens(
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_with_likelihood_a_token_of_weight_0_may_have_no_probability(way):
+    world = World(40, 6, 29)
+    impossible = int(world.response_ids[0])
+    world.parts["bias"] = world.bias.index_fill(0, world.response_ids[:1], -math.inf)
+    weights = torch.where(world.response_ids == impossible, 0.0, 1.0).double()
+    found = run(world, "none", way, policy=PolicyTerm(advantages=weights, likelihood=True), chunk_tokens=7)
+    assert bool(found["policy_loss"].isfinite().all()) and float(found["policy_loss"][0]) == 0.0
+    assert all(bool(found[name].isfinite().all()) for name in ("loss", *GRADIENTS))
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_the_policy_term_at_its_bounds_is_the_surrogate_of_losses(way):
     """Ratios set from logarithms sit a rounding on either side of a bound, so both sides of it are met in every advantage."""
     world, policy = meetings()
