@@ -29,7 +29,8 @@ class Interval:
     high: float
 
     def text(self, digits: int, factor: float = 1.0) -> str:
-        value, low, high = (f"{factor * x:.{digits}f}" for x in (self.value, self.low, self.high))
+        rounded = (round(factor * x, digits) + 0.0 for x in (self.value, self.low, self.high))  # 0.0, and no −0.0
+        value, low, high = (f"{x:.{digits}f}" for x in rounded)
         return f"{value} ({low} to {high})"
 
 
