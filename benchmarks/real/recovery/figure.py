@@ -12,9 +12,15 @@ from benchmarks.svg import STYLE, Axis
 WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 34, 46
 LEGEND_ROW = 18
-DAMAGED_COLOUR = "#59636e"
-COLOURS = ("#0072b2", "#009e73", "#56b4e9", "#d55e00", "#e69f00")
-"""Of the arms: distillation on own samples in blue and green, on the original's answers in orange (Okabe and Ito)."""
+COLOURS = {
+    DAMAGED: "#59636e",
+    "opd": "#0072b2",
+    "two_teachers": "#009e73",
+    "off_policy": "#cc79a7",
+    "sft": "#d55e00",
+    "mixing": "#e69f00",
+}
+"""Distillation on own samples in blue and green, learning from the original's answers in red and orange (Okabe and Ito)."""
 KL_GOAL, SKILL_GOAL = 0.1, 0.9
 SHARES = (0, 20, 40, 60, 80, 100)
 
@@ -22,7 +28,6 @@ SHARES = (0, 20, 40, 60, 80, 100)
 def scatter(found: Mapping[str, Group]) -> str:
     """The SVG's text."""
     drawn = {arm: group for arm, group in found.items() if arm != ORIGINAL}
-    colours = dict(zip([arm for arm in drawn if arm != DAMAGED], COLOURS, strict=False)) | {DAMAGED: DAMAGED_COLOUR}
     distances = [mean(row, "reverse_kl") for group in drawn.values() for row in group.rows]
     x = Axis(min(distances) / 1.5, max(distances) * 1.5, LEFT, WIDTH - RIGHT)
     out = [
@@ -47,7 +52,7 @@ def scatter(found: Mapping[str, Group]) -> str:
         "(to the left is nearer)</text>"
     )
     for place, (arm, group) in enumerate(drawn.items()):
-        dot = f'r="5" style="fill:{colours[arm]};fill-opacity:.75;stroke:#fff"'
+        dot = f'r="5" style="fill:{COLOURS[arm]};fill-opacity:.75;stroke:#fff"'
         for row in group.rows:
             out.append(
                 f'<circle cx="{x.at(mean(row, "reverse_kl")):.1f}" cy="{_height(100 * row.number("skill")):.1f}" {dot}/>'
@@ -65,7 +70,7 @@ def _goal(damaged: Group, x: Axis) -> list[str]:
     below, above = _height(100 * SKILL_GOAL * float(damaged.skill().mean())), _height(SHARES[-1])
     return [
         f'<rect x="{LEFT}" y="{above:.1f}" width="{right - LEFT:.1f}" height="{below - above:.1f}" style="fill:#009e73;fill-opacity:.12"/>',
-        f'<text class="s" x="{LEFT + 6}" y="{below - 6:.1f}">a tenth of the distance, nine tenths of the skill</text>',
+        f'<text class="s" x="{right + 8:.1f}" y="{(above + below) / 2 + 4:.1f}">the goal</text>',
     ]
 
 
