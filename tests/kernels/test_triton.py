@@ -435,6 +435,14 @@ def test_policy_and_entropy_without_a_teacher(settings):
         same_as_reference(world_of(*shape), "none", **settings)
 
 
+@pytest.mark.parametrize("kind", ["none", "hidden", "sampled"])
+def test_cross_entropy_with_the_response_tokens(kind):
+    for shape in SHAPES:
+        world = world_of(*shape)
+        policy = world.policy(old_log_prob=None, clip_range=None, likelihood=True)
+        same_as_reference(world, kind, policy=policy)
+
+
 @pytest.mark.parametrize("masked", ["by id", "by bias"])
 @pytest.mark.parametrize("kind", ["none", "top_k"])
 def test_a_token_that_is_masked_has_probability_zero_even_if_it_was_the_response(kind, masked):
