@@ -22,6 +22,7 @@ from rank_cases import exit_codes, start
 
 torch.set_num_threads(1)
 RANKS = 2
+PHASES = 3  # different newest checkpoints that the kills must have hit; a few more kills are made until they have
 VICTIMS: tuple[tuple[int, ...], ...] = ((0,), (1,), (0, 1))
 SHARE = 0.7
 """Of the time of an undisturbed run, in which a kill falls once the ranks have met."""
@@ -47,7 +48,7 @@ def kill_again_and_again(world: Path, results: Path, parallel: str, kills: int) 
     duration, draw, number = time.monotonic() - began, random.Random(0), 0
     found: list[dict[str, Any]] = []
     chains = [results / "chain-0"]
-    while len(found) < kills:
+    while len(found) < kills or (len({kill["saved"] for kill in found}) < PHASES and len(found) < 4 * kills):
         number += 1
         out, victims = results / f"ranks-{number}", VICTIMS[len(found) % len(VICTIMS)]
         begun_before = changed(chains[-1])

@@ -85,15 +85,21 @@ def assert_same_metrics(one: Taken, other: Taken, case: str) -> None:
     assert other["evaluation"] == pytest.approx(one["evaluation"], rel=bound, abs=bound)
 
 
-def run_cases(program: Path, school: Path, results: Path, worlds: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Run a program of cases on each number of ranks; by that number, what its rank 0 has seen."""
+def run_program(program: Path, *words: object, timeout: float = 400, **environment: str) -> str:
+    """What a program of this folder prints. It has to end well, within `timeout` seconds."""
     paths = os.pathsep.join([str(program.parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(program), str(school), str(results), *map(str, worlds)],
-        env={**os.environ, "PYTHONPATH": paths},
+        [sys.executable, str(program), *map(str, words)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_cases(program: Path, school: Path, results: Path, worlds: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Run a program of cases on each number of ranks; by that number, what its rank 0 has seen."""
+    run_program(program, school, results, *worlds)
     return {world: torch.load(results / f"{world}.pt", weights_only=False) for world in worlds}

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fsdp2_runs import BAD_STEP, MINUTE
-from rank_checks import WEIGHT
+from rank_checks import WEIGHT, run_program
 from safetensors.torch import load_file
 
 from opd.config.ranks import check_ranks
@@ -30,15 +27,7 @@ PROGRAM = Path(__file__).with_name("fsdp2_runs.py")
 def results(world, tmp_path_factory) -> Path:
     """The folders of all runs."""
     folder = tmp_path_factory.mktemp("runs")
-    paths = os.pathsep.join([str(PROGRAM.parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(world), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_program(PROGRAM, world, folder)
     return folder
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from kill_ranks import MINUTE, VICTIMS
+from kill_ranks import MINUTE, PHASES, VICTIMS
+from rank_checks import run_program
 from safetensors.torch import load_file
 
 from opd.reporting.record import read_metrics
@@ -22,19 +20,10 @@ PROGRAM = Path(__file__).with_name("kill_ranks.py")
 @pytest.mark.endurance
 @pytest.mark.parametrize(("parallel", "count"), [("fsdp2", 10), ("ddp", 5)])
 def test_kills_at_random_moments_change_nothing(world, tmp_path, parallel, count):
-    paths = os.pathsep.join([str(PROGRAM.parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(world), str(tmp_path), parallel, str(count)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = json.loads(run_program(PROGRAM, world, tmp_path, parallel, count, timeout=900).splitlines()[-1])
     kills = seen["kills"]
-    assert len(kills) == count and {tuple(kill["victims"]) for kill in kills} == set(VICTIMS)
-    assert len({kill["saved"] for kill in kills}) >= 3, "the kills must fall in different phases of the run"
+    assert len(kills) >= count and {tuple(kill["victims"]) for kill in kills} == set(VICTIMS)
+    assert len({kill["saved"] for kill in kills}) >= PHASES, "the kills must fall in different phases of the run"
     for kill in kills:
         killed = [code == -signal.SIGKILL for code in kill["codes"]]
         assert [rank for rank, dead in enumerate(killed) if dead] == kill["victims"], kill

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from peak_ranks import WORLD
+from rank_checks import run_program
 
 PROGRAM = Path(__file__).with_name("peak_ranks.py")
 STATES = 4
@@ -20,19 +19,8 @@ ROUNDED_UP = 1.15
 @pytest.mark.endurance
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 def test_the_peak_of_a_process_is_its_part_of_the_states_a_gathered_layer_and_activations(tmp_path):
-    paths = os.pathsep.join([str(PROGRAM.parent.parent), os.environ.get("PYTHONPATH", "")])
-    settings = {
-        "PYTHONPATH": paths,
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-    }  # freed memory goes back to the system at once
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for rank in json.loads(done.stdout.splitlines()[-1]):
+    # With this threshold of malloc, freed memory goes back to the system at once.
+    said = run_program(PROGRAM, tmp_path, timeout=600, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+    for rank in json.loads(said.splitlines()[-1]):
         bound = ROUNDED_UP * STATES * rank["whole"] / WORLD + rank["layer"] + rank["activations"]
         assert 0.8 * bound < rank["peak"] <= bound, rank

@@ -133,7 +133,7 @@ def page(store: Store) -> str:
 
 
 def headline(found: dict[str, Group]) -> str:
-    """The table and the sentence of docs/recovery.md; nothing before the damaged model and an arm have all seeds."""
+    """The table of docs/recovery.md and a sentence for every arm; nothing before an arm has a seed."""
     damaged, original = found.get(DAMAGED), found.get(ORIGINAL)
     arms = {arm: group for arm, group in found.items() if arm in ARMS}
     if damaged is None or original is None or not arms:
