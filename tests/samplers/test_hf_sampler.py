@@ -68,7 +68,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(model):
         probs = plain_logp(model, rollout).exp()
         for row, token in zip(probs, rollout.response_ids, strict=True):
             above = row[row > row[token]].sum()
-            assert above < 0.5, "a token outside the nucleus was sampled"
+            assert above < 0.5 + 1e-5, "a token outside the nucleus was sampled"
 
 
 def test_samples_follow_the_model_s_distribution(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from typing import Any
 
@@ -17,7 +18,13 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 CLIENTS = 64
 REQUESTS = 4
 """Of each client, one after the other."""
-TOLERANCE = 2e-6  # of float32 hidden states of size about 1, read in other batches
+
+
+def rounding(model: Any) -> float:
+    """How far float32 moves hidden states on this machine: of the first clients' rows, each alone, from float64."""
+    exact = copy.deepcopy(model).double()
+    rows = [one for number in range(8) for rows in requests_of(number) for one in rows]
+    return max(float((expected_hidden(model, one) - expected_hidden(exact, one)).abs().max()) for one in rows)
 
 
 def requests_of(client: int) -> list[list[dict[str, Any]]]:
@@ -99,7 +106,7 @@ def test_64_clients_get_their_own_answers_whatever_one_slow_and_one_leaving_clie
     expected = sum(len(rows) for number in range(CLIENTS) for rows in requests_of(number)) + 32
     assert len(pairs) == expected == len({one["id"] for one, _ in pairs})
     worst = max(float((hidden - expected_hidden(model, one)).abs().max()) for one, hidden in pairs)
-    assert worst <= TOLERANCE
+    assert worst <= 4 * rounding(model) < 1e-4, "two readings in float32, and another row differs by about 1"
     assert left > 0
     assert refused > 0
     assert max(map(len, served.batches)) > 5, "rows of several clients share a batch"

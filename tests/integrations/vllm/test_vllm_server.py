@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import vllm_world as world_of
-from vllm_world import EOS, PROMPTS, TOKENS, own_logp, recipe
+from vllm_world import EOS, PROMPTS, TOKENS, recipe, sampler_gap
 
 from opd.errors import ServerError
 from opd.samplers.base import Sampling
@@ -37,8 +37,7 @@ def parts(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 def worst(parts: RunComponents, sampling: Sampling, seed: int = 3) -> float:
     """The largest difference of a sampler's log-prob from transformers'."""
     rollouts = parts.student_sampler.with_sampling(sampling).sample(PROMPTS * 4, seed=seed)
-    gaps = [own_logp(parts.student.model, r, sampling) - torch.tensor(r.sampler_logp) for r in rollouts]
-    return max(float(gap.abs().max()) for gap in gaps)
+    return max(sampler_gap(parts.student.model, r, sampling) for r in rollouts)
 
 
 def nudge(parts: RunComponents, scale: float = 0.02) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def recipe(world: Path, run_dir: Path, **more: object) -> Config:
         "run_dir": str(run_dir),
     }
     return build(merge({}, base | {key.replace("__", "."): value for key, value in more.items()}))
+
+
+BORDER = 1e-4
+"""Tokens whose place in a nucleus hangs on less than this much probability may be in it or not: two engines round apart."""
+
+
+def sampler_gap(model: PreTrainedModel, rollout: Rollout, sampling: Sampling) -> float:
+    """The largest difference of a rollout's log-probs from transformers', whichever side of a nucleus's border they take."""
+    borders = (0.0,) if sampling.top_p == 1 else (-BORDER, 0.0, BORDER)
+    theirs = torch.tensor(rollout.sampler_logp)
+    ours = [own_logp(model, rollout, replace(sampling, top_p=sampling.top_p + border)) for border in borders]
+    return float(torch.stack([(one - theirs).abs() for one in ours]).min(0).values.max())
 
 
 @torch.no_grad()
