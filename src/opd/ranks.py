@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from opd.errors import OpdError, RankError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)
@@ -67,15 +67,19 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make each gradient the sum over the ranks. One that no rank has stays None."""
 
+    def sum_vector(self, vector: Tensor) -> Tensor:
+        """The sum over the ranks of a float32 or float64 vector, which it takes the place of; the same bits on each. Every rank has to ask."""
+        return vector
+
     def add_up(self, numbers: Sequence[int]) -> list[int]:
         """Sums over the ranks. Every rank has to ask. Raises RankError for a rank that is gone."""
         return list(numbers)
 
-    def together(self, task: str) -> Any:
+    def together(self, task: str, *arguments: Any) -> Any:
         """What a task of `shared` makes on rank 0, which alone asks; the others do it in their next question. Raises RankError where one
         of them is gone."""
         assert self.shared is not None
-        return self.shared.do(task)
+        return self.shared.do(task, *arguments)
 
     @property
     def complete(self) -> bool:
@@ -118,6 +122,7 @@ class _Task:
     """What rank 0 says in the place of a value where all ranks are to do something before they go on."""
 
     name: str
+    arguments: tuple[Any, ...] = ()
 
 
 class Shared(Protocol):
@@ -129,8 +134,8 @@ class Shared(Protocol):
     def go_along(self) -> None:
         """Do as the others do until every rank is here."""
 
-    def do(self, task: str) -> Any:
-        """What the task of this name makes here. Every rank does it."""
+    def do(self, task: str, *arguments: Any) -> Any:
+        """What the task of this name makes here. Every rank does it, with the same arguments."""
 
 
 class Joined(Ranks):
@@ -158,17 +163,17 @@ class Joined(Ranks):
     def complete(self) -> bool:
         return self.shared is None or self._served or not self._ended
 
-    def together(self, task: str) -> Any:
+    def together(self, task: str, *arguments: Any) -> Any:
         assert self.first and self.shared is not None
         if self._ended and not self._served:
             raise RankError(f"The ranks that have a part in the {task} have ended.")
         if not self._served:
             self._go_along()
-        found = self._exchange(_Task(name=task))
+        found = self._exchange(_Task(name=task, arguments=arguments))
         if not self._served:
             self._check(found)
         with self.noticing():
-            return self.shared.do(task)
+            return self.shared.do(task, *arguments)
 
     def _go_along(self) -> None:
         if self.shared is not None:
@@ -181,7 +186,7 @@ class Joined(Ranks):
             return False
         assert self.shared is not None
         with self.noticing():
-            self.shared.do(found[0].name)
+            self.shared.do(found[0].name, *found[0].arguments)
         return True
 
     def _check(self, found: Sequence[Any]) -> None:
@@ -261,7 +266,6 @@ class Joined(Ranks):
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         import torch
-        import torch.distributed as dist
 
         present = self.gather([parameter.grad is not None for parameter in parameters])
         held: list[torch.Tensor] = []
@@ -272,13 +276,23 @@ class Joined(Ranks):
         for bucket in _buckets(held):
             # Sums of coarse gradients are float32, and rounded once.
             flat = torch.cat([g.flatten() if g.dtype == torch.float64 else g.flatten().float() for g in bucket])
-            try:
-                dist.all_reduce(flat)
-            except RuntimeError as error:
-                self._ended = True
-                raise self._lost(error) from error
+            self._all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    def sum_vector(self, vector: Tensor) -> Tensor:
+        self.gather(None)  # what another rank failed at is raised here
+        self._all_reduce(vector)
+        return vector
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        import torch.distributed as dist
+
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            self._ended = True
+            raise self._lost(error) from error
 
     def fail(self, error: BaseException) -> bool:
         """Tell the other ranks that this one ends; False where nobody could be told."""

@@ -23,7 +23,7 @@ from opd.trainer.lora import add_lora
 
 torch.set_num_threads(1)
 FEWER = "fewer rollouts than ranks"
-LEFT_OUT = {"muon", "the mean of sequences", "tokens of high entropy"}
+LEFT_OUT = {"muon", "natural gradient", "the mean of sequences", "tokens of high entropy"}
 QUICK: dict[str, object] = {"guard__canary__action": "off"}
 FORMS: dict[str, dict[str, object]] = {
     "weights gathered layer by layer for every token": {"by_layer": True},

@@ -37,8 +37,8 @@ LONG: dict[str, object] = {
     "checkpoint__every": 2,
     "optimizer__schedule": "constant",
 }
-LEGS = ((4, "fsdp2", 2), (2, "fsdp2", 4), (2, "ddp", 5), (1, "fsdp2", 6))
-"""Ranks, train.parallel and train.steps of a run that goes on three times."""
+LEGS = ((4, "fsdp2", 2), (2, "fsdp2", 3), (2, "ddp", 4), (3, "fsdp2", 5), (1, "fsdp2", 6))
+"""Ranks, train.parallel and train.steps of a run that goes on four times."""
 BAD_STEP = 3
 
 

@@ -42,6 +42,7 @@ LEARNT: dict[str, dict[str, object]] = {
     "two teachers": {"teachers": True, "mixture__balance_tokens": True, "mixture__weights": {"even": 0.3, "odd": 0.7}},
 }
 MUON = "muon"
+NATURAL = "natural gradient"
 MORE: dict[str, dict[str, object]] = {
     "a mixture": {"teachers": True, "mixture__kind": "probability"},
     "whole logits": {"teacher__supply": "dense"},
@@ -49,6 +50,13 @@ MORE: dict[str, dict[str, object]] = {
     "the mean of sequences": {"objective__reduction": "sequence_mean", "train__drop": ["truncated"]},
     "tokens of high entropy": {"train__token_fraction": 0.3, "rollout__top_p": 0.9},
     MUON: {"optimizer__name": "muon"},
+    NATURAL: {
+        "optimizer__name": "natural_gradient",
+        "optimizer__lr": 0.5,
+        "optimizer__natural_gradient__iterations": 4,
+        "optimizer__natural_gradient__probes": 2,
+        "train__token_fraction": 0.6,
+    },
     "the teacher's samples": {
         "rollout__lmbda": 0.5,
         "rollout__off_policy": "teacher",

@@ -226,7 +226,6 @@ def test_a_run_goes_on_with_another_number_of_ranks_as_if_it_had_not_stopped(wor
     [
         ({}, ["13"], r"13 ranks are more than the 12 samples of a step .* Start 12 or fewer"),
         ({"rollout__engine": "vllm"}, ["2"], r"rollout\.engine=vllm serves one training process"),
-        ({"optimizer__name": "natural_gradient"}, ["2"], r"Set optimizer\.name=adamw or muon"),
         ({"teacher__device": "cuda:1"}, ["2"], r"teacher\.device=cuda:1 names one device.*Set teacher\.device=auto"),
         ({"teacher__cache": "scores"}, ["2"], r"teacher\.cache counts what it keeps in one process"),
         ({"train__parallel": "fsdp2", "optimizer__name": "muon"}, ["2"], r"muon orthogonalises whole matrices"),

@@ -14,6 +14,7 @@ from fsdp2_runs import BAD_STEP, MINUTE
 from rank_checks import WEIGHT, run_program
 from safetensors.torch import load_file
 
+from opd.cli.main import main
 from opd.config.ranks import check_ranks
 from opd.config.recipe import build, merge
 from opd.errors import ConfigError
@@ -48,12 +49,20 @@ def assert_same_student(run_dir: Path, reference: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_4_2_2_and_1_ranks_is_that_of_one_process(results):
+def test_a_run_of_4_2_2_3_and_1_ranks_is_that_of_one_process(results):
     assert_same_student(results / "legs", results / "whole")
     rows = [[(r.kind, r.step) for r in read_metrics(results / name)] for name in ("legs", "whole")]
     assert [row for row in rows[0] if row[0] == "step"] == [row for row in rows[1] if row[0] == "step"]
     losses = [[r.metrics["loss"] for r in read_metrics(results / n) if r.kind == "step"] for n in ("legs", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_divided_weights_is_evaluated_by_its_name(results, capsys):
+    newest = max((results / "killed" / "checkpoints").glob("step-*"))
+    assert (newest / "parts").is_dir()
+    assert main(["eval", str(newest), "--limit", "4"]) == 0, capsys.readouterr()
+    assert newest.name in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -88,7 +97,10 @@ def test_what_was_trained_is_saved_where_a_rank_ends_in_order(seen):
     ("more", "said"),
     [
         ({"optimizer__name": "muon"}, r"optimizer\.name=muon .* Set optimizer\.name=adamw, or train\.parallel=ddp"),
-        ({"optimizer__name": "natural_gradient"}, r"natural_gradient .* Set optimizer\.name=adamw, or train with one"),
+        (
+            {"optimizer__name": "natural_gradient"},
+            r"natural_gradient .* Set optimizer\.name=adamw, or train\.parallel=ddp",
+        ),
         (
             {"student__dtype": "float16", "student__lora__rank": 4},
             r"student\.dtype=float16 .* Set student\.dtype=bfloat16, or train\.parallel=ddp",

@@ -13,7 +13,7 @@ from opd.folders import MODEL_FILES, is_path
 from opd.reporting.files import CONFIG_FILE, METRICS_FILE, STATE_FILE
 
 RECIPES = (".yaml", ".yml")
-WEIGHTS = "weights.safetensors"
+WEIGHTS, PARTS = "weights.safetensors", "parts"  # of a checkpoint, whole or divided
 CHECKPOINTS = "checkpoints"
 KINDS = "a model's folder or hub name, a run folder, a checkpoint in RUN/checkpoints, or a recipe"
 
@@ -46,7 +46,7 @@ def named(name: str) -> Named:
         if is_path(name):
             raise ModelError(f"There is no folder '{name}'.{_near(place)} Give {KINDS}.")
         return Named(name=name, model=name)
-    if (place / WEIGHTS).is_file() and (place / STATE_FILE).is_file():
+    if any((place / name).exists() for name in (WEIGHTS, PARTS)) and (place / STATE_FILE).is_file():
         return _checkpoint(name, place)
     if any((place / file).is_file() for file in MODEL_FILES):
         return Named(name=name, model=name)

@@ -25,11 +25,6 @@ def check_ranks(settings: RunSettings, world: int) -> None:
         "rollout.engine=vllm serves one training process, and every rank would start or load a server of its own. Set rollout.engine=hf, or "
         "train with one process",
     )
-    _refuse(
-        settings.optimizer.name == "natural_gradient",
-        "optimizer.name=natural_gradient solves for its step over all rollouts in one process. Set optimizer.name=adamw"
-        f"{'' if train.parallel == 'fsdp2' else ' or muon'}, or train with one process",
-    )
     if train.parallel == "fsdp2":
         check_divided(settings)
     sections = {"student": settings.student, **_teachers(settings)}
@@ -51,6 +46,11 @@ def check_divided(settings: RunSettings) -> None:
         settings.optimizer.name == "muon",
         "optimizer.name=muon orthogonalises whole matrices, and with train.parallel=fsdp2 every rank has some rows of each. Set "
         "optimizer.name=adamw, or train.parallel=ddp",
+    )
+    _refuse(
+        settings.optimizer.name == "natural_gradient",
+        "optimizer.name=natural_gradient goes back through whole layers dozens of times a step, and with train.parallel=fsdp2 every rank has "
+        "a part of each. Set optimizer.name=adamw, or train.parallel=ddp",
     )
     _refuse(
         settings.student.dtype == "float16",

@@ -14,6 +14,8 @@ from opd.config import OptimizerConfig
 from opd.config.optimizer import NaturalGradientConfig
 from opd.errors import ConfigError
 from opd.optim.natural_gradient import natural_gradient_step
+from opd.ranks import ALONE, Ranks
+from opd.seeding import derive_seed
 from opd.types import Batch
 
 MUON_ADAMW_RATIO = 6.0  # Muon's lr over AdamW's when only one is given; see OptimizerConfig.adamw_lr
@@ -68,9 +70,11 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(_groups(parameters, config, config.peak_lr), {"lr": config.peak_lr})
         self.solver: NaturalGradientConfig = config.natural_gradient
 
-    def step_on(self, batches: Sequence[Batch], logits: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
-        """One step down the accumulated `.grad`, on the Fisher matrix of these micro-batches; its metrics. Raises NonFiniteError, and
-        then the weights are as before."""
+    def step_on(
+        self, batches: Sequence[Batch], logits: Callable[[Batch], torch.Tensor], ranks: Ranks = ALONE
+    ) -> dict[str, float]:
+        """One step down the accumulated `.grad`, on the Fisher matrix of these micro-batches and of the other ranks'; its metrics. Raises
+        NonFiniteError, and then the weights are as before."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         found = natural_gradient_step(
             parameters,
@@ -82,7 +86,9 @@ class NaturalGradient(torch.optim.Optimizer):
             trust_region=self.solver.trust_region,
             iterations=self.solver.iterations,
             probes=self.solver.probes,
+            draws=probe_draws,
             keep_graphs=self.solver.keep_graphs,
+            ranks=ranks,
         )
         rate = self.param_groups[0]["lr"]
         with torch.no_grad():
@@ -96,6 +102,20 @@ class NaturalGradient(torch.optim.Optimizer):
             "natural/residual": found.residual,
             "natural/iterations": float(found.iterations),
         }
+
+
+def probe_draws(batch: Batch, count: int) -> torch.Tensor:
+    """Uniform numbers [count, tokens] of a micro-batch's tokens, a function of each rollout alone, whatever it shares a micro-batch or a
+    process with."""
+    parts = []
+    for rollout in batch.rollouts:
+        seed = derive_seed(
+            rollout.id, len(rollout.prompt_ids), f"probes of {rollout.prompt_ids} {rollout.response_ids}"
+        )
+        source = torch.Generator().manual_seed(seed)
+        parts.append(torch.rand((count, len(rollout.response_ids)), generator=source, dtype=torch.float64))
+    uniform = torch.cat(parts, dim=1)
+    return uniform if batch.kept is None else uniform[:, batch.kept.cpu()]
 
 
 def _chosen(named: list[tuple[str, nn.Parameter]], pattern: str | None) -> list[nn.Parameter]:

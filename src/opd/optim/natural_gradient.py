@@ -21,13 +21,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opd.errors import ModelError, NonFiniteError
 from opd.optim.preconditioner import Kronecker
+from opd.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,21 +83,25 @@ def natural_gradient_step(
     trust_region: float = TRUST_REGION,
     iterations: int = ITERATIONS,
     probes: int = 0,
+    draws: Callable[[B, int], Float[Tensor, "probes tokens"]] | None = None,
     keep_graphs: bool = True,
+    ranks: Ranks = ALONE,
 ) -> NaturalStep:
-    """The step down `gradient`, that of the whole batch. Changes neither parameters nor their `.grad`.
+    """The step down `gradient`, that of the whole batch. Changes neither parameters nor their `.grad`. Several `ranks` have micro-batches
+    of their own, and all get the same step.
 
     `logits` runs the model on one micro-batch, at the temperature of the loss, and is differentiated twice; `token_weights` has one
-    tensor for each micro-batch; `probes` random gradients make a preconditioner, the same ones for the same weights and rollouts. Raises
-    NonFiniteError, and ModelError for a model without second derivatives.
+    tensor for each micro-batch; `probes` random gradients make a preconditioner, the same ones for the same weights and rollouts, with
+    `draws` as the uniform numbers in [0, 1) that they come from, which several ranks need. Raises NonFiniteError, and ModelError for a
+    model without second derivatives.
     """
-    fisher = Fisher(parameters, micro_batches, logits, token_weights, keep_graphs=keep_graphs)
+    fisher = Fisher(parameters, micro_batches, logits, token_weights, keep_graphs=keep_graphs, ranks=ranks)
     solved = conjugate_gradient(
         fisher,
         -flatten(gradient),
         damping=damping,
         iterations=iterations,
-        precondition=Kronecker(fisher.samples(probes), damping) if probes else None,
+        precondition=Kronecker(fisher.samples(probes, draws), damping) if probes else None,
     )
     kl = max(0.0, 0.5 * float(solved.x @ solved.product)) / fisher.total_weight
     scale = 1.0 if kl <= trust_region else (trust_region / kl) ** 0.5
@@ -113,7 +118,8 @@ def natural_gradient_step(
 
 
 class Fisher:
-    """v ↦ F v, on vectors [parameters] in the order of `parameters`. Use it before the weights change: it may hold their graphs."""
+    """v ↦ F v, on vectors [parameters] in the order of `parameters`. Use it before the weights change: it may hold their graphs. F is the
+    sum over the micro-batches of all `ranks`, which all have to ask for the same."""
 
     def __init__(
         self,
@@ -123,11 +129,14 @@ class Fisher:
         token_weights: Sequence[Tensor],
         *,
         keep_graphs: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.parameters = list(parameters)
-        self.total_weight = sum(float(weights.double().sum()) for weights in token_weights)
+        self.ranks = ranks
+        self.total_weight = sum(ranks.gather(sum(float(weights.double().sum()) for weights in token_weights)))
         """1 under token_mean; ½ vᵀFv over this is in nats per token."""
         pairs = list(zip(micro_batches, token_weights, strict=True))
+        self._batches = list(micro_batches)
         self._pieces = [partial(Linearized, self.parameters, partial(logits, batch), w) for batch, w in pairs]
         self._kept = [piece() for piece in self._pieces] if keep_graphs else None
         self._checked = False
@@ -143,18 +152,21 @@ class Fisher:
             curvature += along
         if not self._checked:
             self._check(float(vector @ total), curvature, slack=float(vector.norm() * total.norm()))
-        return total
+        return self.ranks.sum_vector(total)
 
-    def samples(self, count: int) -> list[tuple[Tensor, ...]]:
-        """Random gradients with mean 0 and covariance F: of log-probs of tokens drawn from p_t, each times √w_t. Always drawn from the
-        same seed, so that a step stays a function of weights and rollouts."""
-        source = torch.Generator(self.parameters[0].device).manual_seed(0)
+    def samples(self, count: int, draws: Callable[[Any, int], Tensor] | None = None) -> list[tuple[Tensor, ...]]:
+        """Random gradients with mean 0 and covariance F: of log-probs of tokens drawn from p_t, each times √w_t. `draws` has the uniform
+        numbers [count, tokens] of a micro-batch; without it they always come from the same seed. A step stays a function of weights and
+        rollouts either way."""
+        source = torch.Generator().manual_seed(0)
         totals = [torch.zeros_like(flatten(self.parameters)) for _ in range(count)]
-        for index in range(len(self._pieces)):
+        for index, batch in enumerate(self._batches):
             piece = self._piece(index)
-            for total in totals:
-                total += flatten(piece.sample(source))
-        return [unflatten(total, self.parameters) for total in totals]
+            shape = (count, piece.tokens)
+            uniform = torch.rand(shape, generator=source, dtype=torch.float64) if draws is None else draws(batch, count)
+            for total, numbers in zip(totals, uniform, strict=True):
+                total += flatten(piece.sample(numbers))
+        return [unflatten(self.ranks.sum_vector(total), self.parameters) for total in totals]
 
     def _piece(self, index: int) -> Linearized:
         return self._pieces[index]() if self._kept is None else self._kept[index]
@@ -187,9 +199,16 @@ class Linearized:
         pushed = self._weights * self._p * (moved - (self._p * moved).sum(-1, keepdim=True))
         return self.vjp(pushed), float((pushed * moved).sum())
 
-    def sample(self, source: torch.Generator) -> list[Tensor]:
-        """Jᵀu with u_t = √w_t (e_y − p_t), y ~ p_t."""
-        drawn = torch.multinomial(self._p, 1, generator=source)
+    @property
+    def tokens(self) -> int:
+        """Rows of the logits."""
+        return len(self._p)
+
+    def sample(self, uniform: Float[Tensor, " tokens"]) -> list[Tensor]:
+        """Jᵀu with u_t = √w_t (e_y − p_t), where y ~ p_t is the first token at which the distribution function passes `uniform`."""
+        reached = self._p.cumsum(-1, dtype=torch.float64)
+        wanted = uniform.to(reached).unsqueeze(-1) * reached[:, -1:]
+        drawn = torch.searchsorted(reached, wanted, right=True).clamp_max(reached.shape[-1] - 1)
         return self.vjp(self._weights.sqrt() * (torch.zeros_like(self._p).scatter_(-1, drawn, 1.0) - self._p))
 
     def jvp(self, direction: Sequence[Tensor]) -> Float[Tensor, "tokens vocab"]:

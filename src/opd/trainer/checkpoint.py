@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from opd.durable import sync_folder
 from opd.errors import RunFolderError
 from opd.reporting.files import dangling_link, explain_link, remove
+from opd.trainer.parts import AVERAGES, FOLDER, WEIGHTS, is_divided_checkpoint, read_named, read_optimizers
 from opd.trainer.student import CHECKPOINT, Student
 from opd.trainer.whole import divided_like, divided_state
 
@@ -40,13 +41,10 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights, averages, optimizers = (
-            student.saved() if student.divisions is None else student.ranks.together(CHECKPOINT)
-        )
-        save_file(weights, temporary / "weights.safetensors")
-        if student.ema is not None:
-            save_file(averages, temporary / "ema.safetensors")
-        torch.save(optimizers, temporary / "optimizer.pt")
+        if student.divisions is None:
+            _write_whole(temporary, student)
+        else:
+            student.ranks.together(CHECKPOINT, str(temporary / FOLDER))
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "version": student.version, **state}))
         _sync(temporary)
         publish(temporary, final)
@@ -62,6 +60,18 @@ def save_checkpoint(folder: Path, student: Student, state: dict[str, Any], *, ke
         with suppress(OSError):  # one that cannot be deleted only takes space
             remove(old)
     return final
+
+
+def _write_whole(folder: Path, student: Student) -> None:
+    """Weights, averages and the state of every optimizer, of a student that this process has whole."""
+    save_file(_in_main_memory(student.trained()), folder / "weights.safetensors")
+    if student.ema is not None:
+        save_file(_in_main_memory(student.averages()), folder / "ema.safetensors")
+    torch.save([optimizer.state_dict() for optimizer in student.optimizers], folder / "optimizer.pt")
+
+
+def _in_main_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -84,7 +94,10 @@ def behind_link(place: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+            continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
@@ -103,11 +116,10 @@ def version_of(checkpoint: Path) -> int:
 def load_trained_weights(path: Path, model: torch.nn.Module, student: Student | None = None) -> None:
     """Put a checkpoint's weights into the model that it was made of, and its averages into the `student`'s, where it keeps them; no
     optimizer is read. Raises RunFolderError for a checkpoint that is damaged, or of another model."""
-    ema = None if student is None else student.ema
-    device = str(next(model.parameters()).device)
+    averages: Mapping[str, torch.Tensor] = {} if student is None else student.averages()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        weights = load_file(path / "weights.safetensors", device=device)
-        averages = {} if ema is None else load_file(path / "ema.safetensors", device=device)
+        weights, averages = _read(path, trained, averages, str(next(model.parameters()).device))
     except DAMAGED as error:
         raise RunFolderError(
             f"Checkpoint '{path}' cannot be read: {type(error).__name__}: {str(error)[:300]}. The file was cut short or edited; take "
@@ -116,6 +128,16 @@ def load_trained_weights(path: Path, model: torch.nn.Module, student: Student | 
     _put(weights, model, path, "Keep it in the folder of the run that wrote it, with that run's config.yaml.")
     if student is not None:
         _put_averages(averages, student)
+
+
+def _read(
+    path: Path, trained: Mapping[str, torch.Tensor], averaged: Mapping[str, torch.Tensor], device: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and averages of a checkpoint, whole or, where they were divided, as these are."""
+    if is_divided_checkpoint(path):
+        return read_named(path, WEIGHTS, trained), read_named(path, AVERAGES, averaged)
+    weights = load_file(path / "weights.safetensors", device=device)
+    return weights, load_file(path / "ema.safetensors", device=device) if averaged else {}
 
 
 @torch.no_grad()
@@ -129,7 +151,7 @@ def _put(weights: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path
 
 @torch.no_grad()
 def _put_averages(averages: Mapping[str, torch.Tensor], student: Student) -> None:
-    for name, average in student.ema.weights().items() if student.ema is not None else ():
+    for name, average in student.averages().items():
         average.copy_(divided_like(averages[name], average))
 
 
@@ -141,9 +163,11 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         device = torch.device("cpu")  # there is no room for the whole elsewhere
     try:
         state = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "weights.safetensors", device=str(device))
-        averages = load_file(path / "ema.safetensors", device=str(device)) if student.ema is not None else {}
-        optimizers = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+        weights, averages = _read(path, student.trained(), student.averages(), str(device))
+        if is_divided_checkpoint(path):
+            optimizers = read_optimizers(path, student.optimizers)
+        else:
+            optimizers = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
         written_by, version = state["format"], int(state["version"])
     except DAMAGED as error:
         raise RunFolderError(
@@ -161,7 +185,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         options = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
-        optimizer.load_state_dict(saved if student.divisions is None else divided_state(saved, optimizer))
+        optimizer.load_state_dict(divided_state(saved, optimizer))
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)
     student.version = version

@@ -219,6 +219,6 @@ class Divisions:
         for division in self._found.values():
             division.close()
 
-    def task(self, name: str, do: Callable[[], Any]) -> None:
+    def task(self, name: str, do: Callable[..., Any]) -> None:
         """What all ranks do when rank 0 asks for it: `Ranks.together`."""
         self._lockstep.tasks[name] = do

@@ -24,7 +24,7 @@ class Lockstep(Shared):
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.running = False
-        self.tasks: dict[str, Callable[[], Any]] = {}
+        self.tasks: dict[str, Callable[..., Any]] = {}
         self._models: list[nn.Module] = []
         self._free: set[int] = set()
         self._silent = 0
@@ -39,8 +39,8 @@ class Lockstep(Shared):
         model.register_forward_hook(partial(self._after, place))
         return place
 
-    def do(self, task: str) -> Any:
-        return self.tasks[task]()
+    def do(self, task: str, *arguments: Any) -> Any:
+        return self.tasks[task](*arguments)
 
     def go_along(self) -> None:
         while wanted := self._wanted(None):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import nn
@@ -29,8 +30,9 @@ from opd.trainer.details import ViewCollector
 from opd.trainer.guardrails import bad_gradient, gradient_error
 from opd.trainer.hybrid_update import preview
 from opd.trainer.metrics import POLICY_MEANS, TokenMetrics
+from opd.trainer.parts import AVERAGES, OPTIMIZER, WEIGHTS, write_parts
 from opd.trainer.policy import Policy
-from opd.trainer.whole import local, whole_state, whole_tensor
+from opd.trainer.whole import local
 from opd.types import (
     Batch,
     HiddenTarget,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from opd.trainer.division import Divisions
 
 CHECKPOINT = "checkpoint"
-"""Name of the task that gathers what a checkpoint holds."""
+"""Name of the task that writes what a checkpoint holds of divided weights."""
 
 
 class Student(Policy):
@@ -92,7 +94,7 @@ class Student(Policy):
         self.division = None if divisions is None else divisions.of(model)
         if divisions is not None and self.division is not None:
             self.division.close()  # the optimizer gets this rank's parts
-            divisions.task(CHECKPOINT, self.saved)
+            divisions.task(CHECKPOINT, self.write_parts)
         self.in_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         self.optimizers = build_optimizer(model, config)
 
@@ -175,18 +177,28 @@ class Student(Policy):
         with self.autocast():
             return response_hidden(self.model, one).float().sum() * 0.0
 
-    def saved(self) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
-        """Trained weights by name, their averages, and the state of every optimizer, whole and in main memory. With divided weights every
-        rank has to ask, and the others than rank 0 have None for each tensor."""
-        if self.divisions is not None:
-            self.divisions.close()
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        weights = {name: whole_tensor(p, self.ranks) for name, p in trained.items()}
-        averages = {} if self.ema is None else self.ema.weights()
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        if self.divisions is not None:
-            states = whole_state(states, self.ranks)
-        return weights, {name: whole_tensor(value, self.ranks) for name, value in averages.items()}, states
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """Their averages, by the same names; none without an EMA."""
+        return {} if self.ema is None else self.ema.weights()
+
+    def write_parts(self, folder: str) -> None:
+        """Write this rank's parts of weights, averages and moments, as every rank does."""
+        assert self.divisions is not None
+        self.divisions.close()
+        write_parts(Path(folder), self.by_name())
+
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """Everything that training changes, by names that a checkpoint of divided weights has."""
+        found: dict[str, torch.Tensor] = {f"{WEIGHTS}{name}": p for name, p in self.trained().items()}
+        found |= {f"{AVERAGES}{name}": average for name, average in self.averages().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, moments in optimizer.state_dict()["state"].items():
+                found |= {f"{OPTIMIZER}{number}/{place}/{name}": value for name, value in moments.items()}
+        return found
 
     def _step(self, batches: Sequence[Batch], temperature: float) -> dict[str, float]:
         factor = self.learning_rate_factors[self.version]
@@ -195,7 +207,7 @@ class Student(Policy):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             if isinstance(optimizer, NaturalGradient):
-                numbers |= optimizer.step_on(batches, lambda batch: self._exact_logits(batch) / temperature)
+                numbers |= optimizer.step_on(batches, lambda batch: self._exact_logits(batch) / temperature, self.ranks)
             else:
                 optimizer.step()
         self.zero_grad()

@@ -28,19 +28,10 @@ def whole_tensor(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor | None:
     return full.cpu().contiguous() if ranks.first else None
 
 
-def whole_state(state: Any, ranks: Ranks) -> Any:
-    """An optimizer's state with every tensor whole, on rank 0; on the others its tensors are None. Every rank has to ask."""
-    if isinstance(state, Mapping):
-        return {key: whole_state(value, ranks) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(value, ranks) for value in state)
-    return whole_tensor(state, ranks) if isinstance(state, torch.Tensor) else state
-
-
 def divided_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as `like` is divided; every rank has all of it and takes its part."""
+    """A whole tensor as `like` is divided; every rank has all of it and takes its part. One that is divided already is left as it is."""
     divided: Any = like
-    if not is_divided(like):
+    if not is_divided(like) or is_divided(full):
         return full
     from torch.distributed.tensor import distribute_tensor
 
