@@ -77,6 +77,8 @@ CROSS_EDGES = {
     ("samplers", "models"): "a sampler asks a model for its context",
     ("samplers", "remote"): "a server's key is shown nowhere, and its words are read in one place",
     ("samplers", "seeding"): "samples are a pure function of the seed",
+    ("optim", "ranks"): "a natural-gradient step is on the Fisher matrix of all ranks",
+    ("optim", "seeding"): "a preconditioner's random gradients are a pure function of each rollout",
     ("samplers", "teachers"): "ids that are no token of both sides cannot be sampled (teachers.vocabulary)",
     ("optim", "config"): "an optimizer is built from its section",
     ("samplers", "ranks"): "ranks divide a batch of prompts",

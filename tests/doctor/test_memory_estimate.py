@@ -302,6 +302,38 @@ def test_where_sampling_needs_most_the_advice_is_about_sampling():
     assert "Lower rollout.batch_size=256" in found.seen
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_offloaded_moments_are_in_main_memory_and_on_the_device_beside_gradients_alone(name):
+    run = {"optimizer__name": name, "train__tokens_per_microbatch": 7}
+    kept, moved = (estimated(gpus=1, **run, optimizer__offload=away) for away in (False, True))
+    bytes_of = kept["cuda:0"].always["optimizer"]
+    assert "optimizer" not in moved["cuda:0"].always and moved["cpu"].always == {"optimizer": bytes_of}
+    assert moved["cuda:0"].phases[memory.STEP] == {"gradients": 4 * PARAMETERS, "optimizer": bytes_of}
+    assert moved["cuda:0"].phases["update"] == kept["cuda:0"].phases["update"]
+    shapes = {"student": SHAPE, "teacher": SHAPE}
+    half = memory.estimate(settings(**run, optimizer__offload=True), shapes, 3, gpus=1, ranks=2, divided=True)["cuda:0"]
+    assert half.phases[memory.STEP] == {"gradients": 2 * PARAMETERS, "optimizer": bytes_of // 2}
+
+
+@pytest.mark.parametrize(
+    ("more", "advised", "idle"),
+    [
+        ({}, ["optimizer.offload=true", "teacher.offload=true"], []),
+        ({"optimizer__offload": True}, ["teacher.offload=true"], ["optimizer.offload"]),
+        ({"teacher__offload": True, "train__parallel": "ddp"}, ["optimizer.offload=true"], ["teacher.offload"]),
+        ({"student__gradient_checkpointing": True}, ["student.lora.rank=32"], ["gradient_checkpointing"]),
+    ],
+)
+def test_keys_that_are_advised_are_not_set_already(more, advised, idle):
+    (found, *_) = memory_checks(settings(**more), {"student": SHAPE, "teacher": SHAPE}, 3, {"cuda:0": 1})
+    assert all(key in found.seen for key in advised) and not any(key in found.seen for key in idle)
+
+
+def test_nothing_is_offloaded_from_a_cpu():
+    (found,) = memory_checks(settings(), {"student": SHAPE, "teacher": SHAPE}, 3, {"cpu": 1})
+    assert "student.lora.rank=32" in found.seen and "offload" not in found.seen
+
+
 def test_the_memory_of_this_machine_is_found():
     import psutil
 

@@ -69,6 +69,9 @@ class OptimizerConfig(Section, key="optimizer"):
     """Decoupled weight decay: matrices lose lr · weight_decay of themselves per step, whatever the optimizer."""
     momentum: float = 0.95
     """Muon's momentum."""
+    offload: bool = False
+    """Keep the moments in CPU memory but for the optimizer's step: slower, and their room on the device is the activations' and the
+    rollouts' meanwhile."""
     natural_gradient: NaturalGradientConfig = field(default_factory=NaturalGradientConfig)
     """With natural_gradient: its solver."""
     warmup_steps: int | None = None
@@ -97,6 +100,10 @@ class OptimizerConfig(Section, key="optimizer"):
         self._fill_in(lr=self.peak_lr, max_grad_norm=self.gradient_limit)
 
     def _check_natural_gradient(self) -> None:
+        require(
+            not (self.offload and self.name == "natural_gradient"),
+            "optimizer.offload moves moments, and optimizer.name=natural_gradient has none. Drop it.",
+        )
         if self.name != "natural_gradient":
             require(
                 self.natural_gradient == NaturalGradientConfig(),

@@ -34,6 +34,8 @@ CHUNK_BUFFERS = 2  # logits of student and teacher
 SAMPLING_BUFFERS = 4  # of [rows, vocabulary] in float32: the logits, their copy, the probabilities, the answer
 CPU_MICROBATCH_BYTES = 1 << 30  # activations of a micro-batch on a CPU, where the recipe leaves its tokens open
 LEAST_CPU_MICROBATCH = 512
+STEP = "optimizer's step"
+"""The phase of an optimizer whose moments wait in CPU memory meanwhile."""
 SOLVER_VECTORS = 6  # of the natural gradient: gradient, solution, residual, direction, product, preconditioned residual
 
 
@@ -44,7 +46,7 @@ class Memory:
     always: Mapping[str, int] = field(default_factory=dict[str, int])
     """There from the second step on, in every phase."""
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
-    """What rollout, teacher and update add, one after the other."""
+    """What rollout, teacher, update and an offloaded optimizer's step add, one after the other."""
 
     @property
     def phase(self) -> str:
@@ -211,6 +213,8 @@ def estimate(
     if divided:
         student = _divided(student, settings, shapes["student"], ranks, gpu=own != "cpu")
     found = {own: student}
+    if STEP in student.phases and own != "cpu":
+        found["cpu"] = Memory(always={"optimizer": student.phases[STEP]["optimizer"]})
     for name, teacher in settings.all_teachers.items():
         shape = shapes.get(teacher_key(name))
         if shape is None or teacher.url or teacher.source != "model" or not settings.rl.distilled:
@@ -273,6 +277,8 @@ def _divided(memory: Memory, settings: RunSettings, shape: ModelShape, ranks: in
     size = _size(settings.student.dtype, gpu=gpu)
     gathered = gathered_bytes(shape, size)
     phases = {name: {**parts, "gathered weights": gathered} for name, parts in memory.phases.items()}
+    if STEP in phases:
+        phases[STEP] = {name: part // ranks for name, part in memory.phases[STEP].items()}
     if "update" in phases:
         # The output layer's gradient is whole until the last micro-batch, and that of one layer until it is summed.
         whole = 0 if settings.student.lora is not None else gathered // size * FLOAT32
@@ -290,13 +296,17 @@ def _student_memory(settings: RunSettings, shape: ModelShape, sizes: StepSizes, 
     always = {"student": weight_bytes(shape, size, student.load_options)}
     if lora:
         always["adapters"] = trained * trained_size
-    always["optimizer"] = optimizer_bytes(shape, settings.optimizer.name, trained, trained_size, lora=lora)
+    moments = optimizer_bytes(shape, settings.optimizer.name, trained, trained_size, lora=lora)
+    if not settings.optimizer.offload:
+        always["optimizer"] = moments
     if any(teacher.source == "ema" for teacher in settings.all_teachers.values()):
         always["moving average"] = trained * trained_size
     if settings.rl.rewarded and settings.rl.reference_kl > 0 and not lora:
         always["reference"] = shape.parameters * size
     cast = 2 * sum(map(math.prod, shape.hidden_matrices.values())) if products < size else 0
     phases = {"update": _update(settings, shape, sizes, size, products, trained * trained_size, gpu=gpu)}
+    if settings.optimizer.offload:
+        phases[STEP] = {"gradients": trained * trained_size, "optimizer": moments}
     if settings.rollout.engine == "hf" and settings.rollout.source == "live":
         phases["rollout"] = _rollout(settings, shape, sizes, products)
     if cast:

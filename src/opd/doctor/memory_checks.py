@@ -7,7 +7,7 @@ from typing import Any
 
 from opd.config.run import RunSettings
 from opd.doctor.check import Check
-from opd.doctor.memory import Memory, estimate, largest_microbatch, microbatch_tokens, student_device
+from opd.doctor.memory import STEP, Memory, estimate, largest_microbatch, microbatch_tokens, student_device
 from opd.doctor.model_shape import ModelShape
 from opd.doctor.parallel import choose_parallel, ranks_line
 
@@ -57,14 +57,16 @@ def _check(
     return Check(
         name="memory",
         verdict=verdict,
-        seen=f"{text}. {_advice(settings, memory.phase, largest, taken)}",
+        seen=f"{text}. {_advice(settings, device, memory.phase, largest, taken)}",
         why="A run that does not fit ends in its first step, or its second.",
         mend="train.tokens_per_microbatch, or a key that the estimate names",
     )
 
 
-def _advice(settings: RunSettings, phase: str, largest: int | None, taken: int) -> str:
-    others = "student.gradient_checkpointing=true, train.autocast=bfloat16, student.lora.rank=32, teacher.offload=true or smaller models"
+def _advice(settings: RunSettings, device: str, phase: str, largest: int | None, taken: int) -> str:
+    if phase == STEP:
+        return "Weights, gradients and moments alone fill it; use student.lora.rank=32 or a smaller student."
+    others = ", ".join(_others(settings, device)) + " or smaller models"
     if phase == "rollout":
         return f"Lower rollout.batch_size={settings.rollout.batch_size}, or use {others}."
     if largest is None:
@@ -72,6 +74,23 @@ def _advice(settings: RunSettings, phase: str, largest: int | None, taken: int) 
     if largest < taken:
         return f"The largest train.tokens_per_microbatch that fits is {largest}; or use {others}."
     return f"It is close; a smaller train.tokens_per_microbatch leaves room, or use {others}."
+
+
+def _others(settings: RunSettings, device: str) -> list[str]:
+    """Keys that need less memory and are not set yet."""
+    student, train = settings.student, settings.train
+    offloads = device != "cpu"  # from there
+    moments = settings.optimizer.name != "natural_gradient" and not settings.optimizer.offload
+    local = [one for one in settings.all_teachers.values() if one.source == "model" and not one.url and not one.offload]
+    found = {
+        "student.gradient_checkpointing=true": not student.gradient_checkpointing
+        and settings.optimizer.name != "natural_gradient",
+        "train.autocast=bfloat16": train.autocast != "bfloat16",
+        "student.lora.rank=32": student.lora is None,
+        "optimizer.offload=true": offloads and moments,
+        "teacher.offload=true": offloads and bool(local) and train.parallel != "fsdp2",
+    }
+    return [key for key, helps in found.items() if helps] or ["fewer prompts at a time"]
 
 
 def _gib(size: float) -> str:

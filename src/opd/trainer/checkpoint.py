@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from opd.durable import sync_folder
 from opd.errors import RunFolderError
+from opd.optim.offload import HOME, move_moments
 from opd.reporting.files import dangling_link, explain_link, remove
 from opd.trainer.parts import AVERAGES, FOLDER, WEIGHTS, is_divided_checkpoint, read_named, read_optimizers
 from opd.trainer.student import CHECKPOINT, Student
@@ -188,5 +189,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         optimizer.load_state_dict(divided_state(saved, optimizer))
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)
+        if student.offload:
+            move_moments(optimizer, HOME)
     student.version = version
     return state

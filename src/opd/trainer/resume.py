@@ -49,6 +49,7 @@ EFFECTS: dict[str, Effect] = {
             "rollout.vllm.start_timeout",
             "rollout.vllm.timeout",
             "rollout.vllm.max_gap",
+            "optimizer.offload",
             "optimizer.natural_gradient.keep_graphs",
             "train.tokens_per_microbatch",
             "train.layout",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import OptimizerConfig
+from opd.errors import ConfigError
 from opd.kernels import (
     Memory,
 )
 from opd.losses import Hybrid, Objective, as_hybrid
 from opd.models import response_hidden, response_logits
 from opd.optim.build import NaturalGradient, build_optimizer, learning_rate_factor
+from opd.optim.offload import moments_on
 from opd.ranks import ALONE, Ranks
 from opd.teachers.ema import Ema
 from opd.teachers.local import mask_vocabulary
@@ -97,6 +99,11 @@ class Student(Policy):
             divisions.task(CHECKPOINT, self.write_parts)
         self.in_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         self.optimizers = build_optimizer(model, config)
+        self.offload = config.offload
+        if self.offload and self.device.type == "cpu":
+            raise ConfigError(
+                "optimizer.offload=true keeps moments in CPU memory between steps, and the student trains on the CPU anyway; drop it."
+            )
 
     def update(
         self, batches: Sequence[Batch], objective: Objective | Hybrid, watched: Sequence[Rollout] = ()
@@ -208,7 +215,8 @@ class Student(Policy):
                 group["lr"] = group["peak_lr"] * factor
             if isinstance(optimizer, NaturalGradient):
                 numbers |= optimizer.step_on(batches, lambda batch: self._exact_logits(batch) / temperature, self.ranks)
-            else:
+                continue
+            with moments_on(self.device, optimizer) if self.offload else nullcontext():
                 optimizer.step()
         self.zero_grad()
         if self.ema is not None:
