@@ -17,6 +17,7 @@ from opd.losses._shapes import Float
 from opd.losses.choices import Divergence, check_shape_parameters, warn_if_faded
 
 EXP_RANGE = 60.0  # e^60 ≈ 1e26 and its inverse are normal float32 numbers
+FEW_ENTRIES = 1 << 18  # of a tensor whose every entry is tested sooner than asked about: the answer would have to come from the device
 
 
 def to_logp(logits: Float[Tensor, "*tokens vocab"], temperature: float = 1.0) -> Float[Tensor, "*tokens vocab"]:
@@ -200,7 +201,7 @@ def _widen_both(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Ten
 
 def _weigh(log_weight: Tensor, value: Tensor) -> Tensor:
     """e^log_weight · value; 0 where the weight is 0 whatever the value; an infinite value passes as a constant."""
-    if _is_finite(value):
+    if value.numel() > FEW_ENTRIES and _is_finite(value):
         return log_weight.exp() * value
     occurs = log_weight > -torch.inf
     usable = value.isfinite()
