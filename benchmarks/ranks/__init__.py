@@ -1,0 +1,1 @@
+"""A step in several processes beside the same step in one."""
