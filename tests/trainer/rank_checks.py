@@ -13,19 +13,20 @@ import pytest
 import torch
 from rank_cases import MUON, STEPS
 
-GRADIENT = 1e-6
-"""Relative to the largest number of the model's gradient: float32, summed in another order."""
+GRADIENT = 2e-6
+"""Relative to the largest number of the model's gradient: float32, summed in another order. Products with AVX-512 stay within 1e-6 in all
+cases; with AVX2, whose sums have other orders for other shapes, 1.3e-6 was seen."""
 TOP_K = 5e-6
 """The same where log(1 − Σ p) of a small tail loses digits that the logits' own rounding decides."""
-WEIGHT = 1e-5
+WEIGHT = 2e-5
 """After three updates at a rate of 3e-3, where a gradient is more than rounding."""
 RATE = 3e-3
 """The same for all entries: AdamW divides by the gradient's own size, so that one that is nothing but rounding moves its weight too."""
 QUIET = 1e-5  # of the largest number of the gradient: below it, rounding of 1e-7 is more than a hundredth
 RARE = 2e-3  # entries of a matrix: two in a thousand
-MUON_WEIGHT = 5e-4
+MUON_WEIGHT = 1e-3
 """The same with Muon, whose Newton-Schulz steps are bfloat16."""
-NUMBER = 2e-5
+NUMBER = 5e-5
 """Of metrics, which are those of the weights and of the gradient."""
 ROUNDING = ("sampler_student_gap", "rl/reference_kl", "overlap")
 """Metrics that are nothing but rounding, or a step function of it."""
