@@ -17,7 +17,7 @@ from opd.losses._shapes import Float
 from opd.losses.choices import Divergence, check_shape_parameters, warn_if_faded
 
 EXP_RANGE = 60.0  # e^60 ≈ 1e26 and its inverse are normal float32 numbers
-FEW_ENTRIES = 1 << 18  # of a tensor whose every entry is tested sooner than asked about: the answer would have to come from the device
+FEW_ENTRIES = 1 << 18  # of a tensor that is mended entry by entry sooner than a device says whether it is finite
 
 
 def to_logp(logits: Float[Tensor, "*tokens vocab"], temperature: float = 1.0) -> Float[Tensor, "*tokens vocab"]:
