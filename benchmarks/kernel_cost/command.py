@@ -11,11 +11,15 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import RESULTS
 from benchmarks.markdown import table
+
+if TYPE_CHECKING:
+    from benchmarks.kernel_cost.registers import Compiled, Launch
 
 SIZE = {"tokens": 8192, "hidden": 4096, "vocabulary": 151_936, "chunk": 1088}
 """Of the goal in the issue tracker; `kernels.spec.default_chunk` takes so many tokens at a time."""
@@ -34,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernel_cost", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for kernel_cost.json and kernel_cost.md")
     options = parser.parse_args(argv)
-    found = {"registers": registers(), "traffic": traffic(), "size": SIZE}
+    found = {"triton": version("triton"), "registers": registers(), "traffic": traffic(), "size": SIZE}
     (options.results / "kernel_cost.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = page(found)
     (options.results / "kernel_cost.md").write_text(text, encoding="utf-8")
@@ -45,10 +49,12 @@ def main(argv: Sequence[str]) -> int:
 def registers() -> dict[str, Any]:
     from benchmarks.kernel_cost.registers import all_compiled
 
-    return {
-        name: asdict(said) | {"block": launch.constants["BLOCK"], "warps": launch.warps}
-        for name, (launch, said) in all_compiled().items()
-    }
+    return {name: told(launch, said) for name, (launch, said) in all_compiled().items()}
+
+
+def told(launch: Launch, said: Compiled) -> dict[str, Any]:
+    """What the results keep of a kernel."""
+    return asdict(said) | {"block": launch.constants["BLOCK"], "warps": launch.warps}
 
 
 def traffic() -> dict[str, Any]:
@@ -110,7 +116,7 @@ def page(found: dict[str, Any]) -> str:
     return (
         "# What the GPU kernels cost, told without a GPU\n\n"
         "## Registers\n\n"
-        "By ptxas for sm_90a. Lanes × warps is a thread block, which has one row; the last column is how many blocks a multiprocessor "
+        f"By ptxas for sm_90a, of Triton {found['triton']}. Lanes × warps is a thread block, which has one row; the last column is how many blocks a multiprocessor "
         "runs at the same time. At commit 9263a82 the statistics were 16384 × 8 warps with 255 registers and 236 bytes spilled: one block.\n\n"
         + table(["kernel", "lanes × warps", "registers", "spilled bytes", "shared bytes", "blocks"], compiled)
         + "\n\n## Traffic\n\n"
