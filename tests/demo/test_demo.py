@@ -25,13 +25,20 @@ def demo(folder, *arguments: str, timeout: int = 600) -> subprocess.CompletedPro
     )
 
 
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder in which a newcomer has run the demo, and what it said."""
+    folder = tmp_path_factory.mktemp("desk")
+    return folder, demo(folder, timeout=800)
+
+
 @pytest.mark.endurance
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demo_ends_with_the_student_within_five_points_of_its_teacher(tmp_path):
-    result = demo(tmp_path, timeout=800)
+def test_the_demo_ends_with_the_student_within_five_points_of_its_teacher(desk):
+    folder, result = desk
     assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
+    summary = json.loads((folder / "runs/demo/summary.json").read_text())
     before, after, teacher = (summary[who] for who in ("student_before", "student_after", "teacher"))
     assert teacher["accuracy"] > 0.95
     assert before["accuracy"] < 0.05
@@ -42,25 +49,23 @@ def test_the_demo_ends_with_the_student_within_five_points_of_its_teacher(tmp_pa
         assert low <= row["accuracy"] <= high and high - low < 0.1
     assert after["reverse_kl"] < 0.05 * before["reverse_kl"]
     assert summary["seconds"] > 0
-    page = (tmp_path / "runs/demo/report.html").read_text()
+    page = (folder / "runs/demo/report.html").read_text()
     assert f"{100 * after['accuracy']:.1f}%" in page
     for row in ("student before", "student after", "teacher"):
         assert row in result.stdout
-    again = demo(tmp_path)
-    assert again.returncode == 1 and "already holds a run" in again.stderr and "--overwrite" in again.stderr
 
 
 @pytest.mark.endurance
 @pytest.mark.slow
-def test_the_demo_trains_with_the_recipe_in_the_repository(tmp_path):
-    """A two-step demo leaves the config of recipes/demo with the places filled in, and keeps its models for the next time."""
-    arguments = ["--train.steps", "2", "--eval.every", "0", "--run_dir", "here", "--log.progress", "off"]
-    first = demo(tmp_path, *arguments)
-    assert first.returncode == 0, first.stderr
-    assert "divergence: reverse_kl" in (tmp_path / "here/config.yaml").read_text()
+def test_the_demo_trains_with_the_recipe_in_the_repository(desk):
+    """It leaves the config of recipes/demo with the places filled in, keeps its run unless it is told otherwise, and keeps its models."""
+    folder, _ = desk
+    assert "divergence: reverse_kl" in (folder / "runs/demo/config.yaml").read_text()
     assert "divergence: reverse_kl" in recipe_path().read_text()
-    second = demo(tmp_path, *arguments, "--overwrite")
-    assert second.returncode == 0 and "kept from an earlier run" in second.stdout
+    again = demo(folder)
+    assert again.returncode == 1 and "already holds a run" in again.stderr and "--overwrite" in again.stderr
+    short = demo(folder, "--train.steps", "2", "--eval.every", "0", "--log.progress", "off", "--overwrite")
+    assert short.returncode == 0 and "kept from an earlier run" in short.stdout
 
 
 def test_a_rule_that_stops_the_demo_ends_it_with_code_three_and_the_command_that_goes_on(tmp_path, capsys, monkeypatch):

@@ -51,6 +51,7 @@ def overrides(folder: Path) -> list[str]:
         f"{actor}.ppo_micro_batch_size_per_gpu=8",
         f"{actor}.optim.lr=1e-3",
         f"reward.custom_reward_function.path={folder}/reward.py",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",  # verl starts eight processes for it
         "trainer.total_epochs=1",
         "trainer.logger=[console,file]",
         "trainer.val_before_train=False",
