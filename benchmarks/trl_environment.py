@@ -37,8 +37,9 @@ def trl_python() -> str:
     return str(python)
 
 
-def run_module(python: str, module: str, folder: Path, argument: str, *, threads: int) -> Any:
-    """Runs the module in a process of its own; returns the JSON it writes to the path that is its last argument."""
+def run_module(python: str, module: str, folder: Path, argument: str, *, threads: int, **variables: str) -> Any:
+    """Runs the module in a process of its own, whose environment `variables` join; returns the JSON it writes to the path that is its last
+    argument."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     environment = os.environ | {
@@ -46,6 +47,7 @@ def run_module(python: str, module: str, folder: Path, argument: str, *, threads
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        **variables,
     }
     done = subprocess.run(
         [python, "-m", module, argument, str(result)], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import RESULTS
 from benchmarks.markdown import table
+from benchmarks.trl_environment import run_module
 
 if TYPE_CHECKING:
     from benchmarks.kernel_cost.registers import Compiled, Launch
 
 SIZE = {"tokens": 8192, "hidden": 4096, "vocabulary": 151_936, "chunk": 1088}
-"""Of the goal in the issue tracker; `kernels.spec.default_chunk` takes so many tokens at a time."""
+"""Of the kernels' goal; `kernels.spec.default_chunk` takes so many tokens at a time."""
 FLOPS, BANDWIDTH = 660e12, 2.9e12
 """Of an H100 at these products in bfloat16, and of its memory, as they were measured by others; per second."""
-LAUNCH_S = 6e-6
 BEFORE = {
-    "statistics": "255 registers and spills at 16384 × 8 warps, 1 block",
     "reverse KL": "85 to 92",
     "reverse KL with the trainer's metrics": "152 to 159",
 }
@@ -59,19 +59,9 @@ def told(launch: Launch, said: Compiled) -> dict[str, Any]:
 
 def traffic() -> dict[str, Any]:
     """In a process of its own: kernels that were compiled cannot be interpreted."""
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernel_cost.traffic", json.dumps(SIZE)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    module, asked = "benchmarks.kernel_cost.traffic", json.dumps(SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        return run_module(sys.executable, module, Path(folder), asked, threads=1, TRITON_INTERPRET="1")
 
 
 def predicted_ms(one: dict[str, Any]) -> dict[str, float]:

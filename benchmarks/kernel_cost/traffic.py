@@ -1,6 +1,7 @@
 """The fused loss's way on a GPU, taken here at a small size: what its products, its row kernels and PyTorch's operators read and write.
 
-The products and kernels are counted by what they are given; of PyTorch's operators, what they are handed is what they read and write.
+Kernels are counted by what they are given, and products only in number; of PyTorch's operators, what they are handed is what they read
+and write.
 Kernels run in Triton's interpreter. Sizes are chosen such that every part that grows with the vocabulary can be told from the rest.
 """
 
@@ -12,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -44,8 +46,6 @@ TOP_K = 64
 class Counted:
     """Of one call, forward and backward."""
 
-    flop: int = 0
-    product_bytes: int = 0
     products: int = 0
     kernel_bytes: int = 0
     kernels: int = 0
@@ -113,28 +113,16 @@ def as_on_a_gpu(counter: Counter) -> Iterator[None]:
                     args[1].copy_(sums)
                 else:
                     out = plain[name](self, wide, *args, **options)
-            given = [one for one in args if isinstance(one, Tensor)]
-            weight = self.weight
             counted.products += 1
-            counted.flop += 2 * len(gradient) * weight.numel()
-            read = (
-                2 * (gradient.numel() + weight.numel())
-                if name != "weight_grad"
-                else 2 * (gradient.numel() + given[0].numel())
-            )
-            written = given[-1]
-            again = name == "weight_grad" and bool(options.get("accumulate"))
-            counted.product_bytes += read + written.numel() * written.element_size() * (2 if again else 1)
             return out
 
         return run
 
     def launch(kernel: Any, z: Tensor, *arguments: Any, **constants: Any) -> None:
         with counter.apart() as counted:
-            given = rows_launch(kernel, z, *arguments, **constants)
+            rows_launch(kernel, z, *arguments, **constants)
         counted.kernels += 1
         counted.kernel_bytes += kernel_bytes(kernel, z, arguments, constants)
-        return given
 
     rows_launch = rows._launch
     with contextlib.ExitStack() as stack:
@@ -150,13 +138,13 @@ def as_on_a_gpu(counter: Counter) -> Iterator[None]:
 def kernel_bytes(kernel: Any, z: Tensor, arguments: Any, constants: Any) -> int:
     """What the kernel reads and writes of whole rows."""
     entries = z.numel()
-    reads = 4 * entries * (2 if constants.get("TEACHER", True) else 1)
+    moved = 4 * entries * (2 if constants.get("TEACHER", True) else 1)
     if kernel is kernels.gradient:
         out = arguments[1]
-        reads += entries * out.element_size() * (2 if constants["ADD"] else 1)
+        moved += entries * out.element_size() * (2 if constants["ADD"] else 1)
     if constants.get("TOPS"):
-        reads += 2 * len(z) * constants["BLOCK"] * 4
-    return reads
+        moved += 2 * len(z) * constants["BLOCK"] * 4
+    return moved
 
 
 def losses() -> dict[str, tuple[Objective, str, bool]]:
@@ -208,7 +196,6 @@ class Scaled:
     """A call at a real size, from calls at small ones."""
 
     flop: float
-    product_gb: float
     kernel_gb: float
     operator_gb: float
     kernels: int
@@ -240,13 +227,11 @@ def scaled(
         rest = (getattr(seen[many, narrow], name) - per_column[many] * narrow) / many
         return (entry * tokens * vocabulary + of_weight * vocabulary * hidden + rest * tokens) / 1e9
 
-    chunks = math.ceil(tokens / chunk)
-    heads = 2 if kind == "hidden" else 1
-    weight = 2 * vocabulary * hidden
-    read = chunks * heads * (weight + 4 * chunk * vocabulary) + 2 * weight + 2 * 2 * tokens * vocabulary
+    products = (
+        4 if kind == "hidden" else 3
+    )  # logits of one model or both, and the gradients of hidden states and weight
     return Scaled(
-        flop=2 * (heads + 2) * tokens * hidden * vocabulary,
-        product_gb=read / 1e9,
+        flop=2 * products * tokens * hidden * vocabulary,
         kernel_gb=gigabytes("kernel_bytes"),
         operator_gb=gigabytes("operator_bytes"),
         kernels=launches("kernels"),
@@ -257,4 +242,5 @@ def scaled(
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    print(json.dumps({name: asdict(scaled(*loss, **asked)) for name, loss in losses().items()}))
+    found = {name: asdict(scaled(*loss, **asked)) for name, loss in losses().items()}
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")

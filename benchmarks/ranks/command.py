@@ -7,7 +7,6 @@ and writes benchmarks/results/ranks.csv and ranks.md. Nothing else should run me
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ import torch
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.markdown import table
+from benchmarks.rows import Row, write
 from opd.ranks import STARTED_BY
 from opd.testing import byte_tokenizer, save_model, tiny_causal_lm
 
@@ -30,11 +30,10 @@ WARM_UP = 1
 ONE = "one process"
 LIMIT_S = 1800
 LOSS_TOLERANCE = 1e-4  # relative: the same rollouts, and sums in another order
-COLUMNS: tuple[str, ...] = (
+COLUMNS = (
     "way", "ranks", "round", "step", "hidden", "layers", "vocabulary", "rollouts", "tokens",
     "seconds", "cpu_seconds", "cpu_seconds_of_all", "waiting", "loss", "machine",
 )  # fmt: skip
-Row = dict[str, str]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
                 rows += [row(options, way, ranks, number, step, taken) for step, taken in enumerate(steps)]
                 check(rows)
     rows = [one for one in rows if int(one["step"]) >= WARM_UP]
-    write(options.results / "ranks.csv", rows)
+    write(options.results / "ranks.csv", COLUMNS, rows)
     text = page(rows)
     (options.results / "ranks.md").write_text(text, encoding="utf-8")
     print(text)
@@ -165,18 +164,6 @@ def check(rows: Sequence[Row]) -> None:
         near = abs(float(one["loss"]) - float(first["loss"])) <= LOSS_TOLERANCE * abs(float(first["loss"]))
         if one["tokens"] != first["tokens"] or not near:
             raise SystemExit(f"step {one['step']}: {one['way']} and {first['way']} differ: {one} and {first}")
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def page(rows: Sequence[Row]) -> str:

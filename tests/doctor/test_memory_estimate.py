@@ -310,6 +310,8 @@ def test_offloaded_moments_are_in_main_memory_and_on_the_device_beside_gradients
     assert "optimizer" not in moved["cuda:0"].always and moved["cpu"].always == {"optimizer": bytes_of}
     assert moved["cuda:0"].phases[memory.STEP] == {"gradients": 4 * PARAMETERS, "optimizer": bytes_of}
     assert moved["cuda:0"].phases["update"] == kept["cuda:0"].phases["update"]
+    cast = estimated(gpus=1, **run, optimizer__offload=True, train__autocast="bfloat16")["cuda:0"].phases
+    assert "weights in bfloat16" in cast["update"] and cast[memory.STEP] == moved["cuda:0"].phases[memory.STEP]
     shapes = {"student": SHAPE, "teacher": SHAPE}
     half = memory.estimate(settings(**run, optimizer__offload=True), shapes, 3, gpus=1, ranks=2, divided=True)["cuda:0"]
     assert half.phases[memory.STEP] == {"gradients": 2 * PARAMETERS, "optimizer": bytes_of // 2}

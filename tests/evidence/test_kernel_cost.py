@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from benchmarks import RESULTS, ROOT
@@ -85,7 +84,6 @@ def test_every_kernel_that_a_loss_launches_is_in_the_table():
     pytest.importorskip("triton")
     said = run(
         "import json\n"
-        "from unittest import mock\n"
         "from benchmarks.kernel_cost import registers, traffic\n"
         "from opd.kernels.rows.triton import rows\n"
         "seen, plain = [], rows._launch\n"
@@ -103,7 +101,7 @@ def test_every_kernel_that_a_loss_launches_is_in_the_table():
 
 
 @pytest.mark.slow
-def test_a_reverse_kl_reads_both_logits_twice_and_writes_16_bits_whatever_metrics_are_asked_for(tmp_path: Path):
+def test_a_reverse_kl_reads_both_logits_twice_and_writes_16_bits_whatever_metrics_are_asked_for():
     pytest.importorskip("triton")
     said = run(
         "import json, dataclasses\n"

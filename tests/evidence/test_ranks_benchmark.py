@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks import RESULTS, ROOT
-from benchmarks.ranks.command import ONE, Row, check, page, ratio, read
+from benchmarks.ranks.command import ONE, check, page, ratio
+from benchmarks.rows import Row, read
 
 
 def rows(**more: str) -> list[Row]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.real.step.command import COLUMNS, kept, summary, write
-from benchmarks.real.step.report import OPD, PHASES, TRL, page, read
+from benchmarks.real.step.command import COLUMNS, kept, summary
+from benchmarks.real.step.report import OPD, PHASES, TRL, page
 from benchmarks.real.step.roofline import Shape, limits, work
+from benchmarks.rows import read, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd.testing import tiny_causal_lm
@@ -98,7 +99,7 @@ def row(trainer: str, number: int, seconds: float, shape: Shape) -> dict[str, st
 
 def test_the_page_is_a_function_of_the_csv(tmp_path: Path, shape: Shape):
     rows = [row(OPD, 0, 2.0, shape), row(TRL, 0, 6.0, shape), row(OPD, 1, 1.0, shape), row(TRL, 1, 3.0, shape)]
-    write(tmp_path / "step.csv", rows)
+    write(tmp_path / "step.csv", COLUMNS, rows)
     text = page(read(tmp_path / "step.csv"))
     assert text == page(rows)
     assert "| float32 | opd | 2 | 1.5 [1, 2] | 0.75 | 0.19 | 0.56 |" in text
@@ -109,7 +110,7 @@ def test_the_page_is_a_function_of_the_csv(tmp_path: Path, shape: Shape):
 
 
 def test_runs_of_other_sizes_are_refused(tmp_path: Path, shape: Shape):
-    write(tmp_path / "step.csv", [row(OPD, 0, 2.0, shape)])
+    write(tmp_path / "step.csv", COLUMNS, [row(OPD, 0, 2.0, shape)])
     assert len(kept(tmp_path / "step.csv", SIZES)) == 1
     with pytest.raises(SystemExit, match=r"threads=1, and 2 is asked for.*--results"):
         kept(tmp_path / "step.csv", {**SIZES, "threads": 2})

@@ -7,7 +7,6 @@ each time in a new process, and writes benchmarks/results/real/step.csv and step
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -21,9 +20,10 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.loop.clock import Case
 from benchmarks.real.step import inputs
-from benchmarks.real.step.report import DTYPES, OPD, PHASES, RATES, SIZES, TRL, TRL_PARTS, WORK, Row, page, read
+from benchmarks.real.step.report import DTYPES, OPD, PHASES, RATES, SIZES, TRL, TRL_PARTS, WORK, page
 from benchmarks.real.step.roofline import Shape, work
 from benchmarks.real.world import original
+from benchmarks.rows import Row, read, write
 from benchmarks.trl_environment import run_module, trl_python
 
 ROWS_AT_ONCE = {TRL: None, TRL_PARTS: 8}
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
                     setting = {"trainer": trainer, "dtype": dtype, "round": number, **sizes}
                     rows.append(run(case, setting, Path(scratch)))
                     check(rows)
-                    write(table, rows)
+                    write(table, COLUMNS, rows)
     text = page(rows)
     (options.results / "step.md").write_text(text, encoding="utf-8")
     print(text)
@@ -160,11 +160,3 @@ def check(rows: Sequence[Row]) -> None:
     for row in rows:
         if row["dtype"] == "float32" and row["difference"] and abs(float(row["difference"])) > LOSS_TOLERANCE:
             raise SystemExit(f"On one batch the losses of opd and TRL differ by {row['difference']}: not comparable.")
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

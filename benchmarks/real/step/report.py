@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 from benchmarks import markdown
 from benchmarks.real.step.roofline import limits
+from benchmarks.rows import Row
 
 PHASES = ("rollout", "teacher", "update")
 RATES = ("float32_rate", "bfloat16_rate", "read_rate")
@@ -17,13 +16,6 @@ OPD, TRL, TRL_PARTS = "opd", "TRL", "TRL, 8 rows at a time"
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16 autocast"}
 SIZES = ("threads", "steps", "prompts", "max_new_tokens")
 """Settings that all runs of a page share."""
-
-Row = dict[str, str]
-
-
-def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def page(rows: Sequence[Row]) -> str:

@@ -305,12 +305,12 @@ def _student_memory(settings: RunSettings, shape: ModelShape, sizes: StepSizes, 
         always["reference"] = shape.parameters * size
     cast = 2 * sum(map(math.prod, shape.hidden_matrices.values())) if products < size else 0
     phases = {"update": _update(settings, shape, sizes, size, products, trained * trained_size, gpu=gpu)}
-    if settings.optimizer.offload:
-        phases[STEP] = {"gradients": trained * trained_size, "optimizer": moments}
     if settings.rollout.engine == "hf" and settings.rollout.source == "live":
         phases["rollout"] = _rollout(settings, shape, sizes, products)
     if cast:
         phases = {name: {**parts, "weights in bfloat16": cast} for name, parts in phases.items()}
+    if settings.optimizer.offload:  # outside of autocast
+        phases[STEP] = {"gradients": trained * trained_size, "optimizer": moments}
     return Memory(always=always, phases=phases)
 
 

@@ -23,7 +23,7 @@ from opd.durable import sync_folder
 from opd.errors import RunFolderError
 from opd.optim.offload import HOME, move_moments
 from opd.reporting.files import dangling_link, explain_link, remove
-from opd.trainer.parts import AVERAGES, FOLDER, WEIGHTS, is_divided_checkpoint, read_named, read_optimizers
+from opd.trainer.parts import AVERAGES, FOLDER, WEIGHTS, SavedParts, is_divided_checkpoint
 from opd.trainer.student import CHECKPOINT, Student
 from opd.trainer.whole import divided_like, divided_state
 
@@ -136,7 +136,8 @@ def _read(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights and averages of a checkpoint, whole or, where they were divided, as these are."""
     if is_divided_checkpoint(path):
-        return read_named(path, WEIGHTS, trained), read_named(path, AVERAGES, averaged)
+        parts = SavedParts(path)
+        return parts.named(WEIGHTS, trained), parts.named(AVERAGES, averaged)
     weights = load_file(path / "weights.safetensors", device=device)
     return weights, load_file(path / "ema.safetensors", device=device) if averaged else {}
 
@@ -166,7 +167,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text())
         weights, averages = _read(path, student.trained(), student.averages(), str(device))
         if is_divided_checkpoint(path):
-            optimizers = read_optimizers(path, student.optimizers)
+            optimizers = SavedParts(path).optimizers(student.optimizers)
         else:
             optimizers = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
         written_by, version = state["format"], int(state["version"])

@@ -31,11 +31,11 @@ def write_parts(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    flat = {
-        name: tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach() for name, tensor in tensors.items()
-    }
     try:
-        save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(
+            {name: _with_a_side(tensor) for name, tensor in tensors.items()},
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        )
     except CheckpointException as error:
         if dist.get_rank() == 0:
             _raise(error)
@@ -46,82 +46,82 @@ def is_divided_checkpoint(path: Path) -> bool:
     return (path / FOLDER).is_dir()
 
 
-def read_parts(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of these names in a checkpoint, each with the device, dtype and division of `like`'s; each rank for itself.
+class SavedParts:
+    """A checkpoint that `write_parts` wrote, to be read by each rank for itself.
 
-    Raises RunFolderError for one of another model, and an exception of `checkpoint.DAMAGED` for a file that was cut short or is missing.
+    All methods raise RunFolderError for one of another model, or that lacks a file, and an exception of `checkpoint.DAMAGED` for a file that
+    was cut short.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = {
-        name: torch.zeros_like(tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach())
-        for name, tensor in like.items()
-    }
-    check_whole(path, found)
-    reader = HuggingFaceStorageReader(str(path / FOLDER))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
-            load(found, storage_reader=reader, no_dist=True)
-    except CheckpointException as error:
-        _raise(error)
-    return {name: value.reshape(like[name].shape) if like[name].dim() == 0 else value for name, value in found.items()}
+    def __init__(self, path: Path) -> None:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+        self.path = path
+        reader = HuggingFaceStorageReader(str(path / FOLDER))
+        self._entries: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
 
-def read_named(path: Path, beginning: str, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their own names, of those whose names in the checkpoint begin so. Raises as `read_parts`, and RunFolderError for a
-    checkpoint with others."""
-    there, here = names_of(path, beginning), {f"{beginning}{name}": tensor for name, tensor in like.items()}
-    if other := sorted(there.keys() - here.keys()):
-        raise RunFolderError(
-            f"Checkpoint '{path}' is of another model: it has {other[0]}, which this one does not train."
-        )
-    return {name.removeprefix(beginning): value for name, value in read_parts(path, here).items()}
-
-
-def read_optimizers(path: Path, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """The state of every optimizer, divided as its parameters are here. Raises as `read_parts`."""
-    found = []
-    for number, optimizer in enumerate(optimizers):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        beginning, like = f"{OPTIMIZER}{number}/", dict[str, torch.Tensor]()
-        for key, size in names_of(path, beginning).items():
-            place, _, name = key.removeprefix(beginning).partition("/")
-            of_parameter = int(place) < len(parameters) and size == parameters[int(place)].shape and name != STEP
-            like[key] = parameters[int(place)].detach() if of_parameter else torch.zeros(())
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in read_parts(path, like).items():
-            place, _, name = key.removeprefix(beginning).partition("/")
-            state.setdefault(int(place), {})[name] = value
-        found.append({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return found
-
-
-def check_whole(path: Path, wanted: Mapping[str, torch.Tensor]) -> None:
-    """Raise RunFolderError where the parts are not those of tensors of these shapes; a part that is missing would be read as zeros."""
-    saved = _saved(path)
-    for name, tensor in wanted.items():
-        if name not in saved or saved[name].size != tensor.shape:
+    def named(self, beginning: str, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin so, which have to be those of `like`, by their own names."""
+        here = {f"{beginning}{name}": tensor for name, tensor in like.items()}
+        if other := sorted(name for name in self._entries if name.startswith(beginning) and name not in here):
             raise RunFolderError(
-                f"Checkpoint '{path}' is of another model, or a file of its '{FOLDER}' is missing: {name} is "
-                f"{'not there' if name not in saved else f'{tuple(saved[name].size)} there'} and {tuple(tensor.shape)} here."
+                f"Checkpoint '{self.path}' is of another model: it has {other[0]}, which this one does not train."
             )
-        there = sum(chunk.sizes.numel() for chunk in saved[name].chunks)
-        if there != tensor.numel():
-            raise RunFolderError(f"Checkpoint '{path}' lacks a file of its '{FOLDER}': a part of {name} is not there.")
+        return {name.removeprefix(beginning): value for name, value in self._read(here).items()}
+
+    def optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+        """The state of every optimizer, divided as its parameters are here."""
+        return [self._optimizer(f"{OPTIMIZER}{number}/", one) for number, one in enumerate(optimizers)]
+
+    def _optimizer(self, beginning: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = [name.removeprefix(beginning) for name in self._entries if name.startswith(beginning)]
+        like: dict[str, torch.Tensor] = {}
+        for name in names:
+            place, _, moment = name.partition("/")
+            known = moment != STEP and int(place) < len(parameters)
+            like[name] = parameters[int(place)] if known else torch.zeros(())
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in self.named(beginning, like).items():
+            place, _, moment = name.partition("/")
+            state.setdefault(int(place), {})[moment] = value
+        return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+    def _read(self, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of these names, each with the device, dtype and division of `like`'s."""
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        found = {name: torch.zeros_like(_with_a_side(tensor)) for name, tensor in like.items()}
+        self._check_whole(found)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
+                load(found, storage_reader=HuggingFaceStorageReader(str(self.path / FOLDER)), no_dist=True)
+        except CheckpointException as error:
+            _raise(error)
+        return {name: found[name] if tensor.dim() else found[name].reshape(()) for name, tensor in like.items()}
+
+    def _check_whole(self, wanted: Mapping[str, torch.Tensor]) -> None:
+        """A part that is missing would be read as zeros."""
+        for name, tensor in wanted.items():
+            saved = self._entries.get(name)
+            if saved is None or saved.size != tensor.shape:
+                raise RunFolderError(
+                    f"Checkpoint '{self.path}' is of another model, or a file of its '{FOLDER}' is missing: {name} is "
+                    f"{'not there' if saved is None else f'{tuple(saved.size)} there'} and {tuple(tensor.shape)} here."
+                )
+            there = sum(chunk.sizes.numel() for chunk in saved.chunks)
+            if there != tensor.numel():
+                raise RunFolderError(
+                    f"Checkpoint '{self.path}' lacks a file of its '{FOLDER}': a part of {name} is not there."
+                )
 
 
-def names_of(path: Path, beginning: str) -> dict[str, torch.Size]:
-    """The tensors of a checkpoint whose names begin so, with their shapes."""
-    return {name: entry.size for name, entry in _saved(path).items() if name.startswith(beginning)}
-
-
-def _saved(path: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    return HuggingFaceStorageReader(str(path / FOLDER)).read_metadata().state_dict_metadata
+def _with_a_side(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, and a number as a vector of one entry: the format has no place for a tensor without sides."""
+    return tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
 
 
 def _raise(error: CheckpointException) -> NoReturn:
